@@ -1,0 +1,54 @@
+"""Frobenius decay: weight decay on the product UV of a factor pair, computed without forming it.
+
+    ½ λ |UV|_F² = ½ λ tr((UᵀU)(VVᵀ)),      gradients λ U (VVᵀ) and λ (UᵀU) V
+
+cost O((n + m) r²) (Khodak et al., ICLR 2021; docs/mathematics.md, section 6).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_jax.kernel import LowRankKernel, is_low_rank
+
+
+def frobenius_penalty(params: Any) -> jax.Array:
+    """½ Σ |UV|_F² over all factor pairs of a tree; differentiable."""
+    pairs = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_low_rank) if is_low_rank(leaf)]
+    return 0.5 * sum((jnp.sum(_gram_u(pair) * _gram_v(pair)) for pair in pairs), start=jnp.zeros(()))
+
+
+def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
+    """Adds the gradient of `decay * frobenius_penalty` to the updates; leaves everything but factor pairs alone."""
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("add_frobenius_decay needs the parameters: call update(updates, state, params)")
+
+        def add(update, param):
+            return _decayed(update, param, decay) if is_low_rank(param) else update
+
+        return jax.tree.map(add, updates, params, is_leaf=is_low_rank), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def _decayed(update: LowRankKernel, param: LowRankKernel, decay: float) -> LowRankKernel:
+    u, v = param.matrices()
+    du = jnp.matmul(u, _gram_v(param), precision="highest").reshape(param.u.shape)
+    dv = jnp.matmul(_gram_u(param), v, precision="highest").reshape(param.v.shape)
+    return LowRankKernel(update.u + decay * du, update.v + decay * dv, param.rows)
+
+
+def _gram_u(kernel: LowRankKernel) -> jax.Array:
+    """UᵀU, `[*stack, r, r]`."""
+    u, _ = kernel.matrices()
+    return jnp.matmul(jnp.swapaxes(u, -1, -2), u, precision="highest")
+
+
+def _gram_v(kernel: LowRankKernel) -> jax.Array:
+    """VVᵀ, `[*stack, r, r]`; symmetric, like UᵀU."""
+    _, v = kernel.matrices()
+    return jnp.matmul(v, jnp.swapaxes(v, -1, -2), precision="highest")

@@ -1,0 +1,151 @@
+"""Which kernels a model has, who uses them, and how much work each does: found by tracing the model once."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from lowrank_jax.kernel import MatrixView, channel_view, dense_view, spatial_view
+from lowrank_jax.paths import named_leaves
+
+SUPPORTED = (nn.Dense, nn.DenseGeneral, nn.Conv)
+_MARK = "lowrank_jax.kernel_use:"
+
+
+@dataclasses.dataclass
+class KernelUse:
+    """What tracing saw of one kernel.
+
+    Attributes:
+      module: the class that owns it, for messages.
+      shape: its shape inside the module, without stack axes.
+      contracted: how many leading axes a dense layer sums over; None for convolutions.
+      refusal: why it cannot be factored; empty if it can.
+      positions: at how many output positions the kernel is applied, over the whole traced batch.
+      widened: the same for the first stage of the spatial scheme, which keeps the input's width.
+    """
+
+    module: str
+    shape: tuple[int, ...]
+    contracted: int | None
+    refusal: str
+    positions: int = 0
+    widened: int = 0
+
+    def view(self, scheme: str) -> MatrixView:
+        """The kernel as a matrix.
+
+        Raises:
+          ValueError: the spatial scheme is asked of a convolution that is not two-dimensional.
+        """
+        if self.contracted is not None:
+            return dense_view(self.shape, self.contracted)
+        if scheme == "channel":
+            return channel_view(self.shape)
+        if len(self.shape) != 4:
+            raise ValueError("the spatial scheme needs a 2-D convolution")
+        return spatial_view(self.shape)
+
+    def macs(self) -> int:
+        """Multiply-accumulates of the dense kernel over the traced batch."""
+        return self.positions * math.prod(self.shape)
+
+    def factored_macs(self, view: MatrixView, rank: int) -> int:
+        """Multiply-accumulates of both stages over the traced batch."""
+        first = self.widened if view.group > 1 else self.positions
+        return first * view.n * rank + self.positions * rank * view.m
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One traced call of a module: whose kernel, and the sizes that its work follows from."""
+
+    name: str
+    output_size: int
+    positions: int
+    widened: int
+
+
+def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, KernelUse]]:
+    """Traces `model.init` on abstract values.
+
+    Returns:
+      The parameters' shapes by name, and the use of every leaf called "kernel" by its name.
+    """
+    uses: dict[str, KernelUse] = {}
+    calls: list[Call] = []
+
+    def observe(next_fun, args, call_kwargs, context):
+        module, y = context.module, next_fun(*args, **call_kwargs)
+        if context.method_name != "__call__" or not module.has_variable("params", "kernel"):
+            return y
+        kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
+        name = "/".join((*module.path, "kernel"))
+        uses.setdefault(name, _describe(module, kernel.shape))
+        if not isinstance(y, jax.Array):
+            return y
+        x = args[0] if args else next(iter(call_kwargs.values()))
+        calls.append(Call(name, y.size, *_positions(uses[name], x, y)))
+        return checkpoint_name(y, f"{_MARK}{len(calls) - 1}")
+
+    def init(inputs):
+        with nn.intercept_methods(observe):
+            return model.init(jax.random.key(0), *inputs, **kwargs)
+
+    jaxpr, variables = jax.make_jaxpr(init, return_shape=True)(inputs)
+    for index, times in _executions(jaxpr.jaxpr, 1):
+        # Under vmap the mark carries the mapped axis that the module itself did not see.
+        call = calls[index]
+        uses[call.name].positions += times * call.positions // call.output_size
+        uses[call.name].widened += times * call.widened // call.output_size
+    return named_leaves(nn.meta.unbox(variables.get("params", {}))), uses
+
+
+def _describe(module: nn.Module, shape: tuple[int, ...]) -> KernelUse:
+    contracted = None
+    if isinstance(module, nn.Dense):
+        contracted = 1
+    elif isinstance(module, nn.DenseGeneral):
+        contracted = 1 if isinstance(module.axis, int) else len(module.axis)
+    return KernelUse(type(module).__name__, tuple(shape), contracted, _refusal(module))
+
+
+def _refusal(module: nn.Module) -> str:
+    base = next((cls for cls in SUPPORTED if isinstance(module, cls)), None)
+    if base is None:
+        return f"{type(module).__name__} is not nn.Dense, nn.DenseGeneral or nn.Conv"
+    if type(module).__call__ is not base.__call__:
+        return f"{type(module).__name__} computes in its own way"
+    if isinstance(module, nn.DenseGeneral) and module.batch_dims:
+        return "one kernel for each batch index"
+    if isinstance(module, nn.Conv) and module.feature_group_count > 1:
+        depthwise = module.feature_group_count == module.features
+        return "depthwise convolution" if depthwise else f"grouped convolution ({module.feature_group_count} groups)"
+    if isinstance(module, nn.Conv) and module.mask is not None:
+        return "masked convolution"
+    return ""
+
+
+def _positions(use: KernelUse, x: jax.Array, y: jax.Array) -> tuple[int, int]:
+    if use.contracted is not None:
+        outputs = math.prod(use.shape[use.contracted :])
+        return y.size // outputs, 0
+    positions = y.size // y.shape[-1]
+    return positions, positions // y.shape[-2] * x.shape[-2]
+
+
+def _executions(jaxpr: Any, times: int):
+    """Pairs of a mark's index and the elements that it sees as the program runs: a scan's body counts once a turn."""
+    for eqn in jaxpr.eqns:
+        name = eqn.params.get("name")
+        if isinstance(name, str) and name.startswith(_MARK):
+            yield int(name.removeprefix(_MARK)), times * eqn.outvars[0].aval.size
+        turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _executions(inner, times * turns)

@@ -1,0 +1,146 @@
+"""A kernel as a matrix, and as a pair of low-rank factors."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["u", "v"], meta_fields=["rows"])
+@dataclasses.dataclass(frozen=True)
+class LowRankKernel:
+    """A kernel stored as the product of two factors; it takes the dense kernel's place in a parameter tree.
+
+    Attributes:
+      u: `[*stack, *row_sizes, r]`, the sizes of the kernel's row axes and the rank.
+      v: `[*stack, r, *column_sizes]`, the rank and the sizes of the remaining axes.
+      rows: which axes of the dense kernel are the rows of its matrix, not counting `stack`.  `(0,)` is a dense layer,
+        `(0, 1, 2)` a convolution in the channel scheme, `(0, 2)` one in the spatial scheme.
+
+    `stack` are the leading axes that `nn.scan` and `nn.vmap` add to the parameters of a repeated module.
+    """
+
+    u: jax.Array
+    v: jax.Array
+    rows: tuple[int, ...] = (0,)
+
+    @property
+    def rank(self) -> int:
+        return self.u.shape[-1]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.u.shape[: self.u.ndim - 1 - len(self.rows)]
+
+    @property
+    def view(self) -> "MatrixView":
+        """How the dense kernel reads as the matrix that the factors multiply to."""
+        depth = len(self.stack)
+        sizes = self.u.shape[depth:-1] + self.v.shape[depth + 1 :]
+        columns = tuple(axis for axis in range(len(sizes)) if axis not in self.rows)
+        shape = [size for _, size in sorted(zip(self.rows + columns, sizes, strict=True))]
+        return MatrixView(tuple(shape), self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense kernel."""
+        return self.stack + self.view.shape
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.result_type(self.u, self.v)
+
+    def matrices(self) -> tuple[jax.Array, jax.Array]:
+        """The factors as matrices: `[*stack, n, r]` and `[*stack, r, m]`."""
+        return self.u.reshape(*self.stack, -1, self.rank), self.v.reshape(*self.stack, self.rank, -1)
+
+    def merge(self) -> jax.Array:
+        """The dense kernel, `[*stack, *kernel]` in the factors' dtype; the product is taken in float32 or better."""
+        u, v = self.matrices()
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        product = jnp.matmul(u.astype(wide), v.astype(wide), precision=jax.lax.Precision.HIGHEST)
+        return self.view.from_matrix(product).astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """A way to read a kernel as a matrix `[n, m]`: some axes become rows, the others columns, both in order.
+
+    Attributes:
+      shape: the kernel's shape, without stack axes.
+      rows: its row axes, ascending.
+      group: how many columns of the matrix feed one output; column `j` feeds output `j % (m // group)`.
+    """
+
+    shape: tuple[int, ...]
+    rows: tuple[int, ...]
+    group: int = 1
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        return tuple(axis for axis in range(len(self.shape)) if axis not in self.rows)
+
+    @property
+    def n(self) -> int:
+        return math.prod(self.shape[axis] for axis in self.rows)
+
+    @property
+    def m(self) -> int:
+        return math.prod(self.shape[axis] for axis in self.columns)
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.n, self.m)
+
+    def to_matrix(self, kernel: jax.Array) -> jax.Array:
+        """`[*stack, *shape] -> [*stack, n, m]`."""
+        stack = kernel.shape[: kernel.ndim - len(self.shape)]
+        order = self._behind(stack, self.rows + self.columns)
+        return kernel.transpose(order).reshape(*stack, self.n, self.m)
+
+    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+        """`[*stack, n, m] -> [*stack, *shape]`, the inverse of `to_matrix`."""
+        stack = matrix.shape[:-2]
+        order = self.rows + self.columns
+        split = matrix.reshape(*stack, *(self.shape[axis] for axis in order))
+        inverse = tuple(order.index(axis) for axis in range(len(order)))
+        return split.transpose(self._behind(stack, inverse))
+
+    def from_factors(self, u: jax.Array, v: jax.Array) -> LowRankKernel:
+        """`[*stack, n, r]` and `[*stack, r, m]` as the factor pair that stands for the kernel."""
+        row_sizes = (self.shape[axis] for axis in self.rows)
+        column_sizes = (self.shape[axis] for axis in self.columns)
+        return LowRankKernel(
+            u.reshape(*u.shape[:-2], *row_sizes, u.shape[-1]), v.reshape(*v.shape[:-1], *column_sizes), self.rows
+        )
+
+    @staticmethod
+    def _behind(stack: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+        depth = len(stack)
+        return tuple(range(depth)) + tuple(depth + axis for axis in order)
+
+
+def is_low_rank(leaf: Any) -> bool:
+    """Whether a node of a parameter tree is a factor pair; made for `is_leaf=`."""
+    return isinstance(leaf, LowRankKernel)
+
+
+def dense_view(shape: tuple[int, ...], contracted: int = 1) -> MatrixView:
+    """A dense kernel: its first `contracted` axes, over which the layer sums, are the rows."""
+    return MatrixView(shape, tuple(range(contracted)))
+
+
+def channel_view(shape: tuple[int, ...]) -> MatrixView:
+    """A convolution `[*window, c_in, c_out]` as `[window * c_in, c_out]`: a full window with r filters, then 1x1."""
+    return MatrixView(shape, tuple(range(len(shape) - 1)))
+
+
+def spatial_view(shape: tuple[int, ...]) -> MatrixView:
+    """A 2-D convolution `[kh, kw, c_in, c_out]` as `[kh * c_in, kw * c_out]`: kh x 1 with r filters, then 1 x kw.
+
+    One output owns kw of the columns (docs/mathematics.md, section 5).
+    """
+    return MatrixView(shape, (0, 2), group=shape[1])

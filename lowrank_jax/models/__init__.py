@@ -1,0 +1,60 @@
+"""Models by name: plain Linen modules that know nothing of low rank."""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+from lowrank_jax.models.mlp import MLP
+from lowrank_jax.models.resnet import RESNETS, ResNet
+from lowrank_jax.paths import did_you_mean
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP,
+    **{name: functools.partial(ResNet, **settings) for name, settings in RESNETS.items()},
+}
+
+
+def build(name: str, *, num_classes: int, **kwargs: Any) -> nn.Module:
+    """The model of that name, not initialised.
+
+    Args:
+      name: a key of `MODELS`, or "package.module:attribute" for a constructor elsewhere.  Models are called as
+        `model(images, train=bool)` on images `[batch, height, width, channels]` and return logits `[batch, num_classes]`.
+      num_classes: the number of logits.
+      **kwargs: the model's own settings.
+
+    Raises:
+      ValueError: no such model.
+    """
+    return constructor(name)(num_classes=num_classes, **kwargs)
+
+
+def constructor(name: str) -> Callable[..., nn.Module]:
+    """What `build` will call.
+
+    Raises:
+      ValueError: no such model.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if ":" not in name:
+        raise ValueError(f"unknown model {name!r}{did_you_mean(name, MODELS)}")
+    module, attribute = name.split(":", 1)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model {name!r} cannot be imported: {error}") from None
+
+
+def settings(name: str) -> dict[str, Any] | None:
+    """The model's own settings and their types, for checking; None for a constructor that is not a Linen class."""
+    cls: Any = constructor(name)
+    cls = cls.func if isinstance(cls, functools.partial) else cls
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        return None
+    hidden = {"parent", "name", "num_classes"}
+    return {field.name: field.type for field in dataclasses.fields(cls) if field.name not in hidden}

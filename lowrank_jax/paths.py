@@ -1,0 +1,72 @@
+"""Names of leaves in a parameter tree, and ordered rules over them.
+
+A leaf's name is its path joined by slashes: "stage1/block1/conv1/kernel".  A rule is a regular expression that has to match
+the whole name; of several rules the first that matches wins.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+CATCH_ALL = ".*"
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf from its key path, as `jax.tree_util` gives it."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a tree by name, in the tree's own order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    return {leaf_name(path): leaf for path, leaf in leaves}
+
+
+def map_named(fn: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """A tree of `fn(name, leaf)`."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(leaf_name(path), leaf), tree, is_leaf=is_leaf)
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that reads most like `name`; None when there are no candidates."""
+    return max(candidates, key=lambda c: difflib.SequenceMatcher(None, name, c).ratio(), default=None)
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """The clause "; did you mean x?" when a candidate is close, else the list of what is known."""
+    candidates = [str(c) for c in candidates]
+    close = difflib.get_close_matches(str(name), candidates, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(candidates) or 'none'}"
+
+
+def first_match(patterns: Sequence[str], names: Sequence[str]) -> dict[str, int | None]:
+    """For every name the index of the first pattern that matches it in full; None where none does.
+
+    Raises:
+      ValueError: a pattern is not a regular expression, or is the first to match no name at all, in which case its settings
+        would be lost in silence.  Only the catch-all ".*" may catch nothing.
+    """
+    compiled = [compile_pattern(pattern) for pattern in patterns]
+    matches = {name: next((i for i, p in enumerate(compiled) if p.fullmatch(name)), None) for name in names}
+    used = set(matches.values())
+    dead = [i for i, pattern in enumerate(patterns) if i not in used and pattern != CATCH_ALL]
+    if dead:
+        raise ValueError("\n".join(_dead_rule(patterns[i], compiled[i], names) for i in dead))
+    return matches
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The compiled pattern; a ValueError that shows it when it is not a regular expression."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from None
+
+
+def _dead_rule(text: str, pattern: re.Pattern[str], names: Sequence[str]) -> str:
+    if any(pattern.fullmatch(name) for name in names):
+        return f"rule {text!r} never applies: earlier rules match everything that it matches; put it before them"
+    return f"rule {text!r} matches no parameter; the nearest is {nearest(text, names)!r}"

@@ -1,0 +1,165 @@
+"""From a dense model's parameters to low-rank ones and back: plan, factorize, merge."""
+
+import functools
+import itertools
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax import discover
+from lowrank_jax.kernel import MatrixView, is_low_rank
+from lowrank_jax.methods import METHODS
+from lowrank_jax.paths import first_match, map_named, named_leaves
+from lowrank_jax.plans import Plan, PlannedKernel
+from lowrank_jax.ranks import Rule, wanted_rank
+
+
+def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], **kwargs: Any) -> Plan:
+    """Decides for every kernel of a model which rank it gets, or why it stays dense.  Nothing is computed.
+
+    Args:
+      model: any Linen module.
+      inputs: what the model is called on, an array or a tuple of arguments; shapes suffice (`jax.ShapeDtypeStruct`).  The
+        first axis of the first one is taken for the batch, by which MACs are divided.
+      rules: in order; the first whose path matches a name in full decides.  A kernel that no rule matches stays dense.
+      **kwargs: keyword arguments of the model, such as `train=False`.
+
+    Returns:
+      A hashable plan; `print(plan)` shows it as a table.
+
+    Raises:
+      ValueError: a rule matches no parameter, or its rank is above the full rank of everything that it matches.
+    """
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    shapes, uses = discover.trace(model, inputs, kwargs)
+    matches = first_match([rule.path for rule in rules], list(shapes))
+    first = jax.tree.leaves(inputs)[0]
+    batch = first.shape[0] if first.ndim else 1
+
+    kernels, other = [], 0
+    for name in [*uses, *(name for name in shapes if name not in uses)]:  # in the order of use
+        leaf, index = shapes[name], matches[name]
+        rule = None if index is None else rules[index]
+        if leaf.ndim < 2 or name.rsplit("/", 1)[-1] in ("bias", "scale"):
+            other += leaf.size
+            continue
+        kernels.append(_plan_kernel(name, leaf.shape, uses.get(name), rule, index, batch))
+    _check_ranks(rules, kernels)
+    return Plan(tuple(kernels), other)
+
+
+def _plan_kernel(name, shape, use, rule, index, batch) -> PlannedKernel:
+    macs = use.macs() // batch if use else 0
+    dense = functools.partial(PlannedKernel, name, tuple(shape), None, None, rule, macs=macs, planned_macs=macs)
+    if use is None:
+        return dense(note="embedding" if name.rsplit("/", 1)[-1] == "embedding" else "not a layer's kernel")
+    if use.refusal:
+        return dense(note=use.refusal)
+    if tuple(shape[len(shape) - len(use.shape) :]) != use.shape:
+        return dense(note="stacked along an axis that is not the first")
+    if rule is None:
+        return dense(note="no rule matches")
+    try:
+        view = use.view(rule.scheme)
+    except ValueError as error:
+        return dense(note=str(error))
+    rank = wanted_rank(rule, view)
+    if rank is None:
+        return dense(note=f"kept dense by rule {index + 1}")
+    if rank > view.full_rank:
+        return dense(note=f"rank {rank} is above full rank {view.full_rank}")
+    if rank * (view.n + view.m) >= view.n * view.m:
+        return dense(note=f"rank {rank} would not be smaller")
+    planned = use.factored_macs(view, rank) // batch
+    return PlannedKernel(name, tuple(shape), view, rank, rule, "", macs=macs, planned_macs=planned)
+
+
+def _check_ranks(rules: Sequence[Rule], kernels: list[PlannedKernel]) -> None:
+    """A rank above all that its rule matches is a mistake; above some of it, it is a way to say 'large ones only'."""
+    for rule in rules:
+        notes = [kernel.note for kernel in kernels if kernel.rule is rule]
+        if rule.rank is not None and notes and all("above full rank" in note for note in notes):
+            raise ValueError(f"rule {rule.path!r}: {notes[0]}, and so it is for every kernel that the rule matches")
+
+
+def factorize(params: Any, plan: Plan, *, key: jax.Array) -> Any:
+    """Replaces planned kernels by factor pairs, each made by its rule's method; paths stay what they were.
+
+    Kernels of one shape are decomposed together in a `lax.map`, so that each distinct decomposition is compiled once.
+    Call it under `jit` or not: it compiles as one program either way.
+
+    Args:
+      params: the dense model's parameters.
+      plan: from `plan` for the same model.
+      key: for methods that draw; every kernel's draw depends on the key and its own name alone.
+
+    Returns:
+      The tree with `LowRankKernel`s in it, in the kernels' own dtypes; decompositions run in float32 or better.
+
+    Raises:
+      ValueError: the parameters are not those of the plan.
+    """
+    params = nn.meta.unbox(params)
+    leaves = named_leaves(params, is_leaf=is_low_rank)
+    _check_tree(leaves, plan)
+    factors = _factorize({kernel.name: leaves[kernel.name] for kernel in plan.factored}, plan, key)
+    return map_named(lambda name, leaf: factors.get(name, leaf), params)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _factorize(kernels: dict[str, jax.Array], plan: Plan, key: jax.Array) -> dict[str, Any]:
+    factors = {}
+    for members in _alike(kernels, plan):
+        views = [view for _, view in members]
+        matrices = [view.to_matrix(kernels[kernel.name]).reshape(-1, view.n, view.m) for kernel, view in members]
+        keys = [
+            jax.random.split(jax.random.fold_in(key, zlib.crc32(kernel.name.encode())), len(stack))
+            for (kernel, _), stack in zip(members, matrices, strict=True)
+        ]
+        kernel, view = members[0]
+        assert kernel.rule is not None
+        method = functools.partial(
+            METHODS[kernel.rule.method], rank=kernel.rank, activation=kernel.rule.activation, group=view.group
+        )
+        u, v = jax.lax.map(lambda pair, method=method: method(*pair), (jnp.concatenate(keys), jnp.concatenate(matrices)))
+        ends = list(itertools.accumulate(len(stack) for stack in matrices))[:-1]
+        for (kernel, view), u_k, v_k in zip(members, jnp.split(u, ends), jnp.split(v, ends), strict=True):
+            stack = kernel.shape[: len(kernel.shape) - len(view.shape)]
+            factors[kernel.name] = view.from_factors(
+                u_k.reshape(*stack, *u_k.shape[1:]), v_k.reshape(*stack, *v_k.shape[1:])
+            )
+    return factors
+
+
+def _alike(kernels: dict[str, jax.Array], plan: Plan) -> list[list[tuple[PlannedKernel, MatrixView]]]:
+    """The plan's factored kernels, those that one compiled decomposition serves together."""
+    groups: dict[Any, list[tuple[PlannedKernel, MatrixView]]] = {}
+    for kernel in plan.factored:
+        view, rule = kernel.view, kernel.rule
+        assert view is not None and rule is not None
+        alike = (view.n, view.m, view.group, kernel.rank, rule.method, rule.activation, kernels[kernel.name].dtype)
+        groups.setdefault(alike, []).append((kernel, view))
+    return list(groups.values())
+
+
+def _check_tree(leaves: dict[str, Any], plan: Plan) -> None:
+    problems = []
+    for kernel in plan.kernels:
+        leaf = leaves.get(kernel.name)
+        if leaf is None:
+            problems.append(f"{kernel.name}: in the plan, not in the parameters")
+        elif is_low_rank(leaf):
+            problems.append(f"{kernel.name}: already factored; merge first")
+        elif tuple(leaf.shape) != kernel.shape:
+            problems.append(f"{kernel.name}: planned as {list(kernel.shape)}, is {list(leaf.shape)}")
+    if problems:
+        raise ValueError("the parameters are not those of the plan:\n  " + "\n  ".join(problems))
+
+
+def merge(params: Any) -> Any:
+    """The plain model's parameters: every factor pair multiplied out, in float32 or better, at its own path."""
+    return jax.tree.map(lambda leaf: leaf.merge() if is_low_rank(leaf) else leaf, params, is_leaf=is_low_rank)
