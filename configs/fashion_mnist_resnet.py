@@ -1,0 +1,26 @@
+"""ResNet-20 on Fashion-MNIST, its convolutions factored by kernel projection at a quarter of full rank.
+
+    scripts/prepare_fashion_mnist.sh          # once
+    lowrank train --config=configs/fashion_mnist_resnet.py --workdir=runs/fashion_resnet
+
+Hardware: one accelerator; two CPU cores take hours.  Expected number: not yet measured.
+"""
+
+from lowrank_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.batch_size = 128
+    config.epochs = 30
+    config.dataset.name = "fashion_mnist"
+    config.dataset.flip = True
+    config.dataset.crop_padding = 2
+    config.model.name = "resnet20"
+    config.optim.lr = 0.1
+    config.optim.warmup = "1 epoch"
+    config.optim.weight_decay = 5e-4
+    config.lowrank.scale = 0.25
+    config.lowrank.rules = ({"path": "(stem/conv|head)/kernel", "method": "none"},)
+    config.log.every = "100 steps"
+    return config.lock()

@@ -1,0 +1,168 @@
+"""The command line: `lowrank train | evaluate | overview`."""
+
+import argparse
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+BAD_INPUT, DIVERGED, INTERRUPTED = 2, 4, 75
+
+_STATUS = f"""exit status:
+  0  done
+  {BAD_INPUT}  a config, command line, work directory or data set that cannot be used
+  {DIVERGED}  the loss or the gradient is not finite
+  {INTERRUPTED}  stopped by SIGTERM or Ctrl-C after saving; the same command continues"""
+
+_OVERRIDES = """Any key of the config can be set from the command line: --config.optim.lr=0.05 --config.lowrank.scale=0.1"""
+
+_TRAIN = f"""examples:
+  lowrank train --config=configs/digits_resnet.py --workdir=runs/digits
+  lowrank train --config=configs/digits_resnet.py --config.lowrank.method=spectral --workdir=runs/spectral
+  lowrank train --config=configs/digits_resnet.py --config.lowrank.method=none --workdir=runs/dense
+
+The same command on the same --workdir resumes an interrupted run exactly. {_OVERRIDES}
+
+{_STATUS}"""
+
+_EVALUATE = f"""examples:
+  lowrank evaluate --workdir=runs/digits
+  lowrank evaluate --workdir=runs/digits --step=best --split=train --json=train.json
+
+{_STATUS}"""
+
+_OVERVIEW = f"""examples:
+  lowrank overview --config=configs/digits_resnet.py
+  lowrank overview --config=configs/fashion_mnist_resnet.py --config.lowrank.scale=0.1
+
+Touches no data and computes nothing. {_OVERRIDES}"""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command and exits with its status."""
+    parser, overrides, rest = _parser(), *_split_overrides(list(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(rest)
+    args.overrides = overrides
+    _quieten()
+    sys.exit(_run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from lowrank_jax.checkpoint import CheckpointError
+    from lowrank_jax.config import ConfigError
+    from lowrank_jax.data.datasets import DataError
+    from lowrank_jax.train import Diverged
+    from lowrank_jax.workdir import WorkdirError
+
+    try:
+        return args.command(args)
+    except (ConfigError, WorkdirError, DataError, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return BAD_INPUT
+    except Diverged as error:
+        print(error, file=sys.stderr)
+        return DIVERGED
+
+
+def _train(args: argparse.Namespace) -> int:
+    import jax
+
+    from lowrank_jax import config as configs
+    from lowrank_jax.train import train
+
+    source, loaded = _load(args)
+    config = configs.parse(loaded, source=source, devices=jax.device_count())
+    return INTERRUPTED if train(config, args.workdir, source=source).interrupted else 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from lowrank_jax.evaluate import evaluate_workdir
+
+    result = evaluate_workdir(args.workdir, step=args.step, split=args.split, data_dir=args.data_dir)
+    print(result.table())
+    if args.json:
+        pathlib.Path(args.json).write_text(result.json())
+    return 0
+
+
+def _overview(args: argparse.Namespace) -> int:
+    from lowrank_jax import config as configs
+    from lowrank_jax.experiment import make_plan
+
+    source, loaded = _load(args)
+    print(make_plan(configs.parse(loaded, source=source), source))
+    return 0
+
+
+def _load(args: argparse.Namespace):
+    from lowrank_jax import config as configs
+
+    config = configs.load(args.config)
+    for key, text in args.overrides:
+        configs.override(config, key, text)
+    return args.config, config
+
+
+def _split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Takes `--config.a.b=value` and `--config.a.b value` out of the arguments."""
+    overrides, rest = [], []
+    queue = list(argv)
+    while queue:
+        argument = queue.pop(0)
+        match = re.fullmatch(r"--config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if not match:
+            rest.append(argument)
+        elif match[2] is not None:
+            overrides.append((match[1], match[2]))
+        elif queue and not queue[0].startswith("--"):
+            overrides.append((match[1], queue.pop(0)))
+        else:
+            print(f"lowrank: {argument} needs a value: {argument}=...", file=sys.stderr)
+            sys.exit(BAD_INPUT)
+    return overrides, rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lowrank", description="Train and evaluate low-rank neural networks.", epilog=_STATUS)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
+
+    def add(name: str, function, summary: str, epilog: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(command=function, overrides=[])
+        return sub
+
+    train = add("train", _train, "Train from a config file, or go on where a run stopped.", _TRAIN)
+    train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
+    train.add_argument("--workdir", required=True, help="folder of the run, local or remote (gs://...)")
+
+    evaluate = add("evaluate", _evaluate, "Evaluate a checkpoint on every example of a split.", _EVALUATE)
+    evaluate.add_argument("--workdir", required=True, help="folder of a run")
+    evaluate.add_argument("--step", default="latest", help="latest (default), best by top-1, or a number")
+    evaluate.add_argument("--split", help='such as "test" or "train[:1000]"; default: the config\'s dataset.eval_split')
+    evaluate.add_argument("--data-dir", help="where the data is on this machine, if not where it was in training")
+    evaluate.add_argument("--json", metavar="FILE", help="write the numbers here too")
+
+    overview = add("overview", _overview, "Show every kernel with its rank, or why it stays dense.", _OVERVIEW)
+    overview.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
+    return parser
+
+
+def _quieten() -> None:
+    """Libraries' start-up chatter off; a compilation cache on, unless the user has chosen one."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "lowrank_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)

@@ -1,0 +1,143 @@
+"""Everything that a config stands for, put together: model, plan, optimiser, mesh, and the jitted functions over them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from lowrank_jax import optim, state, step, surgery
+from lowrank_jax.config import Config, ConfigError
+from lowrank_jax.data.datasets import Dataset
+from lowrank_jax.plans import Plan
+from lowrank_jax.sharding import batch_sharding, make_mesh, replicated, tree_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What `build` makes of a config.
+
+    Attributes:
+      config: the config.
+      dataset: what is known of its data beforehand.
+      model, plan: the network, and which of its kernels are factored.
+      schedule, optimizer: how it is trained.
+      mesh: the devices.
+      shapes: a TrainState of `jax.ShapeDtypeStruct`s with their shardings.
+    """
+
+    config: Config
+    dataset: Dataset
+    model: nn.Module
+    plan: Plan
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    shapes: state.TrainState
+
+    def init(self) -> state.TrainState:
+        """The state before the first step: drawn, decomposed and laid out in one program on the devices."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+        return jax.jit(self._init_state, out_shardings=shardings)()
+
+    def _init_state(self) -> state.TrainState:
+        return state.init_state(self.model, self.plan, self.optimizer, images_like(self.dataset), self.config.seed)
+
+    def compile_train_step(self) -> Callable[..., tuple[state.TrainState, step.Metrics]]:
+        """The compiled training step `(state, batch) -> (state, metrics)`; it takes the old state's memory."""
+        train_step = step.make_train_step(
+            self.model,
+            self.optimizer,
+            self._normalizer(),
+            label_smoothing=self.config.optim.label_smoothing,
+            seed=self.config.seed,
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        return jitted.lower(self.shapes, self._batch_shapes()).compile()
+
+    def jit_eval_step(self) -> Callable[..., step.Metrics]:
+        return jax.jit(step.make_eval_step(self.model, self._normalizer()), out_shardings=replicated(self.mesh))
+
+    def _normalizer(self):
+        return step.normalizer(self.dataset.mean, self.dataset.std)
+
+    def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        size, sharding = self.config.batch_size, batch_sharding(self.mesh)
+        return {
+            "image": jax.ShapeDtypeStruct((size, *self.dataset.image_shape), jnp.uint8, sharding=sharding),
+            "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding),
+        }
+
+
+def images_like(dataset: Dataset) -> jax.Array:
+    """One blank image, for tracing a model."""
+    return jnp.zeros((1, *dataset.image_shape), jnp.float32)
+
+
+def make_plan(config: Config, source: str = "config") -> Plan:
+    """Which of the model's kernels are factored; nothing is computed.
+
+    Raises:
+      ConfigError: the model cannot be built on these images, or a rule does not fit it.
+    """
+    try:
+        images = jax.ShapeDtypeStruct((1, *config.description.image_shape), jnp.float32)
+        return surgery.plan(config.build_model(), images, config.lowrank.to_rules())
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(source, [f"model or lowrank: {line}" for line in str(error).splitlines()]) from error
+
+
+def build(config: Config, source: str = "config") -> Experiment:
+    """Puts an experiment together; nothing is computed and no data is touched.
+
+    Raises:
+      ConfigError: the parts do not fit together.
+    """
+    plan, dataset, model = make_plan(config, source), config.description, config.build_model()
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
+    settings = config.optim
+    schedule = optim.make_schedule(
+        settings.schedule,
+        settings.lr,
+        total_steps=config.total_steps,
+        warmup=config.in_steps(settings.warmup),
+        step_at=[config.in_steps(moment) for moment in settings.step_at],
+        step_factor=settings.step_factor,
+    )
+    init_params = functools.partial(state.init_params, model, plan, images_like(dataset), config.seed)
+    params, _ = jax.eval_shape(init_params)
+    try:
+        optimizer = optim.make_optimizer(
+            settings.name,
+            schedule,
+            params,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+            clip_norm=settings.clip_norm,
+            weight_decay=settings.weight_decay,
+            decay_rules=settings.decay_rules,
+            frobenius_decay=settings.frobenius_decay,
+        )
+    except ValueError as error:
+        raise ConfigError(source, [f"optim.decay_rules: {line}" for line in str(error).splitlines()]) from error
+    init_state = functools.partial(state.init_state, model, plan, optimizer, images_like(dataset), config.seed)
+    shapes = jax.eval_shape(init_state)
+    return Experiment(
+        config, dataset, model, plan, schedule, optimizer, mesh, _placed(shapes, tree_shardings(shapes, mesh))
+    )
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    def place(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes, shardings)

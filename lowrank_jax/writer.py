@@ -1,0 +1,64 @@
+"""Where a run's numbers go: the console, metrics.jsonl and TensorBoard."""
+
+import concurrent.futures
+from typing import Any
+
+import jax
+
+from lowrank_jax.workdir import Workdir
+
+
+class Writer:
+    """Writes scalars; on all processes but the first it does nothing."""
+
+    def __init__(self, workdir: Workdir):
+        self._active = jax.process_index() == 0
+        self._workdir = workdir
+        # clu's writer imports TensorFlow, which takes seconds: a thread does that while the model compiles.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._board = self._thread.submit(_open_board, str(workdir.path)) if self._active else None
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and the same in TensorBoard."""
+        if self._board is None:
+            return
+        self._workdir.append_metrics({"step": step, **scalars})
+        self._thread.submit(lambda board=self._board: board.result().write_scalars(step, scalars))
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        if self._active:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Returns when all is written."""
+        if self._board is not None:
+            board = self._board.result()
+            self._thread.submit(board.close).result()
+        self._thread.shutdown()
+
+
+def _open_board(folder: str) -> Any:
+    from clu.metric_writers import SummaryWriter
+
+    return SummaryWriter(folder)
+
+
+def progress_line(step: int, total: int, scalars: dict[str, float], *, rate: float, saved: int | None) -> str:
+    """`[ 1200/9380  12.8%] loss 0.41  top1 0.860  3.1e4 img/s  eta 1m52s  saved@1000`."""
+    width = len(str(total))
+    eta = duration((total - step) * scalars["train/seconds_per_step"])
+    tail = f"  saved@{saved}" if saved is not None else ""
+    return (
+        f"[{step:{width}}/{total} {100 * step / total:5.1f}%] loss {scalars['train/loss']:.4g}"
+        f"  top1 {scalars['train/top1']:.3f}  {rate:.3g} img/s  eta {eta}{tail}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1h02m, 112 -> 1m52s, 9 -> 9s."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"
