@@ -1,5 +1,6 @@
 """Low-rank neural networks in JAX: the same Flax model, with some kernels replaced by factor pairs."""
 
+from lowrank_jax import projection
 from lowrank_jax.decay import add_frobenius_decay, frobenius_penalty
 from lowrank_jax.kernel import LowRankKernel
 from lowrank_jax.layers import LowRankConv, LowRankDense, apply
@@ -21,4 +22,5 @@ __all__ = [
     "frobenius_penalty",
     "merge",
     "plan",
+    "projection",
 ]

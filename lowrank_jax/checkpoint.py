@@ -47,16 +47,14 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int = 2, read_only: bool = False):
-        self.directory = epath.Path(directory)
+        self.directory = epath.Path(directory).resolve()  # orbax takes absolute paths only
         self._read_only = read_only
         self._options = ocp.CheckpointManagerOptions(
             best_fn=lambda metrics: metrics["top1"],
             preservation_policy=managers.AnyPreservationPolicy(
                 [
                     managers.LatestN(keep),
-                    managers.BestN(
-                        get_metric_fn=lambda metrics: metrics["top1"], n=1, keep_checkpoints_without_metrics=False
-                    ),
+                    managers.BestN(get_metric_fn=lambda metrics: metrics["top1"], n=1, keep_checkpoints_without_metrics=False),
                 ]
             ),
             read_only=read_only,
@@ -75,12 +73,15 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the highest `top1`, the later of equals; None if none was evaluated."""
-        scores = {step: metrics["top1"] for step in self.steps() if (metrics := self._manager.metrics(step))}
+        scores = self._scores()
         return max(scores, key=lambda step: (scores[step], step), default=None)
 
     def best_score(self) -> float:
-        step = self.best()
-        return -1.0 if step is None else self._manager.metrics(step)["top1"]
+        """The highest `top1` of the steps that are there; -1 if none was evaluated."""
+        return max(self._scores().values(), default=-1.0)
+
+    def _scores(self) -> dict[int, float]:
+        return {step: metrics["top1"] for step in self.steps() if (metrics := self._manager.metrics(step))}
 
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
         """Starts to write a step; returns when the arrays are off the devices' hands."""
@@ -93,7 +94,11 @@ class Checkpoints:
         """Until everything is on disk."""
         self._manager.wait_until_finished()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Waits for what is being written."""
         self._manager.close()
 
     def restore(self, target: Any, *, newest: int | None = None) -> Restored | None:
@@ -125,7 +130,7 @@ class Checkpoints:
     def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         state_args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
-        items = self._manager.restore(step, args=ocp.args.Composite(state=state_args, info=ocp.args.JsonRestore()))
+        items: Any = self._manager.restore(step, args=ocp.args.Composite(state=state_args, info=ocp.args.JsonRestore()))
         body = items.info["body"]
         if items.info["check"] != _check(body):
             raise ValueError("the digest of its own record differs")

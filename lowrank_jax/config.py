@@ -257,8 +257,8 @@ class Config:
         return models.build(self.model.name, num_classes=self.description.num_classes, **self.model.kwargs)
 
 
-def default() -> ConfigDict:
-    """Every legal key with its default, to be changed by a config file.  Types are checked by `parse`."""
+def default() -> Any:
+    """A `ConfigDict` of every legal key with its default, for a config file to change.  Types are checked by `parse`."""
     return ConfigDict(to_dict(Config()), type_safe=False)
 
 

@@ -32,7 +32,7 @@ def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
 
         return jax.tree.map(add, updates, params, is_leaf=is_low_rank), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _decayed(update: LowRankKernel, param: LowRankKernel, decay: float) -> LowRankKernel:

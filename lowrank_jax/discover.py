@@ -119,7 +119,7 @@ def _refusal(module: nn.Module) -> str:
         return f"{type(module).__name__} is not nn.Dense, nn.DenseGeneral or nn.Conv"
     if type(module).__call__ is not base.__call__:
         return f"{type(module).__name__} computes in its own way"
-    if isinstance(module, nn.DenseGeneral) and module.batch_dims:
+    if isinstance(module, nn.DenseGeneral) and module.batch_dims != ():  # 0 names an axis
         return "one kernel for each batch index"
     if isinstance(module, nn.Conv) and module.feature_group_count > 1:
         depthwise = module.feature_group_count == module.features

@@ -85,7 +85,9 @@ class Evaluation:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-def evaluate_workdir(workdir: str, *, step: str = "latest", split: str | None = None, data_dir: str | None = None) -> Evaluation:
+def evaluate_workdir(
+    workdir: str, *, step: str = "latest", split: str | None = None, data_dir: str | None = None
+) -> Evaluation:
     """Evaluates a checkpoint of a run; the run's own files are left as they are.
 
     Args:
@@ -109,11 +111,10 @@ def evaluate_workdir(workdir: str, *, step: str = "latest", split: str | None = 
     except ValueError as error:
         raise configs.ConfigError("--split", [str(error)]) from None
 
-    checkpoints = Checkpoints(folder.checkpoints.resolve(), read_only=True)
-    wanted = _choose(checkpoints, step)
-    target = {"params": experiment.shapes.params, "batch_stats": experiment.shapes.batch_stats}
-    restored = checkpoints.restore(target, newest=wanted)
-    checkpoints.close()
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        wanted = _choose(checkpoints, step)
+        target = {"params": experiment.shapes.params, "batch_stats": experiment.shapes.batch_stats}
+        restored = checkpoints.restore(target, newest=wanted)
     assert restored is not None
     if step != "latest" and restored.damaged:
         raise CheckpointError(f"checkpoint {wanted} is damaged: {restored.damaged[wanted]}")

@@ -131,9 +131,7 @@ def build(config: Config, source: str = "config") -> Experiment:
         raise ConfigError(source, [f"optim.decay_rules: {line}" for line in str(error).splitlines()]) from error
     init_state = functools.partial(state.init_state, model, plan, optimizer, images_like(dataset), config.seed)
     shapes = jax.eval_shape(init_state)
-    return Experiment(
-        config, dataset, model, plan, schedule, optimizer, mesh, _placed(shapes, tree_shardings(shapes, mesh))
-    )
+    return Experiment(config, dataset, model, plan, schedule, optimizer, mesh, _placed(shapes, tree_shardings(shapes, mesh)))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -37,7 +37,7 @@ def _intercept(next_fun, args, kwargs, context):
     return two_stages(module, kernel, module.get_variable("params", "bias"), x)
 
 
-def two_stages(module: nn.Module, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
+def two_stages(module: nn.Module, kernel: LowRankKernel, bias: Any, x: jax.Array) -> Any:
     """What an `nn.Dense`, `nn.DenseGeneral` or `nn.Conv` computes from `x`, its kernel given as a factor pair.
 
     Args:
@@ -52,9 +52,10 @@ def two_stages(module: nn.Module, kernel: LowRankKernel, bias: Any, x: jax.Array
 
 
 def _dense_stages(module: Any, kernel: LowRankKernel):
-    last_axis = {"axis": -1} if isinstance(module, nn.DenseGeneral) else {}
     first = module.clone(features=kernel.rank, use_bias=False, name=None)
-    second = module.clone(**last_axis, name=None)
+    second = module.clone(name=None)
+    if isinstance(second, nn.DenseGeneral):
+        second = second.clone(axis=-1)
     return first, kernel.u, second, kernel.v
 
 
@@ -197,10 +198,10 @@ class LowRankConv(nn.Module):
     features: int
     kernel_size: int | Sequence[int]
     rank: int
-    strides: None | int | Sequence[int] = 1
+    strides: int | Sequence[int] | None = 1
     padding: Any = "SAME"
-    input_dilation: None | int | Sequence[int] = 1
-    kernel_dilation: None | int | Sequence[int] = 1
+    input_dilation: int | Sequence[int] | None = 1
+    kernel_dilation: int | Sequence[int] | None = 1
     use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jax.numpy.float32

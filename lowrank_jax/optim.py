@@ -77,10 +77,7 @@ def make_optimizer(
     ]
     if frobenius_decay:
         decays.append(add_frobenius_decay(frobenius_decay))
-    if name == "sgd":
-        core = [*decays, optax.trace(momentum, nesterov)]
-    else:
-        core = [optax.scale_by_adam(b1, b2, eps), *decays]
+    core = [*decays, optax.trace(momentum, nesterov)] if name == "sgd" else [optax.scale_by_adam(b1, b2, eps), *decays]
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     return optax.chain(*clip, *core, optax.scale_by_learning_rate(schedule))
 

@@ -42,8 +42,13 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(candidates) or 'none'}"
 
 
-def first_match(patterns: Sequence[str], names: Sequence[str]) -> dict[str, int | None]:
+def first_match(patterns: Sequence[str], names: Sequence[str], *, suggest: Sequence[str] = ()) -> dict[str, int | None]:
     """For every name the index of the first pattern that matches it in full; None where none does.
+
+    Args:
+      patterns: regular expressions, in order.
+      names: what they are to match.
+      suggest: names to propose for a pattern that matches nothing; default: all of them.
 
     Raises:
       ValueError: a pattern is not a regular expression, or is the first to match no name at all, in which case its settings
@@ -54,7 +59,7 @@ def first_match(patterns: Sequence[str], names: Sequence[str]) -> dict[str, int 
     used = set(matches.values())
     dead = [i for i, pattern in enumerate(patterns) if i not in used and pattern != CATCH_ALL]
     if dead:
-        raise ValueError("\n".join(_dead_rule(patterns[i], compiled[i], names) for i in dead))
+        raise ValueError("\n".join(_dead_rule(patterns[i], compiled[i], names, suggest) for i in dead))
     return matches
 
 
@@ -66,7 +71,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from None
 
 
-def _dead_rule(text: str, pattern: re.Pattern[str], names: Sequence[str]) -> str:
+def _dead_rule(text: str, pattern: re.Pattern[str], names: Sequence[str], suggest: Sequence[str]) -> str:
     if any(pattern.fullmatch(name) for name in names):
         return f"rule {text!r} never applies: earlier rules match everything that it matches; put it before them"
-    return f"rule {text!r} matches no parameter; the nearest is {nearest(text, names)!r}"
+    return f"rule {text!r} matches no parameter; the nearest is {nearest(text, suggest or names)!r}"

@@ -4,7 +4,8 @@ A layer computes sigma(x W) with W `[n, m]`, one column an output.  The function
 
     R(Y) = E |sigma(x W) - sigma(x Y)|^2,        x ~ N(0, I_n),
 
-and the nonlinear kernel projection looks for the rank-r Y that makes it small (arXiv 2202.00834; docs/mathematics.md, section 3).
+and the nonlinear kernel projection looks for the rank-r Y that makes it small (arXiv 2202.00834;
+docs/mathematics.md, section 3).
 
 Where several columns feed one output, as in the spatial scheme for convolutions, `group` says how many: column j belongs to
 output j % (m // group), and lengths and angles are those of an output's columns taken together.

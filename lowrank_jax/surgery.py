@@ -36,7 +36,7 @@ def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], **kwargs: Any) ->
     """
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     shapes, uses = discover.trace(model, inputs, kwargs)
-    matches = first_match([rule.path for rule in rules], list(shapes))
+    matches = first_match([rule.path for rule in rules], list(shapes), suggest=list(uses))
     first = jax.tree.leaves(inputs)[0]
     batch = first.shape[0] if first.ndim else 1
 
@@ -114,14 +114,13 @@ def factorize(params: Any, plan: Plan, *, key: jax.Array) -> Any:
 def _factorize(kernels: dict[str, jax.Array], plan: Plan, key: jax.Array) -> dict[str, Any]:
     factors = {}
     for members in _alike(kernels, plan):
-        views = [view for _, view in members]
         matrices = [view.to_matrix(kernels[kernel.name]).reshape(-1, view.n, view.m) for kernel, view in members]
         keys = [
             jax.random.split(jax.random.fold_in(key, zlib.crc32(kernel.name.encode())), len(stack))
             for (kernel, _), stack in zip(members, matrices, strict=True)
         ]
         kernel, view = members[0]
-        assert kernel.rule is not None
+        assert kernel.rule is not None and kernel.rank is not None
         method = functools.partial(
             METHODS[kernel.rule.method], rank=kernel.rank, activation=kernel.rule.activation, group=view.group
         )
@@ -129,9 +128,7 @@ def _factorize(kernels: dict[str, jax.Array], plan: Plan, key: jax.Array) -> dic
         ends = list(itertools.accumulate(len(stack) for stack in matrices))[:-1]
         for (kernel, view), u_k, v_k in zip(members, jnp.split(u, ends), jnp.split(v, ends), strict=True):
             stack = kernel.shape[: len(kernel.shape) - len(view.shape)]
-            factors[kernel.name] = view.from_factors(
-                u_k.reshape(*stack, *u_k.shape[1:]), v_k.reshape(*stack, *v_k.shape[1:])
-            )
+            factors[kernel.name] = view.from_factors(u_k.reshape(*stack, *u_k.shape[1:]), v_k.reshape(*stack, *v_k.shape[1:]))
     return factors
 
 

@@ -18,6 +18,7 @@ from lowrank_jax.config import Config, to_dict
 from lowrank_jax.data import datasets
 from lowrank_jax.data.pipeline import Shard, TrainBatches, train_iterator
 from lowrank_jax.evaluate import Interrupted, evaluate
+from lowrank_jax.plans import count
 from lowrank_jax.sharding import put_batch
 from lowrank_jax.state import TrainState
 from lowrank_jax.workdir import Workdir, config_digest
@@ -97,8 +98,9 @@ class Window:
             loss, norm = columns["loss"][i], columns["grad_norm"][i]
             if not np.isfinite([loss, norm]).all():
                 before = f"Last good checkpoint: {last_good}." if last_good is not None else "There is no checkpoint yet."
+                culprit = f"gradient norm is {norm:g}" if np.isfinite(loss) else f"loss is {loss:g}"
                 raise Diverged(
-                    f"loss is {loss:g} at step {self._first + i} (learning rate {lr:.3g}, gradient norm {norm:.3g})."
+                    f"{culprit} at step {self._first + i} (learning rate {lr:.3g}, loss {loss:.3g}, gradient norm {norm:.3g})."
                     f" {before} Lower optim.lr or set optim.clip_norm."
                 )
         return columns
@@ -106,11 +108,10 @@ class Window:
     def summary(self, lr: float, last_good: int | None) -> dict[str, float]:
         """Means over the window, which starts anew."""
         columns = self.check(lr, last_good)
-        count = len(self._metrics)
+        steps = len(self._metrics)
         scalars = {f"train/{name}": float(values.mean()) for name, values in columns.items()}
         scalars["train/lr"] = lr
-        scalars["train/seconds_per_step"] = self.seconds / count
-        scalars["train/images_per_second"] = self._batch_size * count / self.seconds
+        scalars["train/images_per_second"] = self._batch_size * steps / self.seconds
         self._metrics, self.seconds = [], 0.0
         return scalars
 
@@ -118,142 +119,192 @@ class Window:
 def train(config: Config, workdir: str, *, source: str = "config") -> Run:
     """Trains until the end or until stopped; started again on the same work directory, it goes on exactly.
 
+    Args:
+      config: the experiment.
+      workdir: its folder, local or remote.
+      source: what to call the config in messages.
+
     Raises:
       ConfigError, WorkdirError, DataError, CheckpointError: it cannot start; the message says why.
       Diverged: it cannot go on.
     """
     experiment = experiments.build(config, source)
-    total = config.total_steps
-    eval_every, save_every, log_every = (
-        max(1, config.in_steps(section.every)) for section in (config.eval, config.checkpoint, config.log)
+    train_data, eval_data = (
+        datasets.load(experiment.dataset, split, config.dataset.data_dir)
+        for split in (config.dataset.train_split, config.dataset.eval_split)
     )
-    train_data = datasets.load(experiment.dataset, config.dataset.train_split, config.dataset.data_dir)
-    eval_data = datasets.load(experiment.dataset, config.dataset.eval_split, config.dataset.data_dir)
-
     folder = Workdir(workdir)
     folder.claim(to_dict(config))
     folder.write_text("overview.txt", f"{experiment.plan}\n")
-    writer = Writer(folder)
-    checkpoints = Checkpoints(folder.checkpoints.resolve(), keep=config.checkpoint.keep)
-    plan = experiment.plan
-    writer.say(
-        f"{config.model.name} on {config.dataset.name}: {len(plan.factored)} of {len(plan.kernels)} kernels factored by"
-        f" {config.lowrank.method}, {plan.params / 1e6:.3g}M of {plan.dense_params / 1e6:.3g}M parameters;"
-        f" {total} steps on {jax.device_count()} {jax.devices()[0].platform} device(s)"
-    )
+    with Writer(folder) as writer, Checkpoints(folder.checkpoints, keep=config.checkpoint.keep) as checkpoints:
+        writer.say(_headline(experiment))
+        with StopSignal() as stop:
+            return _Loop(experiment, train_data, eval_data, folder, writer, checkpoints, stop).run()
 
-    iterator = train_iterator(
-        TrainBatches(
-            train_data,
-            config.batch_size,
-            total,
-            config.seed,
-            config.dataset.flip,
-            config.dataset.crop_padding,
-            Shard(jax.process_index(), jax.process_count()),
+
+class _Loop:
+    """The loop's moving parts; `run` is the order in which they move."""
+
+    def __init__(
+        self,
+        experiment: experiments.Experiment,
+        train_data: datasets.Arrays,
+        eval_data: datasets.Arrays,
+        folder: Workdir,
+        writer: Writer,
+        checkpoints: Checkpoints,
+        stop: StopSignal,
+    ):
+        config = experiment.config
+        self.experiment, self.config, self.eval_data = experiment, config, eval_data
+        self.folder, self.writer, self.checkpoints, self.stop = folder, writer, checkpoints, stop
+        self.total = config.total_steps
+        self.eval_every = max(1, config.in_steps(config.eval.every))
+        self.save_every = max(1, config.in_steps(config.checkpoint.every))
+        self.log_every = max(1, config.in_steps(config.log.every))
+        self.iterator = train_iterator(
+            TrainBatches(
+                train_data,
+                config.batch_size,
+                self.total,
+                config.seed,
+                config.dataset.flip,
+                config.dataset.crop_padding,
+                Shard(jax.process_index(), jax.process_count()),
+            )
         )
-    )
-    logged: dict[int, dict[str, float]] = {}
-    evals: dict[int, dict[str, float]] = {}
-    with StopSignal() as stop:
-        # Restore, or begin.
-        restored = checkpoints.restore(experiment.shapes)
-        if restored is None:
-            state, step, evaluated, spent, saved = experiment.init(), 0, None, 0.0, None
-        else:
-            for damaged, reason in restored.damaged.items():
-                writer.say(f"{workdir}: checkpoint {damaged} is damaged ({reason}); going on from {restored.step}")
-            state, step, saved = restored.state, restored.step, restored.step
-            evaluated, spent = restored.info["eval"], restored.info["seconds"]
-            iterator.set_state(restored.info["data"])
-            folder.forget_metrics_after(step, evaluated=evaluated is not None)
-            writer.say(f"resuming {workdir} from step {step} (data, randomness and optimiser included)")
-        best = checkpoints.best_score()
-        begin = time.perf_counter()
-        if step < total:
-            writer.say("compiling the training step ...")
-            train_step = experiment.compile_train_step()
-            writer.say(f"compiled in {duration(time.perf_counter() - begin)}")
-        eval_step = experiment.jit_eval_step()
-        window = Window(config.batch_size)
+        self.window = Window(config.batch_size)
+        self.logged: dict[int, dict[str, float]] = {}
+        self.evals: dict[int, dict[str, float]] = {}
+        self.begin = time.perf_counter()
 
-        def rate() -> float:
-            return float(experiment.schedule(max(0, step - 1)))
-
+    def run(self) -> Run:
+        self.restore_or_init()
+        self.compile()
         while True:
-            # Evaluate the state as it is.
-            if evaluated is None and (step == total or (step and step % eval_every == 0)) and not stop.requested:
-                try:
-                    evaluated = evaluate(
-                        eval_step,
-                        state.params,
-                        state.batch_stats,
-                        eval_data,
-                        batch_size=config.eval.batch_size,
-                        mesh=experiment.mesh,
-                        stop_requested=lambda: stop.requested,
-                    )
-                except Interrupted:
-                    pass
-                else:
-                    evals[step] = evaluated
-                    writer.write(step, {f"eval/{name}": value for name, value in evaluated.items()})
-                    writer.say(
-                        f"evaluated at step {step}: top1 {evaluated['top1']:.4f}  top5 {evaluated['top5']:.4f}"
-                        f"  loss {evaluated['loss']:.4f}"
-                    )
-
-            # Save before the iterator moves on.
-            improved = evaluated is not None and evaluated["top1"] > best
-            due = step == total or (step > 0 and step % save_every == 0) or improved or stop.requested
-            if due and saved != step:
-                window.check(rate(), saved)
-                seconds = spent + time.perf_counter() - begin
-                checkpoints.save(step, state, {"data": iterator.get_state(), "eval": evaluated, "seconds": seconds})
-                saved, best = step, max(best, evaluated["top1"] if evaluated else best)
-            if step == total or stop.requested:
+            self.evaluate_if_due()  # the state as it is, before it changes
+            self.save_if_due()  # before the iterator moves on
+            if self.step == self.total or self.stop.requested:
                 break
+            self.advance()
+            self.log_if_due()
+        return self.finish()
 
-            # Step.
-            tick = time.perf_counter()
-            batch = put_batch(next(iterator), experiment.mesh)
-            state, metrics = train_step(state, batch)
-            step, evaluated = step + 1, None
-            window.add(step, metrics)
-            if step % log_every == 0 or step == total:
-                jax.block_until_ready(metrics)
-            window.seconds += time.perf_counter() - tick
+    def restore_or_init(self) -> None:
+        restored = self.checkpoints.restore(self.experiment.shapes)
+        self.best = self.checkpoints.best_score()
+        if restored is None:
+            self.state, self.step, self.saved = self.experiment.init(), 0, None
+            self.evaluated, self.seconds_before = None, 0.0
+            self.folder.forget_metrics_after(-1, evaluated=False)
+            return
+        for step, reason in restored.damaged.items():
+            self.writer.say(f"{self.folder.path}: checkpoint {step} is damaged ({reason}); going on from {restored.step}")
+        self.state, self.step, self.saved = restored.state, restored.step, restored.step
+        self.evaluated, self.seconds_before = restored.info["eval"], restored.info["seconds"]
+        self.iterator.set_state(restored.info["data"])
+        self.folder.forget_metrics_after(self.step, evaluated=self.evaluated is not None)
+        self.writer.say(f"resuming {self.folder.path} from step {self.step} (data, randomness and optimiser included)")
 
-            # Log.
-            if step % log_every == 0 or step == total:
-                logged[step] = window.summary(rate(), saved)
-                writer.write(step, logged[step])
-                writer.say(
-                    progress_line(step, total, logged[step], rate=logged[step]["train/images_per_second"], saved=saved)
-                )
-        checkpoints.wait()
-    interrupted = step < total or evaluated is None
-    if interrupted:
-        writer.say(f"stopping: saved step {step} to {workdir}; the same command continues it")
-    else:
-        folder.write_json(
-            "result.json",
-            {
-                "step": step,
-                "params": plan.params,
-                "dense_params": plan.dense_params,
-                "macs": plan.macs,
-                "eval": evaluated,
-                "best_step": checkpoints.best(),
-                "seconds": spent + time.perf_counter() - begin,
-                "versions": _versions(),
-                "config_digest": config_digest(to_dict(config)),
-            },
+    def compile(self) -> None:
+        self.eval_step = self.experiment.jit_eval_step()
+        if self.step == self.total:
+            return
+        self.writer.say("compiling the training step ...")
+        begin = time.perf_counter()
+        self.train_step = self.experiment.compile_train_step()
+        self.writer.say(f"compiled in {duration(time.perf_counter() - begin)}")
+
+    def evaluate_if_due(self) -> None:
+        due = self.step == self.total or (self.step > 0 and self.step % self.eval_every == 0)
+        if not due or self.evaluated is not None:
+            return
+        try:
+            metrics = evaluate(
+                self.eval_step,
+                self.state.params,
+                self.state.batch_stats,
+                self.eval_data,
+                batch_size=self.config.eval.batch_size,
+                mesh=self.experiment.mesh,
+                stop_requested=lambda: self.stop.requested,
+            )
+        except Interrupted:
+            return
+        self.evaluated = self.evals[self.step] = metrics
+        self.writer.write(self.step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.writer.say(
+            f"evaluated at step {self.step}: top1 {metrics['top1']:.4f}  top5 {metrics['top5']:.4f}  loss {metrics['loss']:.4f}"
         )
-        writer.say(f"done: {workdir}/result.json")
-    checkpoints.close()
-    writer.close()
-    return Run(state, logged, evals, interrupted)
+
+    def save_if_due(self) -> None:
+        regular = self.step == self.total or (self.step > 0 and self.step % self.save_every == 0)
+        improved = self.evaluated is not None and self.evaluated["top1"] > self.best
+        if self.saved == self.step or not (regular or improved or self.stop.requested):
+            return
+        self.window.check(self.lr(), self.saved)  # what is saved is good
+        info = {"data": self.iterator.get_state(), "eval": self.evaluated, "seconds": self.seconds()}
+        self.checkpoints.save(self.step, self.state, info)
+        self.saved = self.step
+        if self.evaluated is not None:
+            self.best = max(self.best, self.evaluated["top1"])
+
+    def advance(self) -> None:
+        begin = time.perf_counter()
+        batch = put_batch(next(self.iterator), self.experiment.mesh)
+        self.state, metrics = self.train_step(self.state, batch)
+        self.step, self.evaluated = self.step + 1, None
+        self.window.add(self.step, metrics)
+        self.window.seconds += time.perf_counter() - begin
+
+    def log_if_due(self) -> None:
+        if self.step % self.log_every and self.step != self.total:
+            return
+        scalars = self.logged[self.step] = self.window.summary(self.lr(), self.saved)
+        self.writer.write(self.step, scalars)
+        self.writer.say(progress_line(self.step, self.total, scalars, batch_size=self.config.batch_size, saved=self.saved))
+
+    def finish(self) -> Run:
+        self.checkpoints.wait()
+        interrupted = self.step < self.total or self.evaluated is None
+        if interrupted:
+            self.writer.say(f"stopping: saved step {self.step} to {self.folder.path}; the same command continues it")
+        else:
+            self.folder.write_json("result.json", self.result())
+            self.writer.say(f"done: {self.folder.path / 'result.json'}")
+        return Run(self.state, self.logged, self.evals, interrupted)
+
+    def result(self) -> dict[str, Any]:
+        plan = self.experiment.plan
+        return {
+            "step": self.step,
+            "params": plan.params,
+            "dense_params": plan.dense_params,
+            "macs": plan.macs,
+            "dense_macs": plan.dense_macs,
+            "eval": self.evaluated,
+            "best_step": self.checkpoints.best(),
+            "seconds": self.seconds(),
+            "versions": _versions(),
+            "config_digest": config_digest(to_dict(self.config)),
+        }
+
+    def lr(self) -> float:
+        """The rate of the latest update."""
+        return float(np.asarray(self.experiment.schedule(max(0, self.step - 1))))
+
+    def seconds(self) -> float:
+        """Wall time of the run so far, earlier processes included."""
+        return self.seconds_before + time.perf_counter() - self.begin
+
+
+def _headline(experiment: experiments.Experiment) -> str:
+    config, plan = experiment.config, experiment.plan
+    return (
+        f"{config.model.name} on {config.dataset.name}: {len(plan.factored)} of {len(plan.kernels)} kernels factored by"
+        f" {config.lowrank.method}, {count(plan.params)} of {count(plan.dense_params)} parameters;"
+        f" {config.total_steps} steps on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+    )
 
 
 def _versions() -> dict[str, str]:

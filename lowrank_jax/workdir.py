@@ -66,7 +66,7 @@ class Workdir:
         """Writes a file whole or not at all."""
         partial = self.path / f".{name}.partial"
         partial.write_text(text)
-        partial.rename(self.path / name)
+        partial.replace(self.path / name)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """One object a line in metrics.jsonl."""
@@ -100,7 +100,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     old, new = _flat(old), _flat(json.loads(json.dumps(new)))
     keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(_FREE)]
     return [
-        f"{key} is {old.get(key, 'not set')} there, {new.get(key, 'not set')} here" for key in keys if old.get(key) != new.get(key)
+        f"{key} is {old.get(key, 'not set')} there, {new.get(key, 'not set')} here"
+        for key in keys
+        if old.get(key) != new.get(key)
     ]
 
 

@@ -1,6 +1,7 @@
 """Where a run's numbers go: the console, metrics.jsonl and TensorBoard."""
 
 import concurrent.futures
+import math
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ class Writer:
         """One line of metrics.jsonl, and the same in TensorBoard."""
         if self._board is None:
             return
-        self._workdir.append_metrics({"step": step, **scalars})
+        # JSON has no NaN; null is what its readers expect in its place.
+        self._workdir.append_metrics({"step": step, **{k: v if math.isfinite(v) else None for k, v in scalars.items()}})
         self._thread.submit(lambda board=self._board: board.result().write_scalars(step, scalars))
 
     def say(self, text: str) -> None:
@@ -30,7 +32,10 @@ class Writer:
         if self._active:
             print(text, flush=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
         """Returns when all is written."""
         if self._board is not None:
             board = self._board.result()
@@ -44,14 +49,14 @@ def _open_board(folder: str) -> Any:
     return SummaryWriter(folder)
 
 
-def progress_line(step: int, total: int, scalars: dict[str, float], *, rate: float, saved: int | None) -> str:
+def progress_line(step: int, total: int, scalars: dict[str, float], *, batch_size: int, saved: int | None) -> str:
     """`[ 1200/9380  12.8%] loss 0.41  top1 0.860  3.1e4 img/s  eta 1m52s  saved@1000`."""
-    width = len(str(total))
-    eta = duration((total - step) * scalars["train/seconds_per_step"])
+    rate = scalars["train/images_per_second"]
+    eta = duration((total - step) * batch_size / rate)
     tail = f"  saved@{saved}" if saved is not None else ""
     return (
-        f"[{step:{width}}/{total} {100 * step / total:5.1f}%] loss {scalars['train/loss']:.4g}"
-        f"  top1 {scalars['train/top1']:.3f}  {rate:.3g} img/s  eta {eta}{tail}"
+        f"[{step:{len(str(total))}}/{total} {100 * step / total:5.1f}%] loss {scalars['train/loss']:.4f}"
+        f"  top1 {scalars['train/top1']:.3f}  {rate:,.0f} img/s  eta {eta}{tail}"
     )
 
 

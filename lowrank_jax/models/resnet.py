@@ -27,7 +27,7 @@ class Stem(nn.Module):
             return nn.relu(self.norm(name="norm")(self.conv(self.features, (3, 3), padding=1, name="conv")(x)))
         x = self.conv(self.features, (7, 7), 2, padding=3, name="conv")(x)
         x = nn.relu(self.norm(name="norm")(x))
-        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # type: ignore[arg-type]
 
 
 class BasicBlock(nn.Module):
@@ -121,9 +121,7 @@ class ResNet(nn.Module):
         last_norm = norm
         if normalised and self.zero_init_last_norm:
             last_norm = functools.partial(norm, scale_init=nn.initializers.zeros_init())
-        block = functools.partial(
-            BottleneckBlock if self.bottleneck else BasicBlock, conv=conv, norm=norm, last_norm=last_norm
-        )
+        block = functools.partial(BottleneckBlock if self.bottleneck else BasicBlock, conv=conv, norm=norm, last_norm=last_norm)
         x = Stem(self.widths[0], self.stem == "cifar", conv, norm, name="stem")(x)
         for i, (features, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
             x = Stage(features, blocks, 1 if i == 0 else 2, block, name=f"stage{i + 1}")(x)

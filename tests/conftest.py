@@ -1,0 +1,27 @@
+"""Eight CPU devices, a compilation cache and a data folder for all tests; set before jax is imported."""
+
+import os
+import pathlib
+import tempfile
+
+_SCRATCH = pathlib.Path(tempfile.gettempdir()) / f"lowrank_jax_tests_{os.getuid()}"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["TFDS_DATA_DIR"] = str(_SCRATCH / "data")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_SCRATCH / "xla")
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+from absl import logging  # noqa: E402
+
+logging.set_verbosity(logging.ERROR)
+# Compilation makes the first example of a property slow: a deadline would only measure that.
+hypothesis.settings.register_profile("project", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def repository() -> pathlib.Path:
+    return pathlib.Path(__file__).parent.parent

@@ -1,0 +1,60 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank_jax.kernel import LowRankKernel, MatrixView, channel_view, dense_view, spatial_view
+
+shapes = st.sampled_from([(2, 3), (1, 4), (2, 3, 4), (3, 2, 4, 5)])
+
+
+@given(shapes, st.data())
+def test_a_view_and_its_inverse_cancel(shape, data):
+    rows = tuple(sorted(data.draw(st.sets(st.integers(0, len(shape) - 1), min_size=1, max_size=len(shape) - 1))))
+    stack = data.draw(st.sampled_from([(), (3,), (2, 3)]))
+    view = MatrixView(shape, rows)
+    kernel = jax.random.normal(jax.random.key(0), (*stack, *shape))
+    matrix = view.to_matrix(kernel)
+    assert matrix.shape == (*stack, view.n, view.m)
+    np.testing.assert_array_equal(view.from_matrix(matrix), kernel)
+
+
+@pytest.mark.parametrize(
+    "view", [dense_view((6, 4)), dense_view((2, 3, 4), 2), channel_view((3, 2, 4, 5)), spatial_view((3, 2, 4, 5))]
+)
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_factors_merge_to_the_product_in_the_kernels_shape(view, stack):
+    u = jax.random.normal(jax.random.key(0), (*stack, view.n, 2))
+    v = jax.random.normal(jax.random.key(1), (*stack, 2, view.m))
+    kernel = view.from_factors(u, v)
+    assert kernel.shape == (*stack, *view.shape)
+    assert kernel.view == MatrixView(view.shape, view.rows)
+    assert (kernel.rank, kernel.stack) == (2, stack)
+    np.testing.assert_allclose(view.to_matrix(kernel.merge()), np.asarray(u) @ np.asarray(v), rtol=1e-5, atol=1e-6)
+
+
+def test_spatial_columns_of_one_output_lie_a_group_apart():
+    view = spatial_view((3, 2, 4, 5))
+    kernel = jnp.zeros((3, 2, 4, 5)).at[..., 1].set(1)
+    columns = np.flatnonzero(view.to_matrix(kernel).any(0))
+    assert view.group == 2
+    assert set(columns % (view.m // view.group)) == {1}
+
+
+def test_a_factor_pair_is_two_leaves_and_survives_tree_operations():
+    kernel = LowRankKernel(jnp.ones((3, 3, 2, 1)), jnp.ones((1, 4)), (0, 1, 2))
+    doubled = jax.tree.map(lambda x: 2 * x, kernel)
+    assert len(jax.tree.leaves(kernel)) == 2
+    assert doubled.rows == (0, 1, 2)
+    np.testing.assert_allclose(doubled.merge(), 4 * kernel.merge())
+
+
+def test_bfloat16_factors_are_multiplied_in_float32():
+    u = jax.random.normal(jax.random.key(0), (64, 32), jnp.bfloat16)
+    v = jax.random.normal(jax.random.key(1), (32, 64), jnp.bfloat16)
+    exact = np.asarray(u, np.float64) @ np.asarray(v, np.float64)
+    merged = LowRankKernel(u, v).merge()
+    assert merged.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(merged, np.float64), exact, rtol=2**-8, atol=1e-6)  # one rounding, not 32
