@@ -4,9 +4,15 @@ Orbax restores an array whose bytes have changed on disk without a word, and tak
 step stores a digest of each array, restoring compares them, and a damaged step is reported and the one before it used.
 """
 
+import contextlib
 import dataclasses
+import gc
 import json
+import logging
+import sys
+import warnings
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -115,11 +121,12 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         steps = [step for step in self.steps() if newest is None or step <= newest]
         for step in reversed(steps):
-            try:
-                state, info = self._read(step, target)
-            except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
-                damaged[step] = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-                continue
+            with _quiet_failure():
+                try:
+                    state, info = self._read(step, target)
+                except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
+                    damaged[step] = _first_line(error)
+                    continue
             self._set_aside(list(damaged))
             return Restored(step, state, info, damaged)
         if damaged:
@@ -150,6 +157,25 @@ class Checkpoints:
             (self.directory / str(step)).rename(folder / (f"{step}-{copies}" if copies else str(step)))
         self._manager.close()
         self._manager = self._open()
+
+
+@contextlib.contextmanager
+def _quiet_failure() -> Iterator[None]:
+    """When a read fails, orbax leaves its other reads unfinished, and Python complains of each as it is collected."""
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+        log.setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda unraisable: None
+        yield
+        gc.collect()
+        sys.unraisablehook = hook
+        log.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _check(body: dict[str, Any]) -> int:

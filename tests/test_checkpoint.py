@@ -1,0 +1,148 @@
+"""Checkpoints that come back exactly, and damage that is noticed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_jax.checkpoint import CheckpointError, Checkpoints
+from lowrank_jax.kernel import LowRankKernel
+from lowrank_jax.state import TrainState
+
+
+def make_state(seed):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    pair = LowRankKernel(jax.random.normal(keys[0], (64, 8)), jax.random.normal(keys[1], (8, 32)))
+    params = {"dense": {"kernel": pair, "bias": jax.random.normal(keys[2], (32,))}}
+    return TrainState(jnp.int32(seed), params, {"mean": jnp.ones(3)}, (params,))
+
+
+TARGET = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
+    make_state(0),
+)
+
+
+def info(top1=None):
+    return {"data": {"next_index": 3}, "eval": None if top1 is None else {"top1": top1}, "seconds": 1.5}
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def save(folder, tops, **settings):
+    with Checkpoints(folder, **settings) as checkpoints:
+        for step, top1 in enumerate(tops, start=1):
+            checkpoints.save(step, make_state(step), info(top1))
+            checkpoints.wait()
+    return folder
+
+
+def data_files(step_folder):
+    """Largest first."""
+    return sorted((p for p in step_folder.rglob("*") if p.is_file()), key=lambda p: -p.stat().st_size)
+
+
+def test_a_state_comes_back_with_what_was_saved_beside_it(tmp_path):
+    save(tmp_path / "c", [None, 0.5])
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        restored = checkpoints.restore(TARGET)
+    assert (restored.step, restored.damaged) == (2, {})
+    assert restored.info["data"] == {"next_index": 3} and restored.info["eval"] == {"top1": 0.5}
+    assert_equal(restored.state, make_state(2))
+
+
+def test_parts_of_a_state_can_be_read_alone(tmp_path):
+    save(tmp_path / "c", [None])
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        restored = checkpoints.restore({"params": TARGET.params, "batch_stats": TARGET.batch_stats})
+    assert_equal(restored.state["params"], make_state(1).params)
+
+
+def test_no_checkpoints_is_no_error(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.restore(TARGET) is None
+        assert (checkpoints.latest(), checkpoints.best()) == (None, None)
+
+
+def test_the_latest_and_the_best_are_kept_also_across_a_restart(tmp_path):
+    save(tmp_path / "c", [0.2, 0.9, None, 0.3, 0.4], keep=2)
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        assert (checkpoints.steps(), checkpoints.best(), checkpoints.best_score()) == ([2, 4, 5], 2, 0.9)
+        checkpoints.save(6, make_state(6), info())
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 5, 6]
+
+
+@pytest.mark.parametrize("place", np.linspace(0, 0.99, 12))
+def test_a_flipped_byte_is_noticed_or_harmless(tmp_path, place):
+    file = data_files(save(tmp_path / "c", [None, None], keep=3) / "2")[0]
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 0x10
+    file.write_bytes(content)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        restored = checkpoints.restore(TARGET)
+        assert restored.step == 1 and list(restored.damaged) == [2] if restored.damaged else restored.step == 2
+        assert_equal(restored.state, make_state(restored.step))
+
+
+def test_damage_to_array_bytes_that_orbax_itself_does_not_see_is_named(tmp_path):
+    """The same step, saved again with one other element under the first one's record."""
+    save(tmp_path / "c", [None, None], keep=3)
+    good = make_state(2)
+    dense = good.params["dense"]
+    kernel = LowRankKernel(dense["kernel"].u.at[3, 3].add(1e-3), dense["kernel"].v)
+    tampered = TrainState(good.step, {"dense": {**dense, "kernel": kernel}}, good.batch_stats, good.opt_state)
+    with Checkpoints(tmp_path / "other", keep=3) as other:
+        other.save(2, tampered, info())
+    (tmp_path / "c" / "2" / "state").rename(tmp_path / "aside")
+    (tmp_path / "other" / "2" / "state").rename(tmp_path / "c" / "2" / "state")
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        restored = checkpoints.restore(TARGET)
+    assert restored.step == 1
+    assert restored.damaged == {2: "digest of params/dense/kernel/u differs"}
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_a_truncated_file_is_noticed_and_the_step_set_aside(tmp_path, which):
+    file = data_files(save(tmp_path / "c", [None, None], keep=3) / "2")[which]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with Checkpoints(tmp_path / "c", keep=3) as checkpoints:
+        restored = checkpoints.restore(TARGET)
+        assert_equal(restored.state, make_state(restored.step))
+        if restored.damaged:
+            assert checkpoints.steps() == [1]
+            assert (tmp_path / "damaged" / "2").is_dir()  # nothing is deleted
+            checkpoints.save(2, make_state(2), info())  # and the step can be saved again
+            checkpoints.wait()
+            assert checkpoints.steps() == [1, 2]
+
+
+def test_a_changed_record_is_noticed(tmp_path):
+    file = save(tmp_path / "c", [None, None], keep=3) / "2" / "info" / "metadata"
+    text = file.read_text()
+    assert '"next_index": 3' in text or '"next_index":3' in text
+    file.write_text(text.replace('"next_index": 3', '"next_index": 4').replace('"next_index":3', '"next_index":4'))
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.restore(TARGET).damaged == {2: "the digest of its own record differs"}
+
+
+def test_when_nothing_is_good_nothing_is_moved(tmp_path):
+    save(tmp_path / "c", [None, None], keep=3)
+    for step in ("1", "2"):
+        for file in data_files(tmp_path / "c" / step)[:4]:
+            file.write_bytes(b"")
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        with pytest.raises(CheckpointError, match=r"(?s)no checkpoint can be used.*step 2.*step 1"):
+            checkpoints.restore(TARGET)
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_read_only_reports_damage_and_moves_nothing(tmp_path):
+    file = data_files(save(tmp_path / "c", [None, None], keep=3) / "2")[0]
+    file.write_bytes(b"")
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        assert checkpoints.restore(TARGET).step == 1
+    assert (tmp_path / "c" / "2").is_dir()

@@ -1,0 +1,84 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lowrank_jax import models, plan, state, step
+from lowrank_jax.ranks import Rule
+
+
+def setup(**kwargs):
+    model = models.build("mlp", num_classes=6, widths=(16, 16), **kwargs)
+    images = jnp.zeros((1, 4, 4, 1))
+    planned = plan(model, images, [Rule("head/kernel"), Rule(".*", rank=2)])
+    optimizer = optax.sgd(0.1)
+    batch = {
+        "image": jax.random.randint(jax.random.key(0), (8, 4, 4, 1), 0, 256).astype(jnp.uint8),
+        "label": jnp.arange(8) % 6,
+        "mask": jnp.ones(8),
+    }
+    return model, optimizer, state.init_state(model, planned, optimizer, images, seed=0), batch
+
+
+NORMALIZE = step.normalizer((0.5,), (0.25,))
+
+
+def test_a_step_is_gradient_descent_on_the_smoothed_loss():
+    model, optimizer, before, batch = setup()
+    train_step = step.make_train_step(model, optimizer, NORMALIZE, label_smoothing=0.1)
+    after, metrics = jax.jit(train_step)(before, batch)
+    x = (np.asarray(batch["image"], np.float32) / 255 - 0.5) / 0.25
+
+    from lowrank_jax import apply, merge
+
+    logits = model.apply({"params": merge(before.params)}, x)
+    targets = 0.9 * np.eye(6)[np.asarray(batch["label"])] + 0.1 / 6
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    np.testing.assert_allclose(metrics["loss"], -(targets * log_p).sum(-1).mean(), rtol=1e-5)
+
+    def loss(params):
+        return -(targets * jax.nn.log_softmax(apply(model, {"params": params}, x))).sum(-1).mean()
+
+    grads = jax.grad(loss)(before.params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, before.params, grads)
+    for ours, theirs in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert int(after.step) == 1
+
+
+def test_dropout_differs_from_step_to_step_and_repeats_for_one():
+    model, optimizer, before, batch = setup(dropout=0.5)
+    train_step = jax.jit(step.make_train_step(model, optimizer, NORMALIZE, seed=3))
+    first, again = (train_step(before, batch)[1]["loss"] for _ in range(2))
+    later = train_step(before.replace(step=before.step + 1), batch)[1]["loss"]
+    assert first == again != later
+
+
+def test_batch_norm_statistics_move():
+    model, optimizer, before, batch = setup(batch_norm=True)
+    after, _ = jax.jit(step.make_train_step(model, optimizer, NORMALIZE))(before, batch)
+    assert not np.allclose(after.batch_stats["norm1"]["mean"], before.batch_stats["norm1"]["mean"])
+
+
+def test_sums_leave_masked_examples_out_even_if_they_are_nan():
+    model, _, before, batch = setup()
+    eval_step = jax.jit(step.make_eval_step(model, lambda x: x.astype(jnp.float32)))
+    whole = eval_step(before.params, {}, {**batch, "image": batch["image"].astype(jnp.float32)})
+    filled = {
+        "image": jnp.concatenate([batch["image"].astype(jnp.float32), jnp.full((2, 4, 4, 1), jnp.nan)]),
+        "label": jnp.concatenate([batch["label"], jnp.zeros(2, int)]),
+        "mask": jnp.concatenate([batch["mask"], jnp.zeros(2)]),
+    }
+    masked = eval_step(before.params, {}, filled)
+    for name in ("loss", "top1", "top5", "count"):
+        np.testing.assert_allclose(masked[name], whole[name], rtol=1e-6)
+
+
+def test_the_place_of_the_label_is_that_of_a_stable_sort_and_nan_puts_it_last():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(0, 4, (200, 7)).astype(np.float32)  # many ties
+    label = rng.integers(0, 7, 200)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    expected = np.argmax(order == label[:, None], axis=-1)
+    np.testing.assert_array_equal(step.rank_of_label(jnp.asarray(logits), jnp.asarray(label)), expected)
+    np.testing.assert_array_equal(step.rank_of_label(jnp.full((2, 7), jnp.nan), jnp.array([0, 3])), 7)

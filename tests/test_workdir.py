@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from lowrank_jax.config import Config, to_dict
+from lowrank_jax.workdir import Workdir, WorkdirError, config_digest
+
+
+def config(**changes):
+    values = to_dict(Config(steps=10))
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            values[section] = {**values[section], name: value}
+        else:
+            values[section] = value
+    return values
+
+
+def test_an_experiment_may_come_back_to_its_folder(tmp_path):
+    folder = Workdir(tmp_path / "run")
+    folder.claim(config())
+    folder.claim(config(log__every="7 steps", mesh__data=4, checkpoint__keep=5, dataset__data_dir="/elsewhere"))
+    assert config_digest(config()) == config_digest(config(mesh__data=4))
+
+
+def test_another_experiment_is_refused_with_the_keys_that_differ(tmp_path):
+    folder = Workdir(tmp_path / "run")
+    folder.claim(config(lowrank__scale=0.05))
+    message = (
+        r"belongs to another experiment: lowrank.scale is 0.05 there, 0.2 here; seed is 0 there, 3 here. Use a new --workdir"
+    )
+    with pytest.raises(WorkdirError, match=message):
+        folder.claim(config(lowrank__scale=0.2, seed=3))
+    assert folder.read_config()["lowrank"]["scale"] == 0.05
+    assert config_digest(config(seed=3)) != config_digest(config())
+
+
+def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkdirError, match="is a file"):
+        Workdir(tmp_path / "file").claim(config())
+    with pytest.raises(WorkdirError, match=r"has no config\.json"):
+        Workdir(tmp_path).read_config()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WorkdirError, match=r"config\.json is damaged"):
+        Workdir(tmp_path).read_config()
+
+
+def test_metrics_beyond_the_resumed_step_are_forgotten(tmp_path):
+    folder = Workdir(tmp_path)
+    for step in (10, 20, 30):
+        folder.append_metrics({"step": step, "train/loss": 1.0})
+        folder.append_metrics({"step": step, "eval/top1": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "tra')  # a kill in mid-line
+    folder.forget_metrics_after(20, evaluated=True)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "eval/top1" in line) for line in lines] == [(10, False), (10, True), (20, False), (20, True)]
+    folder.forget_metrics_after(20, evaluated=False)  # it will be evaluated again
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
