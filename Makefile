@@ -1,0 +1,36 @@
+# make setup        a virtual environment in .venv with everything that follows needs
+# make quickstart   trains, evaluates and shows a low-rank ResNet on handwritten digits
+# make test         the tests
+# make check        format, lint and types
+# make bench        benchmarks; each prints a ratio against a rival measured in the same run
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup quickstart test check bench clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowrank_jax needs Python 3.11 or newer: make setup PYTHON=python3.x")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/lowrank train --config=configs/digits_resnet.py --workdir=runs/quickstart
+	$(BIN)/lowrank evaluate --workdir=runs/quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: setup
+	$(BIN)/python -m benchmarks.loop_overhead
+	$(BIN)/python -m benchmarks.init_model
+
+clean:
+	rm -rf .venv runs

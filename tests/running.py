@@ -1,0 +1,73 @@
+"""Small experiments for the tests, in this process or in one of their own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+from lowrank_jax import config as configs
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Dropout, BatchNorm and augmentation are on, so that resuming has to bring all of them back.
+TINY = {
+    "batch_size": 32,
+    "steps": 40,
+    "dataset.crop_padding": 1,
+    "dataset.flip": True,
+    "model.name": "mlp",
+    "model.kwargs": {"widths": (32, 32), "batch_norm": True, "dropout": 0.2},
+    "optim.warmup": "5 steps",
+    "optim.weight_decay": 1e-3,
+    "optim.lr": 0.05,
+    "eval.every": "1000 steps",
+    "eval.batch_size": 64,
+    "checkpoint.every": "10 steps",
+    "checkpoint.keep": 3,
+    "log.every": "10 steps",
+}
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """The tiny experiment's values by dotted key; `a__b=1` sets "a.b"."""
+    return {**TINY, **{key.replace("__", "."): value for key, value in changes.items()}}
+
+
+def config(**changes: Any) -> configs.Config:
+    """The tiny experiment, parsed for the devices of this process."""
+    given = configs.default()
+    for key, value in settings(**changes).items():
+        configs.override(given, key, str(value))
+    return configs.parse(given, devices=8)
+
+
+def command(workdir: pathlib.Path, name: str = "train", **changes: Any) -> list[str]:
+    """The command line that trains the tiny experiment from a shipped config file."""
+    flags = [f"--config.{key}={value}" for key, value in settings(epochs=None, **changes).items()]
+    file = ROOT / "configs" / "digits_resnet.py"
+    # The rules of the shipped config name layers of its own network.
+    flags += ["--config.lowrank.rules=()"]
+    return [sys.executable, "-m", "lowrank_jax", name, f"--config={file}", f"--workdir={workdir}", *flags]
+
+
+def run(arguments: list[str], *, devices: int = 1, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end."""
+    return subprocess.run(arguments, env=environment(devices), capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def start(arguments: list[str], *, devices: int = 1) -> subprocess.Popen[str]:
+    """Starts a command; its output is one stream."""
+    return subprocess.Popen(
+        arguments, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+    )
+
+
+def environment(devices: int) -> dict[str, str]:
+    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
