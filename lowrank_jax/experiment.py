@@ -53,6 +53,7 @@ class Experiment:
         train_step = step.make_train_step(
             self.model,
             self.optimizer,
+            self.schedule,
             self._normalizer(),
             label_smoothing=self.config.optim.label_smoothing,
             seed=self.config.seed,

@@ -22,12 +22,17 @@ def normalizer(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[jax
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
     normalize: Callable[[jax.Array], jax.Array],
     *,
     label_smoothing: float = 0.0,
     seed: int = 0,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """A function `(state, batch) -> (state, metrics)`; the metrics are means over the batch, from before the update."""
+    """A function `(state, batch) -> (state, metrics)`.
+
+    The metrics `loss` and `top1` are means over the batch from before the update; `grad_norm` is the norm of the gradient and
+    `lr` the learning rate of the update.
+    """
 
     def loss_fn(params: Any, state: TrainState, batch: dict[str, jax.Array]):
         logits, updates = apply(
@@ -48,7 +53,7 @@ def make_train_step(
         (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "top1": top1, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": loss, "top1": top1, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step

@@ -1,11 +1,13 @@
 """The training loop, top to bottom as a run happens."""
 
 import collections
+import contextlib
 import dataclasses
 import platform
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -76,7 +78,7 @@ class Window:
         self._metrics: list[dict[str, jax.Array]] = []
         self._in_flight: collections.deque[jax.Array] = collections.deque()
         self._first = 0
-        self.seconds = 0.0
+        self._begin = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Notes a step; waits only so that the devices' queue stays short."""
@@ -86,7 +88,14 @@ class Window:
         if len(self._in_flight) > 2:
             self._in_flight.popleft().block_until_ready()
 
-    def check(self, lr: float, last_good: int | None) -> dict[str, np.ndarray]:
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count as training time."""
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
+
+    def check(self, last_good: int | None) -> dict[str, np.ndarray]:
         """The metrics as arrays over steps.
 
         Raises:
@@ -95,7 +104,7 @@ class Window:
         rows = jax.device_get(self._metrics)
         columns = {name: np.array([row[name] for row in rows], np.float64) for name in (rows[0] if rows else {})}
         for i in range(len(rows)):
-            loss, norm = columns["loss"][i], columns["grad_norm"][i]
+            loss, norm, lr = (columns[name][i] for name in ("loss", "grad_norm", "lr"))
             if not np.isfinite([loss, norm]).all():
                 before = f"Last good checkpoint: {last_good}." if last_good is not None else "There is no checkpoint yet."
                 culprit = f"gradient norm is {norm:g}" if np.isfinite(loss) else f"loss is {loss:g}"
@@ -105,14 +114,13 @@ class Window:
                 )
         return columns
 
-    def summary(self, lr: float, last_good: int | None) -> dict[str, float]:
+    def summary(self, last_good: int | None) -> dict[str, float]:
         """Means over the window, which starts anew."""
-        columns = self.check(lr, last_good)
+        columns = self.check(last_good)
         steps = len(self._metrics)
         scalars = {f"train/{name}": float(values.mean()) for name, values in columns.items()}
-        scalars["train/lr"] = lr
-        scalars["train/images_per_second"] = self._batch_size * steps / self.seconds
-        self._metrics, self.seconds = [], 0.0
+        scalars["train/images_per_second"] = self._batch_size * steps / (time.perf_counter() - self._begin)
+        self._metrics, self._begin = [], time.perf_counter()
         return scalars
 
 
@@ -173,7 +181,6 @@ class _Loop:
                 Shard(jax.process_index(), jax.process_count()),
             )
         )
-        self.window = Window(config.batch_size)
         self.logged: dict[int, dict[str, float]] = {}
         self.evals: dict[int, dict[str, float]] = {}
         self.begin = time.perf_counter()
@@ -182,8 +189,9 @@ class _Loop:
         self.restore_or_init()
         self.compile()
         while True:
-            self.evaluate_if_due()  # the state as it is, before it changes
-            self.save_if_due()  # before the iterator moves on
+            with self.window.paused():
+                self.evaluate_if_due()  # the state as it is, before it changes
+                self.save_if_due()  # before the iterator moves on
             if self.step == self.total or self.stop.requested:
                 break
             self.advance()
@@ -208,12 +216,12 @@ class _Loop:
 
     def compile(self) -> None:
         self.eval_step = self.experiment.jit_eval_step()
-        if self.step == self.total:
-            return
-        self.writer.say("compiling the training step ...")
-        begin = time.perf_counter()
-        self.train_step = self.experiment.compile_train_step()
-        self.writer.say(f"compiled in {duration(time.perf_counter() - begin)}")
+        if self.step < self.total:
+            self.writer.say("compiling the training step ...")
+            begin = time.perf_counter()
+            self.train_step = self.experiment.compile_train_step()
+            self.writer.say(f"compiled in {duration(time.perf_counter() - begin)}")
+        self.window = Window(self.config.batch_size)  # its clock starts here
 
     def evaluate_if_due(self) -> None:
         due = self.step == self.total or (self.step > 0 and self.step % self.eval_every == 0)
@@ -242,7 +250,7 @@ class _Loop:
         improved = self.evaluated is not None and self.evaluated["top1"] > self.best
         if self.saved == self.step or not (regular or improved or self.stop.requested):
             return
-        self.window.check(self.lr(), self.saved)  # what is saved is good
+        self.window.check(self.saved)  # what is saved is good
         info = {"data": self.iterator.get_state(), "eval": self.evaluated, "seconds": self.seconds()}
         self.checkpoints.save(self.step, self.state, info)
         self.saved = self.step
@@ -250,17 +258,15 @@ class _Loop:
             self.best = max(self.best, self.evaluated["top1"])
 
     def advance(self) -> None:
-        begin = time.perf_counter()
         batch = put_batch(next(self.iterator), self.experiment.mesh)
         self.state, metrics = self.train_step(self.state, batch)
         self.step, self.evaluated = self.step + 1, None
         self.window.add(self.step, metrics)
-        self.window.seconds += time.perf_counter() - begin
 
     def log_if_due(self) -> None:
         if self.step % self.log_every and self.step != self.total:
             return
-        scalars = self.logged[self.step] = self.window.summary(self.lr(), self.saved)
+        scalars = self.logged[self.step] = self.window.summary(self.saved)
         self.writer.write(self.step, scalars)
         self.writer.say(progress_line(self.step, self.total, scalars, batch_size=self.config.batch_size, saved=self.saved))
 
@@ -288,10 +294,6 @@ class _Loop:
             "versions": _versions(),
             "config_digest": config_digest(to_dict(self.config)),
         }
-
-    def lr(self) -> float:
-        """The rate of the latest update."""
-        return float(np.asarray(self.experiment.schedule(max(0, self.step - 1))))
 
     def seconds(self) -> float:
         """Wall time of the run so far, earlier processes included."""

@@ -20,12 +20,13 @@ def setup(**kwargs):
     return model, optimizer, state.init_state(model, planned, optimizer, images, seed=0), batch
 
 
+SCHEDULE = optax.constant_schedule(0.1)
 NORMALIZE = step.normalizer((0.5,), (0.25,))
 
 
 def test_a_step_is_gradient_descent_on_the_smoothed_loss():
     model, optimizer, before, batch = setup()
-    train_step = step.make_train_step(model, optimizer, NORMALIZE, label_smoothing=0.1)
+    train_step = step.make_train_step(model, optimizer, SCHEDULE, NORMALIZE, label_smoothing=0.1)
     after, metrics = jax.jit(train_step)(before, batch)
     x = (np.asarray(batch["image"], np.float32) / 255 - 0.5) / 0.25
 
@@ -48,7 +49,7 @@ def test_a_step_is_gradient_descent_on_the_smoothed_loss():
 
 def test_dropout_differs_from_step_to_step_and_repeats_for_one():
     model, optimizer, before, batch = setup(dropout=0.5)
-    train_step = jax.jit(step.make_train_step(model, optimizer, NORMALIZE, seed=3))
+    train_step = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, NORMALIZE, seed=3))
     first, again = (train_step(before, batch)[1]["loss"] for _ in range(2))
     later = train_step(before.replace(step=before.step + 1), batch)[1]["loss"]
     assert first == again != later
@@ -56,7 +57,7 @@ def test_dropout_differs_from_step_to_step_and_repeats_for_one():
 
 def test_batch_norm_statistics_move():
     model, optimizer, before, batch = setup(batch_norm=True)
-    after, _ = jax.jit(step.make_train_step(model, optimizer, NORMALIZE))(before, batch)
+    after, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, NORMALIZE))(before, batch)
     assert not np.allclose(after.batch_stats["norm1"]["mean"], before.batch_stats["norm1"]["mean"])
 
 
