@@ -1,0 +1,25 @@
+"""What the README shows has to run."""
+
+import re
+
+import jax
+
+from lowrank_jax.config import legal_keys
+from lowrank_jax.kernel import is_low_rank
+
+
+def test_the_ten_lines_run_as_written(repository):
+    (code,) = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    factored = [leaf for leaf in jax.tree.leaves(names["params"], is_leaf=is_low_rank) if is_low_rank(leaf)]
+    assert len(factored) == 2
+    assert jax.tree.map(lambda x: x.shape, names["dense"]) == jax.tree.map(lambda x: x.shape, names["variables"]["params"])
+
+
+def test_every_key_of_the_config_is_listed(repository):
+    text = (repository / "README.md").read_text()
+    for key in legal_keys():
+        section, _, name = key.rpartition(".")
+        assert f"`{key}`" in text or f"`.{name}`" in text, f"{key} is not in the README"
+        assert not section or f"`{section}." in text
