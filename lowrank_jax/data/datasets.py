@@ -1,0 +1,206 @@
+"""The data sets that a config can name: what is known of them without touching data, and how their arrays are read."""
+
+import dataclasses
+import zipfile
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lowrank_jax.paths import did_you_mean
+
+
+class DataError(Exception):
+    """Data is missing or unusable; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What is known of a data set beforehand.
+
+    Attributes:
+      name: its name in TFDS.
+      image_shape: `(height, width, channels)`.
+      num_classes: labels run from 0 to num_classes - 1.
+      sizes: the number of examples in each split.
+      mean, std: per channel, of pixels scaled to [0, 1]; taken over the training split.
+      prepare: what to run when it is not there; empty when it is made on first use.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    sizes: dict[str, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    prepare: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """A split in memory: `images` uint8 `[size, height, width, channels]`, `labels` int32 `[size]`."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticOptions:
+    """The legal `dataset.kwargs` of the data set `synthetic`."""
+
+    image_shape: tuple[int, ...] = (32, 32, 3)
+    num_classes: int = 10
+    train_size: int = 4096
+    test_size: int = 1024
+
+
+_TFDS = {
+    dataset.name: dataset
+    for dataset in (
+        Dataset("digits", (8, 8, 1), 10, {"train": 1437, "test": 360}, (0.305,), (0.377,)),
+        Dataset(
+            "fashion_mnist", (28, 28, 1), 10, {"train": 60_000, "test": 10_000}, (0.2860,), (0.3530,),
+            prepare="scripts/prepare_fashion_mnist.sh DATA_DIR",
+        ),
+        Dataset(
+            "cifar10", (32, 32, 3), 10, {"train": 50_000, "test": 10_000}, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
+            prepare="tfds build cifar10 --file_format=array_record --data_dir=DATA_DIR",
+        ),
+    )
+}  # fmt: skip
+
+NAMES = (*_TFDS, "synthetic")
+
+
+def describe(name: str, options: dict[str, Any]) -> Dataset:
+    """The data set of that name; `options` are its `dataset.kwargs`, already checked."""
+    if name != "synthetic":
+        return _TFDS[name]
+    synthetic = SyntheticOptions(**options)
+    height, width, channels = synthetic.image_shape
+    sizes = {"train": synthetic.train_size, "test": synthetic.test_size}
+    return Dataset(name, (height, width, channels), synthetic.num_classes, sizes, (0.5,) * channels, (0.25,) * channels)
+
+
+def split_parts(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
+    """A split such as "train[:90%]" as ranges of stored splits: `(name, start, stop)`; TFDS's own slicing syntax.
+
+    Raises:
+      ValueError: no such split, or not its syntax.
+    """
+    import tensorflow_datasets as tfds
+
+    bare = [part.split("[")[0].strip() for part in split.split("+")]
+    for name in bare:
+        if name not in dataset.sizes:
+            raise ValueError(f"{dataset.name} has no split {name!r}{did_you_mean(name, dataset.sizes)}")
+    try:
+        instruction: Any = tfds.core.ReadInstruction.from_spec(split)
+        parts = instruction.to_absolute(
+            {name: _SplitSize(size) for name, size in dataset.sizes.items()}
+        )
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"split {split!r} is not understood: {error}") from None
+    ranges = [(part.splitname, part.from_ or 0, dataset.sizes[part.splitname] if part.to is None else part.to) for part in parts]
+    if not sum(stop - start for _, start, stop in ranges):
+        raise ValueError(f"split {split!r} is empty")
+    return ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class _SplitSize:
+    """The one attribute of TFDS's split info that slicing asks for."""
+
+    num_examples: int
+
+
+def split_size(dataset: Dataset, split: str) -> int:
+    """How many examples a split has, slices included."""
+    return sum(stop - start for _, start, stop in split_parts(dataset, split))
+
+
+def load(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
+    """Reads a whole split into memory.
+
+    Raises:
+      DataError: the data set is not prepared, or its size is not the registered one.
+    """
+    read = _synthesize if dataset.name == "synthetic" else _read_tfds
+    parts = []
+    for name, start, stop in split_parts(dataset, split):
+        stored = read(dataset, name, data_dir)
+        if len(stored) != dataset.sizes[name]:
+            raise DataError(f"{dataset.name}/{name} has {len(stored)} examples, {dataset.sizes[name]} expected: prepare it anew")
+        parts.append(Arrays(stored.images[start:stop], stored.labels[start:stop]))
+    if len(parts) == 1:
+        return parts[0]
+    return Arrays(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
+
+
+def _read_tfds(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
+    builder = _prepared(dataset, data_dir)
+    cache = builder.data_path / f"decoded-{split}.npz"
+    decoded = _read_cache(cache)
+    if decoded is None:
+        source: Any = builder.as_data_source(split)  # type: ignore[call-arg]
+        examples = source.__getitems__(range(len(source)))
+        decoded = Arrays(
+            np.stack([example["image"] for example in examples]),
+            np.array([example["label"] for example in examples], np.int32),
+        )
+        _write_cache(cache, decoded)
+    return decoded
+
+
+def _read_cache(path: epath.Path) -> Arrays | None:
+    """Decoding 60,000 PNGs takes longer than many a run; the next one finds the pixels beside the records."""
+    try:
+        with path.open("rb") as file, np.load(file) as stored:
+            return Arrays(stored["images"], stored["labels"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _write_cache(path: epath.Path, arrays: Arrays) -> None:
+    """A courtesy to the next run: where the folder is read-only there is just no cache."""
+    import uuid
+
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, images=arrays.images, labels=arrays.labels)
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+
+
+def _prepared(dataset: Dataset, data_dir: str | None):
+    """The TFDS builder, its data on disk as array_record."""
+    import tensorflow_datasets as tfds
+
+    if dataset.name == "digits":
+        from lowrank_jax.data.digits.digits_dataset_builder import Builder
+
+        builder = Builder(data_dir=data_dir, file_format="array_record")
+        # Ships with scikit-learn: nothing is fetched.
+        builder.download_and_prepare()
+        return builder
+    builder = tfds.builder(dataset.name, data_dir=data_dir, file_format="array_record")
+    if not builder.is_prepared():
+        where = builder.data_path.parents[1]
+        command = dataset.prepare.replace("DATA_DIR", str(where))
+        raise DataError(f"{dataset.name} is not prepared under {where}; run: {command}")
+    return builder
+
+
+def _synthesize(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
+    """Images that a small network can learn: a fixed random pattern per class, and noise."""
+    del data_dir
+    patterns = np.random.default_rng(0).integers(0, 256, (dataset.num_classes, *dataset.image_shape))
+    draw = np.random.default_rng([1, split == "train"])
+    labels = draw.integers(0, dataset.num_classes, dataset.sizes[split]).astype(np.int32)
+    noise = draw.integers(0, 256, (len(labels), *dataset.image_shape))
+    return Arrays(((patterns[labels] + noise) // 2).astype(np.uint8), labels)
