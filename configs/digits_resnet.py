@@ -1,10 +1,10 @@
 """ResNet-8 on scikit-learn's digits, its convolutions factored by kernel projection at a quarter of full rank.
 
-The smallest real experiment: the data ships with the package, and it trains in about a minute on two CPU cores.
+The smallest real experiment: its data ships with scikit-learn.
 
     lowrank train --config=configs/digits_resnet.py --workdir=runs/digits
 
-Hardware: any.  Expected: top-1 of at least 0.95 on the 360 held-out digits.
+Hardware: any; half a minute on two CPU cores.  Expected: top-1 of at least 0.95 on the 360 held-out digits (0.9944 with seed 0).
 """
 
 from lowrank_jax.config import default

@@ -1,6 +1,8 @@
 """The data sets that a config can name: what is known of them without touching data, and how their arrays are read."""
 
+import contextlib
 import dataclasses
+import io
 import zipfile
 from typing import Any
 
@@ -99,12 +101,12 @@ def split_parts(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
             raise ValueError(f"{dataset.name} has no split {name!r}{did_you_mean(name, dataset.sizes)}")
     try:
         instruction: Any = tfds.core.ReadInstruction.from_spec(split)
-        parts = instruction.to_absolute(
-            {name: _SplitSize(size) for name, size in dataset.sizes.items()}
-        )
+        parts = instruction.to_absolute({name: _SplitSize(size) for name, size in dataset.sizes.items()})
     except (ValueError, AssertionError) as error:
         raise ValueError(f"split {split!r} is not understood: {error}") from None
-    ranges = [(part.splitname, part.from_ or 0, dataset.sizes[part.splitname] if part.to is None else part.to) for part in parts]
+    ranges = [
+        (part.splitname, part.from_ or 0, dataset.sizes[part.splitname] if part.to is None else part.to) for part in parts
+    ]
     if not sum(stop - start for _, start, stop in ranges):
         raise ValueError(f"split {split!r} is empty")
     return ranges
@@ -133,7 +135,9 @@ def load(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
     for name, start, stop in split_parts(dataset, split):
         stored = read(dataset, name, data_dir)
         if len(stored) != dataset.sizes[name]:
-            raise DataError(f"{dataset.name}/{name} has {len(stored)} examples, {dataset.sizes[name]} expected: prepare it anew")
+            raise DataError(
+                f"{dataset.name}/{name} has {len(stored)} examples, {dataset.sizes[name]} expected: prepare it anew"
+            )
         parts.append(Arrays(stored.images[start:stop], stored.labels[start:stop]))
     if len(parts) == 1:
         return parts[0]
@@ -185,8 +189,10 @@ def _prepared(dataset: Dataset, data_dir: str | None):
         from lowrank_jax.data.digits.digits_dataset_builder import Builder
 
         builder = Builder(data_dir=data_dir, file_format="array_record")
-        # Ships with scikit-learn: nothing is fetched.
-        builder.download_and_prepare()
+        # It ships with scikit-learn, so nothing is fetched, whatever TFDS says on the way.
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
         return builder
     builder = tfds.builder(dataset.name, data_dir=data_dir, file_format="array_record")
     if not builder.is_prepared():

@@ -1,6 +1,6 @@
 """Prepares a TFDS data set from files that are already on this machine.
 
-    python -m lowrank_jax.data.prepare fashion_mnist --manual-dir=/usr/share/datasets/fashion-mnist --data-dir=data
+python -m lowrank_jax.data.prepare fashion_mnist --manual-dir=/usr/share/datasets/fashion-mnist --data-dir=data
 """
 
 import argparse
