@@ -1,7 +1,7 @@
-"""The settings of an experiment: every legal key with its default, and one strict reading of what a config file gives.
+"""One strict reading of a config file and its overrides.
 
 A config file defines `get_config()` and returns a `ConfigDict`: `default()` with some values changed.  `parse` reads it once,
-completely, into the frozen dataclasses below, and reports all that is wrong with it at the same time.
+completely, into the frozen dataclasses of `schema`, and reports all that is wrong with it at the same time.
 """
 
 import ast
@@ -9,19 +9,17 @@ import dataclasses
 import importlib.util
 import math
 import pathlib
-import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from lowrank_jax import models, optim
+from lowrank_jax import models
 from lowrank_jax.data import datasets
-from lowrank_jax.methods import METHODS
 from lowrank_jax.paths import did_you_mean
-from lowrank_jax.ranks import Rule
+from lowrank_jax.schema import Config, Duration
 
 
 class ConfigError(Exception):
@@ -31,230 +29,6 @@ class ConfigError(Exception):
         self.problems = list(problems)
         count = f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
         super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in self.problems)]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Duration:
-    """A length of training: "500", "500 steps", "2 epochs" or "1e6 examples"."""
-
-    amount: float
-    unit: str
-
-    @classmethod
-    def read(cls, value: Any) -> "Duration":
-        """Raises ValueError if it does not read as a duration."""
-        match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(step|epoch|example)?s?", str(value).strip())
-        try:
-            return cls(float(match[1]), match[2] or "step")  # type: ignore[index]
-        except (TypeError, ValueError):
-            raise ValueError('a duration such as "500 steps" or "2 epochs"') from None
-
-    def steps(self, batch_size: int, epoch_size: int) -> int:
-        """In whole steps."""
-        examples = {"step": batch_size, "epoch": epoch_size, "example": 1}[self.unit]
-        return math.floor(self.amount * examples / batch_size + 0.5)
-
-    def __str__(self) -> str:
-        return f"{self.amount:g} {self.unit}s"
-
-
-def _option(default: Any, check: Callable[[Any], str | None] | None = None) -> Any:
-    """A field with a default and a test that names what a value must be."""
-    return dataclasses.field(default=default, metadata={"check": check})
-
-
-def _at_least(low: float) -> Callable[[Any], str | None]:
-    return lambda value: None if low <= value < math.inf else f"must be at least {low:g}"
-
-
-def _above(low: float) -> Callable[[Any], str | None]:
-    return lambda value: None if low < value < math.inf else f"must be above {low:g}"
-
-
-def _fraction(value: float) -> str | None:
-    return None if 0 < value <= 1 else "must be in (0, 1]"
-
-
-def _below_one(value: float) -> str | None:
-    return None if 0 <= value < 1 else "must be in [0, 1)"
-
-
-def _axis_size(value: int) -> str | None:
-    return None if value >= 1 or value == -1 else "must be at least 1, or -1 for all devices that are left"
-
-
-def _one_of(*known: str) -> Callable[[str], str | None]:
-    return lambda value: None if value in known else f"unknown{did_you_mean(value, known)}"
-
-
-@dataclasses.dataclass(frozen=True)
-class DatasetConfig:
-    """Which images, and how they are varied in training."""
-
-    name: str = _option("digits", _one_of(*datasets.NAMES))
-    data_dir: str | None = None  # TFDS's own default
-    train_split: str = "train"
-    eval_split: str = "test"
-    flip: bool = False
-    crop_padding: int = _option(0, _at_least(0))
-    kwargs: dict = dataclasses.field(default_factory=dict)  # of `synthetic`
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A name that `models.build` knows, or "package.module:attribute", and the model's own settings."""
-
-    name: str = "resnet8"
-    kwargs: dict = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """The optimiser, its schedule and its regularisation."""
-
-    name: str = _option("sgd", _one_of(*optim.OPTIMIZERS))
-    lr: float = _option(0.1, _above(0))
-    schedule: str = _option("cosine", _one_of(*optim.SCHEDULES))
-    warmup: Duration = Duration(0, "step")
-    step_at: tuple[Duration, ...] = ()  # where the schedule `step` multiplies the rate by `step_factor`
-    step_factor: float = _option(0.1, _fraction)
-    momentum: float = _option(0.9, _below_one)
-    nesterov: bool = True
-    b1: float = _option(0.9, _below_one)
-    b2: float = _option(0.999, _below_one)
-    eps: float = _option(1e-8, _above(0))
-    clip_norm: float | None = _option(None, _above(0))
-    weight_decay: float = _option(0.0, _at_least(0))
-    # (path, multiple of weight_decay), in order; every parameter must be matched.
-    decay_rules: tuple[tuple[str, float], ...] = ((r"(.*/)?(kernel|embedding)(/[uv])?", 1.0), (".*", 0.0))
-    frobenius_decay: float = _option(0.0, _at_least(0))
-    label_smoothing: float = _option(0.0, _below_one)
-
-
-@dataclasses.dataclass(frozen=True)
-class LowRankConfig:
-    """Which kernels are factored and how; see `lowrank_jax.Rule`.  Method `none` is the dense arm."""
-
-    method: str = _option("kernel_projection", _one_of("none", *METHODS))
-    scale: float | None = _option(0.25, _fraction)
-    rank: int | None = _option(None, _at_least(1))
-    scheme: str = "channel"
-    activation: str = "relu"
-    multiple_of: int = 1
-    scale_of: str = "full_rank"
-    rules: tuple[dict, ...] = ()  # exceptions by path, in order: {"path": ..., and any of the keys above}
-
-    def to_rules(self) -> tuple[Rule, ...]:
-        """The rules in order, a catch-all with the settings above at the end; none for the dense arm.
-
-        Raises:
-          ValueError: a rule is not valid; one line a problem.
-        """
-        if self.method == "none":
-            return ()
-        common = {field: getattr(self, field) for field in _RULE_KEYS}
-        rules, problems = [], []
-        for entry in (*self.rules, {"path": ".*"}):
-            try:
-                rules.append(_to_rule(common, entry))
-            except ValueError as error:
-                problems.append(str(error))
-        if problems:
-            raise ValueError("\n".join(problems))
-        return tuple(rules)
-
-
-_RULE_KEYS = ("method", "scale", "rank", "scheme", "activation", "multiple_of", "scale_of")
-
-
-def _to_rule(common: dict[str, Any], entry: dict[str, Any]) -> Rule:
-    unknown = [f"unknown key {key!r}{did_you_mean(key, _RULE_KEYS)}" for key in entry if key not in ("path", *_RULE_KEYS)]
-    if "path" not in entry:
-        unknown.append("no path")
-    if unknown:
-        raise ValueError(f"rule {dict(entry)}: {'; '.join(unknown)}")
-    size = {"scale": None, "rank": None} if {"scale", "rank"} & set(entry) else {}
-    settings = {**common, **size, **entry}
-    if settings["method"] == "none":
-        return Rule(entry["path"])
-    try:
-        return Rule(settings.pop("path"), **settings)
-    except TypeError as error:
-        raise ValueError(f"rule {dict(entry)}: {error}") from None
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """Evaluation during training, on `dataset.eval_split`; the end of training is always evaluated."""
-
-    every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))
-    batch_size: int = _option(512, _at_least(1))
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """How often to save, and how many of the latest to keep besides the best."""
-
-    every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))
-    keep: int = _option(2, _at_least(2))  # one to fall back on when the newest is damaged
-
-
-@dataclasses.dataclass(frozen=True)
-class LogConfig:
-    """How often training metrics are written."""
-
-    every: Duration = _option(Duration(50, "step"), lambda d: _positive(d))
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis of the mesh; one axis may be -1, which takes all that are left."""
-
-    data: int = _option(-1, _axis_size)
-    fsdp: int = _option(1, _axis_size)
-    model: int = _option(1, _axis_size)
-
-
-def _positive(duration: Duration) -> str | None:
-    return None if duration.amount > 0 else "must be above 0"
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """An experiment.  Exactly one of `steps` and `epochs` says how long it trains."""
-
-    seed: int = _option(0, _at_least(0))
-    batch_size: int = _option(128, _at_least(1))
-    steps: int | None = _option(None, _at_least(1))
-    epochs: float | None = _option(None, _above(0))
-    dataset: DatasetConfig = DatasetConfig()
-    model: ModelConfig = ModelConfig()
-    optim: OptimConfig = OptimConfig()
-    lowrank: LowRankConfig = LowRankConfig()
-    eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
-    mesh: MeshConfig = MeshConfig()
-
-    def in_steps(self, duration: Duration) -> int:
-        """A duration in whole steps of this experiment."""
-        return duration.steps(self.batch_size, self.epoch_size)
-
-    @property
-    def epoch_size(self) -> int:
-        return datasets.split_size(self.description, self.dataset.train_split)
-
-    @property
-    def total_steps(self) -> int:
-        return self.steps or max(1, self.in_steps(Duration(self.epochs or 0, "epoch")))
-
-    @property
-    def description(self) -> datasets.Dataset:
-        """What is known of the data set without reading it."""
-        return datasets.describe(self.dataset.name, self.dataset.kwargs)
-
-    def build_model(self):
-        return models.build(self.model.name, num_classes=self.description.num_classes, **self.model.kwargs)
 
 
 def default() -> Any:

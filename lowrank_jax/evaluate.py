@@ -14,6 +14,7 @@ from lowrank_jax.data import datasets
 from lowrank_jax.data.datasets import Arrays
 from lowrank_jax.data.pipeline import Shard, eval_batches
 from lowrank_jax.plans import align, count
+from lowrank_jax.schema import MeshConfig
 from lowrank_jax.sharding import put_batch
 from lowrank_jax.workdir import Workdir
 
@@ -103,7 +104,7 @@ def evaluate_workdir(
 
     folder = Workdir(workdir)
     config = configs.parse(folder.read_config(), source=f"{workdir}/config.json", devices=None)
-    config = dataclasses.replace(config, mesh=configs.MeshConfig())
+    config = dataclasses.replace(config, mesh=MeshConfig())
     split = split or config.dataset.eval_split
     experiment = experiments.build(config, workdir)
     try:
