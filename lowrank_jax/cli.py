@@ -15,7 +15,7 @@ BAD_INPUT, DIVERGED, INTERRUPTED = 2, 4, 75
 
 _STATUS = f"""exit status:
   0  done
-  {BAD_INPUT}  a config, command line, work directory or data set that cannot be used
+  {BAD_INPUT}  a config, command line, file, work directory or data set that cannot be used
   {DIVERGED}  the loss or the gradient is not finite
   {INTERRUPTED}  stopped by SIGTERM or Ctrl-C after saving; the same command continues"""
 
@@ -63,6 +63,9 @@ def _run(args: argparse.Namespace) -> int:
         return args.command(args)
     except (ConfigError, WorkdirError, DataError, CheckpointError) as error:
         print(error, file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:  # no such folder, no permission, no space left
+        print(f"lowrank: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
         return BAD_INPUT
     except Diverged as error:
         print(error, file=sys.stderr)

@@ -113,6 +113,12 @@ def test_data_that_is_not_there_is_no_traceback(tmp_path):
     assert "fashion_mnist is not prepared under" in result.stderr and "scripts/prepare_fashion_mnist.sh" in result.stderr
 
 
+def test_a_file_that_cannot_be_written_is_no_traceback(trained, tmp_path):
+    result = lowrank("evaluate", f"--workdir={trained}", f"--json={tmp_path / 'no' / 'out.json'}")
+    assert result.returncode == 2
+    assert "out.json: No such file or directory" in result.stderr
+
+
 def test_divergence_has_a_status_of_its_own(tmp_path):
     result = running.run(running.command(tmp_path, optim__lr=1e30, optim__warmup="0 steps", model__kwargs={"widths": (8,)}))
     assert result.returncode == 4, result.stderr
