@@ -12,7 +12,7 @@ import logging
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -21,9 +21,11 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from lowrank_jax.digest import digests
 
+_SCORES = "scores.json"
+
 
 class CheckpointError(Exception):
-    """There is no checkpoint to go on from; the message lists what was tried."""
+    """A checkpoint that is needed cannot be read or written; the message says which and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,20 @@ class Restored:
     damaged: dict[int, str]
 
 
+@dataclasses.dataclass
+class _LatestAndBest(managers.PreservationPolicy):
+    """Keeps the latest steps and the best one.  Orbax's own policy would read scores that no digest protects."""
+
+    latest: int
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self.latest :], self.best()}
+        return [step in kept for step in steps]
+
+
 class Checkpoints:
     """The checkpoints of one work directory.
 
@@ -55,18 +71,15 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike, *, keep: int = 2, read_only: bool = False):
         self.directory = epath.Path(directory).resolve()  # orbax takes absolute paths only
         self._read_only = read_only
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is not a folder")
         self._options = ocp.CheckpointManagerOptions(
-            best_fn=lambda metrics: metrics["top1"],
-            preservation_policy=managers.AnyPreservationPolicy(
-                [
-                    managers.LatestN(keep),
-                    managers.BestN(get_metric_fn=lambda metrics: metrics["top1"], n=1, keep_checkpoints_without_metrics=False),
-                ]
-            ),
+            preservation_policy=_LatestAndBest(keep, self.best),
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
         self._manager = self._open()
+        self._scores = self._read_scores()
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(self.directory, options=self._options)
@@ -74,38 +87,69 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def latest(self) -> int | None:
-        return max(self.steps(), default=None)
-
     def best(self) -> int | None:
         """The step with the highest `top1`, the later of equals; None if none was evaluated."""
-        scores = self._scores()
-        return max(scores, key=lambda step: (scores[step], step), default=None)
+        scored = [step for step in self.steps() if step in self._scores]
+        return max(scored, key=lambda step: (self._scores[step], step), default=None)
 
     def best_score(self) -> float:
         """The highest `top1` of the steps that are there; -1 if none was evaluated."""
-        return max(self._scores().values(), default=-1.0)
+        best = self.best()
+        return -1.0 if best is None else self._scores[best]
 
-    def _scores(self) -> dict[int, float]:
-        return {step: metrics["top1"] for step in self.steps() if (metrics := self._manager.metrics(step))}
+    def note_score(self, step: int, top1: float) -> None:
+        """Notes the evaluation of a step, which may be saved before or after."""
+        self._scores[step] = top1
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = self.directory / f".{_SCORES}.partial"
+        partial.write_text(json.dumps(_seal({str(step): score for step, score in self._scores.items()})))
+        partial.replace(self.directory / _SCORES)
+
+    def _read_scores(self) -> dict[int, float]:
+        """What `note_score` wrote; where that is damaged, what the steps' own records say."""
+        try:
+            return {int(step): score for step, score in _unseal(json.loads((self.directory / _SCORES).read_text())).items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            records = {step: self._read_record(step) for step in self.steps()}
+            return {step: info["eval"]["top1"] for step, info in records.items() if info and info["eval"]}
+
+    def _read_record(self, step: int) -> dict[str, Any] | None:
+        with _quiet_failure():
+            try:
+                items: Any = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))
+                return _unseal(items.info)
+            except Exception:  # restoring the step will say what is wrong with it
+                return None
 
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
         """Starts to write a step; returns when the arrays are off the devices' hands."""
-        body = {**info, "digests": digests(state)}
-        sealed = {"body": body, "check": _check(body)}
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(sealed))
-        self._manager.save(step, args=items, metrics=info.get("eval"), force=True)
+        record = _seal({**info, "digests": digests(state)})
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(record))
+        with self._reporting():
+            self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
         """Until everything is on disk."""
-        self._manager.wait_until_finished()
+        with self._reporting():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """A save that fails, often the one begun before, ends in a message: no space, no permission, no connection."""
+        try:
+            yield
+        except Exception as error:  # tensorstore reports a full disk as a ValueError
+            raise CheckpointError(f"{self.directory}: a checkpoint could not be written: {_first_line(error)}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: Any) -> None:
         """Waits for what is being written."""
-        self._manager.close()
+        with contextlib.nullcontext() if exception[0] else self._reporting():
+            self._manager.close()
 
     def restore(self, target: Any, *, newest: int | None = None) -> Restored | None:
         """The newest good step, at or before `newest`; None if there are no steps at all.
@@ -124,6 +168,8 @@ class Checkpoints:
             with _quiet_failure():
                 try:
                     state, info = self._read(step, target)
+                except (PermissionError, MemoryError):  # the step may well be good
+                    raise
                 except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
                     damaged[step] = _first_line(error)
                     continue
@@ -138,9 +184,7 @@ class Checkpoints:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         state_args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
         items: Any = self._manager.restore(step, args=ocp.args.Composite(state=state_args, info=ocp.args.JsonRestore()))
-        body = items.info["body"]
-        if items.info["check"] != _check(body):
-            raise ValueError("the digest of its own record differs")
+        body = _unseal(items.info)
         for name, digest in digests(items.state).items():
             if body["digests"].get(name) != digest:
                 raise ValueError(f"digest of {name} differs")
@@ -176,6 +220,16 @@ def _quiet_failure() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _seal(body: dict[str, Any]) -> dict[str, Any]:
+    return {"body": body, "check": _check(body)}
+
+
+def _unseal(sealed: dict[str, Any]) -> dict[str, Any]:
+    if sealed["check"] != _check(sealed["body"]):
+        raise ValueError("the digest of its own record differs")
+    return sealed["body"]
 
 
 def _check(body: dict[str, Any]) -> int:

@@ -11,13 +11,14 @@ from typing import NoReturn
 import jax
 from absl import logging
 
-BAD_INPUT, DIVERGED, INTERRUPTED = 2, 4, 75
+BAD_INPUT, DIVERGED, INTERRUPTED, KILLED = 2, 4, 75, 130
 
 _STATUS = f"""exit status:
   0  done
   {BAD_INPUT}  a config, command line, file, work directory or data set that cannot be used
   {DIVERGED}  the loss or the gradient is not finite
-  {INTERRUPTED}  stopped by SIGTERM or Ctrl-C after saving; the same command continues"""
+  {INTERRUPTED}  stopped by SIGTERM or Ctrl-C after saving; the same command continues
+  {KILLED}  stopped by Ctrl-C before there was anything to save, or by a second one"""
 
 _OVERRIDES = """Any key of the config can be set from the command line: --config.optim.lr=0.05 --config.lowrank.scale=0.1"""
 
@@ -49,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = parser.parse_args(rest)
     args.overrides = overrides
     _quieten()
-    sys.exit(_run(args))
+    try:
+        sys.exit(_run(args))
+    except KeyboardInterrupt:
+        print("lowrank: interrupted", file=sys.stderr)
+        sys.exit(KILLED)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -84,6 +89,8 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from lowrank_jax.evaluate import evaluate_workdir
 
+    if args.json:
+        pathlib.Path(args.json).touch()  # rather now than after the evaluation
     result = evaluate_workdir(args.workdir, step=args.step, split=args.split, data_dir=args.data_dir)
     print(result.table())
     if args.json:
@@ -93,10 +100,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _overview(args: argparse.Namespace) -> int:
     from lowrank_jax import config as configs
-    from lowrank_jax.experiment import make_plan
 
     source, loaded = _load(args)
-    print(make_plan(configs.parse(loaded, source=source), source))
+    print(configs.make_plan(configs.parse(loaded, source=source)))
     return 0
 
 
@@ -147,10 +153,10 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add("train", _train, "Train from a config file, or go on where a run stopped.", _TRAIN)
     train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
-    train.add_argument("--workdir", required=True, help="folder of the run, local or remote (gs://...)")
+    train.add_argument("--workdir", required=True, type=_not_empty, help="folder of the run, local or remote (gs://...)")
 
     evaluate = add("evaluate", _evaluate, "Evaluate a checkpoint on every example of a split.", _EVALUATE)
-    evaluate.add_argument("--workdir", required=True, help="folder of a run")
+    evaluate.add_argument("--workdir", required=True, type=_not_empty, help="folder of a run")
     evaluate.add_argument("--step", default="latest", help="latest (default), best by top-1, or a number")
     evaluate.add_argument("--split", help='such as "test" or "train[:1000]"; default: the config\'s dataset.eval_split')
     evaluate.add_argument("--data-dir", help="where the data is on this machine, if not where it was in training")
@@ -159,6 +165,12 @@ def _parser() -> argparse.ArgumentParser:
     overview = add("overview", _overview, "Show every kernel with its rank, or why it stays dense.", _OVERVIEW)
     overview.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
     return parser
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def _quieten() -> None:

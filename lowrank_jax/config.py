@@ -14,11 +14,15 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from lowrank_jax import models
+from lowrank_jax import models, surgery
 from lowrank_jax.data import datasets
 from lowrank_jax.paths import did_you_mean
+from lowrank_jax.plans import Plan
 from lowrank_jax.schema import Config, Duration
 
 
@@ -63,12 +67,13 @@ def load(path: str) -> ConfigDict:
         known = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
         raise ConfigError(path, [f"there is no such file{did_you_mean(name, known)}"])
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError(path, ["it is not a Python file"])
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config(argument) if argument else module.get_config()
-    except Exception as error:  # whatever somebody's file may raise
+    except (Exception, SystemExit) as error:  # whatever somebody's file may raise
         raise ConfigError(path, [f"it fails with {type(error).__name__}: {error}"]) from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(path, [f"get_config() must return a ConfigDict, not {type(config).__name__}"])
@@ -94,7 +99,7 @@ def _literal(text: str) -> Any:
         return {"true": True, "false": False, "none": None}[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -197,7 +202,9 @@ def _typed(value: Any, hint: Any) -> Any:
     if hint is Any:
         return value
     kinds = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: "a mapping"}
-    raise ValueError(kinds.get(hint, str(hint)))
+    if hint not in kinds:  # some other model's own type, which only it can judge
+        return value
+    raise ValueError(kinds[hint])
 
 
 def _typed_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -214,14 +221,17 @@ def _typed_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _relations(config: Config, devices: int | None, wrong: set[str]) -> list[str]:
     """What is wrong between values that are right each by itself; `wrong` are the keys already reported."""
     problems: list[str] = []
+    if config.optim.schedule == "step" and not config.optim.step_at and not wrong & {"optim.schedule", "optim.step_at"}:
+        problems.append('optim.step_at: empty; the schedule "step" needs at least one, such as ("30 epochs",)')
     if config.steps is None and config.epochs is None and not wrong & {"steps", "epochs"}:
         problems.append("steps: neither steps nor epochs is given")
     if config.steps is not None and config.epochs is not None:
         problems.append(f"steps: both steps ({config.steps}) and epochs ({config.epochs:g}) are given; set one to None")
-    if not wrong & {"dataset.name"}:
-        problems += _dataset_problems(config, wrong)
-    problems += _model_problems(config)
-    problems += _rule_problems(config, wrong)
+    parts = [] if wrong & {"dataset.name"} else _dataset_problems(config, wrong)
+    parts += _model_problems(config) + _rule_problems(config, wrong)
+    if not parts and not any(key.startswith(("dataset.", "model.", "lowrank.")) for key in wrong):
+        parts = _plan_problems(config)
+    problems += parts
     problems += _mesh_problems(config, devices) if devices else []
     return problems
 
@@ -239,9 +249,11 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
         try:
             datasets.split_size(config.description, getattr(config.dataset, key))
         except ValueError as error:
-            problems.append(f"dataset.{key}: {error}")
+            problems.append(f"dataset.{key}: {str(error).splitlines()[0]}")
     if not problems and not wrong & {"steps", "epochs", "batch_size", "optim.warmup"} and (config.steps or config.epochs):
         warmup = config.in_steps(config.optim.warmup)
+        if config.total_steps >= 2**31:
+            problems.append(f"epochs: {config.epochs:g}; more than 2^31 steps")
         if warmup > config.total_steps:
             problems.append(f"optim.warmup: {warmup} steps; longer than the training of {config.total_steps} steps")
     return problems
@@ -264,6 +276,40 @@ def _model_problems(config: Config) -> list[str]:
         except ValueError as error:
             problems.append(f"model.kwargs.{key}: {value!r}; must be {error}")
     return problems
+
+
+def _plan_problems(config: Config) -> list[str]:
+    try:
+        make_plan(config)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def make_plan(config: Config) -> Plan:
+    """Which of the model's kernels are factored; nothing is computed.
+
+    Raises:
+      ConfigError: the model cannot be built on these images, or a rule does not fit it.
+    """
+    try:
+        model = config.build_model()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{config.model.name} makes {type(model).__name__}, which is not a Linen module")
+        return surgery.plan(model, images_like(config), config.lowrank.to_rules())
+    except Exception as error:  # whatever somebody's model may raise
+        raise ConfigError("config", [f"model or lowrank: {line}" for line in _lines(error)]) from error
+
+
+def images_like(config: Config) -> jax.ShapeDtypeStruct:
+    """One image of the config's data set, for tracing a model."""
+    return jax.ShapeDtypeStruct((1, *config.description.image_shape), jnp.float32)
+
+
+def _lines(error: Exception) -> list[str]:
+    """An error as one line; our own ValueErrors hold a problem a line."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines() if isinstance(error, ValueError) and text.startswith("rule ") else [text.splitlines()[0][:300]]
 
 
 def _rule_problems(config: Config, wrong: set[str]) -> list[str]:

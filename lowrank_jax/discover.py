@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from lowrank_jax.kernel import MatrixView, channel_view, dense_view, spatial_view
+from lowrank_jax.kernel import MatrixView, channel_view, dense_view, is_low_rank, spatial_view
 from lowrank_jax.paths import named_leaves
 
 SUPPORTED = (nn.Dense, nn.DenseGeneral, nn.Conv)
@@ -73,7 +73,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Traces `model.init` on abstract values.
 
     Returns:
-      The parameters' shapes by name, and the use of every leaf called "kernel" by its name.
+      The shapes of the model's variables, and the use of every parameter called "kernel" by its name.
     """
     uses: dict[str, KernelUse] = {}
     calls: list[Call] = []
@@ -83,6 +83,8 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if context.method_name != "__call__" or not module.has_variable("params", "kernel"):
             return y
         kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
+        if is_low_rank(kernel):
+            return y
         name = "/".join((*module.path, "kernel"))
         uses.setdefault(name, _describe(module, kernel.shape))
         if not isinstance(y, jax.Array):
@@ -101,7 +103,10 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         call = calls[index]
         uses[call.name].positions += times * call.positions // call.output_size
         uses[call.name].widened += times * call.widened // call.output_size
-    return named_leaves(nn.meta.unbox(variables.get("params", {}))), uses
+    variables = nn.meta.unbox(variables)
+    own = named_leaves(variables.get("params", {}), is_leaf=is_low_rank)
+    # Modules that another one applies by itself, outside the model's tree, have no parameters in it.
+    return variables, {name: use for name, use in uses.items() if name in own}
 
 
 def _describe(module: nn.Module, shape: tuple[int, ...]) -> KernelUse:

@@ -142,6 +142,6 @@ def _choose(checkpoints: Checkpoints, step: str) -> int:
         if best is None:
             raise CheckpointError(f"{checkpoints.directory}: no checkpoint was evaluated, so none is best; there are {steps}")
         return best
-    if not step.isdigit() or int(step) not in steps:
+    if not (step.isascii() and step.isdecimal()) or int(step) not in steps:
         raise CheckpointError(f"{checkpoints.directory} has no step {step}; there are {steps} (or say latest, best)")
     return int(step)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from lowrank_jax import optim, state, step, surgery
-from lowrank_jax.config import Config, ConfigError
+from lowrank_jax import optim, state, step
+from lowrank_jax.config import ConfigError, make_plan
 from lowrank_jax.data.datasets import Dataset
 from lowrank_jax.plans import Plan
+from lowrank_jax.schema import Config
 from lowrank_jax.sharding import batch_sharding, make_mesh, replicated, tree_shardings
 
 
@@ -46,7 +47,7 @@ class Experiment:
         return jax.jit(self._init_state, out_shardings=shardings)()
 
     def _init_state(self) -> state.TrainState:
-        return state.init_state(self.model, self.plan, self.optimizer, images_like(self.dataset), self.config.seed)
+        return state.init_state(self.model, self.plan, self.optimizer, blank_images(self.dataset), self.config.seed)
 
     def compile_train_step(self) -> Callable[..., tuple[state.TrainState, step.Metrics]]:
         """The compiled training step `(state, batch) -> (state, metrics)`; it takes the old state's memory."""
@@ -76,22 +77,9 @@ class Experiment:
         }
 
 
-def images_like(dataset: Dataset) -> jax.Array:
-    """One blank image, for tracing a model."""
+def blank_images(dataset: Dataset) -> jax.Array:
+    """One image, for a model to initialise on."""
     return jnp.zeros((1, *dataset.image_shape), jnp.float32)
-
-
-def make_plan(config: Config, source: str = "config") -> Plan:
-    """Which of the model's kernels are factored; nothing is computed.
-
-    Raises:
-      ConfigError: the model cannot be built on these images, or a rule does not fit it.
-    """
-    try:
-        images = jax.ShapeDtypeStruct((1, *config.description.image_shape), jnp.float32)
-        return surgery.plan(config.build_model(), images, config.lowrank.to_rules())
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ConfigError(source, [f"model or lowrank: {line}" for line in str(error).splitlines()]) from error
 
 
 def build(config: Config, source: str = "config") -> Experiment:
@@ -100,7 +88,7 @@ def build(config: Config, source: str = "config") -> Experiment:
     Raises:
       ConfigError: the parts do not fit together.
     """
-    plan, dataset, model = make_plan(config, source), config.description, config.build_model()
+    plan, dataset, model = make_plan(config), config.description, config.build_model()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
     settings = config.optim
     schedule = optim.make_schedule(
@@ -111,7 +99,7 @@ def build(config: Config, source: str = "config") -> Experiment:
         step_at=[config.in_steps(moment) for moment in settings.step_at],
         step_factor=settings.step_factor,
     )
-    init_params = functools.partial(state.init_params, model, plan, images_like(dataset), config.seed)
+    init_params = functools.partial(state.init_params, model, plan, blank_images(dataset), config.seed)
     params, _ = jax.eval_shape(init_params)
     try:
         optimizer = optim.make_optimizer(
@@ -130,7 +118,7 @@ def build(config: Config, source: str = "config") -> Experiment:
         )
     except ValueError as error:
         raise ConfigError(source, [f"optim.decay_rules: {line}" for line in str(error).splitlines()]) from error
-    init_state = functools.partial(state.init_state, model, plan, optimizer, images_like(dataset), config.seed)
+    init_state = functools.partial(state.init_state, model, plan, optimizer, blank_images(dataset), config.seed)
     shapes = jax.eval_shape(init_state)
     return Experiment(config, dataset, model, plan, schedule, optimizer, mesh, _placed(shapes, tree_shardings(shapes, mesh)))
 

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+SPATIAL_ROWS = (0, 2)  # window height and input channels; no other view of a convolution has these
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["u", "v"], meta_fields=["rows"])
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class LowRankKernel:
 
     @property
     def view(self) -> "MatrixView":
-        """How the dense kernel reads as the matrix that the factors multiply to."""
+        """How the dense kernel reads as the matrix that the factors multiply to; which columns belong together is not kept."""
         depth = len(self.stack)
         sizes = self.u.shape[depth:-1] + self.v.shape[depth + 1 :]
         columns = tuple(axis for axis in range(len(sizes)) if axis not in self.rows)
@@ -143,4 +145,4 @@ def spatial_view(shape: tuple[int, ...]) -> MatrixView:
 
     One output owns kw of the columns (docs/mathematics.md, section 5).
     """
-    return MatrixView(shape, (0, 2), group=shape[1])
+    return MatrixView(shape, SPATIAL_ROWS, group=shape[1])

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 
 from lowrank_jax.discover import SUPPORTED
-from lowrank_jax.kernel import LowRankKernel, MatrixView, channel_view, dense_view, spatial_view
+from lowrank_jax.kernel import SPATIAL_ROWS, LowRankKernel, MatrixView, channel_view, dense_view, spatial_view
 from lowrank_jax.methods import METHODS
 
 Initializer = Callable[..., jax.Array]
@@ -24,6 +24,24 @@ def apply(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
     """
     with nn.intercept_methods(_intercept):
         return model.apply(variables, *args, **kwargs)
+
+
+def takes_factors(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], variables: Any) -> bool:
+    """Whether the model runs on these variables, shapes that may hold factor pairs.
+
+    Wrappers such as `nn.WeightNorm` read the kernels of the layers that they wrap, and do not know factor pairs.
+    """
+
+    others = [name for name in variables if name != "params"]  # a missing parameter must not be made up
+
+    def run(variables, inputs):
+        return apply(model, variables, *inputs, **kwargs, mutable=others, rngs={"params": jax.random.key(0)})
+
+    try:
+        jax.eval_shape(run, variables, inputs)
+    except Exception:  # whatever somebody's module may raise
+        return False
+    return True
 
 
 def _intercept(next_fun, args, kwargs, context):
@@ -60,7 +78,7 @@ def _dense_stages(module: Any, kernel: LowRankKernel):
 
 
 def _conv_stages(module: nn.Conv, kernel: LowRankKernel):
-    if len(kernel.rows) == 2 and kernel.v.ndim == 3:
+    if kernel.rows == SPATIAL_ROWS:
         return _spatial_stages(module, kernel)
     first = module.clone(features=kernel.rank, use_bias=False, name=None)
     # A dot product computes a 1x1 convolution with a much faster weight gradient on CPU.

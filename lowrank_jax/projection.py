@@ -82,13 +82,14 @@ def kernel_projection(
     if subspace not in SUBSPACES:
         raise ValueError(f"unknown subspace {subspace!r}{did_you_mean(subspace, SUBSPACES)}")
     act = activations.get(activation)
-    thin = _svd(w, rank)
+    unit = _unit(w)
+    thin = _svd(w / unit, rank)
     c = thin.s[:, None] * thin.bt  # coordinates of the projected columns, [r, m]
-    length = _lengths(w.astype(c.dtype), group)
+    length = _lengths(w.astype(c.dtype) / unit, group)
     projected = _lengths(c, group)
     rho = _ratio(projected, length)
     scale = _ratio(length * act.h(rho), projected)
-    return _balance(thin.q, c * jnp.tile(scale, group), w.dtype)
+    return _balance(thin.q, c * jnp.tile(scale, group), unit, w.dtype)
 
 
 @_highest_precision
@@ -112,11 +113,12 @@ def risk(w: jax.Array, y: jax.Array, *, activation: str = "relu", group: int = 1
         raise ValueError(f"w {list(w.shape)} and y {list(y.shape)} must have one shape")
     act = activations.get(activation)
     wide = _wide(jnp.result_type(w, y))
-    w, y = w.astype(wide), y.astype(wide)
+    unit = _unit(w.astype(wide), y.astype(wide))
+    w, y = w.astype(wide) / unit, y.astype(wide) / unit
     a, b = _lengths(w, group), _lengths(y, group)
     inner = jnp.sum(_grouped(w * y, group), axis=(0, 1))
     h = act.h(_ratio(inner, a * b))
-    return act.gain * jnp.sum(a**2 + b**2 - 2 * a * b * h)
+    return act.gain * jnp.sum(a**2 + b**2 - 2 * a * b * h) * unit * unit
 
 
 def _svd(w: jax.Array, rank: int) -> _Thin:
@@ -124,11 +126,17 @@ def _svd(w: jax.Array, rank: int) -> _Thin:
     return _Thin(q[:, :rank], s[:rank], bt[:rank])
 
 
-def _balance(q: jax.Array, c: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Y = Q C, with orthonormal Q `[n, r]` and C `[r, m]`, as factors of equal Gram matrices; O(r² m)."""
+def _balance(q: jax.Array, c: jax.Array, unit: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Y = unit * Q C, with orthonormal Q `[n, r]` and C `[r, m]`, as factors of equal Gram matrices; O(r² m)."""
     p, s, bt = jnp.linalg.svd(c, full_matrices=False)
-    root = jnp.sqrt(s)
+    root = jnp.sqrt(s) * jnp.sqrt(unit)
     return (q @ (p * root)).astype(dtype), (root[:, None] * bt).astype(dtype)
+
+
+def _unit(*matrices: jax.Array) -> jax.Array:
+    """The largest magnitude, in which to measure: squares of very large or small elements leave float32's range."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(matrix)) for matrix in matrices])).astype(_wide(matrices[0].dtype))
+    return jax.lax.stop_gradient(jnp.where(largest == 0, 1, largest))
 
 
 def _grouped(w: jax.Array, group: int) -> jax.Array:
@@ -154,12 +162,14 @@ def _wide(dtype: Any) -> Any:
 
 
 def _check(w: jax.Array, rank: int, group: int = 1) -> None:
-    if jnp.ndim(w) != 2:
-        raise ValueError(f"expected a matrix [n, m], got shape {list(jnp.shape(w))}")
+    if not hasattr(w, "dtype"):
+        raise ValueError(f"expected a matrix [n, m], got a {type(w).__name__}")
+    if w.ndim != 2:
+        raise ValueError(f"expected a matrix [n, m], got shape {list(w.shape)}")
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"expected a matrix of real numbers, got dtype {w.dtype}")
     n, m = w.shape
-    if not 1 <= rank <= min(n, m):
-        raise ValueError(f"rank {rank} of a {n}x{m} matrix: must be from 1 to {min(n, m)}")
+    if type(rank) is not int or not 1 <= rank <= min(n, m):
+        raise ValueError(f"rank {rank} of a {n}x{m} matrix: must be a whole number from 1 to {min(n, m)}")
     if group < 1 or m % group:
         raise ValueError(f"group {group} does not divide the {m} columns")

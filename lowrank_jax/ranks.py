@@ -44,7 +44,15 @@ class Rule:
     scale_of: Literal["full_rank", "columns"] = "full_rank"
 
     def __post_init__(self):
+        if not isinstance(self.path, str):
+            raise self._error("path must be text")
         compile_pattern(self.path)
+        if self.scale is not None and (isinstance(self.scale, bool) or not isinstance(self.scale, int | float)):
+            raise self._error(f"scale {self.scale!r} must be a number")
+        for name in ("rank", "multiple_of"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise self._error(f"{name} {value!r} must be a whole number")
         if self.scale is not None and self.rank is not None:
             raise self._error(f"has both scale {self.scale} and rank {self.rank}; give one")
         if self.scale is not None and not 0 < self.scale <= 1:

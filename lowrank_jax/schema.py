@@ -9,7 +9,7 @@ from typing import Any
 from lowrank_jax import models, optim
 from lowrank_jax.data import datasets
 from lowrank_jax.methods import METHODS
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.paths import compile_pattern, did_you_mean
 from lowrank_jax.ranks import Rule
 
 
@@ -25,9 +25,12 @@ class Duration:
         """Raises ValueError if it does not read as a duration."""
         match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(step|epoch|example)?s?", str(value).strip())
         try:
-            return cls(float(match[1]), match[2] or "step")  # type: ignore[index]
+            amount = float(match[1])  # type: ignore[index]
         except (TypeError, ValueError):
-            raise ValueError('a duration such as "500 steps" or "2 epochs"') from None
+            amount = math.inf
+        if match is None or not amount < 1e18:
+            raise ValueError('a duration such as "500 steps" or "2 epochs"')
+        return cls(amount, match[2] or "step")
 
     def steps(self, batch_size: int, epoch_size: int) -> int:
         """In whole steps."""
@@ -49,6 +52,21 @@ def _at_least(low: float) -> Callable[[Any], str | None]:
 
 def _above(low: float) -> Callable[[Any], str | None]:
     return lambda value: None if low < value < math.inf else f"must be above {low:g}"
+
+
+def _between(low: float, high: float) -> Callable[[Any], str | None]:
+    return lambda value: None if low <= value <= high else f"must be from {low:g} to {high:.10g}"
+
+
+def _decay_rules(rules: tuple[tuple[str, float], ...]) -> str | None:
+    for path, multiplier in rules:
+        try:
+            compile_pattern(path)
+        except ValueError as error:
+            return str(error)
+        if not 0 <= multiplier < math.inf:
+            return f"the multiplier of {path!r} must be at least 0"
+    return None if rules else 'must not be empty; (".*", 0.0) decays nothing'
 
 
 def _fraction(value: float) -> str | None:
@@ -106,7 +124,9 @@ class OptimConfig:
     clip_norm: float | None = _option(None, _above(0))
     weight_decay: float = _option(0.0, _at_least(0))
     # (path, multiple of weight_decay), in order; every parameter must be matched.
-    decay_rules: tuple[tuple[str, float], ...] = ((r"(.*/)?(kernel|embedding)(/[uv])?", 1.0), (".*", 0.0))
+    decay_rules: tuple[tuple[str, float], ...] = _option(
+        ((r"(.*/)?(kernel|embedding)(/[uv])?", 1.0), (".*", 0.0)), _decay_rules
+    )
     frobenius_decay: float = _option(0.0, _at_least(0))
     label_smoothing: float = _option(0.0, _below_one)
 
@@ -203,10 +223,10 @@ def _positive(duration: Duration) -> str | None:
 class Config:
     """An experiment.  Exactly one of `steps` and `epochs` says how long it trains."""
 
-    seed: int = _option(0, _at_least(0))
+    seed: int = _option(0, _between(0, 2**32 - 1))  # jax would drop the bits beyond
     batch_size: int = _option(128, _at_least(1))
-    steps: int | None = _option(None, _at_least(1))
-    epochs: float | None = _option(None, _above(0))
+    steps: int | None = _option(None, _between(1, 2**31 - 1))
+    epochs: float | None = _option(None, _between(1e-9, 1e9))
     dataset: DatasetConfig = DatasetConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()

@@ -1,5 +1,6 @@
 """From a dense model's parameters to low-rank ones and back: plan, factorize, merge."""
 
+import dataclasses
 import functools
 import itertools
 import zlib
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import discover
 from lowrank_jax.kernel import MatrixView, is_low_rank
+from lowrank_jax.layers import takes_factors
 from lowrank_jax.methods import METHODS
 from lowrank_jax.paths import first_match, map_named, named_leaves
 from lowrank_jax.plans import Plan, PlannedKernel
@@ -35,28 +37,68 @@ def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], **kwargs: Any) ->
       ValueError: a rule matches no parameter, or its rank is above the full rank of everything that it matches.
     """
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    shapes, uses = discover.trace(model, inputs, kwargs)
-    matches = first_match([rule.path for rule in rules], list(shapes), suggest=list(uses))
+    variables, uses = discover.trace(model, inputs, kwargs)
+    leaves = named_leaves(variables.get("params", {}), is_leaf=is_low_rank)
+    others = [name for name, leaf in leaves.items() if name not in uses and _is_matrix(name, leaf)]
+    names = [*uses, *others]  # in the order of use
+    matches = first_match([rule.path for rule in rules], names)
     first = jax.tree.leaves(inputs)[0]
     batch = first.shape[0] if first.ndim else 1
 
-    kernels, other = [], 0
-    for name in [*uses, *(name for name in shapes if name not in uses)]:  # in the order of use
-        leaf, index = shapes[name], matches[name]
+    kernels = []
+    for name in names:
+        index = matches[name]
         rule = None if index is None else rules[index]
-        if leaf.ndim < 2 or name.rsplit("/", 1)[-1] in ("bias", "scale"):
-            other += leaf.size
-            continue
-        kernels.append(_plan_kernel(name, leaf.shape, uses.get(name), rule, index, batch))
+        kernels.append(_plan_kernel(name, leaves[name].shape, uses.get(name), rule, index, batch))
     _check_ranks(rules, kernels)
-    return Plan(tuple(kernels), other)
+    kernels = _without_wrapped(model, inputs, kwargs, variables, kernels)
+    low_rank = [leaf for leaf in leaves.values() if is_low_rank(leaf)]
+    plain = sum(leaf.size for name, leaf in leaves.items() if name not in matches and not is_low_rank(leaf))
+    return Plan(tuple(kernels), plain + sum(leaf.u.size + leaf.v.size for leaf in low_rank))
+
+
+def _is_matrix(name: str, leaf: Any) -> bool:
+    """Whether a parameter has a line of its own in a plan."""
+    return not is_low_rank(leaf) and leaf.ndim >= 2 and name.rsplit("/", 1)[-1] not in ("bias", "scale")
+
+
+def _without_wrapped(model, inputs, kwargs, variables, kernels: list[PlannedKernel]) -> list[PlannedKernel]:
+    """Keeps kernels dense whose layer turns out not to run on factors."""
+
+    def runs_with(chosen: list[PlannedKernel]) -> bool:
+        factored = {kernel.name: _factor_shapes(kernel, variables["params"]) for kernel in chosen}
+        params = map_named(lambda name, leaf: factored.get(name, leaf), variables["params"], is_leaf=is_low_rank)
+        return takes_factors(model, inputs, kwargs, {**variables, "params": params})
+
+    factored = [kernel for kernel in kernels if kernel.rank is not None]
+    if not factored or runs_with(factored) or not runs_with([]):  # a model that fails anyway will say so itself
+        return kernels
+    wrapped = {kernel.name for kernel in factored if not runs_with([kernel])}
+    note = "what wraps its layer does not run on factors"
+    return [
+        dataclasses.replace(kernel, view=None, rank=None, note=note, planned_macs=kernel.macs)
+        if kernel.name in wrapped
+        else kernel
+        for kernel in kernels
+    ]
+
+
+def _factor_shapes(kernel: PlannedKernel, params: Any) -> Any:
+    """The factor pair that a kernel will become, as shapes."""
+    view, rank = kernel.view, kernel.rank
+    assert view is not None and rank is not None
+    stack = kernel.shape[: len(kernel.shape) - len(view.shape)]
+    dtype = named_leaves(params, is_leaf=is_low_rank)[kernel.name].dtype
+    return jax.eval_shape(
+        lambda: view.from_factors(jnp.zeros((*stack, view.n, rank), dtype), jnp.zeros((*stack, rank, view.m), dtype))
+    )
 
 
 def _plan_kernel(name, shape, use, rule, index, batch) -> PlannedKernel:
     macs = use.macs() // batch if use else 0
     dense = functools.partial(PlannedKernel, name, tuple(shape), None, None, rule, macs=macs, planned_macs=macs)
     if use is None:
-        return dense(note="embedding" if name.rsplit("/", 1)[-1] == "embedding" else "not a layer's kernel")
+        return dense(note="embedding" if name.rsplit("/", 1)[-1] == "embedding" else "no plain layer was seen to use it")
     if use.refusal:
         return dense(note=use.refusal)
     if tuple(shape[len(shape) - len(use.shape) :]) != use.shape:

@@ -49,7 +49,7 @@ class Run:
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours between steps; a second Ctrl-C ends at once."""
+    """Turns SIGTERM and Ctrl-C into a request that the loop honours between steps; a second Ctrl-C ends without saving."""
 
     def __init__(self):
         self.requested = False
@@ -73,17 +73,19 @@ class StopSignal:
 class Window:
     """The metrics of the steps since the last log, left on the devices until they are asked for."""
 
-    def __init__(self, batch_size: int):
+    def __init__(self, batch_size: int, step: int, rows: list[dict[str, float]]):
         self._batch_size = batch_size
-        self._metrics: list[dict[str, jax.Array]] = []
+        self._metrics: list[dict[str, Any]] = list(rows)  # of an earlier process, when resuming within a window
         self._in_flight: collections.deque[jax.Array] = collections.deque()
-        self._first = 0
+        self._first = step - len(rows) + 1
+        self._timed = 0
         self._begin = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Notes a step; waits only so that the devices' queue stays short."""
+        """Notes a step.  Waits for the last but one, so that the devices always have work and their queue stays short."""
         self._first = self._first if self._metrics else step
         self._metrics.append(metrics)
+        self._timed += 1
         self._in_flight.append(metrics["loss"])
         if len(self._in_flight) > 2:
             self._in_flight.popleft().block_until_ready()
@@ -95,16 +97,15 @@ class Window:
         yield
         self._begin += time.perf_counter() - begin
 
-    def check(self, last_good: int | None) -> dict[str, np.ndarray]:
-        """The metrics as arrays over steps.
+    def check(self, last_good: int | None) -> list[dict[str, float]]:
+        """The metrics of each step.
 
         Raises:
           Diverged: one of them is not finite.
         """
-        rows = jax.device_get(self._metrics)
-        columns = {name: np.array([row[name] for row in rows], np.float64) for name in (rows[0] if rows else {})}
-        for i in range(len(rows)):
-            loss, norm, lr = (columns[name][i] for name in ("loss", "grad_norm", "lr"))
+        rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(self._metrics)]
+        for i, row in enumerate(rows):
+            loss, norm, lr = row["loss"], row["grad_norm"], row["lr"]
             if not np.isfinite([loss, norm]).all():
                 before = f"Last good checkpoint: {last_good}." if last_good is not None else "There is no checkpoint yet."
                 culprit = f"gradient norm is {norm:g}" if np.isfinite(loss) else f"loss is {loss:g}"
@@ -112,15 +113,14 @@ class Window:
                     f"{culprit} at step {self._first + i} (learning rate {lr:.3g}, loss {loss:.3g}, gradient norm {norm:.3g})."
                     f" {before} Lower optim.lr or set optim.clip_norm."
                 )
-        return columns
+        return rows
 
     def summary(self, last_good: int | None) -> dict[str, float]:
         """Means over the window, which starts anew."""
-        columns = self.check(last_good)
-        steps = len(self._metrics)
-        scalars = {f"train/{name}": float(values.mean()) for name, values in columns.items()}
-        scalars["train/images_per_second"] = self._batch_size * steps / (time.perf_counter() - self._begin)
-        self._metrics, self._begin = [], time.perf_counter()
+        rows = self.check(last_good)
+        scalars = {f"train/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        scalars["train/images_per_second"] = self._batch_size * self._timed / (time.perf_counter() - self._begin)
+        self._metrics, self._timed, self._begin = [], 0, time.perf_counter()
         return scalars
 
 
@@ -200,16 +200,17 @@ class _Loop:
 
     def restore_or_init(self) -> None:
         restored = self.checkpoints.restore(self.experiment.shapes)
-        self.best = self.checkpoints.best_score()
+        self.improved = False  # by the evaluation of the state at hand
         if restored is None:
             self.state, self.step, self.saved = self.experiment.init(), 0, None
-            self.evaluated, self.seconds_before = None, 0.0
+            self.evaluated, self.seconds_before, self.rows = None, 0.0, []
             self.folder.forget_metrics_after(-1, evaluated=False)
             return
         for step, reason in restored.damaged.items():
             self.writer.say(f"{self.folder.path}: checkpoint {step} is damaged ({reason}); going on from {restored.step}")
         self.state, self.step, self.saved = restored.state, restored.step, restored.step
         self.evaluated, self.seconds_before = restored.info["eval"], restored.info["seconds"]
+        self.rows = restored.info["window"]
         self.iterator.set_state(restored.info["data"])
         self.folder.forget_metrics_after(self.step, evaluated=self.evaluated is not None)
         self.writer.say(f"resuming {self.folder.path} from step {self.step} (data, randomness and optimiser included)")
@@ -221,7 +222,7 @@ class _Loop:
             begin = time.perf_counter()
             self.train_step = self.experiment.compile_train_step()
             self.writer.say(f"compiled in {duration(time.perf_counter() - begin)}")
-        self.window = Window(self.config.batch_size)  # its clock starts here
+        self.window = Window(self.config.batch_size, self.step, self.rows)  # its clock starts here
 
     def evaluate_if_due(self) -> None:
         due = self.step == self.total or (self.step > 0 and self.step % self.eval_every == 0)
@@ -240,6 +241,8 @@ class _Loop:
         except Interrupted:
             return
         self.evaluated = self.evals[self.step] = metrics
+        self.improved = metrics["top1"] > self.checkpoints.best_score()
+        self.checkpoints.note_score(self.step, metrics["top1"])
         self.writer.write(self.step, {f"eval/{name}": value for name, value in metrics.items()})
         self.writer.say(
             f"evaluated at step {self.step}: top1 {metrics['top1']:.4f}  top5 {metrics['top5']:.4f}  loss {metrics['loss']:.4f}"
@@ -247,15 +250,17 @@ class _Loop:
 
     def save_if_due(self) -> None:
         regular = self.step == self.total or (self.step > 0 and self.step % self.save_every == 0)
-        improved = self.evaluated is not None and self.evaluated["top1"] > self.best
+        improved = self.evaluated is not None and self.improved
         if self.saved == self.step or not (regular or improved or self.stop.requested):
             return
-        self.window.check(self.saved)  # what is saved is good
-        info = {"data": self.iterator.get_state(), "eval": self.evaluated, "seconds": self.seconds()}
+        info = {
+            "data": self.iterator.get_state(),
+            "eval": self.evaluated,
+            "seconds": self.seconds(),
+            "window": self.window.check(self.saved),  # what is saved is good
+        }
         self.checkpoints.save(self.step, self.state, info)
         self.saved = self.step
-        if self.evaluated is not None:
-            self.best = max(self.best, self.evaluated["top1"])
 
     def advance(self) -> None:
         batch = put_batch(next(self.iterator), self.experiment.mesh)

@@ -53,8 +53,11 @@ class Workdir:
           WorkdirError: there is none.
         """
         try:
-            return json.loads((self.path / "config.json").read_text())
-        except FileNotFoundError:
+            config = json.loads((self.path / "config.json").read_text())
+            if not isinstance(config, dict):
+                raise ValueError("it is no mapping")
+            return config
+        except (FileNotFoundError, NotADirectoryError):
             raise WorkdirError(f"{self.path} is not a work directory: it has no config.json") from None
         except ValueError as error:
             raise WorkdirError(f"{self.path}/config.json is damaged: {error}") from None

@@ -1,5 +1,7 @@
 """Checkpoints that come back exactly, and damage that is noticed."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,8 @@ def assert_equal(a, b):
 def save(folder, tops, **settings):
     with Checkpoints(folder, **settings) as checkpoints:
         for step, top1 in enumerate(tops, start=1):
+            if top1 is not None:
+                checkpoints.note_score(step, top1)
             checkpoints.save(step, make_state(step), info(top1))
             checkpoints.wait()
     return folder
@@ -64,7 +68,7 @@ def test_parts_of_a_state_can_be_read_alone(tmp_path):
 def test_no_checkpoints_is_no_error(tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoints.restore(TARGET) is None
-        assert (checkpoints.latest(), checkpoints.best()) == (None, None)
+        assert (checkpoints.steps(), checkpoints.best(), checkpoints.best_score()) == ([], None, -1.0)
 
 
 def test_the_latest_and_the_best_are_kept_also_across_a_restart(tmp_path):
@@ -74,6 +78,51 @@ def test_the_latest_and_the_best_are_kept_also_across_a_restart(tmp_path):
         checkpoints.save(6, make_state(6), info())
         checkpoints.wait()
         assert checkpoints.steps() == [2, 5, 6]
+
+
+def test_a_step_evaluated_after_it_was_saved_can_be_the_best(tmp_path):
+    save(tmp_path / "c", [0.2, None])
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.note_score(2, 0.9)
+        for step in (3, 4, 5):
+            checkpoints.save(step, make_state(step), info())
+            checkpoints.wait()
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        assert (checkpoints.steps(), checkpoints.best()) == ([2, 4, 5], 2)
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", '{"body": {"1": 0.99}, "check": 7}'])
+def test_damaged_scores_are_taken_from_the_steps_own_records(tmp_path, content):
+    save(tmp_path / "c", [0.2, 0.9, 0.3], keep=3)
+    (tmp_path / "c" / "scores.json").write_text(content)
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        assert (checkpoints.best(), checkpoints.best_score()) == (2, 0.9)
+        assert checkpoints.restore(TARGET).step == 3
+
+
+@pytest.mark.parametrize("how", ["emptied", "cut", "flipped", "removed"])
+def test_damage_to_any_file_of_a_step_is_noticed_or_harmless(tmp_path, how):
+    folder = save(tmp_path / "c", [0.5, 0.6], keep=3)
+    for number, file in enumerate(data_files(folder / "2")):
+        copy = tmp_path / f"{how}{number}"
+        shutil.copytree(folder, copy / "c")
+        victim = copy / "c" / file.relative_to(folder)
+        content = bytearray(victim.read_bytes())
+        if how == "removed":
+            victim.unlink()
+        elif content:
+            content[len(content) // 3] ^= 0x10
+            victim.write_bytes({"emptied": b"", "cut": bytes(content[: len(content) // 2]), "flipped": content}[how])
+        with Checkpoints(copy / "c", read_only=True) as checkpoints:
+            restored = checkpoints.restore(TARGET)
+        assert_equal(restored.state, make_state(restored.step))
+        assert restored.info["eval"] == {"top1": 0.5 if restored.step == 1 else 0.6}, file
+
+
+def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "c").write_text("")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        Checkpoints(tmp_path / "c")
 
 
 @pytest.mark.parametrize("place", np.linspace(0, 0.99, 12))

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from lowrank_jax import config as configs
 from lowrank_jax.config import Config, ConfigError, Duration, default, legal_keys, override, parse, to_dict
 from lowrank_jax.ranks import Rule
+from lowrank_jax.schema import LowRankConfig
 
 
 def changed(**overrides):
@@ -105,6 +106,30 @@ def test_all_problems_come_at_once_each_with_its_key():
         ({"optim__label_smoothing": "1"}, "optim.label_smoothing: 1.0; must be in [0, 1)"),
         ({"eval__every": "0"}, "eval.every: 0 steps; must be above 0"),
         ({"batch_size": "True"}, "batch_size: True; must be a whole number"),
+        ({"lowrank__rules": "({'path': 'head/kernel', 'rank': 2.5},)"}, "rank 2.5 must be a whole number"),
+        ({"lowrank__rules": "({'path': 'head/kernel', 'multiple_of': 2.5},)"}, "multiple_of 2.5 must be a whole number"),
+        ({"lowrank__rules": "({'path': 'head/kernel', 'scale': 'x'},)"}, "scale 'x' must be a number"),
+        ({"lowrank__rules": "({'path': 'hed/kernel', 'rank': 2},)"}, "matches no parameter; the nearest is 'head/kernel'"),
+        ({"lowrank__rank": "5000", "lowrank__scale": "None"}, "rank 5000 is above full rank"),
+        ({"optim__decay_rules": "()"}, "optim.decay_rules: (); must not be empty"),
+        ({"optim__decay_rules": "(('(', 1.0),)"}, "is not a regular expression"),
+        ({"optim__decay_rules": "(('.*', -1),)"}, "the multiplier of '.*' must be at least 0"),
+        ({"optim__schedule": "step"}, "optim.step_at: empty"),
+        ({"optim__warmup": "1e999"}, "optim.warmup: '1e999'; must be a duration"),
+        ({"seed": "4294967296"}, "seed: 4294967296; must be from 0 to 4294967295"),
+        ({"steps": "None", "epochs": "1e300"}, "epochs: 1e+300; must be from"),
+        ({"steps": "1000000000000"}, "steps: 1000000000000; must be from 1 to 2147483647"),
+        (
+            {"dataset__name": "synthetic", "dataset__kwargs__train_size": "-5"},
+            "dataset.kwargs.train_size: -5; must be at least 1",
+        ),
+        (
+            {"dataset__name": "synthetic", "dataset__kwargs__image_shape": "(8, 8)"},
+            "image_shape: (8, 8); must be a sequence of 3",
+        ),
+        ({"model__name": "mlp", "model__kwargs__dropout": "1.5"}, "dropout 1.5 must be in [0, 1)"),
+        ({"model__name": ".foo:bar"}, "model.name: model '.foo:bar' cannot be imported"),
+        ({"model__name": "math:floor"}, "model or lowrank: "),
     ],
 )
 def test_each_problem_has_one_clear_line(overrides, message):
@@ -128,18 +153,16 @@ def test_the_mesh_is_held_against_the_devices(overrides, message):
 
 
 def test_rules_are_exceptions_to_the_settings_above_them():
-    config = changed(
-        lowrank__method="spectral",
-        lowrank__rules="({'path': 'a', 'method': 'none'}, {'path': 'b', 'rank': 3}, {'path': 'c', 'activation': 'identity'})",
-    )
+    entries = ({"path": "a", "method": "none"}, {"path": "b", "rank": 3}, {"path": "c", "activation": "identity"})
+    config = LowRankConfig(method="spectral", rules=entries)
     common = {"method": "spectral", "activation": "relu"}
-    assert parse(config).lowrank.to_rules() == (
+    assert config.to_rules() == (
         Rule("a"),
         Rule("b", rank=3, **common),
         Rule("c", scale=0.25, **{**common, "activation": "identity"}),
         Rule(".*", scale=0.25, **common),
     )
-    assert dataclasses.replace(parse(config).lowrank, method="none").to_rules() == ()
+    assert dataclasses.replace(config, method="none").to_rules() == ()
 
 
 @pytest.mark.parametrize(
@@ -156,12 +179,18 @@ def test_durations_become_steps(text, steps):
         ("def get_config(): return 1 / 0", "it fails with ZeroDivisionError: division by zero"),
         ("def get_config(:", "it fails with SyntaxError"),
         ("x = 1", "it fails with AttributeError"),
+        ("import sys; sys.exit(0)", "it fails with SystemExit"),
     ],
 )
 def test_a_config_file_that_fails_says_so(tmp_path, source, message):
     (tmp_path / "config.py").write_text(source)
     with pytest.raises(ConfigError, match=message):
         configs.load(str(tmp_path / "config.py"))
+
+
+def test_what_is_no_python_file_is_refused(repository):
+    with pytest.raises(ConfigError, match="it is not a Python file"):
+        configs.load(str(repository / "README.md"))
 
 
 def test_config_files_take_an_argument_and_near_misses_are_proposed(tmp_path):

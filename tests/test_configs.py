@@ -10,7 +10,6 @@ import os
 import pytest
 
 from lowrank_jax import config as configs
-from lowrank_jax.experiment import make_plan
 from lowrank_jax.train import train
 from tests.running import ROOT
 
@@ -20,7 +19,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_golden_file(name):
     config = configs.parse(configs.load(str(ROOT / "configs" / f"{name}.py")))
-    text = json.dumps(configs.to_dict(config), indent=2) + "\n\n" + str(make_plan(config)) + "\n"
+    text = json.dumps(configs.to_dict(config), indent=2) + "\n\n" + str(configs.make_plan(config)) + "\n"
     file = ROOT / "tests" / "golden" / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         file.write_text(text)

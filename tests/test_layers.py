@@ -131,5 +131,5 @@ def test_drop_in_modules_hold_what_factorize_leaves():
 
 @pytest.mark.parametrize("layer", [lr.LowRankDense(5, rank=9), lr.LowRankConv(5, (3, 3), rank=6)])
 def test_a_drop_in_module_refuses_a_rank_above_full(layer):
-    with pytest.raises(ValueError, match="must be from 1 to"):
+    with pytest.raises(ValueError, match="must be a whole number from 1 to"):
         layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))

@@ -111,6 +111,15 @@ def test_float32_agrees_with_float64(case):
     np.testing.assert_allclose(narrow, wide, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e18])
+def test_the_size_of_a_kernel_does_not_matter(size):
+    w = jnp.asarray(golden_matrix(9, 12), jnp.float32)
+    (u, v), (a, b) = projection.kernel_projection(w, 2), projection.kernel_projection(size * w, 2)
+    np.testing.assert_allclose((a / np.sqrt(size)) @ (b / np.sqrt(size)), u @ v, atol=1e-5)
+    if size == 1e18:  # a risk is of the square of that size
+        np.testing.assert_allclose(projection.risk(size * w, 0 * w) / size / size, projection.risk(w, 0 * w), rtol=1e-5)
+
+
 def test_zero_columns_stay_zero():
     w = jnp.asarray(golden_matrix(8, 6), jnp.float32).at[:, 2].set(0)
     u, v = projection.kernel_projection(w, 2)
@@ -151,7 +160,7 @@ def test_it_jits_vmaps_and_differentiates():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda w: projection.spectral(w, 0), "rank 0 of a 4x6 matrix: must be from 1 to 4"),
+        (lambda w: projection.spectral(w, 0), "rank 0 of a 4x6 matrix: must be a whole number from 1 to 4"),
         (lambda w: projection.kernel_projection(w, 5), "rank 5 of a 4x6 matrix"),
         (lambda w: projection.spectral(w[0], 1), r"expected a matrix \[n, m\], got shape \[6\]"),
         (lambda w: projection.spectral(w.astype(jnp.int32), 1), "real numbers"),
@@ -159,6 +168,8 @@ def test_it_jits_vmaps_and_differentiates():
         (lambda w: projection.kernel_projection(w, 1, activation="x"), "unknown activation 'x'"),
         (lambda w: projection.kernel_projection(w, 1, group=4), "group 4 does not divide the 6 columns"),
         (lambda w: projection.risk(w, w.T), "must have one shape"),
+        (lambda w: projection.spectral(w, 1.5), "rank 1.5 of a 4x6 matrix"),
+        (lambda w: projection.spectral([[1.0]], 1), "expected a matrix"),
     ],
 )
 def test_bad_input_gets_one_clear_error(call, message):

@@ -208,6 +208,41 @@ def test_never_larger_than_dense(rule, note):
     assert lr.plan(nn.Dense(8), jnp.ones((1, 8)), [rule]).kernels[0].note == note
 
 
+class Wrapped(nn.Module):
+    """Layers that a wrapper or a lift keeps from running on factors, and one that it does not."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.WeightNorm(nn.Dense(16, name="normed"))(x)
+        x = nn.SpectralNorm(nn.Dense(16, name="spectral"))(x, update_stats=False)
+        scan = nn.scan(Block, variable_axes={"params": 1}, split_rngs={"params": True}, length=16)
+        x, _ = scan(name="odd")(x, None)
+        return nn.Dense(16, name="plain")(x)
+
+
+def test_layers_that_do_not_run_on_factors_stay_dense_and_say_so():
+    model, x = Wrapped(), jnp.ones((2, 16))
+    plan = lr.plan(model, x, [lr.Rule(".*", rank=2)])
+    assert [name for name, kernel in by_name(plan).items() if kernel.rank is not None] == ["plain/kernel"]
+    assert all(kernel.note for name, kernel in by_name(plan).items() if name != "plain/kernel")
+    variables = model.init(KEY, x)
+    params = lr.factorize(variables["params"], plan, key=KEY)
+    assert lr.apply(model, {**variables, "params": params}, x).shape == (2, 16)
+
+
+def test_a_model_with_drop_in_modules_can_be_planned():
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(32, name="plain")(lr.LowRankDense(16, rank=2, name="low")(x))
+
+    model, x = Mixed(), jnp.ones((2, 16))
+    plan = lr.plan(model, x, [lr.Rule(".*", rank=2)])
+    params = lr.factorize(model.init(KEY, x)["params"], plan, key=KEY)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == plan.params
+    assert lr.apply(model, {"params": params}, x).shape == (2, 32)
+
+
 def test_a_kernel_that_no_rule_matches_stays_dense_and_says_so():
     model = nn.Sequential([nn.Dense(8), nn.Dense(8)])
     plan = lr.plan(model, jnp.ones((1, 8)), [lr.Rule("layers_0/kernel", rank=1)])
@@ -217,6 +252,7 @@ def test_a_kernel_that_no_rule_matches_stays_dense_and_says_so():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
+        ([lr.Rule("layers_0/bias", rank=1)], "matches no parameter; the nearest is 'layers_0/kernel'"),
         ([lr.Rule("layer_0/kernel", rank=1)], "matches no parameter; the nearest is 'layers_0/kernel'"),
         ([lr.Rule(".*", rank=9)], "rank 9 is above full rank 8, and so it is for every kernel"),
     ],

@@ -9,6 +9,7 @@ import pytest
 
 from lowrank_jax import experiment as experiments
 from lowrank_jax.checkpoint import Checkpoints
+from lowrank_jax.evaluate import evaluate
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.train import Diverged, train
 from tests import running
@@ -93,13 +94,14 @@ def test_training_does_not_depend_on_the_devices(tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
-    steps = {"steps": 2000, "checkpoint__every": "100 steps", "log__every": "100 steps", "eval__every": "700 steps"}
+    # Saved in the middle of the windows that are logged.
+    steps = {"steps": 2000, "checkpoint__every": "70 steps", "log__every": "100 steps", "eval__every": "700 steps"}
     whole, broken = running.command(tmp_path / "whole", **steps), running.command(tmp_path / "broken", **steps)
     done = running.run(whole, devices=2)
     assert done.returncode == 0, done.stderr
 
     with running.start(broken, devices=2) as process:
-        wait_for(process, "saved@900")
+        wait_for(process, "saved@910")
         process.kill()
     assert process.returncode == -signal.SIGKILL
     resumed = running.run(broken, devices=2)
@@ -160,6 +162,26 @@ def test_sigterm_is_heard_during_an_evaluation(tmp_path):
     assert process.returncode == 75, output
     assert "evaluated at step" not in output
     assert "stopping: saved step 10" in output
+
+
+def test_a_stop_in_an_evaluation_does_not_change_which_step_is_best(tmp_path):
+    config = running.config(steps=30, eval__every="10 steps", checkpoint__every="1000 steps", optim__lr=0.3)
+    whole = train(config, str(tmp_path / "whole"))
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    for _ in range(2):  # in the first evaluation, and again in that of the same step
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lowrank_jax.train.evaluate", interrupted)
+            assert train(config, str(tmp_path / "broken")).interrupted
+    resumed = train(config, str(tmp_path / "broken"))
+    assert resumed.evals == whole.evals
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "broken")]
+    assert results[0]["best_step"] == results[1]["best_step"]
+    with Checkpoints(tmp_path / "broken" / "checkpoints", read_only=True) as checkpoints:
+        assert results[0]["best_step"] in checkpoints.steps()
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "truncated"])

@@ -49,14 +49,23 @@ class Arrays:
         return len(self.labels)
 
 
+def _positive(default: Any) -> Any:
+    """A field whose value, or every one of its values, must be at least 1."""
+
+    def check(value: Any) -> str | None:
+        return None if min(value if isinstance(value, tuple) else (value,)) >= 1 else "must be at least 1"
+
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
 @dataclasses.dataclass(frozen=True)
 class SyntheticOptions:
     """The legal `dataset.kwargs` of the data set `synthetic`."""
 
-    image_shape: tuple[int, ...] = (32, 32, 3)
-    num_classes: int = 10
-    train_size: int = 4096
-    test_size: int = 1024
+    image_shape: tuple[int, int, int] = _positive((32, 32, 3))
+    num_classes: int = _positive(10)
+    train_size: int = _positive(4096)
+    test_size: int = _positive(1024)
 
 
 _TFDS = {
@@ -164,7 +173,7 @@ def _read_cache(path: epath.Path) -> Arrays | None:
     try:
         with path.open("rb") as file, np.load(file) as stored:
             return Arrays(stored["images"], stored["labels"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +47,8 @@ def constructor(name: str) -> Callable[..., nn.Module]:
     module, attribute = name.split(":", 1)
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model {name!r} cannot be imported: {error}") from None
+    except Exception as error:  # whatever somebody's module may raise
+        raise ValueError(f"model {name!r} cannot be imported: {str(error).splitlines()[0]}") from None
 
 
 def settings(name: str) -> dict[str, Any] | None:
@@ -57,4 +58,5 @@ def settings(name: str) -> dict[str, Any] | None:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         return None
     hidden = {"parent", "name", "num_classes"}
-    return {field.name: field.type for field in dataclasses.fields(cls) if field.name not in hidden}
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.name not in hidden}

@@ -29,6 +29,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, ...] -> [batch, num_classes]`."""
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} must be in [0, 1)")
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths, start=1):
             x = nn.Dense(width, use_bias=not self.batch_norm, kernel_init=he_normal, dtype=self.dtype, name=f"dense{i}")(x)
