@@ -101,7 +101,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert done.returncode == 0, done.stderr
 
     with running.start(broken, devices=2) as process:
-        wait_for(process, "saved@910")
+        wait_for(process, "saved@840")
         process.kill()
     assert process.returncode == -signal.SIGKILL
     resumed = running.run(broken, devices=2)
