@@ -25,8 +25,8 @@ def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], **kwargs: Any) ->
 
     Args:
       model: any Linen module.
-      inputs: what the model is called on, an array or a tuple of arguments; shapes suffice (`jax.ShapeDtypeStruct`).  The
-        first axis of the first one is taken for the batch, by which MACs are divided.
+      inputs: what the model is called on, an array or a tuple of arrays; shapes suffice (`jax.ShapeDtypeStruct`).  The first
+        axis of the first one is taken for the batch, by which MACs are divided.
       rules: in order; the first whose path matches a name in full decides.  A kernel that no rule matches stays dense.
       **kwargs: keyword arguments of the model, such as `train=False`.
 
@@ -65,8 +65,10 @@ def _is_matrix(name: str, leaf: Any) -> bool:
 def _without_wrapped(model, inputs, kwargs, variables, kernels: list[PlannedKernel]) -> list[PlannedKernel]:
     """Keeps kernels dense whose layer turns out not to run on factors."""
 
+    leaves = named_leaves(variables["params"], is_leaf=is_low_rank)
+
     def runs_with(chosen: list[PlannedKernel]) -> bool:
-        factored = {kernel.name: _factor_shapes(kernel, variables["params"]) for kernel in chosen}
+        factored = {kernel.name: _factor_shapes(kernel, leaves[kernel.name].dtype) for kernel in chosen}
         params = map_named(lambda name, leaf: factored.get(name, leaf), variables["params"], is_leaf=is_low_rank)
         return takes_factors(model, inputs, kwargs, {**variables, "params": params})
 
@@ -83,12 +85,11 @@ def _without_wrapped(model, inputs, kwargs, variables, kernels: list[PlannedKern
     ]
 
 
-def _factor_shapes(kernel: PlannedKernel, params: Any) -> Any:
+def _factor_shapes(kernel: PlannedKernel, dtype: Any) -> Any:
     """The factor pair that a kernel will become, as shapes."""
     view, rank = kernel.view, kernel.rank
     assert view is not None and rank is not None
     stack = kernel.shape[: len(kernel.shape) - len(view.shape)]
-    dtype = named_leaves(params, is_leaf=is_low_rank)[kernel.name].dtype
     return jax.eval_shape(
         lambda: view.from_factors(jnp.zeros((*stack, view.n, rank), dtype), jnp.zeros((*stack, rank, view.m), dtype))
     )

@@ -157,7 +157,7 @@ def _read_tfds(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
     builder = _prepared(dataset, data_dir)
     cache = builder.data_path / f"decoded-{split}.npz"
     decoded = _read_cache(cache)
-    if decoded is None:
+    if decoded is None or len(decoded) != dataset.sizes[split]:
         source: Any = builder.as_data_source(split)  # type: ignore[call-arg]
         examples = source.__getitems__(range(len(source)))
         decoded = Arrays(
