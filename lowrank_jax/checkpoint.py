@@ -212,10 +212,12 @@ def _quiet_failure() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
         log.setLevel(logging.CRITICAL)
         sys.unraisablehook = lambda unraisable: None
-        yield
-        gc.collect()
-        sys.unraisablehook = hook
-        log.setLevel(level)
+        try:
+            yield
+            gc.collect()
+        finally:
+            sys.unraisablehook = hook
+            log.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

@@ -174,6 +174,7 @@ def _section(cls: Any, values: dict[str, Any], prefix: str, problems: list[str])
 
 
 def _known(cls: Any, prefix: str) -> list[str]:
+    """The keys to propose for an unknown one: all of the config's, or those of a section that is not part of it."""
     return legal_keys() if cls is Config or prefix.split(".")[0] in typing.get_type_hints(Config) else legal_keys(cls, prefix)
 
 
@@ -210,12 +211,11 @@ def _typed(value: Any, hint: Any) -> Any:
 def _typed_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise ValueError("a sequence, such as (1, 2)")
-    if len(args) != 2 or args[1] is not Ellipsis:
-        homogeneous = len(args) == 1
-        if not homogeneous and len(value) != len(args):
-            raise ValueError(f"a sequence of {len(args)}")
-        return tuple(_typed(item, args[0] if homogeneous else arg) for item, arg in zip(value, args * len(value)))  # noqa: B905
-    return tuple(_typed(item, args[0]) for item in value)
+    if len(args) == 1 or args[1:] == (Ellipsis,):  # Sequence[int], or tuple[int, ...]
+        return tuple(_typed(item, args[0]) for item in value)
+    if len(value) != len(args):
+        raise ValueError(f"a sequence of {len(args)}")
+    return tuple(_typed(item, arg) for item, arg in zip(value, args, strict=True))
 
 
 def _relations(config: Config, devices: int | None, wrong: set[str]) -> list[str]:
