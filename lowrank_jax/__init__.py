@@ -1,7 +1,8 @@
 """Low-rank neural networks in JAX: the same Flax model, with some kernels replaced by factor pairs."""
 
-from lowrank_jax import projection
-from lowrank_jax.decay import add_frobenius_decay, frobenius_penalty
+from lowrank_jax import activations, inputs, projection
+from lowrank_jax.approximation import function_approximation
+from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay, frobenius_penalty, nuclear_penalty
 from lowrank_jax.kernel import LowRankKernel
 from lowrank_jax.layers import LowRankConv, LowRankDense, apply
 from lowrank_jax.plans import Plan
@@ -16,11 +17,16 @@ __all__ = [
     "LowRankKernel",
     "Plan",
     "Rule",
+    "activations",
     "add_frobenius_decay",
+    "add_nuclear_decay",
     "apply",
     "factorize",
     "frobenius_penalty",
+    "function_approximation",
+    "inputs",
     "merge",
+    "nuclear_penalty",
     "plan",
     "projection",
 ]

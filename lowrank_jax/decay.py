@@ -1,8 +1,11 @@
-"""Frobenius decay: weight decay on the product UV of a factor pair, computed without forming it.
+"""Decay of factor pairs by norms of their product UV, computed without forming it (docs/mathematics.md, section 9).
 
-    ½ λ |UV|_F² = ½ λ tr((UᵀU)(VVᵀ)),      gradients λ U (VVᵀ) and λ (UᵀU) V
+Frobenius decay (Khodak et al., ICLR 2021):
 
-cost O((n + m) r²) (Khodak et al., ICLR 2021; docs/mathematics.md, section 6).
+    ½ λ |UV|_F² = ½ λ tr((UᵀU)(VVᵀ)),      gradients λ U (VVᵀ) and λ (UᵀU) V,      O((n + m) r²)
+
+Nuclear decay: ½ λ (|U|_F² + |V|_F²) ≥ λ |UV|_*, the sum of singular values, with equality for balanced factors; it is plain
+weight decay on the factors, called by its effect.
 """
 
 from typing import Any
@@ -33,6 +36,21 @@ def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
         return jax.tree.map(add, updates, params, is_leaf=is_low_rank), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def nuclear_penalty(params: Any) -> jax.Array:
+    """½ Σ (|U|_F² + |V|_F²) over all factor pairs of a tree: a bound on Σ |UV|_*, met by balanced factors; differentiable."""
+    pairs = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_low_rank) if is_low_rank(leaf)]
+    return 0.5 * sum((jnp.sum(pair.u**2) + jnp.sum(pair.v**2) for pair in pairs), start=jnp.zeros(()))
+
+
+def add_nuclear_decay(decay: float) -> optax.GradientTransformation:
+    """Adds the gradient of `decay * nuclear_penalty` to the updates; leaves everything but factor pairs alone."""
+
+    def factor_pairs(params):
+        return jax.tree.map(is_low_rank, params, is_leaf=is_low_rank)
+
+    return optax.add_decayed_weights(decay, mask=factor_pairs)
 
 
 def _decayed(update: LowRankKernel, param: LowRankKernel, decay: float) -> LowRankKernel:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from lowrank_jax import optim, state, step
+from lowrank_jax import inputs, optim, state, step
 from lowrank_jax.config import ConfigError, make_plan
 from lowrank_jax.data.datasets import Dataset
 from lowrank_jax.plans import Plan
@@ -41,13 +41,28 @@ class Experiment:
     mesh: Mesh
     shapes: state.TrainState
 
-    def init(self) -> state.TrainState:
-        """The state before the first step: drawn, decomposed and laid out in one program on the devices."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        return jax.jit(self._init_state, out_shardings=shardings)()
+    def init(self, batches: Iterable[dict[str, jax.Array]] = ()) -> state.TrainState:
+        """The state before the first step: drawn, decomposed and laid out in one program on the devices.
 
-    def _init_state(self) -> state.TrainState:
-        return state.init_state(self.model, self.plan, self.optimizer, blank_images(self.dataset), self.config.seed)
+        Args:
+          batches: what the layers' second moments are taken from when `lowrank.moment_batches` asks for any.
+        """
+        moments = self._second_moments(batches) if self.config.lowrank.moment_batches else None
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+        return jax.jit(self._init_state, out_shardings=shardings)(moments)
+
+    def _init_state(self, moments: dict[str, jax.Array] | None) -> state.TrainState:
+        images = blank_images(self.dataset)
+        return state.init_state(self.model, self.plan, self.optimizer, images, self.config.seed, moments)
+
+    def _second_moments(self, batches: Iterable[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        """Of the layers' inputs in the dense network as it is drawn, every BatchNorm on its batch's own statistics."""
+        draw = functools.partial(state.init_dense, self.model, blank_images(self.dataset), self.config.seed)
+        variables = jax.jit(draw, out_shardings=replicated(self.mesh))()
+        normalize = jax.jit(self._normalizer())
+        images = (normalize(batch["image"]) for batch in batches)
+        dropout = {"dropout": state.key(self.config.seed, "dropout")}
+        return inputs.second_moments(self.model, variables, images, self.plan, rngs=dropout, train=True)
 
     def compile_train_step(self) -> Callable[..., tuple[state.TrainState, step.Metrics]]:
         """The compiled training step `(state, batch) -> (state, metrics)`; it takes the old state's memory."""
@@ -115,6 +130,7 @@ def build(config: Config, source: str = "config") -> Experiment:
             weight_decay=settings.weight_decay,
             decay_rules=settings.decay_rules,
             frobenius_decay=settings.frobenius_decay,
+            nuclear_decay=settings.nuclear_decay,
         )
     except ValueError as error:
         raise ConfigError(source, [f"optim.decay_rules: {line}" for line in str(error).splitlines()]) from error

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
+from lowrank_jax import methods
+from lowrank_jax.activations import ActivationLike
 from lowrank_jax.discover import SUPPORTED
 from lowrank_jax.kernel import SPATIAL_ROWS, LowRankKernel, MatrixView, channel_view, dense_view, spatial_view
-from lowrank_jax.methods import METHODS
 
 Initializer = Callable[..., jax.Array]
 
@@ -152,7 +153,7 @@ def _factored_kernel(key: jax.Array, dense_init: Initializer, view: MatrixView, 
     """Draws the dense kernel as the plain layer would, then factors it."""
     draw, project = jax.random.split(key)
     w = view.to_matrix(dense_init(draw, view.shape, layer.param_dtype))
-    u, v = METHODS[layer.method](project, w, layer.rank, activation=layer.activation, group=view.group)
+    u, v = methods.factor(layer.method, project, w, layer.rank, activation=layer.activation, group=view.group)
     return view.from_factors(u, v)
 
 
@@ -166,7 +167,7 @@ class LowRankDense(nn.Module):
       rank: from 1 to min(inputs, features).
       use_bias, dtype, param_dtype, precision, kernel_init, bias_init: as in `nn.Dense`; `kernel_init` draws the dense kernel.
       method: how it is factored, a name in `methods.METHODS`.
-      activation: what follows the layer, a name in `activations.ACTIVATIONS`.
+      activation: what follows the layer, a name in `activations.ACTIVATIONS` or any elementwise function in jax.
     """
 
     features: int
@@ -178,7 +179,7 @@ class LowRankDense(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     method: str = "kernel_projection"
-    activation: str = "relu"
+    activation: ActivationLike = "relu"
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -210,7 +211,7 @@ class LowRankConv(nn.Module):
         `nn.Conv`; `kernel_init` draws the dense kernel.
       scheme: `channel` (the whole window, then 1x1) or `spatial` (kh x 1, then 1 x kw; two-dimensional windows only).
       method: how the kernel is factored, a name in `methods.METHODS`.
-      activation: what follows the layer, a name in `activations.ACTIVATIONS`.
+      activation: what follows the layer, a name in `activations.ACTIVATIONS` or any elementwise function in jax.
     """
 
     features: int
@@ -228,7 +229,7 @@ class LowRankConv(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     scheme: Literal["channel", "spatial"] = "channel"
     method: str = "kernel_projection"
-    activation: str = "relu"
+    activation: ActivationLike = "relu"
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:

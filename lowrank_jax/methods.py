@@ -1,48 +1,60 @@
-"""How a dense kernel becomes a factor pair: one table, from a method's name to its function."""
+"""How dense kernels become factor pairs: one table, from a method's name to its function."""
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 
-from lowrank_jax import projection
+from lowrank_jax import ablations, approximation, projection
+from lowrank_jax.activations import ActivationLike
+from lowrank_jax.approximation import Stack
+from lowrank_jax.linalg import Pair
 
-
-class Method(Protocol):
-    """A matrix `[n, m]` to factors `[n, rank]` and `[rank, m]`; `key` is for methods that draw."""
-
-    def __call__(
-        self, key: jax.Array, w: jax.Array, rank: int, *, activation: str, group: int
-    ) -> tuple[jax.Array, jax.Array]: ...
+# All kernels that are to be factored by a method, in stacks of one shape; for every stack u [k, n, rank] and v [k, rank, m].
+Method = Callable[[Sequence[Stack]], list[Pair]]
 
 
-def _spectral(key, w, rank, *, activation, group):
-    del key, activation, group
-    return projection.spectral(w, rank)
+def _one_by_one(factor: Callable[[Stack, jax.Array, jax.Array], Pair]) -> Method:
+    """A method from the function `(stack, key, w)` of a single matrix; mapped, so that a shape is compiled once."""
+    return lambda stacks: [
+        jax.lax.map(lambda pair, stack=stack: factor(stack, *pair), (stack.keys, stack.w)) for stack in stacks
+    ]
 
 
-def _kernel_projection(key, w, rank, *, activation, group):
-    del key
-    return projection.kernel_projection(w, rank, activation=activation, group=group)
+def _projection(subspace: str, normalized: bool = False) -> Method:
+    return _one_by_one(
+        lambda stack, key, w: projection.kernel_projection(
+            w, stack.rank, activation=stack.activation, subspace=subspace, normalized=normalized, group=stack.group
+        )
+    )
 
 
-def _random(key, w, rank, *, activation, group):
-    """Independent Gaussian factors scaled by their fan-in, as He et al. do; each element of UV varies as one of W does.
-
-    U has the variance of W itself (2/n when W is He-initialised) and V has 1/rank, so the product keeps W's variance.
-    """
-    del activation, group
-    n, m = w.shape
-    wide = jnp.promote_types(w.dtype, jnp.float32)
-    deviation = jnp.sqrt(jnp.mean(jnp.square(w.astype(wide))))
-    key_u, key_v = jax.random.split(key)
-    u = deviation * jax.random.normal(key_u, (n, rank), wide)
-    v = jax.random.normal(key_v, (rank, m), wide) / jnp.sqrt(rank)
-    return u.astype(w.dtype), v.astype(w.dtype)
-
+SAMPLED = "function_approximation"  # the method that can be given samples of the layers' inputs
 
 METHODS: dict[str, Method] = {
-    "kernel_projection": _kernel_projection,
-    "spectral": _spectral,
-    "random": _random,
+    "kernel_projection": _projection("top"),
+    "kernel_projection_search": _projection("search"),
+    "kernel_projection_refine": _projection("refine"),
+    SAMPLED: approximation.approximate,
+    "spectral": _one_by_one(lambda stack, key, w: projection.spectral(w, stack.rank)),
+    "norm_preserving": _projection("top", normalized=True),
+    "norm_preserving_refine": _projection("refine", normalized=True),
+    "spectral_global_scale": _one_by_one(
+        lambda stack, key, w: ablations.spectral_global_scale(w, stack.rank, activation=stack.activation, group=stack.group)
+    ),
+    "spectral_column_scales": _one_by_one(
+        lambda stack, key, w: ablations.spectral_column_scales(w, stack.rank, activation=stack.activation, group=stack.group)
+    ),
+    "random_subspace": _one_by_one(
+        lambda stack, key, w: ablations.random_subspace(key, w, stack.rank, activation=stack.activation, group=stack.group)
+    ),
+    "unit_spectral": _one_by_one(lambda stack, key, w: ablations.unit_spectral(w, stack.rank)),
+    "random": _one_by_one(lambda stack, key, w: ablations.random_factors(key, w, stack.rank)),
 }
+
+
+def factor(
+    method: str, key: jax.Array, w: jax.Array, rank: int, *, activation: ActivationLike = "relu", group: int = 1
+) -> Pair:
+    """A single matrix `[n, m]` by a method of the table: u `[n, rank]` and v `[rank, m]`."""
+    [(u, v)] = METHODS[method]([Stack(key[None], w[None], rank, activation, group)])
+    return u[0], v[0]

@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from lowrank_jax.decay import add_frobenius_decay
+from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import first_match, map_named, named_leaves, nearest
 
@@ -52,6 +52,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     decay_rules: Sequence[tuple[str, float]] = ((".*", 1.0),),
     frobenius_decay: float = 0.0,
+    nuclear_decay: float = 0.0,
 ) -> optax.GradientTransformation:
     """A gradient transformation.  Decay joins the gradient in `sgd` and is decoupled from it in `adamw`.
 
@@ -64,12 +65,13 @@ def make_optimizer(
       clip_norm: bound on the global norm of the gradient.
       weight_decay: times the multiplier of the first rule that matches a parameter's name.
       decay_rules: `(path, multiplier)`; factors are called ".../kernel/u" and ".../kernel/v".
-      frobenius_decay: decay of the product UV of factor pairs, which then take no weight decay themselves.
+      frobenius_decay: decay of |UV|_F² of factor pairs, which then take no weight decay themselves.
+      nuclear_decay: the same of |UV|_*, by its surrogate.
 
     Raises:
       ValueError: a rule matches no parameter, or a parameter is matched by no rule.
     """
-    multipliers = decay_multipliers(params, decay_rules, skip_factors=frobenius_decay > 0)
+    multipliers = decay_multipliers(params, decay_rules, skip_factors=frobenius_decay + nuclear_decay > 0)
     decays = [
         optax.add_decayed_weights(weight_decay * multiplier, mask=_mask(multipliers, multiplier))
         for multiplier in sorted(set(multipliers.values()))
@@ -77,6 +79,8 @@ def make_optimizer(
     ]
     if frobenius_decay:
         decays.append(add_frobenius_decay(frobenius_decay))
+    if nuclear_decay:
+        decays.append(add_nuclear_decay(nuclear_decay))
     core = [*decays, optax.trace(momentum, nesterov)] if name == "sgd" else [optax.scale_by_adam(b1, b2, eps), *decays]
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     return optax.chain(*clip, *core, optax.scale_by_learning_rate(schedule))

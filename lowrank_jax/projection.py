@@ -5,39 +5,25 @@ A layer computes sigma(x W) with W `[n, m]`, one column an output.  The function
     R(Y) = E |sigma(x W) - sigma(x Y)|^2,        x ~ N(0, I_n),
 
 and the nonlinear kernel projection looks for the rank-r Y that makes it small (arXiv 2202.00834;
-docs/mathematics.md, section 3).
+docs/mathematics.md, sections 3 and 4).
 
 Where several columns feed one output, as in the spatial scheme for convolutions, `group` says how many: column j belongs to
 output j % (m // group), and lengths and angles are those of an output's columns taken together.
 """
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import activations
+from lowrank_jax import activations, linalg, subspaces
+from lowrank_jax.activations import Activation, ActivationLike
+from lowrank_jax.linalg import Pair, grouped, lengths, ratio, wide
 from lowrank_jax.paths import did_you_mean
-
-SUBSPACES = ("top",)
-
-
-class _Thin(NamedTuple):
-    """A truncated singular value decomposition of W."""
-
-    q: jax.Array  # [n, r], orthonormal columns
-    s: jax.Array  # [r], descending
-    bt: jax.Array  # [r, m], orthonormal rows
+from lowrank_jax.subspaces import SUBSPACES
 
 
-def _highest_precision(fn: Any) -> Any:
-    """On TPU a float32 product is by default a bfloat16 one; a projection needs all of its digits."""
-    return functools.wraps(fn)(jax.default_matmul_precision("highest")(fn))
-
-
-@_highest_precision
-def spectral(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+def spectral(w: jax.Array, rank: int) -> Pair:
     """The truncated SVD, split evenly: the closest rank-r matrix in Frobenius norm (Khodak et al., ICLR 2021).
 
     Args:
@@ -48,128 +34,173 @@ def spectral(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
       u `[n, rank]` and v `[rank, m]` in the dtype of w, with UᵀU = VVᵀ.
 
     Raises:
-      ValueError: w is not a matrix of real numbers, or the rank is out of range.
+      ValueError: w is not a matrix of real, finite numbers, or the rank is out of range.
     """
-    _check(w, rank)
-    thin = _svd(w, rank)
-    root = jnp.sqrt(thin.s)
-    return (thin.q * root).astype(w.dtype), (root[:, None] * thin.bt).astype(w.dtype)
+    linalg.check_matrix(w)
+    linalg.check_rank(w, rank)
+    return _spectral(w, rank)
 
 
-@_highest_precision
+@functools.partial(jax.jit, static_argnames="rank")
+@linalg.highest_precision
+def _spectral(w: jax.Array, rank: int) -> Pair:
+    thin = linalg.svd(w)
+    root = jnp.sqrt(thin.s[:rank])
+    return (thin.q[:, :rank] * root).astype(w.dtype), (root[:, None] * thin.bt[:rank]).astype(w.dtype)
+
+
 def kernel_projection(
-    w: jax.Array, rank: int, *, activation: str = "relu", subspace: str = "top", group: int = 1
-) -> tuple[jax.Array, jax.Array]:
+    w: jax.Array,
+    rank: int,
+    *,
+    activation: ActivationLike = "relu",
+    subspace: str = "top",
+    normalized: bool = False,
+    group: int = 1,
+) -> Pair:
     """The nonlinear kernel projection: columns of least function risk within a rank-r subspace.
-
-    Every output is projected on the subspace and given the length |w_j| h(rho_j), where rho_j is the cosine of the angle
-    between w_j and the subspace (docs/mathematics.md, section 3.1).  A zero output stays zero.
 
     Args:
       w: `[n, m]`.
       rank: from 1 to min(n, m).
-      activation: what follows the kernel, a name in `activations.ACTIVATIONS`.
-      subspace: `top`, the leading left singular vectors.
+      activation: what follows the kernel: a name in `activations.ACTIVATIONS`, or any elementwise function in jax.
+      subspace: `top`, the leading left singular vectors; `search`, the best subset of them; `refine`, the best subspace that
+        a monotone descent from there finds.  Derivatives by w take the subspace of the latter two for fixed.
+      normalized: a normalisation layer follows: judge the subspace by directions alone and keep every length, |y_j| = |w_j|.
       group: columns an output.
 
     Returns:
       u `[n, rank]` and v `[rank, m]` in the dtype of w, balanced: UᵀU = VVᵀ.
 
     Raises:
-      ValueError: w is not a matrix of real numbers, the rank is out of range, a name is unknown, or group does not divide m.
+      ValueError: w is not a matrix of real, finite numbers, the rank is out of range, a name is unknown, or group does not
+        divide m.  (Under a transformation values are not known: there NaN stays NaN.)
     """
-    _check(w, rank, group)
+    linalg.check_matrix(w)
+    linalg.check_rank(w, rank)
+    linalg.check_group(w, group)
     if subspace not in SUBSPACES:
         raise ValueError(f"unknown subspace {subspace!r}{did_you_mean(subspace, SUBSPACES)}")
-    act = activations.get(activation)
-    unit = _unit(w)
-    thin = _svd(w / unit, rank)
-    c = thin.s[:, None] * thin.bt  # coordinates of the projected columns, [r, m]
-    length = _lengths(w.astype(c.dtype) / unit, group)
-    projected = _lengths(c, group)
-    rho = _ratio(projected, length)
-    scale = _ratio(length * act.h(rho), projected)
-    return _balance(thin.q, c * jnp.tile(scale, group), unit, w.dtype)
+    return _kernel_projection(w, rank, activations.get(activation), subspace, normalized, group)
 
 
-@_highest_precision
-def risk(w: jax.Array, y: jax.Array, *, activation: str = "relu", group: int = 1) -> jax.Array:
-    """R(Y) = E |sigma(x W) - sigma(x Y)|² over x ~ N(0, I), exactly (docs/mathematics.md, section 3).
+@functools.partial(jax.jit, static_argnames=("rank", "act", "subspace", "normalized", "group"))
+@linalg.highest_precision
+def _kernel_projection(w: jax.Array, rank: int, act: Activation, subspace: str, normalized: bool, group: int) -> Pair:
+    return _on_subspace(w, _subspace(w, rank, subspace, act, normalized, group), act, normalized, group)
+
+
+def on_subspace(
+    w: jax.Array, q: jax.Array, *, activation: ActivationLike = "relu", normalized: bool = False, group: int = 1
+) -> Pair:
+    """The best stand-in whose columns lie in a given subspace.
+
+    Every output is projected and given the length of least risk: |w_j| h(rho_j) for ReLU, where rho_j is the cosine of the
+    angle between w_j and the subspace (docs/mathematics.md, sections 3.1 and 4).  A zero output stays zero.  One at right
+    angles to the subspace has no direction there; any will do, and it gets the first axis.
+
+    Args:
+      w: `[n, m]`.
+      q: `[n, rank]`, orthonormal columns.
+      activation, normalized, group: as in `kernel_projection`.
+
+    Returns:
+      u `[n, rank]` and v `[rank, m]` in the dtype of w, balanced: UᵀU = VVᵀ.
+
+    Raises:
+      ValueError: as in `kernel_projection`.
+    """
+    linalg.check_matrix(w)
+    linalg.check_group(w, group)
+    linalg.check_matrix(q)
+    if len(q) != len(w):
+        raise ValueError(f"w {list(w.shape)} and q {list(q.shape)} must have as many rows")
+    return _on_subspace(w, q, activations.get(activation), normalized, group)
+
+
+@functools.partial(jax.jit, static_argnames=("act", "normalized", "group"))
+@linalg.highest_precision
+def _on_subspace(w: jax.Array, q: jax.Array, act: Activation, normalized: bool, group: int) -> Pair:
+    unit = linalg.unit(w)
+    relative = w.astype(wide(w.dtype)) / unit
+    length = lengths(relative, group)
+    coordinates = q.T @ relative
+    projected = lengths(coordinates, group)
+    measure = _measure(act, unit)
+    best = length if normalized else act.best_length(length * measure, ratio(projected, length)) / measure
+    first_axis = jnp.zeros_like(coordinates).at[0, : len(length)].set(1)
+    direction = jnp.where(
+        jnp.tile(projected == 0, group), first_axis, coordinates / jnp.tile(jnp.where(projected == 0, 1, projected), group)
+    )
+    u, v = linalg.balance(q, direction * jnp.tile(best, group))
+    root = jnp.sqrt(unit)
+    return (root * u).astype(w.dtype), (root * v).astype(w.dtype)
+
+
+def _measure(act: Activation, unit: jax.Array) -> jax.Array:
+    """In what to tell an activation lengths that were measured in `unit`: to a homogeneous one all units are the same."""
+    return jnp.ones_like(unit) if isinstance(act, activations.Homogeneous) else unit
+
+
+def _subspace(w: jax.Array, rank: int, name: str, act: Activation, normalized: bool, group: int) -> jax.Array:
+    """Orthonormal Q `[n, rank]`."""
+    unit = linalg.unit(w)
+    thin = linalg.svd(w / unit)
+    if name == "top":
+        return thin.q[:, :rank]
+    coordinates = jax.lax.stop_gradient(thin.s[:, None] * thin.bt)
+    length = lengths(coordinates, group)
+    loss = _loss(act, length * _measure(act, unit), normalized)
+    chosen = subspaces.search(jnp.sum(grouped(coordinates**2, group), axis=1), length, rank, loss)
+    if name == "search":
+        return thin.q[:, chosen]
+    start = jnp.zeros((len(coordinates), rank), coordinates.dtype).at[chosen, jnp.arange(rank)].set(1)
+    return thin.q @ subspaces.refine(coordinates, start, lambda c: ratio(lengths(c, group), length), loss)
+
+
+def _loss(act: Activation, length: jax.Array, normalized: bool) -> subspaces.Loss:
+    """The risk of every output at its best length, by its cosine; behind a normalisation all lengths are one."""
+
+    def loss(rho: jax.Array) -> jax.Array:
+        if normalized:
+            return act.risk(jnp.ones_like(rho), jnp.ones_like(rho), rho) * (length > 0)
+        return act.risk(length, act.best_length(length, rho), rho)
+
+    cheap = isinstance(act, activations.Homogeneous)
+    return loss if cheap else subspaces.tabulated(loss, len(length), length.dtype)
+
+
+def risk(w: jax.Array, y: jax.Array, *, activation: ActivationLike = "relu", group: int = 1) -> jax.Array:
+    """R(Y) = E |sigma(x W) - sigma(x Y)|² over x ~ N(0, I), without sampling (docs/mathematics.md, sections 3 and 4).
 
     Args:
       w: the kernel, `[n, m]`.
       y: its stand-in, `[n, m]`; for factors, their product.
-      activation: what follows the kernel.
+      activation: what follows the kernel: a name in `activations.ACTIVATIONS`, or any elementwise function in jax.
       group: columns an output.
 
     Returns:
       A scalar in float32 or better.  Divide by `risk(w, 0 * w)` for the relative risk.
 
     Raises:
-      ValueError: the shapes differ, are not matrices, or the activation is unknown.
+      ValueError: the shapes differ, are not matrices of real, finite numbers, or the activation is unknown.
     """
-    _check(w, 1, group)
+    linalg.check_matrix(w)
+    linalg.check_matrix(y)
+    linalg.check_group(w, group)
     if w.shape != y.shape:
         raise ValueError(f"w {list(w.shape)} and y {list(y.shape)} must have one shape")
-    act = activations.get(activation)
-    wide = _wide(jnp.result_type(w, y))
-    unit = _unit(w.astype(wide), y.astype(wide))
-    w, y = w.astype(wide) / unit, y.astype(wide) / unit
-    a, b = _lengths(w, group), _lengths(y, group)
-    inner = jnp.sum(_grouped(w * y, group), axis=(0, 1))
-    h = act.h(_ratio(inner, a * b))
-    return act.gain * jnp.sum(a**2 + b**2 - 2 * a * b * h) * unit * unit
+    return _risk(w, y, activations.get(activation), group)
 
 
-def _svd(w: jax.Array, rank: int) -> _Thin:
-    q, s, bt = jnp.linalg.svd(w.astype(_wide(w.dtype)), full_matrices=False)
-    return _Thin(q[:, :rank], s[:rank], bt[:rank])
-
-
-def _balance(q: jax.Array, c: jax.Array, unit: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Y = unit * Q C, with orthonormal Q `[n, r]` and C `[r, m]`, as factors of equal Gram matrices; O(r² m)."""
-    p, s, bt = jnp.linalg.svd(c, full_matrices=False)
-    root = jnp.sqrt(s) * jnp.sqrt(unit)
-    return (q @ (p * root)).astype(dtype), (root[:, None] * bt).astype(dtype)
-
-
-def _unit(*matrices: jax.Array) -> jax.Array:
-    """The largest magnitude, in which to measure: squares of very large or small elements leave float32's range."""
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(matrix)) for matrix in matrices])).astype(_wide(matrices[0].dtype))
-    return jax.lax.stop_gradient(jnp.where(largest == 0, 1, largest))
-
-
-def _grouped(w: jax.Array, group: int) -> jax.Array:
-    """`[n, group * outputs] -> [n, group, outputs]`."""
-    return w.reshape(w.shape[0], group, -1)
-
-
-def _lengths(w: jax.Array, group: int) -> jax.Array:
-    """The Euclidean length of every output's columns, `[outputs]`; its gradient at zero is zero."""
-    squares = jnp.sum(_grouped(w, group) ** 2, axis=(0, 1))
-    positive = squares > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
-
-
-def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a / b, and 0 where b is 0."""
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
-
-
-def _wide(dtype: Any) -> Any:
-    """The dtype to compute in: 16-bit decompositions do not exist, and would not be worth having."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _check(w: jax.Array, rank: int, group: int = 1) -> None:
-    if not hasattr(w, "dtype"):
-        raise ValueError(f"expected a matrix [n, m], got a {type(w).__name__}")
-    if w.ndim != 2:
-        raise ValueError(f"expected a matrix [n, m], got shape {list(w.shape)}")
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(f"expected a matrix of real numbers, got dtype {w.dtype}")
-    n, m = w.shape
-    if type(rank) is not int or not 1 <= rank <= min(n, m):
-        raise ValueError(f"rank {rank} of a {n}x{m} matrix: must be a whole number from 1 to {min(n, m)}")
-    if group < 1 or m % group:
-        raise ValueError(f"group {group} does not divide the {m} columns")
+@functools.partial(jax.jit, static_argnames=("act", "group"))
+@linalg.highest_precision
+def _risk(w: jax.Array, y: jax.Array, act: Activation, group: int) -> jax.Array:
+    dtype = wide(jnp.result_type(w, y))
+    unit = linalg.unit(w.astype(dtype), y.astype(dtype))
+    w, y = w.astype(dtype) / unit, y.astype(dtype) / unit
+    a, b = lengths(w, group), lengths(y, group)
+    rho = ratio(jnp.sum(grouped(w * y, group), axis=(0, 1)), a * b)
+    measure = _measure(act, unit)
+    total = jnp.sum(act.risk(a * measure, b * measure, rho))
+    return total * (unit / measure) * (unit / measure)

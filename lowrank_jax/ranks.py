@@ -24,7 +24,8 @@ class Rule:
       rank: the rank as a number.
       scheme: how a convolution becomes a matrix: `channel` (kh x kw -> r, then 1x1) or `spatial` (kh x 1 -> r, then 1 x kw).
       method: how the factors are made from the dense kernel, a name in `methods.METHODS`.
-      activation: what follows the kernel, a name in `activations.ACTIVATIONS`; used by methods that project functions.
+      activation: what follows the kernel, for methods that project functions: a name in `activations.ACTIVATIONS`, or any
+        elementwise function in jax.
       multiple_of: round the rank up to a multiple of this number.
       scale_of: `full_rank`, min(rows, columns) of the matrix; or `columns`, which in the spatial scheme is the convention
         round(scale * out * k) of Khodak et al. (ICLR 2021).
@@ -39,7 +40,7 @@ class Rule:
     rank: int | None = None
     scheme: Literal["channel", "spatial"] = "channel"
     method: str = "kernel_projection"
-    activation: str = "relu"
+    activation: activations.ActivationLike = "relu"
     multiple_of: int = 1
     scale_of: Literal["full_rank", "columns"] = "full_rank"
 
@@ -63,7 +64,10 @@ class Rule:
             raise self._error(f"multiple_of {self.multiple_of} must be at least 1")
         self._check_name("scheme", SCHEMES)
         self._check_name("method", METHODS)
-        self._check_name("activation", activations.ACTIVATIONS)
+        try:
+            activations.get(self.activation)
+        except ValueError as error:
+            raise self._error(str(error)) from None
         self._check_name("scale_of", SCALE_OF)
 
     def _check_name(self, field: str, known: Collection[str]) -> None:

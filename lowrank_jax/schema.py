@@ -128,6 +128,7 @@ class OptimConfig:
         ((r"(.*/)?(kernel|embedding)(/[uv])?", 1.0), (".*", 0.0)), _decay_rules
     )
     frobenius_decay: float = _option(0.0, _at_least(0))
+    nuclear_decay: float = _option(0.0, _at_least(0))
     label_smoothing: float = _option(0.0, _below_one)
 
 
@@ -142,6 +143,7 @@ class LowRankConfig:
     activation: str = "relu"
     multiple_of: int = 1
     scale_of: str = "full_rank"
+    moment_batches: int = _option(0, _at_least(0))  # project for the inputs that layers have on so many batches of images
     rules: tuple[dict, ...] = ()  # exceptions by path, in order: {"path": ..., and any of the keys above}
 
     def to_rules(self) -> tuple[Rule, ...]:

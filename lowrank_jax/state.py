@@ -35,16 +35,35 @@ def key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode())), step)
 
 
-def init_params(model: nn.Module, plan: Plan, images: jax.Array, seed: int) -> tuple[Any, Any]:
-    """The model's own initialisation, then the plan's factorisation: `(params, batch_stats)`.  Made to run under `jit`."""
-    variables = model.init(key(seed, "init"), images)
-    params = factorize(variables["params"], plan, key=key(seed, "factorize"))
+def init_dense(model: nn.Module, images: jax.Array, seed: int) -> Any:
+    """The model's own initialisation: its variables."""
+    return model.init(key(seed, "init"), images)
+
+
+def init_params(
+    model: nn.Module, plan: Plan, images: jax.Array, seed: int, moments: dict[str, jax.Array] | None = None
+) -> tuple[Any, Any]:
+    """The model's own initialisation, then the plan's factorisation: `(params, batch_stats)`.  Made to run under `jit`.
+
+    Args:
+      model, plan: the network, and which of its kernels are factored.
+      images: of the shape that the model takes; their values do not matter.
+      seed: of the run.
+      moments: of the layers' inputs, for a data-aware factorisation.
+    """
+    variables = init_dense(model, images, seed)
+    params = factorize(variables["params"], plan, key=key(seed, "factorize"), moments=moments)
     return params, variables.get("batch_stats", {})
 
 
 def init_state(
-    model: nn.Module, plan: Plan, optimizer: optax.GradientTransformation, images: jax.Array, seed: int
+    model: nn.Module,
+    plan: Plan,
+    optimizer: optax.GradientTransformation,
+    images: jax.Array,
+    seed: int,
+    moments: dict[str, jax.Array] | None = None,
 ) -> TrainState:
-    """A state before its first step; made to run under `jit`, decompositions included."""
-    params, batch_stats = init_params(model, plan, images, seed)
+    """A state before its first step, arguments as in `init_params`; made to run under `jit`, decompositions included."""
+    params, batch_stats = init_params(model, plan, images, seed, moments)
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))

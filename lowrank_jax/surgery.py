@@ -2,19 +2,20 @@
 
 import dataclasses
 import functools
-import itertools
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import discover
-from lowrank_jax.kernel import MatrixView, is_low_rank
+from lowrank_jax import discover, linalg
+from lowrank_jax.approximation import Stack
+from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.layers import takes_factors
-from lowrank_jax.methods import METHODS
+from lowrank_jax.methods import METHODS, SAMPLED, Method
 from lowrank_jax.paths import first_match, map_named, named_leaves
 from lowrank_jax.plans import Plan, PlannedKernel
 from lowrank_jax.ranks import Rule, wanted_rank
@@ -129,61 +130,122 @@ def _check_ranks(rules: Sequence[Rule], kernels: list[PlannedKernel]) -> None:
             raise ValueError(f"rule {rule.path!r}: {notes[0]}, and so it is for every kernel that the rule matches")
 
 
-def factorize(params: Any, plan: Plan, *, key: jax.Array) -> Any:
+def factorize(
+    params: Any,
+    plan: Plan,
+    *,
+    key: jax.Array,
+    moments: Mapping[str, jax.Array] | None = None,
+    inputs: Mapping[str, jax.Array] | None = None,
+) -> Any:
     """Replaces planned kernels by factor pairs, each made by its rule's method; paths stay what they were.
 
-    Kernels of one shape are decomposed together in a `lax.map`, so that each distinct decomposition is compiled once.
+    Kernels of one shape are decomposed together, so that each distinct decomposition is compiled once.
     Call it under `jit` or not: it compiles as one program either way.
 
     Args:
       params: the dense model's parameters.
       plan: from `plan` for the same model.
       key: for methods that draw; every kernel's draw depends on the key and its own name alone.
+      moments: E xxᵀ of every planned kernel's inputs, from `inputs.second_moments`: kernels are factored for these inputs
+        rather than for isotropic ones (docs/mathematics.md, section 8).
+      inputs: samples of every planned kernel's inputs, from `inputs.samples`, for the method `function_approximation`.
 
     Returns:
       The tree with `LowRankKernel`s in it, in the kernels' own dtypes; decompositions run in float32 or better.
 
     Raises:
-      ValueError: the parameters are not those of the plan.
+      ValueError: the parameters are not those of the plan, or not finite, or moments or inputs do not fit it.
     """
     params = nn.meta.unbox(params)
     leaves = named_leaves(params, is_leaf=is_low_rank)
     _check_tree(leaves, plan)
-    factors = _factorize({kernel.name: leaves[kernel.name] for kernel in plan.factored}, plan, key)
+    kernels = {kernel.name: leaves[kernel.name] for kernel in plan.factored}
+    _check_finite(kernels)
+    _check_data(plan, moments, inputs)
+    factors = _factorize(kernels, plan, key, moments, inputs)
     return map_named(lambda name, leaf: factors.get(name, leaf), params)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _factorize(kernels: dict[str, jax.Array], plan: Plan, key: jax.Array) -> dict[str, Any]:
+def _factorize(
+    kernels: dict[str, jax.Array],
+    plan: Plan,
+    key: jax.Array,
+    moments: Mapping[str, jax.Array] | None,
+    inputs: Mapping[str, jax.Array] | None,
+) -> dict[str, Any]:
     factors = {}
-    for members in _alike(kernels, plan):
-        matrices = [view.to_matrix(kernels[kernel.name]).reshape(-1, view.n, view.m) for kernel, view in members]
-        keys = [
-            jax.random.split(jax.random.fold_in(key, zlib.crc32(kernel.name.encode())), len(stack))
-            for (kernel, _), stack in zip(members, matrices, strict=True)
-        ]
-        kernel, view = members[0]
-        assert kernel.rule is not None and kernel.rank is not None
-        method = functools.partial(
-            METHODS[kernel.rule.method], rank=kernel.rank, activation=kernel.rule.activation, group=view.group
-        )
-        u, v = jax.lax.map(lambda pair, method=method: method(*pair), (jnp.concatenate(keys), jnp.concatenate(matrices)))
-        ends = list(itertools.accumulate(len(stack) for stack in matrices))[:-1]
-        for (kernel, view), u_k, v_k in zip(members, jnp.split(u, ends), jnp.split(v, ends), strict=True):
-            stack = kernel.shape[: len(kernel.shape) - len(view.shape)]
-            factors[kernel.name] = view.from_factors(u_k.reshape(*stack, *u_k.shape[1:]), v_k.reshape(*stack, *v_k.shape[1:]))
+    for method, groups in _by_method(kernels, plan, inputs).items():
+        stacks = [_stack(members, kernels, key, inputs) for members in groups]
+        pairs = METHODS[method](stacks) if moments is None else _data_aware(METHODS[method], stacks, groups, moments)
+        for members, (u, v) in zip(groups, pairs, strict=True):
+            factors.update(_unstacked(members, u, v))
     return factors
 
 
-def _alike(kernels: dict[str, jax.Array], plan: Plan) -> list[list[tuple[PlannedKernel, MatrixView]]]:
-    """The plan's factored kernels, those that one compiled decomposition serves together."""
-    groups: dict[Any, list[tuple[PlannedKernel, MatrixView]]] = {}
+@linalg.highest_precision
+def _data_aware(
+    method: Method, stacks: list[Stack], groups: list[list[PlannedKernel]], moments: Mapping[str, jax.Array]
+) -> list[linalg.Pair]:
+    """With S = RᵀR the inputs of RW are isotropic: it is what the method factors, and U is led back by R's inverse."""
+    roots = [
+        jax.lax.map(linalg.square_root, jnp.concatenate([moments[kernel.name].reshape(-1, n, n) for kernel in members]))
+        for members, n in zip(groups, (stack.w.shape[1] for stack in stacks), strict=True)
+    ]
+    pairs = method(
+        [
+            dataclasses.replace(stack, w=root @ stack.w.astype(root.dtype))
+            for stack, (root, _) in zip(stacks, roots, strict=True)
+        ]
+    )
+    balanced = []
+    for stack, (_, inverse), (u, v) in zip(stacks, roots, pairs, strict=True):
+        u, v = jax.lax.map(lambda pair: linalg.rebalance(*pair), (inverse @ u, v))
+        balanced.append((u.astype(stack.w.dtype), v.astype(stack.w.dtype)))
+    return balanced
+
+
+def _by_method(
+    kernels: dict[str, jax.Array], plan: Plan, inputs: Mapping[str, jax.Array] | None
+) -> dict[str, list[list[PlannedKernel]]]:
+    """The plan's factored kernels by method, and those together that one compiled decomposition serves."""
+    methods: dict[str, dict[Any, list[PlannedKernel]]] = {}
     for kernel in plan.factored:
         view, rule = kernel.view, kernel.rule
         assert view is not None and rule is not None
-        alike = (view.n, view.m, view.group, kernel.rank, rule.method, rule.activation, kernels[kernel.name].dtype)
-        groups.setdefault(alike, []).append((kernel, view))
-    return list(groups.values())
+        samples = 0 if inputs is None else inputs[kernel.name].shape[-3]
+        alike = (view.n, view.m, view.group, kernel.rank, rule.activation, kernels[kernel.name].dtype, samples)
+        methods.setdefault(rule.method, {}).setdefault(alike, []).append(kernel)
+    return {method: list(groups.values()) for method, groups in methods.items()}
+
+
+def _stack(members: list[PlannedKernel], kernels: dict[str, jax.Array], key: jax.Array, inputs: Any) -> Stack:
+    """Kernels of one shape as matrices, those of repeated modules one by one."""
+    view, rule, rank = members[0].view, members[0].rule, members[0].rank
+    assert view is not None and rule is not None and rank is not None
+    matrices = [kernel.view.to_matrix(kernels[kernel.name]).reshape(-1, view.n, view.m) for kernel in members if kernel.view]
+    keys = [
+        jax.random.split(jax.random.fold_in(key, zlib.crc32(kernel.name.encode())), len(stack))
+        for kernel, stack in zip(members, matrices, strict=True)
+    ]
+    fed = None
+    if inputs is not None:
+        fed = jnp.concatenate([inputs[kernel.name].reshape(-1, *inputs[kernel.name].shape[-3:]) for kernel in members])
+    return Stack(jnp.concatenate(keys), jnp.concatenate(matrices), rank, rule.activation, view.group, fed)
+
+
+def _unstacked(members: list[PlannedKernel], u: jax.Array, v: jax.Array) -> dict[str, Any]:
+    """The factors of a stack by kernel name."""
+    factors, start = {}, 0
+    for kernel in members:
+        assert kernel.view is not None
+        stack = kernel.shape[: len(kernel.shape) - len(kernel.view.shape)]
+        end = start + math.prod(stack)
+        u_k, v_k = (part[start:end].reshape(*stack, *part.shape[1:]) for part in (u, v))
+        factors[kernel.name] = kernel.view.from_factors(u_k, v_k)
+        start = end
+    return factors
 
 
 def _check_tree(leaves: dict[str, Any], plan: Plan) -> None:
@@ -198,6 +260,38 @@ def _check_tree(leaves: dict[str, Any], plan: Plan) -> None:
             problems.append(f"{kernel.name}: planned as {list(kernel.shape)}, is {list(leaf.shape)}")
     if problems:
         raise ValueError("the parameters are not those of the plan:\n  " + "\n  ".join(problems))
+
+
+def _check_finite(kernels: dict[str, jax.Array]) -> None:
+    broken = [name for name, kernel in kernels.items() if not linalg.known_finite(kernel)]
+    if broken:
+        raise ValueError(f"kernels with elements that are not finite: {', '.join(broken)}")
+
+
+def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Mapping[str, jax.Array] | None) -> None:
+    if moments is not None and inputs is not None:
+        raise ValueError("give moments or inputs, not both: samples of the inputs have their second moment in them")
+    sampled = [kernel for kernel in plan.factored if kernel.rule and kernel.rule.method == SAMPLED]
+    if inputs is not None and len(sampled) < len(plan.factored):
+        raise ValueError(f"inputs are for the method {SAMPLED!r}; other kernels of this plan take moments")
+    problems = []
+    for kernel in plan.factored:
+        assert kernel.view is not None
+        stack, n = kernel.shape[: len(kernel.shape) - len(kernel.view.shape)], kernel.view.n
+        if moments is not None:
+            problems += _misfit(kernel.name, "moments", moments.get(kernel.name), (*stack, n, n))
+        if inputs is not None:
+            problems += _misfit(kernel.name, "inputs", inputs.get(kernel.name), (*stack, None, kernel.view.group, n))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _misfit(name: str, what: str, value: jax.Array | None, shape: tuple[int | None, ...]) -> list[str]:
+    if value is None:
+        return [f"{name}: has no {what}"]
+    fits = len(value.shape) == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
+    wanted = ["samples" if size is None else size for size in shape]
+    return [] if fits else [f"{name}: {what} must be {wanted}, are {list(value.shape)}"]
 
 
 def merge(params: Any) -> Any:

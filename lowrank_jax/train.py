@@ -170,17 +170,16 @@ class _Loop:
         self.eval_every = max(1, config.in_steps(config.eval.every))
         self.save_every = max(1, config.in_steps(config.checkpoint.every))
         self.log_every = max(1, config.in_steps(config.log.every))
-        self.iterator = train_iterator(
-            TrainBatches(
-                train_data,
-                config.batch_size,
-                self.total,
-                config.seed,
-                config.dataset.flip,
-                config.dataset.crop_padding,
-                Shard(jax.process_index(), jax.process_count()),
-            )
+        self.batches = TrainBatches(
+            train_data,
+            config.batch_size,
+            self.total,
+            config.seed,
+            config.dataset.flip,
+            config.dataset.crop_padding,
+            Shard(jax.process_index(), jax.process_count()),
         )
+        self.iterator = train_iterator(self.batches)
         self.logged: dict[int, dict[str, float]] = {}
         self.evals: dict[int, dict[str, float]] = {}
         self.begin = time.perf_counter()
@@ -202,7 +201,8 @@ class _Loop:
         restored = self.checkpoints.restore(self.experiment.shapes)
         self.improved = False  # by the evaluation of the state at hand
         if restored is None:
-            self.state, self.step, self.saved = self.experiment.init(), 0, None
+            first = (put_batch(self.batches[i], self.experiment.mesh) for i in range(self.config.lowrank.moment_batches))
+            self.state, self.step, self.saved = self.experiment.init(first), 0, None
             self.evaluated, self.seconds_before, self.rows = None, 0.0, []
             self.folder.forget_metrics_after(-1, evaluated=False)
             return

@@ -44,3 +44,21 @@ def test_it_needs_the_parameters():
     transform = lr.add_frobenius_decay(1.0)
     with pytest.raises(ValueError, match="needs the parameters"):
         transform.update(tree(), transform.init(tree()))
+
+
+def test_the_nuclear_surrogate_is_the_nuclear_norm_of_balanced_factors_and_above_it_elsewhere():
+    params = tree()
+    nuclear = sum(np.linalg.svd(params[name]["kernel"].merge(), compute_uv=False).sum() for name in ("dense", "stacked"))
+    assert lr.nuclear_penalty(params) > nuclear
+    u, v = lr.projection.spectral(params["dense"]["kernel"].merge(), 3)
+    balanced = {"dense": {"kernel": LowRankKernel(u, v)}}
+    exact = np.linalg.svd(u @ v, compute_uv=False).sum()
+    np.testing.assert_allclose(lr.nuclear_penalty(balanced), exact, rtol=1e-5)
+
+
+def test_nuclear_decay_is_the_gradient_of_its_penalty():
+    params = tree()
+    transform = lr.add_nuclear_decay(0.3)
+    updates, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
+    expected = jax.tree.map(lambda g: 0.3 * g, jax.grad(lr.nuclear_penalty)(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)

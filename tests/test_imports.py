@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 LIBRARY = {
-    "activations", "decay", "discover", "kernel", "layers", "methods", "paths", "plans", "projection", "ranks", "surgery",
+    "ablations", "activations", "approximation", "decay", "discover", "inputs", "kernel", "layers", "linalg", "methods",
+    "paths", "plans", "projection", "ranks", "subspaces", "surgery",
 }  # fmt: skip
 ALLOWED = {"jax", "flax", "optax", "numpy"}
 

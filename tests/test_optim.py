@@ -78,6 +78,13 @@ def test_factors_under_frobenius_decay_take_no_weight_decay():
     np.testing.assert_allclose(params["head"]["kernel"], 5 * (1 - 0.05), rtol=1e-6)
 
 
+def test_factors_under_nuclear_decay_take_no_other():
+    params = updated(weight_decay=0.5, nuclear_decay=0.01, decay_rules=RULES, momentum=0.0)
+    np.testing.assert_allclose(params["dense"]["kernel"].u, 2 * (1 - 0.1 * 0.01), rtol=1e-6)
+    np.testing.assert_allclose(params["dense"]["kernel"].v, 3 * (1 - 0.1 * 0.01), rtol=1e-6)
+    np.testing.assert_allclose(params["head"]["kernel"], 5 * (1 - 0.05), rtol=1e-6)
+
+
 def test_clipping_bounds_the_global_norm():
     params = updated(gradient=100.0, clip_norm=1.0, momentum=0.0)
     moved = np.sqrt(

@@ -1,13 +1,17 @@
 """The projection against golden values, sampling, float64 and its own optimality."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_jax import projection
+from lowrank_jax import activations, methods, projection
+from lowrank_jax.subspaces import SUBSPACES
 
 
 def golden_matrix(n, m):
@@ -55,28 +59,48 @@ def test_golden_relative_risks(n, m, rank, spectral, top):
     np.testing.assert_allclose(relative_risk(w, projection.kernel_projection(w, rank)), top, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", activations.ACTIVATIONS)
 @pytest.mark.parametrize("group", [1, 3])
-def test_risk_is_what_sampling_gives(group):
+def test_risk_is_what_sampling_gives(name, group):
     rng = np.random.default_rng(0)
     n, outputs = 6, 4
-    w, y = rng.standard_normal((2, n, group * outputs))
-    x = rng.standard_normal((200_000, group, n))
+    w, y = rng.standard_normal((2, n, group * outputs)).astype(np.float32) / np.sqrt(group)
+    x = rng.standard_normal((200_000, group, n), np.float32)
+    fn = jax.jit(activations.get(name).fn)
 
     def outputs_of(kernel):
-        return np.maximum(np.einsum("bgn,ngo->bo", x, kernel.reshape(n, group, outputs)), 0)
+        return np.asarray(fn(np.einsum("bgn,ngo->bo", x, kernel.reshape(n, group, outputs))), np.float64)
 
     losses = ((outputs_of(w) - outputs_of(y)) ** 2).sum(-1)
     error = losses.std() / np.sqrt(len(losses))
-    exact = float(projection.risk(jnp.asarray(w, jnp.float32), jnp.asarray(y, jnp.float32), group=group))
+    exact = float(projection.risk(jnp.asarray(w), jnp.asarray(y), activation=name, group=group))
     assert abs(losses.mean() - exact) < 4 * error
 
 
-@given(matrices())
-def test_the_projection_never_loses_to_spectral(case):
+@given(matrices(), st.sampled_from(["relu", "tanh"]))
+def test_every_subspace_is_worth_its_trouble(case, activation):
     w, rank = case
-    u, v = projection.kernel_projection(w, rank)
-    a, b = projection.spectral(w, rank)
-    assert projection.risk(w, u @ v) <= projection.risk(w, a @ b) + 1e-5 * projection.risk(w, 0 * w)
+    kinds = [projection.spectral(w, rank)]
+    kinds += [projection.kernel_projection(w, rank, subspace=subspace, activation=activation) for subspace in SUBSPACES]
+    spectral, top, search, refine = (projection.risk(w, u @ v, activation=activation) for u, v in kinds)
+    slack = 2e-5 * projection.risk(w, 0 * w, activation=activation)
+    assert top <= spectral + slack
+    assert search <= top + slack
+    assert refine <= search + slack
+
+
+@given(matrices(), st.sampled_from(SUBSPACES))
+def test_normalized_keeps_every_length_and_serves_directions(case, subspace):
+    w, rank = case
+    u, v = projection.kernel_projection(w, rank, subspace=subspace, normalized=True)
+    lengths = jnp.linalg.norm(w, axis=0)
+    np.testing.assert_allclose(jnp.linalg.norm(u @ v, axis=0), lengths, atol=2e-5 * float(lengths.max()))
+    directions = w / jnp.where(lengths > 0, lengths, 1)
+    top, ours = (
+        projection.risk(directions, (a @ b) / jnp.where(lengths > 0, lengths, 1))
+        for a, b in (projection.kernel_projection(w, rank, normalized=True), (u, v))
+    )
+    assert ours <= top + 2e-5 * w.shape[1]
 
 
 @given(matrices(), st.floats(0.5, 1.5))
@@ -90,7 +114,8 @@ def test_no_other_length_of_a_column_does_better(case, factor):
 @given(matrices())
 def test_factors_are_balanced(case):
     w, rank = case
-    for u, v in (projection.spectral(w, rank), projection.kernel_projection(w, rank)):
+    made = [projection.kernel_projection(w, rank, subspace=subspace) for subspace in SUBSPACES]
+    for u, v in (projection.spectral(w, rank), *made):
         np.testing.assert_allclose(u.T @ u, v @ v.T, atol=2e-5 * (1 + float(jnp.abs(v).max()) ** 2))
 
 
@@ -101,13 +126,21 @@ def test_full_rank_changes_nothing(case):
         np.testing.assert_allclose(factors[0] @ factors[1], w, atol=2e-5)
 
 
-@given(matrices(KINDS))  # where singular values repeat, the leading subspace is anybody's choice
-def test_float32_agrees_with_float64(case):
+@pytest.mark.parametrize("subspace", SUBSPACES)
+@settings(max_examples=8)
+@given(case=matrices(KINDS), activation=st.sampled_from(["relu", "silu"]))
+def test_float32_agrees_with_float64(subspace, case, activation):  # where singular values repeat, any basis is as good
     w, rank = case
-    narrow = relative_risk(w, projection.kernel_projection(w, rank)) if np.any(w) else 0.0
+    if not np.any(w):
+        return
+
+    def risk(w):
+        factors = projection.kernel_projection(w, rank, subspace=subspace, activation=activation)
+        return relative_risk(w, factors, activation=activation)
+
+    narrow = risk(w)
     with jax.enable_x64(True):
-        wide_w = jnp.asarray(np.asarray(w, np.float64))
-        wide = relative_risk(wide_w, projection.kernel_projection(wide_w, rank)) if np.any(w) else 0.0
+        wide = risk(jnp.asarray(np.asarray(w, np.float64)))
     np.testing.assert_allclose(narrow, wide, atol=1e-4)
 
 
@@ -135,6 +168,31 @@ def test_identity_activation_makes_the_projection_spectral():
     np.testing.assert_allclose(difference, jnp.sum((w - u @ v) ** 2), rtol=1e-5)
 
 
+def test_an_output_at_right_angles_to_the_subspace_keeps_the_length_that_serves_best():
+    w = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
+    u, v = projection.kernel_projection(w, 1)
+    np.testing.assert_allclose(jnp.linalg.norm(u @ v, axis=0), [3, 2 / np.pi, 1 / np.pi], rtol=1e-5)
+    half = 0.5 * np.array([9, 4, 1])
+    np.testing.assert_allclose(projection.risk(w, u @ v), (half * [0, 1 - 1 / np.pi**2, 1 - 1 / np.pi**2]).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_refine_finds_the_best_of_all_lines_in_the_plane(activation, normalized):
+    w = jnp.asarray(np.random.default_rng(5).standard_normal((2, 7)), jnp.float32)
+    kind = {"activation": activation, "normalized": normalized}
+
+    def loss(factors):
+        u, v = factors
+        lengths = jnp.linalg.norm(w, axis=0) if normalized else jnp.ones(7)
+        return projection.risk(w / lengths, (u @ v) / lengths, activation=activation)
+
+    angles = jnp.linspace(0, np.pi, 4001)
+    lines = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)[..., None]
+    least = jax.jit(lambda q: jax.lax.map(lambda q: loss(projection.on_subspace(w, q, **kind)), q))(lines).min()
+    np.testing.assert_allclose(loss(projection.kernel_projection(w, 1, subspace="refine", **kind)), least, rtol=2e-5)
+
+
 def test_a_group_shares_one_scale():
     w = jnp.asarray(golden_matrix(12, 3 * 5), jnp.float32)
     u, v = projection.kernel_projection(w, 2, group=3)
@@ -144,15 +202,27 @@ def test_a_group_shares_one_scale():
     assert relative_risk(w, (u, v), group=3) < relative_risk(w, (a, b), group=3)
 
 
+def lost_by_projection(w, kind):
+    u, v = projection.kernel_projection(w, 2, **kind)
+    return projection.risk(w, u @ v, activation=kind.get("activation", "relu"))
+
+
 def test_it_jits_vmaps_and_differentiates():
     w = jnp.asarray(np.stack([golden_matrix(8, 6), golden_matrix(8, 6) ** 2]), jnp.float32)
-    u, v = jax.jit(jax.vmap(lambda w: projection.kernel_projection(w, 2)))(w)
-    assert (u.shape, v.shape) == ((2, 8, 2), (2, 2, 6))
+    for kind in ({}, {"subspace": "search"}, {"subspace": "refine", "activation": "silu"}):
+        u, v = jax.jit(jax.vmap(lambda w, kind=kind: projection.kernel_projection(w, 2, **kind)))(w)
+        alone = projection.kernel_projection(w[1], 2, **kind)
+        np.testing.assert_allclose(u[1] @ v[1], alone[0] @ alone[1], atol=1e-4)
     with jax.enable_x64(True):
         a, b = (jnp.asarray(np.asarray(part, np.float64)) for part in w)
         grad = jax.grad(lambda y: projection.risk(a, y))(b)
         up, down = (projection.risk(a, b.at[0, 0].add(step)) for step in (1e-6, -1e-6))
         np.testing.assert_allclose(grad[0, 0], (up - down) / 2e-6, rtol=1e-6)
+        for kind in ({"activation": "silu"}, {"subspace": "refine"}):
+            lost = functools.partial(lost_by_projection, kind=kind)
+            grad = jax.grad(lost)(a)
+            up, down = (lost(a.at[1, 2].add(step)) for step in (1e-5, -1e-5))
+            np.testing.assert_allclose(grad[1, 2], (up - down) / 2e-5, rtol=1e-3)
     assert np.isfinite(jax.grad(lambda y: projection.risk(w[0], y))(w[0])).all()
     assert np.isfinite(jax.grad(lambda y: projection.risk(w[0], y))(0 * w[0])).all()
 
@@ -170,8 +240,34 @@ def test_it_jits_vmaps_and_differentiates():
         (lambda w: projection.risk(w, w.T), "must have one shape"),
         (lambda w: projection.spectral(w, 1.5), "rank 1.5 of a 4x6 matrix"),
         (lambda w: projection.spectral([[1.0]], 1), "expected a matrix"),
+        (lambda w: projection.spectral(w.at[1, 2].set(jnp.nan), 1), "the 4x6 matrix has elements that are not finite"),
+        (lambda w: projection.kernel_projection(w.at[0, 0].set(jnp.inf), 1), "elements that are not finite"),
+        (lambda w: projection.risk(w, w.at[0, 0].set(jnp.nan)), "elements that are not finite"),
     ],
 )
 def test_bad_input_gets_one_clear_error(call, message):
     with pytest.raises(ValueError, match=message):
         call(jnp.ones((4, 6)))
+
+
+@pytest.mark.parametrize("subspace", SUBSPACES)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_under_a_transformation_nan_stays_nan(subspace, activation):
+    w = jnp.ones((4, 6)).at[1, 2].set(jnp.nan)
+    u, v = jax.jit(lambda w: projection.kernel_projection(w, 2, subspace=subspace, activation=activation))(w)
+    assert np.isnan(u @ v).any()
+    assert np.isnan(jax.jit(lambda w: projection.risk(w, 0 * w, activation=activation))(w))
+
+
+def test_with_batchnorm_right_behind_spectral_and_the_projection_compute_the_same():
+    layer = nn.Sequential([nn.Conv(24, (3, 3), use_bias=False), nn.BatchNorm(use_running_average=False, epsilon=0.0), nn.relu])
+    x = jax.random.normal(jax.random.key(0), (4, 8, 8, 5))
+    variables = layer.init(jax.random.key(1), x)
+    w = variables["params"]["layers_0"]["kernel"]
+    outputs = {}
+    for method in ("spectral", "kernel_projection", "norm_preserving"):
+        u, v = methods.factor(method, jax.random.key(2), w.reshape(-1, 24), 3)
+        params = {**variables["params"], "layers_0": {"kernel": (u @ v).reshape(w.shape)}}
+        outputs[method], _ = layer.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+    for method in ("kernel_projection", "norm_preserving"):
+        np.testing.assert_allclose(outputs[method], outputs["spectral"], atol=2e-4)

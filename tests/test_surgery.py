@@ -292,3 +292,10 @@ def test_inputs_may_be_several_and_abstract():
     shape = jax.ShapeDtypeStruct((4, 32), jnp.float32)
     plan = lr.plan(Two(), (shape, shape), [lr.Rule(".*", rank=1)], scale=2.0)
     assert (plan.dense_macs, plan.macs) == (32 * 32, 2 * 32)
+
+
+def test_kernels_that_are_not_finite_are_named(zoo):
+    _, _, params, plan = zoo
+    broken = {**params, "shared": {**params["shared"], "kernel": params["shared"]["kernel"].at[0, 0].set(jnp.nan)}}
+    with pytest.raises(ValueError, match="kernels with elements that are not finite: shared/kernel"):
+        lr.factorize(broken, plan, key=KEY)

@@ -43,6 +43,14 @@ def wait_for(process, text):
     raise AssertionError(f"{text!r} never came; output was:\n{seen}")
 
 
+def test_kernels_are_projected_for_the_inputs_that_the_first_batches_give_them(tmp_path):
+    settings = {"steps": 1, "lowrank__moment_batches": 2, "eval__batch_size": 360}
+    aware = train(running.config(**settings), str(tmp_path / "aware"))
+    again = train(running.config(**settings), str(tmp_path / "again"))
+    plain = train(running.config(**{**settings, "lowrank__moment_batches": 0}), str(tmp_path / "plain"))
+    assert aware.train[1]["train/loss"] == again.train[1]["train/loss"] != plain.train[1]["train/loss"]
+
+
 def test_a_run_leaves_everything_behind_that_the_docs_promise(tmp_path):
     run = train(running.config(eval__every="20 steps"), str(tmp_path))
     assert not run.interrupted
