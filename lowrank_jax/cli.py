@@ -1,9 +1,11 @@
-"""The command line: `lowrank train | evaluate | overview`."""
+"""The command line: `lowrank train | evaluate | overview | init-report`."""
 
 import argparse
+import functools
 import os
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -43,12 +45,20 @@ _OVERVIEW = f"""examples:
 
 Touches no data and computes nothing. {_OVERRIDES}"""
 
+_INIT_REPORT = f"""examples:
+  lowrank init-report --config=configs/digits_resnet.py --out=runs/init_digits
+  lowrank init-report --config=configs/digits_resnet.py --images=data --seeds=3 --config.lowrank.moment_batches=2
+  lowrank init-report --config=configs/digits_resnet.py --scales=0.1 --methods=spectral,function_approximation
+
+Trains nothing. Writes OUT.md, OUT.json and OUT.png. {_OVERRIDES}"""
+
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits with its status."""
-    parser, overrides, rest = _parser(), *_split_overrides(list(sys.argv[1:] if argv is None else argv))
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser, overrides, rest = _parser(), *_split_overrides(given)
     args = parser.parse_args(rest)
-    args.overrides = overrides
+    args.overrides, args.given = overrides, given[1:]
     _quieten()
     try:
         sys.exit(_run(args))
@@ -103,6 +113,23 @@ def _overview(args: argparse.Namespace) -> int:
 
     source, loaded = _load(args)
     print(configs.make_plan(configs.parse(loaded, source=source)))
+    return 0
+
+
+def _init_report(args: argparse.Namespace) -> int:
+    from lowrank_jax import config as configs
+    from lowrank_jax import init_report
+    from lowrank_jax.plans import align
+
+    source, loaded = _load(args)
+    config = configs.parse(loaded, source=source)
+    given = {name: getattr(args, name) for name in ("scales", "methods", "seeds", "images", "batch_size")}
+    settings = init_report.Settings(**{name: value for name, value in given.items() if value is not None})
+    arms = init_report.compare(config, settings, say=functools.partial(print, flush=True))
+    print(align(init_report.summary(arms)))
+    command = f"lowrank init-report {shlex.join(args.given)}"
+    for path in init_report.write(arms, args.out, command=command, config=config, settings=settings):
+        print(path)
     return 0
 
 
@@ -164,7 +191,33 @@ def _parser() -> argparse.ArgumentParser:
 
     overview = add("overview", _overview, "Show every kernel with its rank, or why it stays dense.", _OVERVIEW)
     overview.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
+
+    report = add("init-report", _init_report, "Compare initialisations of a network, without training it.", _INIT_REPORT)
+    report.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
+    report.add_argument("--out", default="runs/init_report", type=_not_empty, help="path of the report, without suffix")
+    report.add_argument("--scales", type=_numbers, metavar="A,B,...", help="ranks to try, as fractions; default: 0.05,0.1,0.25")
+    report.add_argument("--methods", type=_names, metavar="A,B,...", help="methods to compare; default: the quick ones")
+    report.add_argument("--seeds", type=_count, metavar="N", help="draw the network N times, from config.seed on; default: 1")
+    report.add_argument("--images", metavar="KIND", help="what logits are computed from: noise (default) or data")
+    report.add_argument("--batch-size", type=_count, metavar="N", help="of those images; default: 16")
     return parser
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.05,0.1") from None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
 
 
 def _not_empty(text: str) -> str:

@@ -84,7 +84,8 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     """Sets a dotted key to a value given as text, read by the key's type; `parse` judges key and value afterwards."""
     *sections, last = key.split(".")
     hint = _hint(key)
-    keep_text = hint is str or hint is Duration
+    # Where the model decides, "none" may be one of its words, such as the norm of a ResNet; None is Python's.
+    keep_text = hint is str or hint is Duration or (hint is None and text == "none")
     with config.unlocked():
         node: Any = config
         for section in sections:

@@ -51,15 +51,17 @@ def rebalance(u: jax.Array, v: jax.Array) -> Pair:
     return balance(q, r @ v)
 
 
-def square_root(moment: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """R and its pseudo-inverse, both `[n, n]`, for a second moment S = RᵀR `[n, n]`.
+RIDGE = 0.01  # of the mean eigenvalue: less is rounding and chance, of a moment taken from a few batches
 
-    Directions whose eigenvalue is below 1e-6 of the largest are taken to have no input at all: float32 does not resolve them.
+
+def square_root(moment: jax.Array) -> jax.Array:
+    """R `[n, n]`, upper triangular, with RᵀR = S + RIDGE · tr(S)/n · I for a second moment S `[n, n]`.
+
+    A kernel that is factored for S alone may do anything in directions in which no captured input points.
     """
-    values, vectors = jnp.linalg.eigh((moment + moment.T) / 2)
-    kept = values > 1e-6 * values[-1]
-    root = jnp.sqrt(jnp.where(kept, values, 1))
-    return jnp.where(kept, root, 0)[:, None] * vectors.T, vectors * jnp.where(kept, 1 / root, 0)
+    mean = jnp.trace(moment) / len(moment)
+    ridge = jnp.where(mean > 0, RIDGE * mean, 1)  # an input that is always zero: all kernels are as good
+    return jnp.linalg.cholesky(moment + ridge * jnp.eye(len(moment), dtype=moment.dtype)).T
 
 
 def unit(*matrices: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
 
 from lowrank_jax import discover, linalg
 from lowrank_jax.approximation import Stack
@@ -188,20 +189,17 @@ def _factorize(
 def _data_aware(
     method: Method, stacks: list[Stack], groups: list[list[PlannedKernel]], moments: Mapping[str, jax.Array]
 ) -> list[linalg.Pair]:
-    """With S = RᵀR the inputs of RW are isotropic: it is what the method factors, and U is led back by R's inverse."""
+    """With S = RᵀR the inputs of RW are isotropic: it is what the method factors, and R's inverse leads U back."""
     roots = [
         jax.lax.map(linalg.square_root, jnp.concatenate([moments[kernel.name].reshape(-1, n, n) for kernel in members]))
         for members, n in zip(groups, (stack.w.shape[1] for stack in stacks), strict=True)
     ]
     pairs = method(
-        [
-            dataclasses.replace(stack, w=root @ stack.w.astype(root.dtype))
-            for stack, (root, _) in zip(stacks, roots, strict=True)
-        ]
+        [dataclasses.replace(stack, w=root @ stack.w.astype(root.dtype)) for stack, root in zip(stacks, roots, strict=True)]
     )
     balanced = []
-    for stack, (_, inverse), (u, v) in zip(stacks, roots, pairs, strict=True):
-        u, v = jax.lax.map(lambda pair: linalg.rebalance(*pair), (inverse @ u, v))
+    for stack, root, (u, v) in zip(stacks, roots, pairs, strict=True):
+        u, v = jax.lax.map(lambda pair: linalg.rebalance(*pair), (solve_triangular(root, u), v))
         balanced.append((u.astype(stack.w.dtype), v.astype(stack.w.dtype)))
     return balanced
 

@@ -44,7 +44,7 @@ def wait_for(process, text):
 
 
 def test_kernels_are_projected_for_the_inputs_that_the_first_batches_give_them(tmp_path):
-    settings = {"steps": 1, "lowrank__moment_batches": 2, "eval__batch_size": 360}
+    settings = {"steps": 5, "log__every": "1 step", "lowrank__moment_batches": 2, "eval__batch_size": 360}
     aware = train(running.config(**settings), str(tmp_path / "aware"))
     again = train(running.config(**settings), str(tmp_path / "again"))
     plain = train(running.config(**{**settings, "lowrank__moment_batches": 0}), str(tmp_path / "plain"))
