@@ -31,6 +31,7 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks.loop_overhead
 	$(BIN)/python -m benchmarks.init_model
+	$(BIN)/python -m benchmarks.projections
 
 clean:
 	rm -rf .venv runs

@@ -125,6 +125,9 @@ def _init_report(args: argparse.Namespace) -> int:
     config = configs.parse(loaded, source=source)
     given = {name: getattr(args, name) for name in ("scales", "methods", "seeds", "images", "batch_size")}
     settings = init_report.Settings(**{name: value for name, value in given.items() if value is not None})
+    first = pathlib.Path(f"{args.out}.md")
+    first.parent.mkdir(parents=True, exist_ok=True)
+    first.touch()  # rather now than after all of it
     arms = init_report.compare(config, settings, say=functools.partial(print, flush=True))
     print(align(init_report.summary(arms)))
     command = f"lowrank init-report {shlex.join(args.given)}"

@@ -253,7 +253,6 @@ def _spread(values: Sequence[float]) -> str:
 def write(arms: Sequence[Arm], prefix: str, *, command: str, config: Config, settings: Settings) -> list[pathlib.Path]:
     """Writes the report as PREFIX.md, PREFIX.json and PREFIX.png, and returns their paths."""
     markdown, data, picture = (pathlib.Path(f"{prefix}.{suffix}") for suffix in ("md", "json", "png"))
-    markdown.parent.mkdir(parents=True, exist_ok=True)
     plan = configs.make_plan(config)
     shapes = {kernel.name: kernel.shape for kernel in plan.kernels}
     moments = config.lowrank.moment_batches

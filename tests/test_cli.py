@@ -140,3 +140,28 @@ def test_a_wrong_command_line_has_status_2(arguments):
     result = lowrank(*arguments)
     assert result.returncode == 2
     assert result.stderr
+
+
+def test_init_report_prints_a_table_and_writes_three_files(tmp_path):
+    changes = ["--config.model.name=mlp", "--config.model.kwargs={'widths': (32,)}", "--config.lowrank.rules=()"]
+    out = tmp_path / "report"
+    flags = ["--scales=0.1", "--methods=spectral,kernel_projection", "--batch-size=4", f"--out={out}"]
+    result = lowrank("init-report", CONFIG, *changes, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "mean relative risk" in result.stdout and result.stdout.splitlines()[-1] == f"{out}.png"
+    assert "--methods=spectral,kernel_projection" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--scales=a"], "'a' is no list of numbers such as 0.05,0.1"),
+        (["--seeds=0"], "'0' must be a whole number of at least 1"),
+        (["--methods=sectral"], "unknown 'sectral'; did you mean spectral?"),
+        (["--out=/proc/nowhere/report", "--scales=0.1", "--methods=spectral"], "/proc/nowhere"),
+    ],
+)
+def test_init_report_refuses_what_it_cannot_do(flags, message):
+    result = lowrank("init-report", CONFIG, *flags)
+    assert result.returncode == 2
+    assert message in result.stderr

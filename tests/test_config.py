@@ -201,3 +201,8 @@ def test_config_files_take_an_argument_and_near_misses_are_proposed(tmp_path):
     assert configs.load(f"{tmp_path}/config.py:resnet20").model.name == "resnet20"
     with pytest.raises(ConfigError, match=r"there is no such file; did you mean .*config.py"):
         configs.load(f"{tmp_path}/confg.py")
+
+
+def test_none_is_a_word_where_a_model_may_have_it_and_nothing_elsewhere():
+    config = parse(changed(model__name="resnet8", model__kwargs__norm="none", optim__clip_norm="none"))
+    assert config.model.kwargs == {"norm": "none"} and config.optim.clip_norm is None

@@ -1,0 +1,81 @@
+"""One kernel by every way to project it: time over that of NumPy's decomposition of it, and relative function risk.
+
+    python -m benchmarks.projections
+
+Kernels are He-normal draws.  All ways take turns in one process; ratios are medians over the turns.  Sampled function
+approximation is the reference that the closed form has to match: its time is also told over that of the closed form.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+import lowrank_jax as lr
+from lowrank_jax import projection
+
+TURNS = 5
+KERNELS = ((512, 512, 26), (576, 64, 6), (2304, 256, 26))
+ACTIVATIONS = ("relu", "silu")
+
+
+def ways(rank: int, activation: str) -> dict[str, Callable[[jax.Array], Any]]:
+    project = functools.partial(projection.kernel_projection, rank=rank, activation=activation)
+    return {
+        "spectral": functools.partial(projection.spectral, rank=rank),
+        "top": project,
+        "search": functools.partial(project, subspace="search"),
+        "refine": functools.partial(project, subspace="refine"),
+        "sampled": lambda w: lr.function_approximation(jax.random.key(1), w, rank, activation=activation),
+    }
+
+
+def main() -> None:
+    for n, m, rank in KERNELS:
+        w = jax.random.normal(jax.random.key(0), (n, m)) * np.sqrt(2 / n)
+        host = np.asarray(w)
+        for activation in ACTIVATIONS:
+            runs: dict[str, Callable[[], Any]] = {"numpy": lambda host=host: np.linalg.svd(host, full_matrices=False)}
+            risks, compile_seconds = {}, {}
+            whole = projection.risk(w, 0 * w, activation=activation)
+            for name, way in ways(rank, activation).items():
+                begin = time.perf_counter()
+                compiled = jax.jit(way).lower(w).compile()
+                compile_seconds[name] = time.perf_counter() - begin
+                u, v = compiled(w)
+                risks[name] = float(projection.risk(w, u @ v, activation=activation) / whole)
+                runs[name] = lambda compiled=compiled, w=w: jax.block_until_ready(compiled(w))
+            report(f"{n}x{m} at rank {rank}, {activation}", measure(runs), risks, compile_seconds)
+
+
+def measure(runs: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+    """Seconds of every run by turns; a first turn warms up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(TURNS + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - begin)
+    return {name: column[1:] for name, column in times.items()}
+
+
+def report(title: str, times: dict[str, list[float]], risks: dict[str, float], compile_seconds: dict[str, float]) -> None:
+    def over(name: str, rival: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[name], times[rival], strict=True))
+
+    print(f"{title}; numpy {1e3 * statistics.median(times['numpy']):.1f} ms")
+    for name, risk in risks.items():
+        seconds = statistics.median(times[name])
+        line = f"  {name:9} {seconds:8.4f} s   over numpy {over(name, 'numpy'):7.2f}   compile {compile_seconds[name]:5.1f} s"
+        line += f"   relative risk {risk:.5f}"
+        if name == "sampled":
+            line += f" = {risk / risks['top']:.4f} of top's, in {over(name, 'top'):.0f} times its time"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
