@@ -48,8 +48,8 @@ def unit_spectral(w: jax.Array, rank: int) -> Pair:
     """The spectral directions with all singular values one: U and V have orthonormal columns and rows."""
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
-    thin = linalg.svd(w)
-    return thin.q[:, :rank].astype(w.dtype), thin.bt[:rank].astype(w.dtype)
+    a, _, bt = linalg.truncated_svd(w, rank)
+    return a.astype(w.dtype), bt.astype(w.dtype)
 
 
 def random_factors(key: jax.Array, w: jax.Array, rank: int) -> Pair:

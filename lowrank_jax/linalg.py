@@ -1,21 +1,13 @@
 """The linear algebra that projections share: float32 or better, at the highest precision, safe at zero."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
 Pair = tuple[jax.Array, jax.Array]  # u [n, r] and v [r, m]
-
-
-class Thin(NamedTuple):
-    """A thin singular value decomposition, p = min(n, m)."""
-
-    q: jax.Array  # [n, p], orthonormal columns
-    s: jax.Array  # [p], descending
-    bt: jax.Array  # [p, m], orthonormal rows
 
 
 def highest_precision(fn: Any) -> Any:
@@ -28,8 +20,26 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def svd(w: jax.Array) -> Thin:
-    return Thin(*jnp.linalg.svd(w.astype(wide(w.dtype)), full_matrices=False))
+def leading_directions(w: jax.Array, rank: int) -> jax.Array:
+    """The leading left singular vectors, `[n, rank]`: orthonormal, and spanning what W has most of.
+
+    By the eigenvectors of the smaller Gram matrix, in a third of the time of a singular value decomposition.  The Gram matrix
+    squares the singular values, so float32 mixes directions of less than 1e-3 of the largest one with others of their
+    like; they hold a millionth of |W|², and nothing that is computed from the basis takes the eigenvalues' word for theirs.
+    """
+    n, m = w.shape
+    gram = w @ w.T if n <= m else w.T @ w
+    vectors = jnp.linalg.eigh(gram)[1][:, ::-1][:, :rank]
+    return vectors if n <= m else orthonormal(w @ vectors)
+
+
+def truncated_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The leading singular vectors and values of W: A `[n, rank]`, s `[rank]`, Bᵀ `[rank, m]`."""
+    scale = unit(w)
+    relative = w.astype(wide(w.dtype)) / scale
+    q = leading_directions(relative, rank)
+    p, s, bt = jnp.linalg.svd(q.T @ relative, full_matrices=False)
+    return q @ p, s * scale, bt
 
 
 def orthonormal(basis: jax.Array) -> jax.Array:

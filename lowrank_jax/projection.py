@@ -44,9 +44,9 @@ def spectral(w: jax.Array, rank: int) -> Pair:
 @functools.partial(jax.jit, static_argnames="rank")
 @linalg.highest_precision
 def _spectral(w: jax.Array, rank: int) -> Pair:
-    thin = linalg.svd(w)
-    root = jnp.sqrt(thin.s[:rank])
-    return (thin.q[:, :rank] * root).astype(w.dtype), (root[:, None] * thin.bt[:rank]).astype(w.dtype)
+    a, s, bt = linalg.truncated_svd(w, rank)
+    root = jnp.sqrt(s)
+    return (a * root).astype(w.dtype), (root[:, None] * bt).astype(w.dtype)
 
 
 def kernel_projection(
@@ -145,17 +145,19 @@ def _measure(act: Activation, unit: jax.Array) -> jax.Array:
 def _subspace(w: jax.Array, rank: int, name: str, act: Activation, normalized: bool, group: int) -> jax.Array:
     """Orthonormal Q `[n, rank]`."""
     unit = linalg.unit(w)
-    thin = linalg.svd(w / unit)
+    relative = w.astype(wide(w.dtype)) / unit
     if name == "top":
-        return thin.q[:, :rank]
-    coordinates = jax.lax.stop_gradient(thin.s[:, None] * thin.bt)
+        return linalg.leading_directions(relative, rank)
+    relative = jax.lax.stop_gradient(relative)
+    q = linalg.leading_directions(relative, min(w.shape))
+    coordinates = q.T @ relative
     length = lengths(coordinates, group)
     loss = _loss(act, length * _measure(act, unit), normalized)
     chosen = subspaces.search(jnp.sum(grouped(coordinates**2, group), axis=1), length, rank, loss)
     if name == "search":
-        return thin.q[:, chosen]
+        return q[:, chosen]
     start = jnp.zeros((len(coordinates), rank), coordinates.dtype).at[chosen, jnp.arange(rank)].set(1)
-    return thin.q @ subspaces.refine(coordinates, start, lambda c: ratio(lengths(c, group), length), loss)
+    return q @ subspaces.refine(coordinates, start, lambda c: ratio(lengths(c, group), length), loss)
 
 
 def _loss(act: Activation, length: jax.Array, normalized: bool) -> subspaces.Loss:
