@@ -2,7 +2,7 @@
 
 All work in the singular basis.  With W = A diag(s) Bᵀ the coordinates are C = diag(s) Bᵀ `[p, m]`, p = min(n, m), and an output
 keeps the cosine rho_j = |Pᵀ C_j| / |C_j| under an orthonormal P `[p, r]`.  `Loss` says what that costs, output by output; the
-sum is to be as small as possible (docs/mathematics.md, section 3.3).
+sum is to be as small as possible (docs/mathematics.md, section 3.2).
 """
 
 import itertools

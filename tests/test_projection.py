@@ -77,6 +77,7 @@ def test_risk_is_what_sampling_gives(name, group):
     assert abs(losses.mean() - exact) < 4 * error
 
 
+@settings(max_examples=16)  # nearly each is a shape of its own to compile, four times
 @given(matrices(), st.sampled_from(["relu", "tanh"]))
 def test_every_subspace_is_worth_its_trouble(case, activation):
     w, rank = case

@@ -8,10 +8,13 @@ from lowrank_jax.config import legal_keys
 from lowrank_jax.kernel import is_low_rank
 
 
-def test_the_ten_lines_run_as_written(repository):
-    (code,) = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
+def test_the_python_runs_as_written(repository):
+    first, moments = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
     names = {}
-    exec(code, names)
+    exec(first, names)
+    plain = names["params"]
+    exec(moments, names)
+    assert jax.tree.structure(names["params"]) == jax.tree.structure(plain)
     factored = [leaf for leaf in jax.tree.leaves(names["params"], is_leaf=is_low_rank) if is_low_rank(leaf)]
     assert len(factored) == 2
     assert jax.tree.map(lambda x: x.shape, names["dense"]) == jax.tree.map(lambda x: x.shape, names["variables"]["params"])

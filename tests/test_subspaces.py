@@ -48,7 +48,7 @@ def test_search_finds_the_best_subset(activation):
 
 
 def test_refine_ends_where_the_leading_eigenvectors_of_the_weighted_columns_are():
-    """docs/mathematics.md, section 3.3: Q spans the leading eigenvectors of Σ a_j w_j w_jᵀ, a_j = h h' / rho."""
+    """docs/mathematics.md, section 3.2: Q spans the leading eigenvectors of Σ a_j w_j w_jᵀ, a_j = h h' / rho."""
     with jax.enable_x64(True):
         w = jnp.asarray(np.random.default_rng(0).standard_normal((16, 16)))
         u, _ = projection.kernel_projection(w, 2, subspace="refine")
