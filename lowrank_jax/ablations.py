@@ -15,10 +15,10 @@ from lowrank_jax.linalg import Pair, lengths, ratio
 def spectral_global_scale(w: jax.Array, rank: int, *, activation: ActivationLike = "relu", group: int = 1) -> Pair:
     """The spectral factors times one number for all: that of least function risk."""
     u, v = (factor.astype(linalg.wide(w.dtype)) for factor in projection.spectral(w, rank))
-    y = u @ v
+    y, unit = u @ v, linalg.unit(w)
     # By the Cauchy-Schwarz inequality no homogeneous activation wants more than |W| / |Y|.
-    highest = 2 * ratio(jnp.linalg.norm(w.astype(y.dtype)), jnp.linalg.norm(y))
-    scale = activations.minimise(lambda c: projection.risk(w, c * y, activation=activation, group=group), highest)
+    highest = 2 * ratio(jnp.linalg.norm(w.astype(y.dtype) / unit), jnp.linalg.norm(y / unit))
+    scale = activations.minimise(lambda c: projection.relative_risk(w, c * y, activation=activation, group=group), highest)
     return (jnp.sqrt(scale) * u).astype(w.dtype), (jnp.sqrt(scale) * v).astype(w.dtype)
 
 
@@ -26,11 +26,13 @@ def spectral_global_scale(w: jax.Array, rank: int, *, activation: ActivationLike
 def spectral_column_scales(w: jax.Array, rank: int, *, activation: ActivationLike = "relu", group: int = 1) -> Pair:
     """The spectral factors, the columns of V scaled to the lengths of least function risk.
 
-    The product is that of the kernel projection with subspace `top`; the factors are not rebalanced.
+    The product is that of the kernel projection with subspace `top`, except that outputs at right angles to the subspace stay
+    zero; the factors are not rebalanced.
     """
     u, v = (factor.astype(linalg.wide(w.dtype)) for factor in projection.spectral(w, rank))
     a, b = projection.kernel_projection(w, rank, activation=activation, group=group)
-    length = ratio(lengths(a.astype(u.dtype) @ b.astype(u.dtype), group), lengths(u @ v, group))
+    unit = linalg.unit(w)
+    length = ratio(lengths(a.astype(u.dtype) @ b.astype(u.dtype) / unit, group), lengths(u @ v / unit, group))
     return u.astype(w.dtype), (v * jnp.tile(length, group)).astype(w.dtype)
 
 
@@ -57,9 +59,10 @@ def random_factors(key: jax.Array, w: jax.Array, rank: int) -> Pair:
 
     U has the variance of W itself (2/n when W is He-initialised) and V has 1/rank, so the product keeps W's variance.
     """
-    n, m = w.shape
-    dtype = linalg.wide(w.dtype)
-    deviation = jnp.sqrt(jnp.mean(jnp.square(w.astype(dtype))))
+    linalg.check_matrix(w)
+    linalg.check_rank(w, rank)
+    (n, m), dtype, unit = w.shape, linalg.wide(w.dtype), linalg.unit(w)
+    deviation = unit * jnp.sqrt(jnp.mean(jnp.square(w.astype(dtype) / unit)))
     key_u, key_v = jax.random.split(key)
     u = deviation * jax.random.normal(key_u, (n, rank), dtype)
     v = jax.random.normal(key_v, (rank, m), dtype) / jnp.sqrt(rank)

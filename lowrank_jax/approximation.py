@@ -64,13 +64,18 @@ def function_approximation(
 
     Raises:
       ValueError: w is not a matrix of real, finite numbers, the rank is out of range, the activation is unknown, group does
-        not divide m, or the inputs have another shape.
+        not divide m, the inputs have another shape or are not finite, or steps or batch_size is below 1.
     """
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
     linalg.check_group(w, group)
     if inputs is not None and (inputs.ndim != 3 or inputs.shape[1:] != (group, w.shape[0])):
         raise ValueError(f"inputs must be [samples, {group}, {w.shape[0]}], got {list(inputs.shape)}")
+    if inputs is not None and (not len(inputs) or not linalg.known_finite(inputs)):
+        raise ValueError("inputs are empty or not finite")
+    activations.get(activation)
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps ({steps}) and batch_size ({batch_size}) must be at least 1")
     stack = Stack(key[None], w[None], rank, activation, group, None if inputs is None else inputs[None])
     ((u, v),) = approximate([stack], steps=steps, batch_size=batch_size)
     return u[0], v[0]

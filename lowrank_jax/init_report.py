@@ -43,7 +43,7 @@ class Arm:
       risk: relative function risk by kernel name, by the closed form under Gaussian inputs (or, data-aware, under inputs of
         the captured second moments).
       logit_error: |dense logits - low-rank logits|² / |dense logits|² over a batch of images, less each logit's mean over it.
-      seconds: to factor all kernels, compiled.
+      seconds: to factor all kernels, compiled; the least of up to three runs.
       compile_seconds: to compile that.
     """
 
@@ -78,13 +78,22 @@ class Settings:
     images: str = "noise"
     batch_size: int = 16
 
-    def problems(self) -> list[str]:
+    def problems(self, config: Config) -> list[str]:
+        """What is wrong with them, a line each."""
         found = [f"--scales: {scale:g}; must be in (0, 1]" for scale in self.scales if not 0 < scale <= 1]
+        for flag, values in (("--scales", self.scales), ("--methods", self.methods)):
+            if len(set(values)) < len(values):
+                found.append(f"{flag}: names one of them twice")
         found += [f"--methods: unknown {name!r}{did_you_mean(name, METHODS)}" for name in self.methods if name not in METHODS]
         if self.images not in IMAGES:
             found.append(f"--images: unknown {self.images!r}{did_you_mean(self.images, IMAGES)}")
-        if self.batch_size < 1:
-            found.append(f"--batch-size: {self.batch_size}; must be at least 1")
+        if self.batch_size < 2:
+            found.append(f"--batch-size: {self.batch_size}; must be at least 2, for logits to differ")
+        if self.images == "data":
+            there = datasets.split_size(config.description, config.dataset.train_split)
+            needed = self.batch_size * (1 + config.lowrank.moment_batches)
+            if needed > there:
+                found.append(f"--batch-size: {self.batch_size}; needs {needed} images in all, the training split has {there}")
         return found
 
 
@@ -100,14 +109,14 @@ def compare(config: Config, settings: Settings, *, say: Callable[[str], None] = 
       ConfigError: the settings are not valid, or no kernel would be factored.
       DataError: the config's data is asked for and not there.
     """
-    problems = settings.problems()
+    problems = settings.problems(config)
     if problems:
         raise configs.ConfigError("init-report", problems)
-    arms = []
+    arms, programs = [], _Programs(config)
     total = settings.seeds * len(settings.scales) * len(settings.methods)
     begin = time.perf_counter()
     for seed in range(config.seed, config.seed + settings.seeds):
-        network = _Network(dataclasses.replace(config, seed=seed), settings)
+        network = _Network(dataclasses.replace(config, seed=seed), settings, programs)
         for scale, method in itertools.product(settings.scales, settings.methods):
             arm = network.arm(method, scale)
             arms.append(arm)
@@ -119,48 +128,87 @@ def compare(config: Config, settings: Settings, *, say: Callable[[str], None] = 
     return arms
 
 
+@dataclasses.dataclass(frozen=True)
+class _Factorizer:
+    """A compiled `factorize` `(params, key, moments) -> params`, and how long that took."""
+
+    plan: Plan
+    run: Callable[..., Any]
+    compile_seconds: float
+
+
+class _Programs:
+    """What is compiled once for all seeds."""
+
+    def __init__(self, config: Config):
+        self._config, self.model = config, config.build_model()
+        self.init = jax.jit(functools.partial(state.init_dense, self.model, blank_images(config.description)))
+        self.forward = jax.jit(self._forward)
+        self.merge = jax.jit(surgery.merge)
+        self._factorizers: dict[tuple[str, float], _Factorizer] = {}
+
+    def plan(self, method: str, scale: float) -> Plan:
+        lowrank = dataclasses.replace(self._config.lowrank, method=method, scale=scale, rank=None)
+        plan = configs.make_plan(dataclasses.replace(self._config, lowrank=lowrank))
+        if not plan.factored:
+            raise configs.ConfigError("init-report", [f"at scale {scale:g} no kernel of this network would be factored"])
+        return plan
+
+    def factorizer(self, method: str, scale: float, *arguments: Any) -> _Factorizer:
+        if (method, scale) not in self._factorizers:
+            plan = self.plan(method, scale)
+            jitted = jax.jit(lambda params, key, moments: surgery.factorize(params, plan, key=key, moments=moments))
+            begin = time.perf_counter()
+            compiled = jitted.lower(*arguments).compile()
+            self._factorizers[method, scale] = _Factorizer(plan, compiled, time.perf_counter() - begin)
+        return self._factorizers[method, scale]
+
+    def _forward(self, variables: Any, images: jax.Array, key: jax.Array) -> jax.Array:
+        # BatchNorm's running statistics mean nothing before training: the network runs as it does in its first step.
+        others = [name for name in variables if name != "params"]
+        logits, _ = self.model.apply(variables, images, train=True, mutable=others, rngs={"dropout": key})
+        return logits - logits.mean(axis=0)  # what all images share is the bias's to learn, and would drown the rest
+
+
 class _Network:
     """A dense network as drawn, and what its low-rank versions are held against."""
 
-    def __init__(self, config: Config, settings: Settings):
-        self.config, self.model = config, config.build_model()
-        dataset = config.description
-        self.variables = jax.jit(functools.partial(state.init_dense, self.model, blank_images(dataset), config.seed))()
-        self.images = list(_images(config, settings, 1 + config.lowrank.moment_batches))
-        # BatchNorm's running statistics mean nothing before training: the network runs as it does in its first step.
-        self.forward = jax.jit(self._forward)
-        self.logits = self.forward(self.variables["params"])
-
-    def _forward(self, params: Any) -> jax.Array:
-        others = [name for name in self.variables if name != "params"]
-        variables, rngs = {**self.variables, "params": params}, {"dropout": state.key(self.config.seed, "dropout")}
-        logits, _ = self.model.apply(variables, self.images[0], train=True, mutable=others, rngs=rngs)
-        return logits - logits.mean(axis=0)  # what all images share is the bias's to learn, and would drown the rest
+    def __init__(self, config: Config, settings: Settings, programs: _Programs):
+        self.config, self.programs = config, programs
+        self.variables = programs.init(config.seed)
+        self.dropout = state.key(config.seed, "dropout")
+        self.images, *self.captured = _images(config, settings, 1 + config.lowrank.moment_batches)
+        self.logits = programs.forward(self.variables, self.images, self.dropout)
 
     def arm(self, method: str, scale: float) -> Arm:
-        lowrank = dataclasses.replace(self.config.lowrank, method=method, scale=scale, rank=None)
-        plan = configs.make_plan(dataclasses.replace(self.config, lowrank=lowrank))
-        if not plan.factored:
-            raise configs.ConfigError("init-report", [f"at scale {scale:g} no kernel of this network would be factored"])
-        params, seed = self.variables["params"], self.config.seed
-        moments = self._moments(plan)
-        factor = jax.jit(functools.partial(surgery.factorize, plan=plan, key=state.key(seed, "factorize")))
-        begin = time.perf_counter()
-        compiled = factor.lower(params, moments=moments).compile()
-        middle = time.perf_counter()
-        factored = jax.block_until_ready(compiled(params, moments=moments))
-        end = time.perf_counter()
-        merged = jax.jit(surgery.merge)(factored)  # the same function in the dense network's program, compiled once for all
-        error = jnp.sum((self.forward(merged) - self.logits) ** 2) / jnp.sum(self.logits**2)
-        risks = relative_risks(params, merged, plan, moments)
-        ranks = {kernel.name: kernel.rank for kernel in plan.factored if kernel.rank is not None}
-        return Arm(method, scale, seed, ranks, risks, float(error), end - middle, middle - begin)
+        params = self.variables["params"]
+        moments = self._moments(self.programs.plan(method, scale))
+        arguments = (params, state.key(self.config.seed, "factorize"), moments)
+        factorizer = self.programs.factorizer(method, scale, *arguments)
+        factored, seconds = _timed(lambda: factorizer.run(*arguments))
+        merged = self.programs.merge(factored)  # the same function in the dense network's program, compiled once for all
+        logits = self.programs.forward({**self.variables, "params": merged}, self.images, self.dropout)
+        error = jnp.sum((logits - self.logits) ** 2) / jnp.sum(self.logits**2)
+        risks = relative_risks(params, merged, factorizer.plan, moments)
+        ranks = {kernel.name: kernel.rank for kernel in factorizer.plan.factored if kernel.rank is not None}
+        return Arm(method, scale, self.config.seed, ranks, risks, float(error), seconds, factorizer.compile_seconds)
 
     def _moments(self, plan: Plan) -> dict[str, jax.Array] | None:
-        if not self.config.lowrank.moment_batches:
+        if not self.captured:
             return None
-        rngs = {"dropout": state.key(self.config.seed, "dropout")}
-        return inputs.second_moments(self.model, self.variables, self.images[1:], plan, rngs=rngs, train=True)
+        rngs = {"dropout": self.dropout}
+        return inputs.second_moments(self.programs.model, self.variables, self.captured, plan, rngs=rngs, train=True)
+
+
+def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    """What it returns, and the least time of three runs, or of those that begin within five seconds."""
+    times: list[float] = []
+    result = None
+    while len(times) < 3 and sum(times) < 5:
+        begin = time.perf_counter()
+        result = jax.block_until_ready(run())
+        times.append(time.perf_counter() - begin)
+    return result, min(times)
 
 
 def _images(config: Config, settings: Settings, batches: int) -> Iterator[jax.Array]:
@@ -197,14 +245,14 @@ def relative_risks(params: Any, merged: Any, plan: Plan, moments: dict[str, jax.
 def _risks(judged: Any, before: dict[str, jax.Array], after: dict[str, jax.Array], moments: Any) -> dict[str, jax.Array]:
     def mean_risk(name: str, view: Any, activation: Any) -> jax.Array:
         w, y = (view.to_matrix(kernels[name]).reshape(-1, view.n, view.m) for kernels in (before, after))
-        risk = functools.partial(projection.risk, activation=activation, group=view.group)
+        risk = functools.partial(projection.relative_risk, activation=activation, group=view.group)
         if moments is None:
-            return jnp.mean(jax.lax.map(lambda pair: risk(*pair) / risk(pair[0], 0 * pair[0]), (w, y)))
+            return jnp.mean(jax.lax.map(lambda pair: risk(*pair), (w, y)))
 
         def whitened(stack: Any) -> jax.Array:
             w, y, moment = stack
             root = linalg.square_root(moment)
-            return risk(root @ w, root @ y) / risk(root @ w, 0 * w)
+            return risk(root @ w, root @ y)
 
         return jnp.mean(jax.lax.map(whitened, (w, y, moments[name].reshape(-1, view.n, view.n))))
 
@@ -272,8 +320,9 @@ def write(arms: Sequence[Arm], prefix: str, *, command: str, config: Config, set
         + (f"inputs of the second moments captured on {moments} batches" if moments else "Gaussian inputs")
         + ", by the closed form; the mean over the factored kernels.",
         f"* *Logit error*: |dense - low-rank logits|²/|dense logits|² on {settings.batch_size} images of {settings.images}, "
-        "less each logit's mean over them; BatchNorm on batch statistics, as in the first step of training.",
-        "* *Seconds*: to factor all kernels, compiled; *compile*: before that, once.",
+        "less each logit's mean over them; BatchNorm on batch statistics, as in the first step of training. A network that is "
+        "the same for all images has 1, an unrelated network with logits of the same size 2.",
+        "* *Seconds*: to factor all kernels, compiled, the least of up to three runs; *compile*: before that, once.",
         "",
         *_markdown(summary(arms)),
         "",
@@ -282,8 +331,9 @@ def write(arms: Sequence[Arm], prefix: str, *, command: str, config: Config, set
     for scale in settings.scales:
         lines += ["", f"## Relative risk of every kernel at scale {scale:g}", ""]
         lines += _markdown(kernel_table(arms, scale, shapes))
+    stored = {"command": command, "arms": [dataclasses.asdict(arm) for arm in arms]}
     markdown.write_text("\n".join(lines) + "\n")
-    data.write_text(json.dumps({"command": command, "arms": [dataclasses.asdict(arm) for arm in arms]}, indent=1) + "\n")
+    data.write_text(json.dumps(stored, indent=1, allow_nan=False) + "\n")
     _plot(arms, picture, config.model.name)
     return [markdown, data, picture]
 
@@ -296,7 +346,7 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 def _plot(arms: Sequence[Arm], path: pathlib.Path, title: str) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     measures = {"mean relative risk": lambda arm: arm.mean_risk, "logit error": lambda arm: arm.logit_error}
     groups = _by_scale_and_method(arms)
@@ -311,7 +361,9 @@ def _plot(arms: Sequence[Arm], path: pathlib.Path, title: str) -> None:
         panel.set_xticks(sorted({arm.scale for arm in arms}), [f"{scale:g}" for scale in sorted({arm.scale for arm in arms})])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[1].set(yscale="log")
-    panels[0].legend(fontsize=8)
+    errors = [arm.logit_error for arm in arms]
+    if max(errors) > 10 * min(errors) > 0:
+        panels[1].set(yscale="log")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(f"{title} before training")
     figure.savefig(path, dpi=120)

@@ -89,8 +89,11 @@ def samples(
       By the kernel's name `[*stack, samples, group, n]`, float32.
 
     Raises:
-      ValueError: as in `second_moments`.
+      ValueError: as in `second_moments`, or per_batch is below 1.
     """
+
+    if per_batch < 1:
+        raise ValueError(f"per_batch {per_batch} must be at least 1")
 
     def run(variables: Any, batch: Any, key: jax.Array) -> dict[str, Any]:
         def summary(name: str, x: jax.Array) -> tuple[jax.Array]:

@@ -1,6 +1,7 @@
 """The linear algebra that projections share: float32 or better, at the highest precision, safe at zero."""
 
 import functools
+import numbers
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ def leading_directions(w: jax.Array, rank: int) -> jax.Array:
 
     By the eigenvectors of the smaller Gram matrix, in a third of the time of a singular value decomposition.  The Gram matrix
     squares the singular values, so float32 mixes directions of less than 1e-3 of the largest one with others of their
-    like; they hold a millionth of |W|², and nothing that is computed from the basis takes the eigenvalues' word for theirs.
+    like.  Each of them holds less than a millionth of |W|², and what is computed from the basis uses no eigenvalues.
     """
     n, m = w.shape
     gram = w @ w.T if n <= m else w.T @ w
@@ -98,10 +99,10 @@ def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def check_matrix(w: Any) -> None:
-    """Raises ValueError if it is not a matrix of real, finite numbers; values are judged where they are known."""
+    """Raises ValueError if it is not a matrix of real, finite numbers, at least one; values are judged where they are known."""
     if not hasattr(w, "dtype"):
         raise ValueError(f"expected a matrix [n, m], got a {type(w).__name__}")
-    if w.ndim != 2:
+    if w.ndim != 2 or 0 in w.shape:
         raise ValueError(f"expected a matrix [n, m], got shape {list(w.shape)}")
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"expected a matrix of real numbers, got dtype {w.dtype}")
@@ -120,11 +121,11 @@ def known_finite(array: Any) -> bool:
 def check_rank(w: jax.Array, rank: int) -> None:
     """Raises ValueError if there is no factor pair of that rank."""
     n, m = w.shape
-    if type(rank) is not int or not 1 <= rank <= min(n, m):
+    if not isinstance(rank, numbers.Integral) or isinstance(rank, bool) or not 1 <= rank <= min(n, m):
         raise ValueError(f"rank {rank} of a {n}x{m} matrix: must be a whole number from 1 to {min(n, m)}")
 
 
 def check_group(w: jax.Array, group: int) -> None:
     """Raises ValueError if the columns do not fall into groups of that size."""
-    if group < 1 or w.shape[1] % group:
+    if not isinstance(group, numbers.Integral) or isinstance(group, bool) or group < 1 or w.shape[1] % group:
         raise ValueError(f"group {group} does not divide the {w.shape[1]} columns")

@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from lowrank_jax import ablations, approximation, projection
+from lowrank_jax import ablations, activations, approximation, linalg, projection
 from lowrank_jax.activations import ActivationLike
 from lowrank_jax.approximation import Stack
 from lowrank_jax.linalg import Pair
+from lowrank_jax.paths import did_you_mean
 
 # All kernels that are to be factored by a method, in stacks of one shape; for every stack u [k, n, rank] and v [k, rank, m].
 Method = Callable[[Sequence[Stack]], list[Pair]]
@@ -55,6 +56,16 @@ METHODS: dict[str, Method] = {
 def factor(
     method: str, key: jax.Array, w: jax.Array, rank: int, *, activation: ActivationLike = "relu", group: int = 1
 ) -> Pair:
-    """A single matrix `[n, m]` by a method of the table: u `[n, rank]` and v `[rank, m]`."""
+    """A single matrix `[n, m]` by a method of the table: u `[n, rank]` and v `[rank, m]`.
+
+    Raises:
+      ValueError: no such method or activation, w is not a matrix of real, finite numbers, or the rank or group does not fit it.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
+    linalg.check_matrix(w)
+    linalg.check_rank(w, rank)
+    linalg.check_group(w, group)
+    activations.get(activation)
     [(u, v)] = METHODS[method]([Stack(key[None], w[None], rank, activation, group)])
     return u[0], v[0]

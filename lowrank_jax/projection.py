@@ -26,6 +26,8 @@ from lowrank_jax.subspaces import SUBSPACES
 def spectral(w: jax.Array, rank: int) -> Pair:
     """The truncated SVD, split evenly: the closest rank-r matrix in Frobenius norm (Khodak et al., ICLR 2021).
 
+    In float32 it is the closest to about 1e-5 |W|; its derivatives are NaN where singular values coincide.
+
     Args:
       w: `[n, m]`.
       rank: from 1 to min(n, m).
@@ -65,8 +67,10 @@ def kernel_projection(
       rank: from 1 to min(n, m).
       activation: what follows the kernel: a name in `activations.ACTIVATIONS`, or any elementwise function in jax.
       subspace: `top`, the leading left singular vectors; `search`, the best subset of them; `refine`, the best subspace that
-        a monotone descent from there finds.  Derivatives by w take the subspace of the latter two for fixed.
-      normalized: a normalisation layer follows: judge the subspace by directions alone and keep every length, |y_j| = |w_j|.
+        a monotone descent from there finds.  Derivatives by w take the subspace of the latter two for fixed; by that of
+        `top` they are NaN where singular values coincide, as those of `jnp.linalg.eigh` are.
+      normalized: a normalisation layer follows: every length is kept, |y_j| = |w_j|, and `search` and `refine` judge a
+        subspace by directions alone.
       group: columns an output.
 
     Returns:
@@ -127,7 +131,7 @@ def _on_subspace(w: jax.Array, q: jax.Array, act: Activation, normalized: bool, 
     coordinates = q.T @ relative
     projected = lengths(coordinates, group)
     measure = _measure(act, unit)
-    best = length if normalized else act.best_length(length * measure, ratio(projected, length)) / measure
+    best = length if normalized else act.best_length(length * measure, jnp.minimum(ratio(projected, length), 1)) / measure
     first_axis = jnp.zeros_like(coordinates).at[0, : len(length)].set(1)
     direction = jnp.where(
         jnp.tile(projected == 0, group), first_axis, coordinates / jnp.tile(jnp.where(projected == 0, 1, projected), group)
@@ -157,7 +161,7 @@ def _subspace(w: jax.Array, rank: int, name: str, act: Activation, normalized: b
     if name == "search":
         return q[:, chosen]
     start = jnp.zeros((len(coordinates), rank), coordinates.dtype).at[chosen, jnp.arange(rank)].set(1)
-    return q @ subspaces.refine(coordinates, start, lambda c: ratio(lengths(c, group), length), loss)
+    return q @ subspaces.refine(coordinates, start, lambda c: jnp.minimum(ratio(lengths(c, group), length), 1), loss)
 
 
 def _loss(act: Activation, length: jax.Array, normalized: bool) -> subspaces.Loss:
@@ -182,27 +186,43 @@ def risk(w: jax.Array, y: jax.Array, *, activation: ActivationLike = "relu", gro
       group: columns an output.
 
     Returns:
-      A scalar in float32 or better.  Divide by `risk(w, 0 * w)` for the relative risk.
+      A scalar in float32 or better.
 
     Raises:
       ValueError: the shapes differ, are not matrices of real, finite numbers, or the activation is unknown.
     """
+    _check_same(w, y, group)
+    total, unit = _risk(w, y, activations.get(activation), group)
+    return total * unit * unit
+
+
+def relative_risk(w: jax.Array, y: jax.Array, *, activation: ActivationLike = "relu", group: int = 1) -> jax.Array:
+    """R(Y) / R(0): 0 where Y computes what W does, 1 where it loses all of it.  Arguments and errors are those of `risk`.
+
+    It exists also for kernels so large or small that a risk is no float32 number; of a zero kernel it is 0.
+    """
+    _check_same(w, y, group)
+    act = activations.get(activation)
+    (lost, unit), (whole, other) = _risk(w, y, act, group), _risk(w, 0 * w, act, group)
+    return ratio(lost, whole) * (unit / other) * (unit / other)
+
+
+def _check_same(w: jax.Array, y: jax.Array, group: int) -> None:
     linalg.check_matrix(w)
     linalg.check_matrix(y)
     linalg.check_group(w, group)
     if w.shape != y.shape:
         raise ValueError(f"w {list(w.shape)} and y {list(y.shape)} must have one shape")
-    return _risk(w, y, activations.get(activation), group)
 
 
 @functools.partial(jax.jit, static_argnames=("act", "group"))
 @linalg.highest_precision
-def _risk(w: jax.Array, y: jax.Array, act: Activation, group: int) -> jax.Array:
+def _risk(w: jax.Array, y: jax.Array, act: Activation, group: int) -> tuple[jax.Array, jax.Array]:
+    """The risk in the square of a unit, and that unit."""
     dtype = wide(jnp.result_type(w, y))
     unit = linalg.unit(w.astype(dtype), y.astype(dtype))
     w, y = w.astype(dtype) / unit, y.astype(dtype) / unit
     a, b = lengths(w, group), lengths(y, group)
-    rho = ratio(jnp.sum(grouped(w * y, group), axis=(0, 1)), a * b)
+    rho = jnp.clip(ratio(jnp.sum(grouped(w * y, group), axis=(0, 1)), a * b), -1, 1)
     measure = _measure(act, unit)
-    total = jnp.sum(act.risk(a * measure, b * measure, rho))
-    return total * (unit / measure) * (unit / measure)
+    return jnp.sum(act.risk(a * measure, b * measure, rho)), unit / measure

@@ -21,7 +21,7 @@ Loss = Callable[[jax.Array], jax.Array]  # cosines [..., outputs] -> risks [...,
 SUBSPACES = ("top", "search", "refine")
 
 ENUMERATED = 20_000  # subsets; with more of them, `search` swaps vectors instead
-_SWAP_GAIN = 1e-6  # relative; below it a gain is float32's rounding of a sum of risks
+_SWEEPS, _SWAP_GAIN = 100, 1e-6  # relative; below it a gain is float32's rounding of a sum of risks
 _STEPS, _STEP_GAIN, _IDLE_STEPS = 300, 1e-7, 8  # `refine` ends after so many steps, or so many in turn with less than that gain
 
 
@@ -43,7 +43,7 @@ def search(energy: jax.Array, length: jax.Array, rank: int, loss: Loss) -> jax.A
     p = energy.shape[0]
 
     def total(kept: jax.Array) -> jax.Array:
-        return jnp.sum(loss(ratio(jnp.sqrt(kept), length)), axis=-1)
+        return jnp.sum(loss(jnp.minimum(ratio(jnp.sqrt(kept), length), 1)), axis=-1)
 
     if math.comb(p, rank) <= ENUMERATED:
         return _enumerate(energy, rank, total)
@@ -68,16 +68,17 @@ def _swap(energy: jax.Array, rank: int, total: Callable[[jax.Array], jax.Array])
         rest = others.astype(energy.dtype) @ energy  # summed afresh: a running difference would gather rounding
         values = jnp.where(others, jnp.inf, total(rest + energy))
         best = jnp.argmin(values)
-        better = values[best] < value * (1 - _SWAP_GAIN)
+        better = values[best] < value - _SWAP_GAIN * jnp.abs(value)
         new = jnp.where(better, best, chosen[i])
         return chosen.at[i].set(new), others.at[new].set(True), jnp.where(better, values[best], value), changed | better
 
     def sweep(state):
-        return jax.lax.fori_loop(0, rank, exchange, (*state[:3], jnp.asarray(False)))
+        *state, _, sweeps = state
+        return *jax.lax.fori_loop(0, rank, exchange, (*state, jnp.asarray(False))), sweeps + 1
 
     chosen = jnp.arange(rank)
-    start = (chosen, jnp.arange(p) < rank, total(jnp.sum(energy[:rank], axis=0)), jnp.asarray(True))
-    chosen, *_ = jax.lax.while_loop(lambda state: state[3], sweep, start)
+    start = (chosen, jnp.arange(p) < rank, total(jnp.sum(energy[:rank], axis=0)), jnp.asarray(True), jnp.asarray(0))
+    chosen, *_ = jax.lax.while_loop(lambda state: state[3] & (state[4] < _SWEEPS), sweep, start)
     return jnp.sort(chosen)
 
 

@@ -17,7 +17,7 @@ from lowrank_jax.approximation import Stack
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.layers import takes_factors
 from lowrank_jax.methods import METHODS, SAMPLED, Method
-from lowrank_jax.paths import first_match, map_named, named_leaves
+from lowrank_jax.paths import did_you_mean, first_match, map_named, named_leaves
 from lowrank_jax.plans import Plan, PlannedKernel
 from lowrank_jax.ranks import Rule, wanted_rank
 
@@ -191,7 +191,7 @@ def _data_aware(
 ) -> list[linalg.Pair]:
     """With S = RᵀR the inputs of RW are isotropic: it is what the method factors, and R's inverse leads U back."""
     roots = [
-        jax.lax.map(linalg.square_root, jnp.concatenate([moments[kernel.name].reshape(-1, n, n) for kernel in members]))
+        jnp.concatenate([_roots(moments[kernel.name], n) for kernel in members])
         for members, n in zip(groups, (stack.w.shape[1] for stack in stacks), strict=True)
     ]
     pairs = method(
@@ -202,6 +202,12 @@ def _data_aware(
         u, v = jax.lax.map(lambda pair: linalg.rebalance(*pair), (solve_triangular(root, u), v))
         balanced.append((u.astype(stack.w.dtype), v.astype(stack.w.dtype)))
     return balanced
+
+
+def _roots(moments: jax.Array, n: int) -> jax.Array:
+    """`[*stack, n, n] -> [k, n, n]`."""
+    moments = moments.astype(linalg.wide(moments.dtype))
+    return jax.lax.map(linalg.square_root, moments.reshape(-1, n, n))
 
 
 def _by_method(
@@ -278,8 +284,17 @@ def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Map
         stack, n = kernel.shape[: len(kernel.shape) - len(kernel.view.shape)], kernel.view.n
         if moments is not None:
             problems += _misfit(kernel.name, "moments", moments.get(kernel.name), (*stack, n, n))
+            if not problems and not linalg.known_finite(_roots(moments[kernel.name], n)):
+                problems.append(f"{kernel.name}: moments are not those of any finite inputs")
         if inputs is not None:
-            problems += _misfit(kernel.name, "inputs", inputs.get(kernel.name), (*stack, None, kernel.view.group, n))
+            fed = inputs.get(kernel.name)
+            problems += _misfit(kernel.name, "inputs", fed, (*stack, None, kernel.view.group, n))
+            if not problems and fed is not None and not (fed.size and linalg.known_finite(fed)):
+                problems.append(f"{kernel.name}: inputs are empty or not finite")
+    names = {kernel.name for kernel in plan.factored}
+    for name in {**(moments or {}), **(inputs or {})}:
+        if name not in names:
+            problems.append(f"{name}: is given data, and is no kernel that the plan factors{did_you_mean(name, names)}")
     if problems:
         raise ValueError("\n".join(problems))
 

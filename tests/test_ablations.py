@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax import ablations, projection
+from lowrank_jax import ablations, methods, projection
 
 KEY = jax.random.key(0)
 W = jax.random.normal(KEY, (14, 24))
@@ -73,3 +73,12 @@ def test_random_factors_keep_the_variance_of_the_product(rank):
     products = [u @ v for u, v in (ablations.random_factors(jax.random.key(k), w, rank) for k in range(8))]
     # A product of r terms has heavy tails: its mean square varies by about sqrt(2 / (n r)) + sqrt(2 / (m r)) a draw.
     np.testing.assert_allclose(np.mean(np.square(products)), 0.09, rtol=0.1)
+
+
+@pytest.mark.parametrize("method", ["spectral_global_scale", "spectral_column_scales", "random_subspace", "random", "spectral"])
+@pytest.mark.parametrize("size", [1e25, 1e-20])
+def test_the_size_of_a_kernel_does_not_matter(method, size):
+    u, v = methods.factor(method, KEY, W, 3)
+    a, b = methods.factor(method, KEY, size * W, 3)
+    np.testing.assert_allclose((a / np.sqrt(size)) @ (b / np.sqrt(size)), u @ v, atol=1e-3)
+    np.testing.assert_allclose(projection.relative_risk(size * W, a @ b), projection.relative_risk(W, u @ v), rtol=1e-3)

@@ -121,5 +121,11 @@ def test_the_search_takes_the_deepest_of_several_valleys():
 def test_unknown_activations_are_named():
     with pytest.raises(ValueError, match="unknown activation 'rleu'; did you mean relu"):
         activations.get("rleu")
+    with pytest.raises(ValueError, match="is not an elementwise function, finite at every number"):
+        activations.get(jnp.log)
+    with pytest.raises(ValueError, match="is not an elementwise function"):
+        activations.get(jnp.sum)
+    with pytest.raises(ValueError, match="cannot be traced by jax"):
+        activations.get(np.sin)
     with pytest.raises(ValueError, match="3 is neither a name nor a function"):
         activations.get(3)

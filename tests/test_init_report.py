@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,14 +90,31 @@ def test_the_report_holds_its_command_tables_and_picture(report, tmp_path):
 
 
 def test_all_problems_come_at_once():
-    settings = init_report.Settings(scales=(0.1, 1.5), methods=("specral",), images="dat")
+    settings = init_report.Settings(scales=(0.1, 1.5), methods=("specral",), images="dat", batch_size=1)
     with pytest.raises(configs.ConfigError) as error:
         init_report.compare(running.config(), settings)
     assert error.value.problems == [
         "--scales: 1.5; must be in (0, 1]",
         "--methods: unknown 'specral'; did you mean spectral?",
         "--images: unknown 'dat'; did you mean data?",
+        "--batch-size: 1; must be at least 2, for logits to differ",
     ]
+
+
+def test_more_images_than_there_are_and_arms_that_come_twice_are_refused():
+    settings = init_report.Settings(scales=(0.1, 0.1), images="data", batch_size=500)
+    assert settings.problems(running.config(lowrank__moment_batches=2)) == [
+        "--scales: names one of them twice",
+        "--batch-size: 500; needs 1500 images in all, the training split has 1437",
+    ]
+
+
+def test_a_kernel_of_zeros_loses_nothing():
+    model = nn.Dense(6, kernel_init=nn.initializers.zeros)
+    x = jnp.ones((2, 8))
+    params, plan = model.init(jax.random.key(0), x)["params"], lr.plan(model, x, [lr.Rule("kernel", rank=2)])
+    merged = lr.merge(lr.factorize(params, plan, key=jax.random.key(1)))
+    assert init_report.relative_risks(params, merged, plan) == {"kernel": 0.0}
 
 
 def test_data_that_is_missing_and_kernels_that_stay_dense_are_said(tmp_path):

@@ -201,6 +201,11 @@ def test_data_that_does_not_fit_gets_one_clear_error(net):
         factorize(moments={name: m for name, m in moments.items() if name != "plain/kernel"})
     with pytest.raises(ValueError, match=r"plain/kernel: moments must be \[27, 27\], are \[26, 26\]"):
         factorize(moments={**moments, "plain/kernel": jnp.eye(26)})
+    with pytest.raises(ValueError, match="typo/kernel: is given data, and is no kernel that the plan factors"):
+        factorize(moments={**moments, "typo/kernel": jnp.eye(2)})
+    for moment in (jnp.full((27, 27), jnp.nan), -jnp.eye(27)):
+        with pytest.raises(ValueError, match="plain/kernel: moments are not those of any finite inputs"):
+            factorize(moments={**moments, "plain/kernel": moment})
     with pytest.raises(ValueError, match="inputs are for the method 'function_approximation'"):
         factorize(inputs={})
     with pytest.raises(ValueError, match="moments or inputs, not both"):

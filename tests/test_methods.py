@@ -37,3 +37,18 @@ def test_factors_are_decided_by_the_key(method):
     np.testing.assert_array_equal(first, again)
     draws = method in ("random", "random_subspace", "function_approximation")
     assert np.array_equal(first, other) != draws
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_input_gets_one_clear_error(method):
+    with pytest.raises(ValueError, match="12x20 matrix has elements that are not finite"):
+        methods.factor(method, jax.random.key(1), W.at[0, 0].set(jnp.nan), 3)
+    with pytest.raises(ValueError, match="rank 13 of a 12x20 matrix"):
+        methods.factor(method, jax.random.key(1), W, 13)
+    with pytest.raises(ValueError, match="unknown activation 'rel'; did you mean relu"):
+        methods.factor(method, jax.random.key(1), W, 3, activation="rel")
+
+
+def test_unknown_methods_are_named():
+    with pytest.raises(ValueError, match="unknown method 'spectrl'; did you mean spectral"):
+        methods.factor("spectrl", jax.random.key(1), W, 3)
