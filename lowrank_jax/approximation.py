@@ -4,6 +4,7 @@ It is what the kernel projection has to match, at a small fraction of the time (
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,6 +77,20 @@ def function_approximation(
     activations.get(activation)
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps ({steps}) and batch_size ({batch_size}) must be at least 1")
+    return _one(key, w, rank, activation, group, inputs, steps, batch_size)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "activation", "group", "steps", "batch_size"))
+def _one(
+    key: jax.Array,
+    w: jax.Array,
+    rank: int,
+    activation: ActivationLike,
+    group: int,
+    inputs: jax.Array | None,
+    steps: int,
+    batch_size: int,
+) -> Pair:
     stack = Stack(key[None], w[None], rank, activation, group, None if inputs is None else inputs[None])
     ((u, v),) = approximate([stack], steps=steps, batch_size=batch_size)
     return u[0], v[0]

@@ -1,5 +1,6 @@
 """How dense kernels become factor pairs: one table, from a method's name to its function."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -67,5 +68,10 @@ def factor(
     linalg.check_rank(w, rank)
     linalg.check_group(w, group)
     activations.get(activation)
+    return _factor(method, key, w, rank, activation, group)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "rank", "activation", "group"))
+def _factor(method: str, key: jax.Array, w: jax.Array, rank: int, activation: ActivationLike, group: int) -> Pair:
     [(u, v)] = METHODS[method]([Stack(key[None], w[None], rank, activation, group)])
     return u[0], v[0]

@@ -204,7 +204,7 @@ def _data_aware(
     return balanced
 
 
-def _roots(moments: jax.Array, n: int) -> jax.Array:
+def _roots(moments: Any, n: int) -> jax.Array:
     """`[*stack, n, n] -> [k, n, n]`."""
     moments = moments.astype(linalg.wide(moments.dtype))
     return jax.lax.map(linalg.square_root, moments.reshape(-1, n, n))
@@ -281,16 +281,14 @@ def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Map
     problems = []
     for kernel in plan.factored:
         assert kernel.view is not None
-        stack, n = kernel.shape[: len(kernel.shape) - len(kernel.view.shape)], kernel.view.n
+        name, n, group = kernel.name, kernel.view.n, kernel.view.group
+        stack = kernel.shape[: len(kernel.shape) - len(kernel.view.shape)]
         if moments is not None:
-            problems += _misfit(kernel.name, "moments", moments.get(kernel.name), (*stack, n, n))
-            if not problems and not linalg.known_finite(_roots(moments[kernel.name], n)):
-                problems.append(f"{kernel.name}: moments are not those of any finite inputs")
+            moment = moments.get(name)
+            problems += _misfit(name, "moments", moment, (*stack, n, n)) or _unusable(name, "moments", _roots(moment, n))
         if inputs is not None:
-            fed = inputs.get(kernel.name)
-            problems += _misfit(kernel.name, "inputs", fed, (*stack, None, kernel.view.group, n))
-            if not problems and fed is not None and not (fed.size and linalg.known_finite(fed)):
-                problems.append(f"{kernel.name}: inputs are empty or not finite")
+            fed = inputs.get(name)
+            problems += _misfit(name, "inputs", fed, (*stack, None, group, n)) or _unusable(name, "inputs", fed)
     names = {kernel.name for kernel in plan.factored}
     for name in {**(moments or {}), **(inputs or {})}:
         if name not in names:
@@ -305,6 +303,10 @@ def _misfit(name: str, what: str, value: jax.Array | None, shape: tuple[int | No
     fits = len(value.shape) == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
     wanted = ["samples" if size is None else size for size in shape]
     return [] if fits else [f"{name}: {what} must be {wanted}, are {list(value.shape)}"]
+
+
+def _unusable(name: str, what: str, value: Any) -> list[str]:
+    return [] if value.size and linalg.known_finite(value) else [f"{name}: {what} are not those of any finite inputs"]
 
 
 def merge(params: Any) -> Any:

@@ -59,8 +59,7 @@ def test_golden_relative_risks(n, m, rank, spectral, top):
     np.testing.assert_allclose(relative_risk(w, projection.kernel_projection(w, rank)), top, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", activations.ACTIVATIONS)
-@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(("name", "group"), [*((name, 1) for name in activations.ACTIVATIONS), ("relu", 3), ("gelu", 3)])
 def test_risk_is_what_sampling_gives(name, group):
     rng = np.random.default_rng(0)
     n, outputs = 6, 4
@@ -77,7 +76,7 @@ def test_risk_is_what_sampling_gives(name, group):
     assert abs(losses.mean() - exact) < 4 * error
 
 
-@settings(max_examples=16)  # nearly each is a shape of its own to compile, four times
+@settings(max_examples=12)  # nearly each is a shape of its own to compile, four times
 @given(matrices(), st.sampled_from(["relu", "tanh"]))
 def test_every_subspace_is_worth_its_trouble(case, activation):
     w, rank = case
