@@ -29,7 +29,9 @@ def leading_directions(w: jax.Array, rank: int) -> jax.Array:
     like.  Each of them holds less than a millionth of |W|², and what is computed from the basis uses no eigenvalues.
     """
     n, m = w.shape
-    gram = w @ w.T if n <= m else w.T @ w
+    # Where singular values repeat, rounding decides on a basis: the barriers keep it the same in whatever this is fused with.
+    w = jax.lax.optimization_barrier(w)
+    gram = jax.lax.optimization_barrier(w @ w.T if n <= m else w.T @ w)
     vectors = jnp.linalg.eigh(gram)[1][:, ::-1][:, :rank]
     return vectors if n <= m else orthonormal(w @ vectors)
 
