@@ -50,7 +50,7 @@ def unit_spectral(w: jax.Array, rank: int) -> Pair:
     """The spectral directions with all singular values one: U and V have orthonormal columns and rows."""
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
-    a, _, bt = linalg.truncated_svd(w, rank)
+    a, _, bt = linalg.truncated_svd(w, linalg.gram_eigenvectors(w), rank)
     return a.astype(w.dtype), bt.astype(w.dtype)
 
 

@@ -21,26 +21,34 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def leading_directions(w: jax.Array, rank: int) -> jax.Array:
+@jax.jit
+@highest_precision
+def gram_eigenvectors(w: jax.Array) -> jax.Array:
+    """The eigenvectors of the smaller Gram matrix of W, `[p, p]`, p = min(n, m), by falling eigenvalue.
+
+    A program of its own: where singular values repeat, rounding decides on the vectors, and all that asks has to get the same.
+    """
+    w = jax.lax.optimization_barrier(w.astype(wide(w.dtype)) / unit(w))
+    gram = jax.lax.optimization_barrier(w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w)
+    return jnp.linalg.eigh(gram)[1][:, ::-1]
+
+
+def leading_directions(w: jax.Array, vectors: jax.Array, rank: int) -> jax.Array:
     """The leading left singular vectors, `[n, rank]`: orthonormal, and spanning what W has most of.
 
-    By the eigenvectors of the smaller Gram matrix, in a third of the time of a singular value decomposition.  The Gram matrix
-    squares the singular values, so float32 mixes directions of less than 1e-3 of the largest one with others of their
-    like.  Each of them holds less than a millionth of |W|², and what is computed from the basis uses no eigenvalues.
+    From `gram_eigenvectors`, in a third of the time of a singular value decomposition.  The Gram matrix squares the singular
+    values, so float32 mixes directions of less than 1e-3 of the largest one with others of their like.  Each of them holds
+    less than a millionth of |W|², and what is computed from the basis uses no eigenvalues.
     """
-    n, m = w.shape
-    # Where singular values repeat, rounding decides on a basis: the barriers keep it the same in whatever this is fused with.
-    w = jax.lax.optimization_barrier(w)
-    gram = jax.lax.optimization_barrier(w @ w.T if n <= m else w.T @ w)
-    vectors = jnp.linalg.eigh(gram)[1][:, ::-1][:, :rank]
-    return vectors if n <= m else orthonormal(w @ vectors)
+    vectors = vectors[:, :rank]
+    return vectors if w.shape[0] <= w.shape[1] else orthonormal(w @ vectors)
 
 
-def truncated_svd(w: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The leading singular vectors and values of W: A `[n, rank]`, s `[rank]`, Bᵀ `[rank, m]`."""
+def truncated_svd(w: jax.Array, vectors: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The leading singular vectors and values of W: A `[n, rank]`, s `[rank]`, Bᵀ `[rank, m]`; from `gram_eigenvectors`."""
     scale = unit(w)
     relative = w.astype(wide(w.dtype)) / scale
-    q = leading_directions(relative, rank)
+    q = leading_directions(relative, vectors, rank)
     p, s, bt = jnp.linalg.svd(q.T @ relative, full_matrices=False)
     return q @ p, s * scale, bt
 

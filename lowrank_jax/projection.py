@@ -40,13 +40,13 @@ def spectral(w: jax.Array, rank: int) -> Pair:
     """
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
-    return _spectral(w, rank)
+    return _spectral(w, linalg.gram_eigenvectors(w), rank)
 
 
 @functools.partial(jax.jit, static_argnames="rank")
 @linalg.highest_precision
-def _spectral(w: jax.Array, rank: int) -> Pair:
-    a, s, bt = linalg.truncated_svd(w, rank)
+def _spectral(w: jax.Array, vectors: jax.Array, rank: int) -> Pair:
+    a, s, bt = linalg.truncated_svd(w, vectors, rank)
     root = jnp.sqrt(s)
     return (a * root).astype(w.dtype), (root[:, None] * bt).astype(w.dtype)
 
@@ -85,13 +85,15 @@ def kernel_projection(
     linalg.check_group(w, group)
     if subspace not in SUBSPACES:
         raise ValueError(f"unknown subspace {subspace!r}{did_you_mean(subspace, SUBSPACES)}")
-    return _kernel_projection(w, rank, activations.get(activation), subspace, normalized, group)
+    return _kernel_projection(w, linalg.gram_eigenvectors(w), rank, activations.get(activation), subspace, normalized, group)
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "act", "subspace", "normalized", "group"))
 @linalg.highest_precision
-def _kernel_projection(w: jax.Array, rank: int, act: Activation, subspace: str, normalized: bool, group: int) -> Pair:
-    return _on_subspace(w, _subspace(w, rank, subspace, act, normalized, group), act, normalized, group)
+def _kernel_projection(
+    w: jax.Array, vectors: jax.Array, rank: int, act: Activation, subspace: str, normalized: bool, group: int
+) -> Pair:
+    return _on_subspace(w, _subspace(w, vectors, rank, subspace, act, normalized, group), act, normalized, group)
 
 
 def on_subspace(
@@ -146,14 +148,16 @@ def _measure(act: Activation, unit: jax.Array) -> jax.Array:
     return jnp.ones_like(unit) if isinstance(act, activations.Homogeneous) else unit
 
 
-def _subspace(w: jax.Array, rank: int, name: str, act: Activation, normalized: bool, group: int) -> jax.Array:
+def _subspace(
+    w: jax.Array, vectors: jax.Array, rank: int, name: str, act: Activation, normalized: bool, group: int
+) -> jax.Array:
     """Orthonormal Q `[n, rank]`."""
     unit = linalg.unit(w)
     relative = w.astype(wide(w.dtype)) / unit
     if name == "top":
-        return linalg.leading_directions(relative, rank)
+        return linalg.leading_directions(relative, vectors, rank)
     relative = jax.lax.stop_gradient(relative)
-    q = linalg.leading_directions(relative, min(w.shape))
+    q = linalg.leading_directions(relative, jax.lax.stop_gradient(vectors), min(w.shape))
     coordinates = q.T @ relative
     length = lengths(coordinates, group)
     loss = _loss(act, length * _measure(act, unit), normalized)

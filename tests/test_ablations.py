@@ -80,5 +80,6 @@ def test_random_factors_keep_the_variance_of_the_product(rank):
 def test_the_size_of_a_kernel_does_not_matter(method, size):
     u, v = methods.factor(method, KEY, W, 3)
     a, b = methods.factor(method, KEY, size * W, 3)
-    np.testing.assert_allclose((a / np.sqrt(size)) @ (b / np.sqrt(size)), u @ v, atol=1e-3)
+    # The global scale is found by comparing values, which tell a minimum to half of their digits.
+    np.testing.assert_allclose((a / np.sqrt(size)) @ (b / np.sqrt(size)), u @ v, atol=5e-3)
     np.testing.assert_allclose(projection.relative_risk(size * W, a @ b), projection.relative_risk(W, u @ v), rtol=1e-3)

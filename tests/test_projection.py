@@ -271,3 +271,15 @@ def test_with_batchnorm_right_behind_spectral_and_the_projection_compute_the_sam
         outputs[method], _ = layer.apply({**variables, "params": params}, x, mutable=["batch_stats"])
     for method in ("kernel_projection", "norm_preserving"):
         np.testing.assert_allclose(outputs[method], outputs["spectral"], atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (12, 5)])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_where_singular_values_repeat_all_start_from_one_basis(shape, activation):
+    for seed in range(4):
+        rotation = np.linalg.qr(np.random.default_rng(seed).standard_normal((max(shape), max(shape))))[0]
+        w = jnp.asarray(rotation[: shape[0], : shape[1]], jnp.float32)
+        made = [projection.spectral(w, 3)]
+        made += [projection.kernel_projection(w, 3, activation=activation, subspace=subspace) for subspace in SUBSPACES]
+        risks = [float(projection.relative_risk(w, u @ v, activation=activation)) for u, v in made]
+        assert (np.diff(risks) <= 5e-5).all()
