@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lowrank_jax as lr
+from benchmarks.turns import ratio, take_turns
 from lowrank_jax import models
 from lowrank_jax.paths import named_leaves
 
@@ -43,19 +44,14 @@ def main() -> None:
     ]
     runs["numpy"] = lambda: [np.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
 
-    times = {name: [] for name in runs}
-    for _ in range(ROUNDS + 1):  # in turn, so that a noisy moment hits all of them; the first round warms up
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
-    rival = times["numpy"][1:]
+    times = take_turns(runs, ROUNDS)
     shapes = {matrix.shape for matrix in matrices}
-    print(f"ResNet-50 at scale 0.1: {len(matrices)} kernels of {len(shapes)} shapes; numpy {statistics.median(rival):.2f} s")
+    numpy_seconds = statistics.median(times["numpy"])
+    print(f"ResNet-50 at scale 0.1: {len(matrices)} kernels of {len(shapes)} shapes; numpy {numpy_seconds:.2f} s")
     for method in METHODS:
-        ratio = statistics.median(ours / theirs for ours, theirs in zip(times[method][1:], rival, strict=True))
-        seconds = statistics.median(times[method][1:])
-        print(f"{method:18} run {seconds:6.2f} s   ratio to numpy {ratio:.3f}   compile {compile_seconds[method]:5.1f} s")
+        seconds = statistics.median(times[method])
+        over = ratio(times, method, "numpy")
+        print(f"{method:18} run {seconds:6.2f} s   ratio to numpy {over:.3f}   compile {compile_seconds[method]:5.1f} s")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 import lowrank_jax as lr
+from benchmarks.turns import Times, ratio, take_turns
 from lowrank_jax import projection
 
 TURNS = 5
@@ -49,31 +50,17 @@ def main() -> None:
                 u, v = compiled(w)
                 risks[name] = float(projection.risk(w, u @ v, activation=activation) / whole)
                 runs[name] = lambda compiled=compiled, w=w: jax.block_until_ready(compiled(w))
-            report(f"{n}x{m} at rank {rank}, {activation}", measure(runs), risks, compile_seconds)
+            report(f"{n}x{m} at rank {rank}, {activation}", take_turns(runs, TURNS), risks, compile_seconds)
 
 
-def measure(runs: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds of every run by turns; a first turn warms up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(TURNS + 1):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
-    return {name: column[1:] for name, column in times.items()}
-
-
-def report(title: str, times: dict[str, list[float]], risks: dict[str, float], compile_seconds: dict[str, float]) -> None:
-    def over(name: str, rival: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[name], times[rival], strict=True))
-
+def report(title: str, times: Times, risks: dict[str, float], compile_seconds: dict[str, float]) -> None:
     print(f"{title}; numpy {1e3 * statistics.median(times['numpy']):.1f} ms")
     for name, risk in risks.items():
         seconds = statistics.median(times[name])
-        line = f"  {name:9} {seconds:8.4f} s   over numpy {over(name, 'numpy'):7.2f}   compile {compile_seconds[name]:5.1f} s"
-        line += f"   relative risk {risk:.5f}"
+        line = f"  {name:9} {seconds:8.4f} s   over numpy {ratio(times, name, 'numpy'):7.2f}"
+        line += f"   compile {compile_seconds[name]:5.1f} s   relative risk {risk:.5f}"
         if name == "sampled":
-            line += f" = {risk / risks['top']:.4f} of top's, in {over(name, 'top'):.0f} times its time"
+            line += f" = {risk / risks['top']:.4f} of top's, in {ratio(times, name, 'top'):.0f} times its time"
         print(line)
 
 

@@ -125,9 +125,7 @@ def _init_report(args: argparse.Namespace) -> int:
     config = configs.parse(loaded, source=source)
     given = {name: getattr(args, name) for name in ("scales", "methods", "seeds", "images", "batch_size")}
     settings = init_report.Settings(**{name: value for name, value in given.items() if value is not None})
-    problems = settings.problems(config)
-    if problems:
-        raise configs.ConfigError("init-report", problems)
+    settings.check(config)
     jax.config.update("jax_enable_compilation_cache", False)  # what compilation takes is part of the report
     first = pathlib.Path(f"{args.out}.md")
     first.parent.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,7 @@ from lowrank_jax.kernel import LowRankKernel, is_low_rank
 
 def frobenius_penalty(params: Any) -> jax.Array:
     """½ Σ |UV|_F² over all factor pairs of a tree; differentiable."""
-    pairs = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_low_rank) if is_low_rank(leaf)]
-    return 0.5 * sum((jnp.sum(_gram_u(pair) * _gram_v(pair)) for pair in pairs), start=jnp.zeros(()))
+    return 0.5 * sum((jnp.sum(_gram_u(pair) * _gram_v(pair)) for pair in _pairs(params)), start=jnp.zeros(()))
 
 
 def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
@@ -40,8 +39,7 @@ def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
 
 def nuclear_penalty(params: Any) -> jax.Array:
     """½ Σ (|U|_F² + |V|_F²) over all factor pairs of a tree: a bound on Σ |UV|_*, met by balanced factors; differentiable."""
-    pairs = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_low_rank) if is_low_rank(leaf)]
-    return 0.5 * sum((jnp.sum(pair.u**2) + jnp.sum(pair.v**2) for pair in pairs), start=jnp.zeros(()))
+    return 0.5 * sum((jnp.sum(pair.u**2) + jnp.sum(pair.v**2) for pair in _pairs(params)), start=jnp.zeros(()))
 
 
 def add_nuclear_decay(decay: float) -> optax.GradientTransformation:
@@ -51,6 +49,10 @@ def add_nuclear_decay(decay: float) -> optax.GradientTransformation:
         return jax.tree.map(is_low_rank, params, is_leaf=is_low_rank)
 
     return optax.add_decayed_weights(decay, mask=factor_pairs)
+
+
+def _pairs(params: Any) -> list[LowRankKernel]:
+    return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_low_rank) if is_low_rank(leaf)]
 
 
 def _decayed(update: LowRankKernel, param: LowRankKernel, decay: float) -> LowRankKernel:

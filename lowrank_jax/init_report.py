@@ -96,6 +96,12 @@ class Settings:
                 found.append(f"--batch-size: {self.batch_size}; needs {needed} images in all, the training split has {there}")
         return found
 
+    def check(self, config: Config) -> None:
+        """Raises ConfigError with all that is wrong with them."""
+        problems = self.problems(config)
+        if problems:
+            raise configs.ConfigError("init-report", problems)
+
 
 def compare(config: Config, settings: Settings, *, say: Callable[[str], None] = lambda line: None) -> list[Arm]:
     """Factors freshly drawn networks by every method at every scale, and measures.
@@ -109,9 +115,7 @@ def compare(config: Config, settings: Settings, *, say: Callable[[str], None] = 
       ConfigError: the settings are not valid, or no kernel would be factored.
       DataError: the config's data is asked for and not there.
     """
-    problems = settings.problems(config)
-    if problems:
-        raise configs.ConfigError("init-report", problems)
+    settings.check(config)
     arms, programs = [], _Programs(config)
     total = settings.seeds * len(settings.scales) * len(settings.methods)
     begin = time.perf_counter()
@@ -132,7 +136,6 @@ def compare(config: Config, settings: Settings, *, say: Callable[[str], None] = 
 class _Factorizer:
     """A compiled `factorize` `(params, key, moments) -> params`, and how long that took."""
 
-    plan: Plan
     run: Callable[..., Any]
     compile_seconds: float
 
@@ -145,7 +148,7 @@ class _Programs:
         self.init = jax.jit(functools.partial(state.init_dense, self.model, blank_images(config.description)))
         self.forward = jax.jit(self._forward)
         self.merge = jax.jit(surgery.merge)
-        self._factorizers: dict[tuple[str, float], _Factorizer] = {}
+        self._factorizers: dict[Plan, _Factorizer] = {}
 
     def plan(self, method: str, scale: float) -> Plan:
         lowrank = dataclasses.replace(self._config.lowrank, method=method, scale=scale, rank=None)
@@ -154,14 +157,13 @@ class _Programs:
             raise configs.ConfigError("init-report", [f"at scale {scale:g} no kernel of this network would be factored"])
         return plan
 
-    def factorizer(self, method: str, scale: float, *arguments: Any) -> _Factorizer:
-        if (method, scale) not in self._factorizers:
-            plan = self.plan(method, scale)
+    def factorizer(self, plan: Plan, *arguments: Any) -> _Factorizer:
+        if plan not in self._factorizers:
             jitted = jax.jit(lambda params, key, moments: surgery.factorize(params, plan, key=key, moments=moments))
             begin = time.perf_counter()
             compiled = jitted.lower(*arguments).compile()
-            self._factorizers[method, scale] = _Factorizer(plan, compiled, time.perf_counter() - begin)
-        return self._factorizers[method, scale]
+            self._factorizers[plan] = _Factorizer(compiled, time.perf_counter() - begin)
+        return self._factorizers[plan]
 
     def _forward(self, variables: Any, images: jax.Array, key: jax.Array) -> jax.Array:
         # BatchNorm's running statistics mean nothing before training: the network runs as it does in its first step.
@@ -179,25 +181,30 @@ class _Network:
         self.dropout = state.key(config.seed, "dropout")
         self.images, *self.captured = _images(config, settings, 1 + config.lowrank.moment_batches)
         self.logits = programs.forward(self.variables, self.images, self.dropout)
+        self._known_moments: dict[Any, dict[str, jax.Array]] = {}
 
     def arm(self, method: str, scale: float) -> Arm:
-        params = self.variables["params"]
-        moments = self._moments(self.programs.plan(method, scale))
+        params, plan = self.variables["params"], self.programs.plan(method, scale)
+        moments = self._moments(plan)
         arguments = (params, state.key(self.config.seed, "factorize"), moments)
-        factorizer = self.programs.factorizer(method, scale, *arguments)
+        factorizer = self.programs.factorizer(plan, *arguments)
         factored, seconds = _timed(lambda: factorizer.run(*arguments))
         merged = self.programs.merge(factored)  # the same function in the dense network's program, compiled once for all
         logits = self.programs.forward({**self.variables, "params": merged}, self.images, self.dropout)
         error = jnp.sum((logits - self.logits) ** 2) / jnp.sum(self.logits**2)
-        risks = relative_risks(params, merged, factorizer.plan, moments)
-        ranks = {kernel.name: kernel.rank for kernel in factorizer.plan.factored if kernel.rank is not None}
+        risks = relative_risks(params, merged, plan, moments)
+        ranks = {kernel.name: kernel.rank for kernel in plan.factored if kernel.rank is not None}
         return Arm(method, scale, self.config.seed, ranks, risks, float(error), seconds, factorizer.compile_seconds)
 
     def _moments(self, plan: Plan) -> dict[str, jax.Array] | None:
         if not self.captured:
             return None
-        rngs = {"dropout": self.dropout}
-        return inputs.second_moments(self.programs.model, self.variables, self.captured, plan, rngs=rngs, train=True)
+        kernels = tuple((kernel.name, kernel.view) for kernel in plan.factored)  # whatever their method and rank
+        if kernels not in self._known_moments:
+            self._known_moments[kernels] = inputs.second_moments(
+                self.programs.model, self.variables, self.captured, plan, rngs={"dropout": self.dropout}, train=True
+            )
+        return self._known_moments[kernels]
 
 
 def _timed(run: Callable[[], Any]) -> tuple[Any, float]:

@@ -6,13 +6,9 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax import approximation, projection
 from lowrank_jax.approximation import Stack
+from tests.test_projection import relative_risk
 
 KEY = jax.random.key(0)
-
-
-def relative_risk(w, factors, **settings):
-    u, v = factors
-    return float(projection.risk(w, u @ v, **settings) / projection.risk(w, 0 * w, **settings))
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 
 from lowrank_jax import activations, projection, subspaces
-from tests.test_projection import golden_matrix
-
-
-def relative_risk(w, factors, **settings):
-    u, v = factors
-    return float(projection.risk(w, u @ v, **settings) / projection.risk(w, 0 * w, **settings))
-
+from tests.test_projection import golden_matrix, relative_risk
 
 GOLDEN = [(12, 8, 1, 0.652598), (12, 8, 4, 0.283737), (32, 48, 1, 0.818698), (32, 48, 2, 0.757338)]
 
