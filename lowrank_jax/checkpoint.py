@@ -35,7 +35,8 @@ class Restored:
     Attributes:
       step: its number.
       state: the tree that was asked for.
-      info: what was saved beside it: `data`, the reader's state; `eval`, metrics if it was evaluated; `seconds` of training.
+      info: what was saved beside it: `data`, the reader's state; `score`, its top-1 if it was evaluated; `seconds`
+        of training.
       damaged: newer steps that could not be used, each with the reason.
     """
 
@@ -64,7 +65,7 @@ class Checkpoints:
 
     Args:
       directory: where they are; made on the first save.
-      keep: how many of the latest to keep besides the best by `eval/top1`.
+      keep: how many of the latest to keep besides the best by top-1.
       read_only: for evaluation: nothing is written or moved.
     """
 
@@ -113,7 +114,7 @@ class Checkpoints:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             records = {step: self._read_record(step) for step in self.steps()}
-            return {step: info["eval"]["top1"] for step, info in records.items() if info and info["eval"]}
+            return {step: info["score"] for step, info in records.items() if info and info["score"] is not None}
 
     def _read_record(self, step: int) -> dict[str, Any] | None:
         with _quiet_failure():

@@ -246,11 +246,15 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
         problems += [f"dataset.kwargs.{key}: {config.dataset.name} takes none" for key in config.dataset.kwargs]
     if problems:
         return problems
-    for key in ("train_split", "eval_split"):
+    for key in ("train_split", "eval_split", "valid_split"):
+        split = getattr(config.dataset, key)
         try:
-            datasets.split_size(config.description, getattr(config.dataset, key))
+            if split is not None or key != "valid_split":
+                datasets.split_size(config.description, split)
         except ValueError as error:
             problems.append(f"dataset.{key}: {str(error).splitlines()[0]}")
+    if not problems and config.dataset.valid_split:
+        problems += _overlaps(config)
     if not problems and not wrong & {"steps", "epochs", "batch_size", "optim.warmup"} and (config.steps or config.epochs):
         warmup = config.in_steps(config.optim.warmup)
         if config.total_steps >= 2**31:
@@ -258,6 +262,16 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
         if warmup > config.total_steps:
             problems.append(f"optim.warmup: {warmup} steps; longer than the training of {config.total_steps} steps")
     return problems
+
+
+def _overlaps(config: Config) -> list[str]:
+    """What is chosen on examples that were trained on, or are reported on, is not chosen honestly."""
+    held_out = config.dataset.valid_split or ""
+    return [
+        f"dataset.valid_split: {held_out!r}; shares examples with dataset.{key}, {getattr(config.dataset, key)!r}"
+        for key in ("train_split", "eval_split")
+        if datasets.share_examples(config.description, held_out, getattr(config.dataset, key))
+    ]
 
 
 def _model_problems(config: Config) -> list[str]:

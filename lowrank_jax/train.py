@@ -38,7 +38,7 @@ class Run:
     Attributes:
       state: the final state.
       train: the training metrics as logged, by step.
-      evals: the evaluations of this process, by step.
+      evals: the evaluations of this process on `dataset.eval_split`, by step.
       interrupted: it was stopped and saved before its end.
     """
 
@@ -137,17 +137,18 @@ def train(config: Config, workdir: str, *, source: str = "config") -> Run:
       Diverged: it cannot go on.
     """
     experiment = experiments.build(config, source)
-    train_data, eval_data = (
-        datasets.load(experiment.dataset, split, config.dataset.data_dir)
-        for split in (config.dataset.train_split, config.dataset.eval_split)
-    )
+    data = {
+        kind: datasets.load(experiment.dataset, split, config.dataset.data_dir)
+        for kind in ("train", "eval", "valid")
+        if (split := getattr(config.dataset, f"{kind}_split"))
+    }
     folder = Workdir(workdir)
     folder.claim(to_dict(config))
     folder.write_text("overview.txt", f"{experiment.plan}\n")
     with Writer(folder) as writer, Checkpoints(folder.checkpoints, keep=config.checkpoint.keep) as checkpoints:
         writer.say(_headline(experiment))
         with StopSignal() as stop:
-            return _Loop(experiment, train_data, eval_data, folder, writer, checkpoints, stop).run()
+            return _Loop(experiment, data, folder, writer, checkpoints, stop).run()
 
 
 class _Loop:
@@ -156,22 +157,21 @@ class _Loop:
     def __init__(
         self,
         experiment: experiments.Experiment,
-        train_data: datasets.Arrays,
-        eval_data: datasets.Arrays,
+        data: dict[str, datasets.Arrays],
         folder: Workdir,
         writer: Writer,
         checkpoints: Checkpoints,
         stop: StopSignal,
     ):
         config = experiment.config
-        self.experiment, self.config, self.eval_data = experiment, config, eval_data
+        self.experiment, self.config, self.data = experiment, config, data
         self.folder, self.writer, self.checkpoints, self.stop = folder, writer, checkpoints, stop
         self.total = config.total_steps
         self.eval_every = max(1, config.in_steps(config.eval.every))
         self.save_every = max(1, config.in_steps(config.checkpoint.every))
         self.log_every = max(1, config.in_steps(config.log.every))
         self.batches = TrainBatches(
-            train_data,
+            data["train"],
             config.batch_size,
             self.total,
             config.seed,
@@ -209,7 +209,7 @@ class _Loop:
         for step, reason in restored.damaged.items():
             self.writer.say(f"{self.folder.path}: checkpoint {step} is damaged ({reason}); going on from {restored.step}")
         self.state, self.step, self.saved = restored.state, restored.step, restored.step
-        self.evaluated, self.seconds_before = restored.info["eval"], restored.info["seconds"]
+        self.evaluated, self.seconds_before = restored.info["evaluated"], restored.info["seconds"]
         self.rows = restored.info["window"]
         self.iterator.set_state(restored.info["data"])
         self.folder.forget_metrics_after(self.step, evaluated=self.evaluated is not None)
@@ -229,23 +229,30 @@ class _Loop:
         if not due or self.evaluated is not None:
             return
         try:
-            metrics = evaluate(
-                self.eval_step,
-                self.state.params,
-                self.state.batch_stats,
-                self.eval_data,
-                batch_size=self.config.eval.batch_size,
-                mesh=self.experiment.mesh,
-                stop_requested=lambda: self.stop.requested,
-            )
+            evaluated = {kind: self.evaluate(kind) for kind in ("eval", "valid") if kind in self.data}
         except Interrupted:
             return
-        self.evaluated = self.evals[self.step] = metrics
-        self.improved = metrics["top1"] > self.checkpoints.best_score()
-        self.checkpoints.note_score(self.step, metrics["top1"])
-        self.writer.write(self.step, {f"eval/{name}": value for name, value in metrics.items()})
-        self.writer.say(
-            f"evaluated at step {self.step}: top1 {metrics['top1']:.4f}  top5 {metrics['top5']:.4f}  loss {metrics['loss']:.4f}"
+        self.evaluated, self.evals[self.step] = evaluated, evaluated["eval"]
+        top1 = score(evaluated)
+        self.improved = top1 > self.checkpoints.best_score()
+        self.checkpoints.note_score(self.step, top1)
+        self.writer.write(
+            self.step, {f"{kind}/{name}": value for kind, metrics in evaluated.items() for name, value in metrics.items()}
+        )
+        for kind, metrics in evaluated.items():
+            figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("top1", "top5", "loss"))
+            held_out = " on the held-out part" if kind == "valid" else ""
+            self.writer.say(f"evaluated{held_out} at step {self.step}: {figures}")
+
+    def evaluate(self, kind: str) -> dict[str, float]:
+        return evaluate(
+            self.eval_step,
+            self.state.params,
+            self.state.batch_stats,
+            self.data[kind],
+            batch_size=self.config.eval.batch_size,
+            mesh=self.experiment.mesh,
+            stop_requested=lambda: self.stop.requested,
         )
 
     def save_if_due(self) -> None:
@@ -255,7 +262,8 @@ class _Loop:
             return
         info = {
             "data": self.iterator.get_state(),
-            "eval": self.evaluated,
+            "evaluated": self.evaluated,
+            "score": score(self.evaluated) if self.evaluated else None,
             "seconds": self.seconds(),
             "window": self.window.check(self.saved),  # what is saved is good
         }
@@ -286,6 +294,7 @@ class _Loop:
         return Run(self.state, self.logged, self.evals, interrupted)
 
     def result(self) -> dict[str, Any]:
+        assert self.evaluated is not None
         plan = self.experiment.plan
         return {
             "step": self.step,
@@ -293,7 +302,8 @@ class _Loop:
             "dense_params": plan.dense_params,
             "macs": plan.macs,
             "dense_macs": plan.dense_macs,
-            "eval": self.evaluated,
+            "eval": self.evaluated["eval"],
+            "valid": self.evaluated.get("valid"),
             "best_step": self.checkpoints.best(),
             "seconds": self.seconds(),
             "versions": _versions(),
@@ -303,6 +313,11 @@ class _Loop:
     def seconds(self) -> float:
         """Wall time of the run so far, earlier processes included."""
         return self.seconds_before + time.perf_counter() - self.begin
+
+
+def score(evaluated: dict[str, dict[str, float]]) -> float:
+    """What runs and checkpoints are chosen by: top-1 on the held-out part of the training data, where there is one."""
+    return evaluated.get("valid", evaluated["eval"])["top1"]
 
 
 def _headline(experiment: experiments.Experiment) -> str:

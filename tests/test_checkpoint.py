@@ -26,7 +26,7 @@ TARGET = jax.tree.map(
 
 
 def info(top1=None):
-    return {"data": {"next_index": 3}, "eval": None if top1 is None else {"top1": top1}, "seconds": 1.5}
+    return {"data": {"next_index": 3}, "score": top1, "seconds": 1.5}
 
 
 def assert_equal(a, b):
@@ -54,7 +54,7 @@ def test_a_state_comes_back_with_what_was_saved_beside_it(tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
         restored = checkpoints.restore(TARGET)
     assert (restored.step, restored.damaged) == (2, {})
-    assert restored.info["data"] == {"next_index": 3} and restored.info["eval"] == {"top1": 0.5}
+    assert restored.info["data"] == {"next_index": 3} and restored.info["score"] == 0.5
     assert_equal(restored.state, make_state(2))
 
 
@@ -116,7 +116,7 @@ def test_damage_to_any_file_of_a_step_is_noticed_or_harmless(tmp_path, how):
         with Checkpoints(copy / "c", read_only=True) as checkpoints:
             restored = checkpoints.restore(TARGET)
         assert_equal(restored.state, make_state(restored.step))
-        assert restored.info["eval"] == {"top1": 0.5 if restored.step == 1 else 0.6}, file
+        assert restored.info["score"] == (0.5 if restored.step == 1 else 0.6), file
 
 
 def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path):

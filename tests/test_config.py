@@ -206,3 +206,16 @@ def test_config_files_take_an_argument_and_near_misses_are_proposed(tmp_path):
 def test_none_is_a_word_where_a_model_may_have_it_and_nothing_elsewhere():
     config = parse(changed(model__name="resnet8", model__kwargs__norm="none", optim__clip_norm="none"))
     assert config.model.kwargs == {"norm": "none"} and config.optim.clip_norm is None
+
+
+@pytest.mark.parametrize(
+    ("valid", "clash"), [("train[1000:]", "train_split"), ("test[:10]", "eval_split"), ("train[1400:]+test", "eval_split")]
+)
+def test_what_is_chosen_by_is_neither_trained_on_nor_reported(valid, clash):
+    config = configs.default()
+    config.steps = 1
+    config.dataset.train_split, config.dataset.valid_split = "train[:1200]", "train[1200:]"
+    configs.parse(config)
+    config.dataset.valid_split = valid
+    with pytest.raises(configs.ConfigError, match=f"shares examples with dataset.{clash}"):
+        configs.parse(config)

@@ -228,3 +228,15 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(tmp_path):
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore(experiments.build(config).shapes)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.state.params))
+
+
+def test_the_best_checkpoint_is_chosen_on_the_held_out_part(tmp_path):
+    run = train(
+        running.config(dataset__train_split="train[:1200]", dataset__valid_split="train[1200:]", eval__every="10 steps"),
+        str(tmp_path),
+    )
+    lines = [line for line in running.metrics(tmp_path) if "eval/top1" in line]
+    assert [line["valid/examples"] for line in lines] == [237] * 4 and {line["eval/examples"] for line in lines} == {360}
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["valid"]["top1"] == lines[-1]["valid/top1"] and result["eval"] == run.evals[40]
+    assert result["best_step"] == max(lines, key=lambda line: (line["valid/top1"], line["step"]))["step"]

@@ -133,6 +133,15 @@ def split_size(dataset: Dataset, split: str) -> int:
     return sum(stop - start for _, start, stop in split_parts(dataset, split))
 
 
+def share_examples(dataset: Dataset, one: str, other: str) -> bool:
+    """Whether two splits have an example in common."""
+    return any(
+        name == other_name and max(start, other_start) < min(stop, other_stop)
+        for name, start, stop in split_parts(dataset, one)
+        for other_name, other_start, other_stop in split_parts(dataset, other)
+    )
+
+
 def load(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
     """Reads a whole split into memory.
 
