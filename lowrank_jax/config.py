@@ -302,11 +302,21 @@ def _plan_problems(config: Config) -> list[str]:
 
 
 def make_plan(config: Config) -> Plan:
-    """Which of the model's kernels are factored; nothing is computed.
+    """Which of the model's kernels are factored; nothing is computed.  A second time the answer is at hand.
 
     Raises:
       ConfigError: the model cannot be built on these images, or a rule does not fit it.
     """
+    parts = repr((config.model, config.dataset, config.lowrank))
+    if parts not in _PLANS:
+        _PLANS[parts] = _make_plan(config)
+    return _PLANS[parts]
+
+
+_PLANS: dict[str, Plan] = {}
+
+
+def _make_plan(config: Config) -> Plan:
     try:
         model = config.build_model()
         if not isinstance(model, nn.Module):

@@ -30,6 +30,15 @@ class Workdir:
         Raises:
           WorkdirError: it belongs to another one, or cannot be written.
         """
+        self.check(config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json("config.json", config)
+        except OSError as error:
+            raise WorkdirError(f"cannot write to {self.path}: {error.strerror or error}") from None
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Raises WorkdirError if the folder belongs to another experiment."""
         if self.path.exists() and not self.path.is_dir():
             raise WorkdirError(f"{self.path} is a file; --workdir must name a folder")
         stored = self.path / "config.json"
@@ -40,11 +49,6 @@ class Workdir:
                     f"{self.path} belongs to another experiment: {'; '.join(differences)}."
                     " Use a new --workdir, or the old values."
                 )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json("config.json", config)
-        except OSError as error:
-            raise WorkdirError(f"cannot write to {self.path}: {error.strerror or error}") from None
 
     def read_config(self) -> dict[str, Any]:
         """The config that the experiment was started with.
