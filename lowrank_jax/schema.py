@@ -93,7 +93,9 @@ class DatasetConfig:
     data_dir: str | None = None  # TFDS's own default
     train_split: str = "train"
     eval_split: str = "test"
-    valid_split: str | None = None  # held out of training to choose by: checkpoints, learning rates; evaluated beside eval_split
+    valid_split: str | None = (
+        None  # held out of training to choose by: checkpoints, learning rates; evaluated beside eval_split
+    )
     flip: bool = False
     crop_padding: int = _option(0, _at_least(0))
     kwargs: dict = dataclasses.field(default_factory=dict)  # of `synthetic`

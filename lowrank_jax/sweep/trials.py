@@ -206,7 +206,9 @@ def _in_two_stages(trials: list[Trial], axes: grammar.Axes) -> Sweep:
     unheld = [trial.name for trial in trials if trial.config.dataset.valid_split is None]
     if unheld:
         example = "--config.dataset.train_split='train[:90%]' --config.dataset.valid_split='train[90%:]'"
-        raise configs.ConfigError("--sweep", [f"tune(...): chooses on dataset.valid_split, which is not set; for example {example}"])
+        raise configs.ConfigError(
+            "--sweep", [f"tune(...): chooses on dataset.valid_split, which is not set; for example {example}"]
+        )
     seed = next((term[0]["seed"] for term in axes.terms if "seed" in term[0]), None)
     first = [trial for trial in trials if trial.values.get("seed") == seed]
     return Sweep(tuple(first), tuple(trial for trial in trials if trial not in first), axes.tuned)
