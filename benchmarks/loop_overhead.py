@@ -60,10 +60,11 @@ def main() -> None:
     config = settings()
     experiment = experiments.build(config)
     arrays = datasets.load(experiment.dataset, "train", None)
+    data = {"train": arrays, "eval": arrays}
     with tempfile.TemporaryDirectory() as name:
         folder = Workdir(name)
         with Writer(folder) as writer, Checkpoints(folder.checkpoints) as checkpoints, train.StopSignal() as stop:
-            loop = train._Loop(experiment, arrays, arrays, folder, writer, checkpoints, stop)
+            loop = train._Loop(experiment, data, folder, writer, checkpoints, stop)
             loop.restore_or_init()
             loop.compile()
             state, batch = experiment.init(), put_batch(next(loop.iterator), experiment.mesh)

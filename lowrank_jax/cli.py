@@ -1,4 +1,4 @@
-"""The command line: `lowrank train | evaluate | overview | init-report`."""
+"""The command line: `lowrank train | evaluate | sweep | report | overview | init-report`."""
 
 import argparse
 import functools
@@ -13,10 +13,11 @@ from typing import NoReturn
 import jax
 from absl import logging
 
-BAD_INPUT, DIVERGED, INTERRUPTED, KILLED = 2, 4, 75, 130
+FAILED, BAD_INPUT, DIVERGED, INTERRUPTED, KILLED = 1, 2, 4, 75, 130
 
 _STATUS = f"""exit status:
   0  done
+  {FAILED}  some trials of a sweep did not succeed
   {BAD_INPUT}  a config, command line, file, work directory or data set that cannot be used
   {DIVERGED}  the loss or the gradient is not finite
   {INTERRUPTED}  stopped by SIGTERM or Ctrl-C after saving; the same command continues
@@ -38,6 +39,29 @@ _EVALUATE = f"""examples:
   lowrank evaluate --workdir=runs/digits --step=best --split=train --json=train.json
 
 {_STATUS}"""
+
+_SWEEP = f"""examples:
+  lowrank sweep --config=configs/digits_resnet.py --workdir=runs/sweep --jobs=2 \\
+      --sweep='lowrank.scale=0.05,0.1; lowrank.method=none,spectral,kernel_projection; seed=0:3'
+  lowrank sweep ... --dry-run
+  lowrank sweep ... --config.dataset.train_split='train[:90%]' --config.dataset.valid_split='train[90%:]' \\
+      --sweep='lowrank.method=spectral,kernel_projection; seed=0:5; tune(optim.lr=0.03,0.1,0.3)'
+
+the sweep: terms separated by semicolons, of which every combination is a trial
+  key=a,b,c                  values of any key of the config; brackets and quotes protect commas
+  seed=0:5                   whole numbers, 5 excluded; 0:10:2 every second one
+  zip(key=a,b; other=c,d)    values that belong together: (a, c) and (b, d)
+  tune(optim.lr=a,b,c)       every value at the first seed, the best by top-1 on dataset.valid_split at the others
+A dense arm (lowrank.method=none) has no rank and appears once.
+
+Every trial is `lowrank train` in a folder of its own under --workdir, its output in log.txt there.  The same command goes on
+where it was stopped; finished trials are not repeated.  A trial that crashes is tried once more.  {_OVERRIDES}
+
+{_STATUS}"""
+
+_REPORT = """examples:
+  lowrank report runs/sweep
+  lowrank report runs/a runs/b gs://bucket/sweep --out=runs/report"""
 
 _OVERVIEW = f"""examples:
   lowrank overview --config=configs/digits_resnet.py
@@ -106,6 +130,22 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.json:
         pathlib.Path(args.json).write_text(result.json())
     return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from lowrank_jax.sweep import launch, local, trials
+
+    jax.config.update("jax_platforms", "cpu")  # the accelerators are for the trials
+    sweep = trials.expand(args.config, args.overrides, args.sweep, args.workdir)
+    if args.dry_run:
+        print(sweep.table())
+        return 0
+    engine = functools.partial(local.run, jobs=args.jobs)
+    outcomes = launch.launch(sweep, args.workdir, engine, command=f"lowrank sweep {shlex.join(args.given)}")
+    print(launch.summary(outcomes))
+    if launch.interrupted(outcomes):
+        return INTERRUPTED
+    return 0 if launch.succeeded(outcomes) else FAILED
 
 
 def _overview(args: argparse.Namespace) -> int:
@@ -193,6 +233,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", help='such as "test" or "train[:1000]"; default: the config\'s dataset.eval_split')
     evaluate.add_argument("--data-dir", help="where the data is on this machine, if not where it was in training")
     evaluate.add_argument("--json", metavar="FILE", help="write the numbers here too")
+
+    sweep = add("sweep", _sweep, "Train many runs that differ in a few settings.", _SWEEP)
+    sweep.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
+    sweep.add_argument("--sweep", required=True, metavar="TEXT", help="what to vary; see below")
+    sweep.add_argument(
+        "--workdir", required=True, type=_not_empty, help="folder of the sweep; each trial has one of its own in it"
+    )
+    sweep.add_argument("--dry-run", action="store_true", help="print the table of trials and start nothing")
+    sweep.add_argument("--jobs", type=_count, default=1, metavar="N", help="trials at a time on this machine; default: 1")
 
     overview = add("overview", _overview, "Show every kernel with its rank, or why it stays dense.", _OVERVIEW)
     overview.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")

@@ -248,9 +248,10 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
         return problems
     for key in ("train_split", "eval_split", "valid_split"):
         split = getattr(config.dataset, key)
+        if split is None:
+            continue
         try:
-            if split is not None or key != "valid_split":
-                datasets.split_size(config.description, split)
+            datasets.split_size(config.description, split)
         except ValueError as error:
             problems.append(f"dataset.{key}: {str(error).splitlines()[0]}")
     if not problems and config.dataset.valid_split:

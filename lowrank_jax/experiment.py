@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -27,7 +28,7 @@ class Experiment:
       config: the config.
       dataset: what is known of its data beforehand.
       model, plan: the network, and which of its kernels are factored.
-      schedule, optimizer: how it is trained.
+      make_optimizer: the schedule and the optimiser of a learning rate, which may be traced.
       mesh: the devices.
       shapes: a TrainState of `jax.ShapeDtypeStruct`s with their shardings.
     """
@@ -36,8 +37,7 @@ class Experiment:
     dataset: Dataset
     model: nn.Module
     plan: Plan
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
+    make_optimizer: Callable[[Any], tuple[optax.Schedule, optax.GradientTransformation]]
     mesh: Mesh
     shapes: state.TrainState
 
@@ -49,16 +49,16 @@ class Experiment:
         """
         moments = self._second_moments(batches) if self.config.lowrank.moment_batches else None
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        return jax.jit(self._init_state, out_shardings=shardings)(moments)
+        return jax.jit(self._init_state, out_shardings=shardings)(self._seed(), moments)
 
-    def _init_state(self, moments: dict[str, jax.Array] | None) -> state.TrainState:
-        images = blank_images(self.dataset)
-        return state.init_state(self.model, self.plan, self.optimizer, images, self.config.seed, moments)
+    def _init_state(self, seed: Any, moments: dict[str, jax.Array] | None) -> state.TrainState:
+        _, optimizer = self.make_optimizer(self.config.optim.lr)
+        return state.init_state(self.model, self.plan, optimizer, blank_images(self.dataset), seed, moments)
 
     def _second_moments(self, batches: Iterable[dict[str, jax.Array]]) -> dict[str, jax.Array]:
         """Of the layers' inputs in the dense network as it is drawn, every BatchNorm on its batch's own statistics."""
-        draw = functools.partial(state.init_dense, self.model, blank_images(self.dataset), self.config.seed)
-        variables = jax.jit(draw, out_shardings=replicated(self.mesh))()
+        draw = functools.partial(state.init_dense, self.model, blank_images(self.dataset))
+        variables = jax.jit(draw, out_shardings=replicated(self.mesh))(self._seed())
         normalize = jax.jit(self._normalizer())
         images = (normalize(batch["image"]) for batch in batches)
         dropout = {"dropout": state.key(self.config.seed, "dropout")}
@@ -66,17 +66,23 @@ class Experiment:
 
     def compile_train_step(self) -> Callable[..., tuple[state.TrainState, step.Metrics]]:
         """The compiled training step `(state, batch) -> (state, metrics)`; it takes the old state's memory."""
-        train_step = step.make_train_step(
-            self.model,
-            self.optimizer,
-            self.schedule,
-            self._normalizer(),
-            label_smoothing=self.config.optim.label_smoothing,
-            seed=self.config.seed,
-        )
+
+        # The seed and the learning rate are arguments of the program: another value finds it in the compilation cache.
+        def train_step(state: state.TrainState, batch: dict[str, jax.Array], seed: Any, lr: Any):
+            schedule, optimizer = self.make_optimizer(lr)
+            smoothing = self.config.optim.label_smoothing
+            normalize = self._normalizer()
+            update = step.make_train_step(self.model, optimizer, schedule, normalize, label_smoothing=smoothing, seed=seed)
+            return update(state, batch)
+
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
-        return jitted.lower(self.shapes, self._batch_shapes()).compile()
+        settings = self._seed(), np.float32(self.config.optim.lr)
+        compiled = jitted.lower(self.shapes, self._batch_shapes(), *settings).compile()
+        return lambda state, batch: compiled(state, batch, *settings)
+
+    def _seed(self) -> np.uint32:
+        return np.uint32(self.config.seed)
 
     def jit_eval_step(self) -> Callable[..., step.Metrics]:
         return jax.jit(step.make_eval_step(self.model, self._normalizer()), out_shardings=replicated(self.mesh))
@@ -106,17 +112,18 @@ def build(config: Config, source: str = "config") -> Experiment:
     plan, dataset, model = make_plan(config), config.description, config.build_model()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
     settings = config.optim
-    schedule = optim.make_schedule(
-        settings.schedule,
-        settings.lr,
-        total_steps=config.total_steps,
-        warmup=config.in_steps(settings.warmup),
-        step_at=[config.in_steps(moment) for moment in settings.step_at],
-        step_factor=settings.step_factor,
-    )
     init_params = functools.partial(state.init_params, model, plan, blank_images(dataset), config.seed)
     params, _ = jax.eval_shape(init_params)
-    try:
+
+    def make_optimizer(lr: Any) -> tuple[optax.Schedule, optax.GradientTransformation]:
+        schedule = optim.make_schedule(
+            settings.schedule,
+            lr,
+            total_steps=config.total_steps,
+            warmup=config.in_steps(settings.warmup),
+            step_at=[config.in_steps(moment) for moment in settings.step_at],
+            step_factor=settings.step_factor,
+        )
         optimizer = optim.make_optimizer(
             settings.name,
             schedule,
@@ -132,11 +139,15 @@ def build(config: Config, source: str = "config") -> Experiment:
             frobenius_decay=settings.frobenius_decay,
             nuclear_decay=settings.nuclear_decay,
         )
+        return schedule, optimizer
+
+    try:
+        _, optimizer = make_optimizer(settings.lr)
     except ValueError as error:
         raise ConfigError(source, [f"optim.decay_rules: {line}" for line in str(error).splitlines()]) from error
     init_state = functools.partial(state.init_state, model, plan, optimizer, blank_images(dataset), config.seed)
     shapes = jax.eval_shape(init_state)
-    return Experiment(config, dataset, model, plan, schedule, optimizer, mesh, _placed(shapes, tree_shardings(shapes, mesh)))
+    return Experiment(config, dataset, model, plan, make_optimizer, mesh, _placed(shapes, tree_shardings(shapes, mesh)))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -30,25 +30,25 @@ class TrainState:
     opt_state: Any
 
 
-def key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
+def key(seed: Any, stream: str, step: int | jax.Array = 0) -> jax.Array:
     """The key of a stream of randomness at a step: nothing random is ever stored."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode())), step)
 
 
-def init_dense(model: nn.Module, images: jax.Array, seed: int) -> Any:
+def init_dense(model: nn.Module, images: jax.Array, seed: Any) -> Any:
     """The model's own initialisation: its variables."""
     return model.init(key(seed, "init"), images)
 
 
 def init_params(
-    model: nn.Module, plan: Plan, images: jax.Array, seed: int, moments: dict[str, jax.Array] | None = None
+    model: nn.Module, plan: Plan, images: jax.Array, seed: Any, moments: dict[str, jax.Array] | None = None
 ) -> tuple[Any, Any]:
     """The model's own initialisation, then the plan's factorisation: `(params, batch_stats)`.  Made to run under `jit`.
 
     Args:
       model, plan: the network, and which of its kernels are factored.
       images: of the shape that the model takes; their values do not matter.
-      seed: of the run.
+      seed: of the run, a whole number or a uint32 scalar.
       moments: of the layers' inputs, for a data-aware factorisation.
     """
     variables = init_dense(model, images, seed)
@@ -61,7 +61,7 @@ def init_state(
     plan: Plan,
     optimizer: optax.GradientTransformation,
     images: jax.Array,
-    seed: int,
+    seed: Any,
     moments: dict[str, jax.Array] | None = None,
 ) -> TrainState:
     """A state before its first step, arguments as in `init_params`; made to run under `jit`, decompositions included."""

@@ -26,7 +26,7 @@ def make_train_step(
     normalize: Callable[[jax.Array], jax.Array],
     *,
     label_smoothing: float = 0.0,
-    seed: int = 0,
+    seed: Any = 0,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """A function `(state, batch) -> (state, metrics)`.
 

@@ -144,11 +144,16 @@ def train(config: Config, workdir: str, *, source: str = "config") -> Run:
     }
     folder = Workdir(workdir)
     folder.claim(to_dict(config))
+    folder.forget_failure()
     folder.write_text("overview.txt", f"{experiment.plan}\n")
     with Writer(folder) as writer, Checkpoints(folder.checkpoints, keep=config.checkpoint.keep) as checkpoints:
         writer.say(_headline(experiment))
         with StopSignal() as stop:
-            return _Loop(experiment, data, folder, writer, checkpoints, stop).run()
+            try:
+                return _Loop(experiment, data, folder, writer, checkpoints, stop).run()
+            except Diverged as error:
+                folder.note_failure(diverged=True, reason=str(error))
+                raise
 
 
 class _Loop:

@@ -56,15 +56,26 @@ class Workdir:
         Raises:
           WorkdirError: there is none.
         """
+        config = self.read_json("config.json")
+        if config is None:
+            raise WorkdirError(f"{self.path} is not a work directory: it has no config.json")
+        return config
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The object in a file; None if there is no such file.
+
+        Raises:
+          WorkdirError: it is damaged.
+        """
         try:
-            config = json.loads((self.path / "config.json").read_text())
-            if not isinstance(config, dict):
+            value = json.loads((self.path / name).read_text())
+            if not isinstance(value, dict):
                 raise ValueError("it is no mapping")
-            return config
+            return value
         except (FileNotFoundError, NotADirectoryError):
-            raise WorkdirError(f"{self.path} is not a work directory: it has no config.json") from None
+            return None
         except ValueError as error:
-            raise WorkdirError(f"{self.path}/config.json is damaged: {error}") from None
+            raise WorkdirError(f"{self.path}/{name} is damaged: {error}") from None
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
@@ -74,6 +85,14 @@ class Workdir:
         partial = self.path / f".{name}.partial"
         partial.write_text(text)
         partial.replace(self.path / name)
+
+    def note_failure(self, *, diverged: bool, reason: str) -> None:
+        """Leaves word of a run that cannot go on, for whoever reads the folder later."""
+        self.write_json("failure.json", {"status": "diverged" if diverged else "failed", "reason": reason})
+
+    def forget_failure(self) -> None:
+        """The run is given another try."""
+        (self.path / "failure.json").unlink(missing_ok=True)
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """One object a line in metrics.jsonl."""

@@ -2,12 +2,12 @@
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from lowrank_jax import config as configs
 from lowrank_jax.paths import did_you_mean
@@ -38,15 +38,9 @@ class Trial:
     workdir: str
     command: tuple[str, ...]
 
-    def finished(self) -> bool:
-        return (epath.Path(self.workdir) / "result.json").exists()
-
     def result(self) -> dict[str, Any] | None:
         """What the run left at its end; None if it has not come there."""
-        try:
-            return json.loads((epath.Path(self.workdir) / "result.json").read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return Workdir(self.workdir).read_json("result.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +55,14 @@ class Outcome:
 
     status: Literal["done", "diverged", "failed", "stopped", "interrupted"]
     reason: str = ""
+
+
+def known_outcome(trial: Trial) -> "Outcome | None":
+    """How the trial ended earlier, if running it again would only end the same way."""
+    if trial.result() is not None:
+        return Outcome("done")
+    failure = Workdir(trial.workdir).read_json("failure.json")
+    return Outcome("diverged", failure["reason"]) if failure and failure["status"] == "diverged" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,8 @@ class _Parser:
         self._base = configs.load(source)
         for key, value in overrides:
             configs.override(self._base, key, value)
-        self.method = self._base.get("lowrank", {}).get("method")
+        lowrank = self._base.get("lowrank")
+        self.method = lowrank.get("method") if isinstance(lowrank, ConfigDict) else None
         self._known: dict[tuple[tuple[str, str], ...], Config | configs.ConfigError] = {}
 
     def __call__(self, values: grammar.Assignment) -> Config:
@@ -240,7 +243,7 @@ def check_workdirs(trials: Iterable[Trial]) -> None:
         raise WorkdirError("\n".join(problems))
 
 
-def record(folder: epath.PathLike, sweep: Sweep, trials: Sequence[Trial], command: Sequence[str]) -> None:
+def record(folder: epath.PathLike, sweep: Sweep, trials: Sequence[Trial], command: str) -> None:
     """Notes in sweep.json which runs were asked for, beside those of earlier sweeps of the same folder."""
     home = Workdir(folder)
     home.path.mkdir(parents=True, exist_ok=True)
@@ -248,7 +251,7 @@ def record(folder: epath.PathLike, sweep: Sweep, trials: Sequence[Trial], comman
     home.write_json(
         "sweep.json",
         {
-            "commands": list(dict.fromkeys([*known["commands"], " ".join(command)])),
+            "commands": list(dict.fromkeys([*known["commands"], command])),
             "tuned": list(dict.fromkeys([*known["tuned"], *sweep.tuned])),
             "trials": {**known["trials"], **{trial.name: trial.values for trial in trials}},
         },
@@ -257,10 +260,4 @@ def record(folder: epath.PathLike, sweep: Sweep, trials: Sequence[Trial], comman
 
 def read_record(folder: epath.PathLike) -> dict[str, Any]:
     """What `record` wrote; empty where there is none."""
-    file = epath.Path(folder) / "sweep.json"
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        return {"commands": [], "tuned": [], "trials": {}}
-    except ValueError as error:
-        raise WorkdirError(f"{file} is damaged: {error}") from None
+    return Workdir(folder).read_json("sweep.json") or {"commands": [], "tuned": [], "trials": {}}
