@@ -1,5 +1,5 @@
 # make setup        a virtual environment in .venv with everything that follows needs
-# make quickstart   trains, evaluates and shows a low-rank ResNet on handwritten digits
+# make quickstart   dense, spectral and kernel projection against each other on handwritten digits, and a report
 # make test         the tests
 # make check        format, lint and types
 # make bench        benchmarks; each prints a ratio against a rival measured in the same run
@@ -17,8 +17,9 @@ setup: .venv/ready
 	touch $@
 
 quickstart: setup
-	$(BIN)/lowrank train --config=configs/digits_resnet.py --workdir=runs/quickstart
-	$(BIN)/lowrank evaluate --workdir=runs/quickstart
+	$(BIN)/lowrank sweep --config=configs/digits_resnet.py --workdir=runs/quickstart --jobs=2 \
+	  --sweep='lowrank.scale=0.1,0.25; lowrank.method=none,spectral,kernel_projection; seed=0:2'
+	$(BIN)/lowrank report runs/quickstart
 
 test: setup
 	$(BIN)/python -m pytest

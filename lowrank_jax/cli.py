@@ -148,6 +148,16 @@ def _sweep(args: argparse.Namespace) -> int:
     return 0 if launch.succeeded(outcomes) else FAILED
 
 
+def _report(args: argparse.Namespace) -> int:
+    from lowrank_jax.report.page import Report
+
+    report = Report(args.folders, rival=args.rival, tune=args.tune)
+    paths = report.write(args.out or args.folders[0])
+    print(report.console())
+    print("\n".join(paths))
+    return 0
+
+
 def _overview(args: argparse.Namespace) -> int:
     from lowrank_jax import config as configs
 
@@ -243,17 +253,29 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--dry-run", action="store_true", help="print the table of trials and start nothing")
     sweep.add_argument("--jobs", type=_count, default=1, metavar="N", help="trials at a time on this machine; default: 1")
 
+    report = add("report", _report, "Compare finished runs on one page.", _REPORT)
+    report.add_argument("folders", nargs="+", metavar="DIR", type=_not_empty, help="of a sweep or a run, local or a URL")
+    report.add_argument("--out", metavar="DIR", help="where to write; default: the first DIR")
+    report.add_argument("--rival", metavar="METHOD", help="what the other methods are set against; default: spectral")
+    report.add_argument(
+        "--tune",
+        type=_names,
+        default=("optim.lr",),
+        metavar="KEY,...",
+        help="shown at its best by validation; default: optim.lr",
+    )
+
     overview = add("overview", _overview, "Show every kernel with its rank, or why it stays dense.", _OVERVIEW)
     overview.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
 
-    report = add("init-report", _init_report, "Compare initialisations of a network, without training it.", _INIT_REPORT)
-    report.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
-    report.add_argument("--out", default="runs/init_report", type=_not_empty, help="path of the report, without suffix")
-    report.add_argument("--scales", type=_numbers, metavar="A,B,...", help="ranks to try, as fractions; default: 0.05,0.1,0.25")
-    report.add_argument("--methods", type=_names, metavar="A,B,...", help="methods to compare; default: the quick ones")
-    report.add_argument("--seeds", type=_count, metavar="N", help="draw the network N times, from config.seed on; default: 1")
-    report.add_argument("--images", metavar="KIND", help="what logits are computed from: noise (default) or data")
-    report.add_argument("--batch-size", type=_count, metavar="N", help="of those images; default: 16")
+    init = add("init-report", _init_report, "Compare initialisations of a network, without training it.", _INIT_REPORT)
+    init.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
+    init.add_argument("--out", default="runs/init_report", type=_not_empty, help="path of the report, without suffix")
+    init.add_argument("--scales", type=_numbers, metavar="A,B,...", help="ranks to try, as fractions; default: 0.05,0.1,0.25")
+    init.add_argument("--methods", type=_names, metavar="A,B,...", help="methods to compare; default: the quick ones")
+    init.add_argument("--seeds", type=_count, metavar="N", help="draw the network N times, from config.seed on; default: 1")
+    init.add_argument("--images", metavar="KIND", help="what logits are computed from: noise (default) or data")
+    init.add_argument("--batch-size", type=_count, metavar="N", help="of those images; default: 16")
     return parser
 
 

@@ -2,12 +2,18 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
+from upath import UPath
 
 # What may change between two starts of one experiment: where things are, how often they are written, how many devices.
 _FREE = ("dataset.data_dir", "eval.batch_size", "checkpoint.", "log.", "mesh.")
+
+
+_EPATH = ("gs://", "s3://", "az://", "hf://")
 
 
 class WorkdirError(Exception):
@@ -18,7 +24,9 @@ class Workdir:
     """A folder, local or remote, that holds one experiment."""
 
     def __init__(self, path: epath.PathLike):
-        self.path = epath.Path(path)
+        # Where training can write, epath can read; a report may be read from anywhere that fsspec reaches.
+        other = re.match(r"[a-z0-9+]+://", str(path)) and not str(path).startswith(_EPATH)
+        self.path: Any = UPath(str(path)) if other else epath.Path(path)
 
     @property
     def checkpoints(self) -> epath.Path:
@@ -118,22 +126,26 @@ class Workdir:
 
 def config_digest(config: dict[str, Any]) -> str:
     """A short name for an experiment: equal for configs that may share a work directory."""
-    text = json.dumps({key: value for key, value in sorted(_flat(config).items()) if not key.startswith(_FREE)})
+    text = json.dumps({key: value for key, value in sorted(flatten(config).items()) if not key.startswith(_FREE)})
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    old, new = _flat(old), _flat(json.loads(json.dumps(new)))
-    keys = [key for key in sorted(old.keys() | new.keys()) if not key.startswith(_FREE)]
-    return [
-        f"{key} is {old.get(key, 'not set')} there, {new.get(key, 'not set')} here"
-        for key in keys
-        if old.get(key) != new.get(key)
-    ]
+    old, new = flatten(old), flatten(json.loads(json.dumps(new)))
+    return [f"{key} is {old.get(key, 'not set')} there, {new.get(key, 'not set')} here" for key in differing_keys([old, new])]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys in which experiments differ, other than where things are and how often they are written."""
+    keys = dict.fromkeys(key for values in settings for key in values)
+    return sorted(
+        key for key in keys if not key.startswith(_FREE) and any(v.get(key) != settings[0].get(key) for v in settings)
+    )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's values by dotted key."""
     flat = {}
     for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat

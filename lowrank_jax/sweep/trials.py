@@ -153,7 +153,12 @@ def _relevant(assignment: grammar.Assignment, method: Any) -> grammar.Assignment
     """Without what a dense network has no use for; `method` is what is not swept."""
     if assignment.get("lowrank.method", method) != "none":
         return assignment
-    return {key: text for key, text in assignment.items() if key == "lowrank.method" or not key.startswith(_OF_FACTORS)}
+    return {key: text for key, text in assignment.items() if not meaningless_when_dense(key)}
+
+
+def meaningless_when_dense(key: str) -> bool:
+    """Whether a setting has no effect where no kernel is factored."""
+    return key != "lowrank.method" and key.startswith(_OF_FACTORS)
 
 
 class _Parser:

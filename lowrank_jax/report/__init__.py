@@ -1,0 +1,1 @@
+"""Reports: what finished runs say, on one page."""

@@ -1,0 +1,181 @@
+"""Runs grouped into arms, every arm at its own best tuning, and arms compared with each other."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from scipy import stats
+
+from lowrank_jax.report.runs import Found, Run
+
+CONFIDENCE = 0.95
+_SIZES = ("lowrank.scale", "lowrank.rank")
+_ENDS = ("done", "diverged", "stopped")
+Values = tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """The mean of n values with Student's t interval: half its width, NaN for a single value."""
+
+    mean: float
+    half: float
+    n: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return abs(self.mean) > self.half
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Interval":
+        values = list(values)
+        n = len(values)
+        if n == 1:
+            return cls(values[0], math.nan, 1)
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+        return cls(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(n), n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One tuning of an arm: its values, its mean top-1 on the held-out split over `seeds`, None where it cannot be chosen."""
+
+    values: Values
+    valid: float | None
+    seeds: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """The finished runs that differ in nothing but the seed.
+
+    Attributes:
+      line: the method and all that was varied besides its size, its tuning and the seed.
+      size: the scale or rank; empty for a dense network.
+      tuning: the values of the tuned keys.
+      runs: by seed.
+      missing: how many runs beside these did not finish.
+      candidates: what the tuning was chosen from; empty where nothing was chosen.
+    """
+
+    line: Values
+    size: Values
+    tuning: Values
+    runs: dict[int, Run]
+    missing: int = 0
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def method(self) -> str:
+        return dict(self.line).get("lowrank.method", "")
+
+    @property
+    def label(self) -> str:
+        """The line in words: "spectral, frobenius_decay 0.001"."""
+        method = "dense" if self.method == "none" else self.method
+        return ", ".join([method, *(f"{short(key)} {text(value)}" for key, value in self.line if key != "lowrank.method")])
+
+    def interval(self, name: str) -> Interval:
+        return Interval.of(run.figure(name) for run in self.runs.values())
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the chosen tuning is the lowest or highest number that was tried, so that a better one may lie beyond."""
+        for key, value in self.tuning:
+            tried = sorted({dict(candidate.values)[key] for candidate in self.candidates}, key=str)
+            numbers = [number for number in tried if isinstance(number, int | float)]
+            if len(numbers) > 1 and value in (min(numbers), max(numbers)):
+                return True
+        return False
+
+
+def short(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def group(found: Found, tune: Sequence[str]) -> list[Arm]:
+    """The arms of finished runs; where a key of `tune` was varied, each arm at its best by validation.
+
+    Without a held-out split nothing is chosen: every value is an arm of its own.
+    """
+    done = [run for run in found.runs if run.done]
+    held_out = bool(done) and all(run.result.get("valid") for run in done)
+    tuned = [key for key in tune if key in found.varied] if held_out else []
+    other = [key for key in found.varied if key not in (*_SIZES, *tuned, "seed", "lowrank.method")]
+    cells: dict[tuple[Values, Values], dict[Values, dict[int, Run]]] = {}
+    for run in found.runs:
+        if not run.settings:
+            continue
+        line = _values(run, ["lowrank.method", *other])
+        at = cells.setdefault((line, _values(run, _SIZES)), {}).setdefault(_values(run, tuned), {})
+        at[run.seed] = run
+    arms = [_chosen(line, size, tunings, bool(tuned)) for (line, size), tunings in cells.items()]
+    return sorted((arm for arm in arms if arm), key=lambda arm: (arm.method != "none", arm.line[1:], _order(arm)))
+
+
+def _order(arm: Arm) -> Any:
+    sizes = tuple(value for _, value in arm.size)
+    return (sizes, arm.method)
+
+
+def _values(run: Run, keys: Sequence[str]) -> Values:
+    return tuple((key, _hashable(run.settings[key])) for key in keys if run.settings.get(key) is not None)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else str(value) if isinstance(value, dict) else value
+
+
+def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, Run]], tuned: bool) -> Arm | None:
+    """The arm at the tuning of highest validation top-1 over the seeds at which all tunings came to an end.
+
+    A tuning that diverged, or was stopped, at one of these seeds cannot be chosen.
+    """
+    finished = {values: {seed: run for seed, run in runs.items() if run.done} for values, runs in tunings.items()}
+    if not tuned:
+        ((values, runs),) = finished.items()
+        return Arm(line, size, values, runs, len(tunings[values]) - len(runs)) if runs else None
+    ended = [{seed for seed, run in runs.items() if run.status in _ENDS} for runs in tunings.values()]
+    common = sorted(set.intersection(*ended))
+    scores = {
+        values: statistics.fmean(runs[seed].figure("valid/top1") for seed in common)
+        for values, runs in finished.items()
+        if common and set(common) <= set(runs)
+    }
+    if not scores:
+        return None
+    best = max(scores, key=lambda values: scores[values])
+    candidates = tuple(Candidate(values, scores.get(values), tuple(common)) for values in sorted(tunings, key=str))
+    return Arm(line, size, best, finished[best], len(tunings[best]) - len(finished[best]), candidates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """`arm` less `rival`, seed by seed."""
+
+    arm: Arm
+    rival: Arm
+    interval: Interval
+
+
+def paired(arms: Sequence[Arm], rival: str, name: str) -> list[Difference]:
+    """Every arm less the rival method's at the same size and other settings, over the seeds that both have."""
+    differences = []
+    for arm in arms:
+        twin = next((other for other in arms if other.method == rival and _comparable(arm, other)), None)
+        seeds = sorted(set(arm.runs) & set(twin.runs)) if twin else []
+        if twin is None or arm is twin or not seeds:
+            continue
+        values = [arm.runs[seed].figure(name) - twin.runs[seed].figure(name) for seed in seeds]
+        differences.append(Difference(arm, twin, Interval.of(values)))
+    return differences
+
+
+def _comparable(arm: Arm, other: Arm) -> bool:
+    return arm.size == other.size and arm.line[1:] == other.line[1:] and bool(arm.size)

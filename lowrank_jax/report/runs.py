@@ -1,0 +1,176 @@
+"""Work directories as a report reads them: what was set, how it went, how it ended."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from etils import epath
+
+from lowrank_jax.sweep.trials import meaningless_when_dense, read_record
+from lowrank_jax.workdir import Workdir, WorkdirError, differing_keys, flatten
+
+_DEPTH = 3  # how far below a given folder work directories are looked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One work directory.
+
+    Attributes:
+      name: its path below the folder that was given.
+      settings: the config by dotted key; without what means nothing where no kernel is factored.
+      status: `done`, `diverged`, `failed`, `stopped` by a scheduler, `unfinished` or `not started`.
+      reason: in words, unless it is done.
+      result: what the run left at its end; empty unless it is done.
+      metrics: the lines of metrics.jsonl.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    status: str
+    reason: str
+    result: dict[str, Any]
+    metrics: tuple[dict[str, Any], ...]
+
+    @property
+    def done(self) -> bool:
+        return self.status == "done"
+
+    @property
+    def seed(self) -> int:
+        return self.settings.get("seed", 0)
+
+    @property
+    def images_per_second(self) -> float:
+        """In training, the median over the log's windows; the first one holds what is done once."""
+        rates = [value for _, value in self.curve("train/images_per_second")]
+        return statistics.median(rates[1:] or rates or [float("nan")])
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """A metric by step, where it was written and finite."""
+        return [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
+
+    def figure(self, name: str) -> float:
+        """One number of a finished run: `params`, `macs`, `images/s`, `early loss`, or a metric such as `eval/top1`."""
+        if name == "images/s":
+            return self.images_per_second
+        if name == "early loss":
+            return self.curve("train/loss")[0][1]
+        section, _, metric = name.partition("/")
+        return self.result[section][metric] if metric else self.result[section]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """All runs of a report.
+
+    Attributes:
+      runs: in the order of their names.
+      varied: the keys that differ between them.
+      tuned: the keys that sweeps tuned.
+      commands: the sweeps' command lines.
+    """
+
+    runs: tuple[Run, ...]
+    varied: tuple[str, ...]
+    tuned: tuple[str, ...]
+    commands: tuple[str, ...]
+
+
+def find(folders: Sequence[str]) -> Found:
+    """Every work directory at or below some folders, local or remote.
+
+    Raises:
+      WorkdirError: there is none, or a file in one is damaged.
+    """
+    runs, commands, tuned = [], [], []
+    for folder in folders:
+        home = Workdir(folder).path
+        if not home.is_dir():
+            raise WorkdirError(f"{folder} is not a folder")
+        for path in _with_file(home, "sweep.json", _DEPTH):
+            record = read_record(path)
+            commands += record["commands"]
+            tuned += record["tuned"]
+            runs += _not_started(path, record["trials"], _label(home, path, folders))
+        for path in _with_file(home, "config.json", _DEPTH):
+            runs.append(read(path, _label(home, path, folders)))
+    if not runs:
+        raise WorkdirError(f"{', '.join(folders)}: no work directory there (a folder with a config.json)")
+    runs = sorted(runs, key=lambda run: run.name)
+    return Found(tuple(runs), tuple(_varied(runs)), tuple(dict.fromkeys(tuned)), tuple(dict.fromkeys(commands)))
+
+
+def _varied(runs: Sequence[Run]) -> list[str]:
+    """The keys with more than one value among the runs that they mean something to."""
+    settings = [run.settings for run in runs if run.settings]
+    return [
+        key
+        for key in differing_keys(settings)
+        if len({json.dumps(values[key], sort_keys=True) for values in settings if key in values}) > 1
+    ]
+
+
+def _with_file(folder: Any, name: str, depth: int) -> Iterable[Any]:
+    if (folder / name).exists():
+        yield folder
+        if name == "config.json":  # a work directory holds no others
+            return
+    if depth:
+        for child in sorted(folder.iterdir(), key=str):
+            if child.is_dir():
+                yield from _with_file(child, name, depth - 1)
+
+
+def _label(home: Any, path: Any, folders: Sequence[str]) -> str:
+    below = str(path)[len(str(home)) :].strip("/")
+    return below if below and len(folders) == 1 else "/".join(part for part in (home.name, below) if part)
+
+
+def _not_started(path: Any, trials: dict[str, Any], label: str) -> list[Run]:
+    missing = [name for name in trials if not (path / name / "config.json").exists()]
+    prefix = "" if path.name == label or not label else f"{label}/"
+    return [_ended(path / name, f"{prefix}{name}") or Run(f"{prefix}{name}", {}, "not started", "", {}, ()) for name in missing]
+
+
+def read(path: epath.PathLike, name: str) -> Run:
+    """One work directory."""
+    folder = Workdir(path)
+    settings = flatten(folder.read_config())
+    if settings.get("lowrank.method") == "none":
+        settings = {key: value for key, value in settings.items() if not meaningless_when_dense(key)}
+    metrics = _read_metrics(folder)
+    result = folder.read_json("result.json")
+    if result is not None:
+        return Run(name, settings, "done", "", result, metrics)
+    ended = _ended(folder.path, name)
+    status, reason = (
+        (ended.status, ended.reason) if ended else ("unfinished", f"at step {metrics[-1]['step'] if metrics else 0}")
+    )
+    return Run(name, settings, status, reason, {}, metrics)
+
+
+def _ended(path: Any, name: str) -> Run | None:
+    """What was left in place of a result."""
+    folder = Workdir(path)
+    failure = folder.read_json("failure.json")
+    if failure is not None:
+        return Run(name, {}, failure["status"], failure["reason"], {}, ())
+    stopped = folder.read_json("stopped.json")
+    return Run(name, {}, "stopped", f"by {stopped['by']} at step {stopped['step']}", {}, ()) if stopped else None
+
+
+def _read_metrics(folder: Workdir) -> tuple[dict[str, Any], ...]:
+    lines = []
+    try:
+        text = (folder.path / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return ()
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # the line that a kill cut short, or that is being written
+            continue
+    return tuple(lines)
