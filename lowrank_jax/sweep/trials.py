@@ -43,8 +43,15 @@ class Trial:
 
     def result(self) -> dict[str, Any] | None:
         """What the run left at its end; None if it has not come there."""
+        return self._read("result.json")
+
+    def stopped(self) -> dict[str, Any] | None:
+        """By whom and at which step a scheduler has ended the run for good; None if it has not."""
+        return self._read("stopped.json")
+
+    def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            return json.loads((epath.Path(self.workdir) / "result.json").read_text())
+            return json.loads((epath.Path(self.workdir) / name).read_text())
         except (FileNotFoundError, NotADirectoryError):
             return None
 
