@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import platform
+import signal
 import sys
 import tempfile
 import threading
@@ -115,8 +116,8 @@ class Asha:
             problems.append(f"reduction: {self.reduction:g}; must be more than 1")
         if problems:
             raise configs.ConfigError("--asha", problems)
-        # A trial at max_t is at its end anyway.  With stop_last_trials, besides, one that is evaluated more rarely than there are
-        # rungs would later be compared at those that it had skipped.
+        # A trial at max_t is at its end anyway.  With stop_last_trials, besides, one with fewer evaluations than rungs would
+        # later be compared at those that it had skipped.
         return ASHAScheduler(
             time_attr="step",
             metric="top1",
@@ -374,6 +375,7 @@ def _logged(workdir: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _connected(address: str | None, resources: Resources) -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}  # Ray leaves its own behind
     ray.init(
         address or os.environ.get("RAY_ADDRESS") or "local",
         runtime_env={"env_vars": _worker_environment(resources)},
@@ -385,6 +387,9 @@ def _connected(address: str | None, resources: Resources) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _worker_environment(resources: Resources) -> dict[str, str]:
@@ -402,8 +407,8 @@ def _worker_environment(resources: Resources) -> dict[str, str]:
 
 def _own_paths() -> list[str]:
     """Where the driver finds modules other than installed ones: a checkout, the user's models."""
-    installed = tuple({sys.prefix, sys.base_prefix})
-    return [str(pathlib.Path(path).absolute()) for path in sys.path if not path or not path.startswith(installed)]
+    own = [path for path in sys.path if not path.startswith((sys.prefix, sys.base_prefix))]
+    return list(dict.fromkeys(str(pathlib.Path(path).absolute()) for path in own))
 
 
 def _absolute(workdir: str) -> str:
