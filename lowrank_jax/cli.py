@@ -8,10 +8,14 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 from absl import logging
+
+if TYPE_CHECKING:
+    from lowrank_jax.sweep.launch import Engine
+    from lowrank_jax.sweep.trials import Sweep
 
 FAILED, BAD_INPUT, DIVERGED, INTERRUPTED, KILLED = 1, 2, 4, 75, 130
 
@@ -44,6 +48,8 @@ _SWEEP = f"""examples:
   lowrank sweep --config=configs/digits_resnet.py --workdir=runs/sweep --jobs=2 \\
       --sweep='lowrank.scale=0.05,0.1; lowrank.method=none,spectral,kernel_projection; seed=0:3'
   lowrank sweep ... --dry-run
+  lowrank sweep ... --engine=ray --gpus=0.5 --asha-grace='5 epochs'
+  lowrank sweep ... --workdir=gs://bucket/sweep --emit=jobset --tpu=v5e:4x4 --image=IMAGE | kubectl apply -f -
   lowrank sweep ... --config.dataset.train_split='train[:90%]' --config.dataset.valid_split='train[90%:]' \\
       --sweep='lowrank.method=spectral,kernel_projection; seed=0:5; tune(optim.lr=0.03,0.1,0.3)'
 
@@ -133,19 +139,79 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from lowrank_jax.sweep import launch, local, trials
+    from lowrank_jax.sweep import launch, trials
 
+    _check_sweep_flags(args)
     jax.config.update("jax_platforms", "cpu")  # the accelerators are for the trials
     sweep = trials.expand(args.config, args.overrides, args.sweep, args.workdir)
     if args.dry_run:
         print(sweep.table())
         return 0
-    engine = functools.partial(local.run, jobs=args.jobs)
-    outcomes = launch.launch(sweep, args.workdir, engine, command=f"lowrank sweep {shlex.join(args.given)}")
+    if args.emit:
+        print(_emitted(args, sweep), end="")
+        return 0
+    outcomes = launch.launch(sweep, args.workdir, _engine(args, sweep), command=f"lowrank sweep {shlex.join(args.given)}")
     print(launch.summary(outcomes))
     if launch.interrupted(outcomes):
         return INTERRUPTED
     return 0 if launch.succeeded(outcomes) else FAILED
+
+
+# The flags of `sweep` that only one of its ways to run trials takes, all None unless given.
+_RAY = ("ray_address", "cpus", "gpus", "tpus", "asha_grace", "asha_reduction")
+_JOBSET = ("tpu", "image", "name", "namespace", "queue", "service_account", "spot", "max_restarts", "grace")
+
+
+def _check_sweep_flags(args: argparse.Namespace) -> None:
+    from lowrank_jax.config import ConfigError
+
+    ways = {"--engine=ray": (args.engine == "ray" and not args.emit, _RAY), "--emit=jobset": (args.emit == "jobset", _JOBSET)}
+    problems = [
+        f"--{flag.replace('_', '-')}: only with {way}"
+        for way, (chosen, flags) in ways.items()
+        for flag in flags
+        if getattr(args, flag) is not None and not chosen
+    ]
+    if args.emit == "jobset":
+        problems += [f"--{flag}: needed with --emit=jobset" for flag in ("tpu", "image") if getattr(args, flag) is None]
+    if args.asha_reduction is not None and args.asha_grace is None:
+        problems.append("--asha-reduction: only with --asha-grace")
+    if problems:
+        raise ConfigError("sweep", problems)
+
+
+def _given(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
+    return {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
+
+
+def _engine(args: argparse.Namespace, sweep: "Sweep") -> "Engine":
+    if args.engine == "local":
+        from lowrank_jax.sweep import local
+
+        return functools.partial(local.run, jobs=args.jobs or 1)
+    from lowrank_jax.sweep import ray_tune
+
+    asha = None
+    if args.asha_grace is not None:
+        grace = sweep.first[0].config.in_steps(args.asha_grace)
+        asha = ray_tune.Asha(grace, **({"reduction": args.asha_reduction} if args.asha_reduction else {}))
+    resources = ray_tune.Resources(**_given(args, ("cpus", "gpus", "tpus")))
+    say = functools.partial(print, flush=True)
+    return functools.partial(ray_tune.run, address=args.ray_address, jobs=args.jobs, resources=resources, asha=asha, say=say)
+
+
+def _emitted(args: argparse.Namespace, sweep: "Sweep") -> str:
+    from lowrank_jax.config import ConfigError
+    from lowrank_jax.sweep import emit, trials
+
+    chosen = bool(sweep.later) and all(trials.known_outcome(trial) for trial in sweep.first)
+    if sweep.later and not chosen:
+        print("lowrank: the trials at the first seed; when they are done, the same command gives the others", file=sys.stderr)
+    wanted = sweep.chosen() if chosen else sweep.first
+    try:
+        return emit.shell(wanted) if args.emit == "sh" else emit.jobset(wanted, emit.Cluster(**_given(args, _JOBSET)))
+    except ValueError as error:
+        raise ConfigError(f"--emit={args.emit}", str(error).splitlines()) from None
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -251,7 +317,30 @@ def _parser() -> argparse.ArgumentParser:
         "--workdir", required=True, type=_not_empty, help="folder of the sweep; each trial has one of its own in it"
     )
     sweep.add_argument("--dry-run", action="store_true", help="print the table of trials and start nothing")
-    sweep.add_argument("--jobs", type=_count, default=1, metavar="N", help="trials at a time on this machine; default: 1")
+    sweep.add_argument("--jobs", type=_count, metavar="N", help="trials at a time; default: 1, with ray what there is room for")
+    sweep.add_argument("--engine", choices=("local", "ray"), default="local", help="child processes, or a Ray cluster")
+    ray = sweep.add_argument_group("with --engine=ray")
+    ray.add_argument(
+        "--ray-address", metavar="ADDRESS", help="auto or host:6379; default: RAY_ADDRESS, else this machine alone"
+    )
+    ray.add_argument("--cpus", type=float, metavar="N", help="of every trial; default: 1")
+    ray.add_argument("--gpus", type=float, metavar="N", help="of every trial; a fraction shares one; default: 0")
+    ray.add_argument("--tpus", type=int, metavar="N", help="chips of every trial; default: 0")
+    ray.add_argument(
+        "--asha-grace", type=_duration, metavar="LENGTH", help='stop poor trials early, never before "500 steps", say'
+    )
+    ray.add_argument("--asha-reduction", type=float, metavar="N", help="one in N goes on at each rung; default: 4")
+    sweep.add_argument("--emit", choices=("sh", "jobset"), help="print shell lines or Kubernetes JobSets instead of running")
+    jobset = sweep.add_argument_group("with --emit=jobset")
+    jobset.add_argument("--tpu", metavar="TYPE", help="slice of every trial, such as v5e:4x4")
+    jobset.add_argument("--image", help="container image that holds lowrank and the config file")
+    jobset.add_argument("--name", help="of the sweep in Kubernetes; default: lowrank")
+    jobset.add_argument("--namespace", help="default: the one that kubectl is set to")
+    jobset.add_argument("--queue", help="a LocalQueue of Kueue")
+    jobset.add_argument("--service-account", metavar="NAME", help="that may read and write the work directories")
+    jobset.add_argument("--spot", action="store_true", default=None, help="ask for spot nodes")
+    jobset.add_argument("--max-restarts", type=int, metavar="N", help="of each trial; default: 20")
+    jobset.add_argument("--grace", type=_count, metavar="SECONDS", help="from SIGTERM to SIGKILL; default: 300")
 
     report = add("report", _report, "Compare finished runs on one page.", _REPORT)
     report.add_argument("folders", nargs="+", metavar="DIR", type=_not_empty, help="of a sweep or a run, local or a URL")
@@ -294,6 +383,15 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
+
+
+def _duration(text: str) -> Any:
+    from lowrank_jax.schema import Duration
+
+    try:
+        return Duration.read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be {error}") from None
 
 
 def _not_empty(text: str) -> str:

@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -25,6 +25,8 @@ from lowrank_jax.sharding import put_batch
 from lowrank_jax.state import TrainState
 from lowrank_jax.workdir import Workdir, config_digest
 from lowrank_jax.writer import Writer, duration, progress_line
+
+OnEvaluation = Callable[[int, dict[str, dict[str, float]]], None]
 
 
 class Diverged(Exception):
@@ -124,13 +126,22 @@ class Window:
         return scalars
 
 
-def train(config: Config, workdir: str, *, source: str = "config") -> Run:
+def train(
+    config: Config,
+    workdir: str,
+    *,
+    source: str = "config",
+    stop: StopSignal | None = None,
+    on_evaluation: OnEvaluation | None = None,
+) -> Run:
     """Trains until the end or until stopped; started again on the same work directory, it goes on exactly.
 
     Args:
       config: the experiment.
       workdir: its folder, local or remote.
       source: what to call the config in messages.
+      stop: what stops it; by default a signal.  For callers that hear of it in another way.
+      on_evaluation: is told of every evaluation, step and metrics, once they are written down.
 
     Raises:
       ConfigError, WorkdirError, DataError, CheckpointError: it cannot start; the message says why.
@@ -148,9 +159,9 @@ def train(config: Config, workdir: str, *, source: str = "config") -> Run:
     folder.write_text("overview.txt", f"{experiment.plan}\n")
     with Writer(folder) as writer, Checkpoints(folder.checkpoints, keep=config.checkpoint.keep) as checkpoints:
         writer.say(_headline(experiment))
-        with StopSignal() as stop:
+        with stop or StopSignal() as stop:
             try:
-                return _Loop(experiment, data, folder, writer, checkpoints, stop).run()
+                return _Loop(experiment, data, folder, writer, checkpoints, stop, on_evaluation).run()
             except Diverged as error:
                 folder.note_failure(diverged=True, reason=str(error))
                 raise
@@ -167,10 +178,12 @@ class _Loop:
         writer: Writer,
         checkpoints: Checkpoints,
         stop: StopSignal,
+        on_evaluation: OnEvaluation | None = None,
     ):
         config = experiment.config
         self.experiment, self.config, self.data = experiment, config, data
         self.folder, self.writer, self.checkpoints, self.stop = folder, writer, checkpoints, stop
+        self.on_evaluation = on_evaluation
         self.total = config.total_steps
         self.eval_every = max(1, config.in_steps(config.eval.every))
         self.save_every = max(1, config.in_steps(config.checkpoint.every))
@@ -248,6 +261,8 @@ class _Loop:
             figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("top1", "top5", "loss"))
             held_out = " on the held-out part" if kind == "valid" else ""
             self.writer.say(f"evaluated{held_out} at step {self.step}: {figures}")
+        if self.on_evaluation:
+            self.on_evaluation(self.step, evaluated)
 
     def evaluate(self, kind: str) -> dict[str, float]:
         return evaluate(

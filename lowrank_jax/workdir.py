@@ -107,6 +107,12 @@ class Workdir:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def evaluations(self) -> list[tuple[int, float]]:
+        """Step and top-1 of every evaluation so far, by the held-out split where there is one."""
+        file = self.path / "metrics.jsonl"
+        lines = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+        return [(line["step"], line.get("valid/top1", line["eval/top1"])) for line in lines if "eval/top1" in line]
+
     def forget_metrics_after(self, step: int, *, evaluated: bool) -> None:
         """Drops what an interrupted run wrote beyond the step that it goes on from, so that the file reads as one run."""
         file = self.path / "metrics.jsonl"

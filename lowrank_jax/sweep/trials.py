@@ -59,9 +59,12 @@ class Outcome:
 
 def known_outcome(trial: Trial) -> "Outcome | None":
     """How the trial ended earlier, if running it again would only end the same way."""
+    folder = Workdir(trial.workdir)
     if trial.result() is not None:
         return Outcome("done")
-    failure = Workdir(trial.workdir).read_json("failure.json")
+    if stopped := folder.read_json("stopped.json"):
+        return Outcome("stopped", f"by {stopped['by']} at step {stopped['step']}")
+    failure = folder.read_json("failure.json")
     return Outcome("diverged", failure["reason"]) if failure and failure["status"] == "diverged" else None
 
 
