@@ -43,8 +43,8 @@ def _accuracy(arms: Sequence[Arm], cost: str) -> bytes:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     panel = figure.subplots()
     for label, style in _styles(arms).items():
-        points = sorted((arm.interval(cost).mean, arm.interval("eval/top1")) for arm in arms if arm.label == label)
-        at, tops = [x for x, _ in points], [interval for _, interval in points]
+        points = sorted((arm for arm in arms if arm.label == label), key=lambda arm: arm.interval(cost).mean)
+        at, tops = [arm.interval(cost).mean for arm in points], [arm.interval("eval/top1") for arm in points]
         means, halves = [top.mean for top in tops], [0 if math.isnan(top.half) else top.half for top in tops]
         panel.plot(at, means, label=label, **style)
         low, high = [m - h for m, h in zip(means, halves, strict=True)], [m + h for m, h in zip(means, halves, strict=True)]

@@ -1,0 +1,245 @@
+"""Reports over work directories written by hand, so that every number in them is known."""
+
+import base64
+import csv
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lowrank_jax import config as configs
+from lowrank_jax.report.arms import Interval, group, paired
+from lowrank_jax.report.page import Report
+from lowrank_jax.report.runs import find
+from lowrank_jax.workdir import Workdir, WorkdirError
+from tests import running
+
+NOISE = [0.003, -0.002, 0.001, 0.0, -0.004]
+
+
+def make(home, name, *, top1=None, valid=None, failure=None, loss=1.0, **changes):
+    """A work directory as a run leaves it; without top1, one that has not finished."""
+    config = configs.default()
+    for key, value in {**running.TINY, **{key.replace("__", "."): value for key, value in changes.items()}}.items():
+        configs.override(config, key, str(value))
+    folder = Workdir(home / name)
+    folder.claim(configs.to_dict(configs.parse(config)))
+    folder.append_metrics({"step": 10, "train/loss": loss, "train/images_per_second": 10.0})
+    folder.append_metrics({"step": 20, "train/loss": loss / 2, "train/images_per_second": 100.0})
+    if failure:
+        folder.note_failure(diverged=True, reason=failure)
+    if top1 is not None:
+        folder.append_metrics({"step": 20, "eval/top1": top1, "train/images_per_second": None})
+        method = changes.get("lowrank__method", "kernel_projection")
+        params = 1000 if method == "none" else int(1000 * changes.get("lowrank__scale", 0.25))
+        result = {"params": params, "macs": 2 * params, "seconds": 1.5, "versions": {"jax": "1"}}
+        evaluated = {"eval": {"top1": top1, "top5": 1.0, "loss": 0.5}, "valid": valid and {"top1": valid}}
+        folder.write_json("result.json", {**result, **evaluated})
+
+
+def comparison(home):
+    for seed, noise in enumerate(NOISE):
+        make(home, f"dense{seed}", top1=0.95 + noise, seed=seed, lowrank__method="none", lowrank__scale=0.3)
+        for scale in (0.1, 0.25):
+            shared = {"seed": seed, "lowrank__scale": scale}
+            make(home, f"spectral{scale}{seed}", top1=0.8 + scale + noise, loss=2.0, lowrank__method="spectral", **shared)
+            gain = 0.01 + noise**2 if scale == 0.1 else noise * (-1) ** seed
+            make(home, f"projection{scale}{seed}", top1=0.8 + scale + noise + gain, loss=1.0 + noise, **shared)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    comparison(tmp_path)
+    return tmp_path
+
+
+def test_intervals_are_those_of_scipy_and_hold_the_mean_as_often_as_they_say():
+    values = np.random.default_rng(0).normal(3, 2, (4000, 5))
+    inside = 0
+    for row in values:
+        interval = Interval.of(row)
+        inside += abs(interval.mean - 3) <= interval.half
+    low, high = stats.ttest_1samp(values[0], 0).confidence_interval(0.95)
+    first = Interval.of(values[0])
+    np.testing.assert_allclose([first.mean - first.half, first.mean + first.half], [low, high])
+    assert abs(inside / len(values) - 0.95) < 4 * np.sqrt(0.95 * 0.05 / len(values))  # four standard errors
+    assert np.isnan(Interval.of([1.0]).half)
+
+
+def test_differences_are_paired_by_seed(runs):
+    arms = group(find([str(runs)]), ["optim.lr"])
+    differences = {dict(d.arm.size)["lowrank.scale"]: d for d in paired(arms, "spectral", "eval/top1")}
+    assert set(differences) == {0.1, 0.25}
+    gains = [0.01 + noise**2 for noise in NOISE]
+    reference = stats.ttest_rel([0.9 + n + g for n, g in zip(NOISE, gains, strict=True)], [0.9 + n for n in NOISE])
+    interval = differences[0.1].interval
+    np.testing.assert_allclose(
+        [interval.mean - interval.half, interval.mean + interval.half], reference.confidence_interval(0.95), rtol=1e-6
+    )
+    assert interval.excludes_zero and not differences[0.25].interval.excludes_zero
+    # Unpaired, the seeds' own spread would drown it less than here.
+    assert interval.half < Interval.of(NOISE).half / 10
+
+
+def test_the_table_has_an_arm_a_row_and_the_dense_one_once(runs):
+    header, *rows = Report([str(runs)]).summary()
+    assert header[:5] == ["scale", "arm", "params", "MACs", "top-1"]
+    assert [(row[0], row[1]) for row in rows] == [
+        ("", "dense"),
+        ("0.1", "kernel_projection"),
+        ("0.1", "spectral"),
+        ("0.25", "kernel_projection"),
+        ("0.25", "spectral"),
+    ]
+    spectral = rows[2]
+    half = stats.t.ppf(0.975, 4) * np.std(NOISE, ddof=1) / np.sqrt(5)
+    assert spectral[4] == f"{0.9 + np.mean(NOISE):.4f} ± {half:.4f}"
+    assert (
+        spectral[2].startswith("100 (-90%)") and spectral[5] == "5" and spectral[7] == "100"
+    )  # the first window is not counted
+
+
+def test_the_learning_rate_is_chosen_on_the_held_out_split_and_reported_on_test(tmp_path):
+    held_out = {"dataset__train_split": "train[:90%]", "dataset__valid_split": "train[90%:]"}
+    for lr, valid, top1 in ((0.1, 0.7, 0.9), (0.2, 0.8, 0.5), (0.3, 0.6, 0.99)):  # test would choose another one
+        make(tmp_path, f"a{lr}", valid=valid, top1=top1, optim__lr=lr, **held_out)
+    make(tmp_path, "a0.4", failure="loss is nan", optim__lr=0.4, **held_out)
+    for seed in (1, 2):
+        make(tmp_path, f"b{seed}", valid=0.1, top1=0.52, optim__lr=0.2, seed=seed, **held_out)
+    make(tmp_path, "b3", failure="loss is nan", optim__lr=0.2, seed=3, **held_out)
+
+    report = Report([str(tmp_path)])
+    (arm,) = report.arms
+    assert dict(arm.tuning) == {"optim.lr": 0.2} and set(arm.runs) == {0, 1, 2} and arm.missing == 1
+    assert not arm.at_edge  # 0.3 and 0.4 lie beyond
+    text = report.markdown()
+    assert "lr 0.1: 0.7000; lr 0.2: 0.8000; lr 0.3: 0.6000; lr 0.4: diverged" in text
+    assert f"{(0.5 + 2 * 0.52) / 3:.4f}" in text and "3 (1 missing)" in text
+    assert text.count("loss is nan") == 2
+
+
+def test_at_the_edge_of_what_was_tried_it_says_so(tmp_path):
+    held_out = {"dataset__train_split": "train[:90%]", "dataset__valid_split": "train[90%:]"}
+    for lr, valid in ((0.1, 0.7), (0.2, 0.8)):
+        make(tmp_path, f"{lr}", valid=valid, top1=0.5, optim__lr=lr, **held_out)
+    assert "at the edge of what was tried" in Report([str(tmp_path)]).markdown()
+
+
+def test_without_a_held_out_split_nothing_is_chosen(tmp_path):
+    for lr in (0.1, 0.2):
+        make(tmp_path, f"{lr}", top1=lr, optim__lr=lr)
+    report = Report([str(tmp_path)])
+    assert [arm.label for arm in report.arms] == ["kernel_projection, lr 0.1", "kernel_projection, lr 0.2"]
+    assert "nothing is chosen" in report.markdown()
+
+
+def test_what_has_no_result_is_listed_with_the_reason(runs):
+    make(runs, "diverged", failure="loss is nan at step 412", seed=7)
+    make(runs, "half", seed=8)
+    make(runs, "poor", seed=9)
+    Workdir(runs / "poor").write_json("stopped.json", {"by": "asha", "step": 20})
+    Workdir(runs).write_json("sweep.json", {"commands": ["lowrank sweep x"], "tuned": [], "trials": {"half": {}, "never": {}}})
+    report = Report([str(runs)])
+    text = report.markdown()
+    for line in (
+        "| `diverged` | diverged | loss is nan at step 412 |",
+        "| `half` | unfinished | at step 20 |",
+        "| `poor` | stopped | by asha at step 20 |",
+        "| `never` | not started |  |",
+    ):
+        assert line in text
+    assert "    lowrank sweep x" in text
+    rows = list(csv.DictReader(io.StringIO(report.csv())))
+    assert len(rows) == 29 and {row["run"]: row["status"] for row in rows}["never"] == "not started"
+    assert "4 of 29 runs without a result" in report.console()
+
+
+def test_the_page_needs_no_other_file_and_the_markdown_only_its_own(runs, tmp_path):
+    out = tmp_path / "out"
+    paths = Report([str(runs)]).write(out)
+    assert {path.rpartition("/")[2] for path in paths} == {path.name for path in out.iterdir()}
+    html = (out / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert len(sources) == 4
+    for source in sources:
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    assert html.count("<table>") == 2 and "<h1>mlp on digits</h1>" in html
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", (out / "report.md").read_text()):
+        assert (out / name).exists()
+
+
+def test_a_single_run_several_folders_and_the_report_of_a_report(runs, tmp_path):
+    single = Report([str(runs / "dense0")])
+    assert single.summary()[1][:2] == ["dense", "1k"] or single.summary()[1][0] == "dense"
+    single.write(tmp_path / "single")
+    both = Report([str(runs / "dense0"), str(runs / "spectral0.10")])
+    assert [run.name for run in both.found.runs] == ["dense0", "spectral0.10"]
+    before = Report([str(runs)]).markdown()
+    Report([str(runs)]).write(runs)  # beside the runs, where it must not disturb the next one
+    assert Report([str(runs)]).markdown() == before
+
+
+def test_runs_are_read_and_reports_written_where_fsspec_reaches(runs):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(runs), "/bucket/sweep", recursive=True)
+    assert Report(["memory://bucket/sweep"]).markdown() == Report([str(runs)]).markdown()
+    Report(["memory://bucket/sweep"]).write("memory://bucket/out")
+    assert memory.cat("/bucket/out/report.html").startswith(b"<!doctype html>")
+
+
+def test_other_settings_make_other_lines_and_their_own_comparisons(tmp_path):
+    for seed in (0, 1):
+        for decay in (0.0, 0.001):
+            for method, top1 in (("spectral", 0.5), ("random", 0.4 + decay)):
+                settings = {"lowrank__method": method, "optim__frobenius_decay": decay, "optim__weight_decay": 0.0}
+                make(tmp_path, f"{method}{decay}{seed}", top1=top1, seed=seed, **settings)
+        make(tmp_path, f"dense{seed}", top1=0.9, seed=seed, lowrank__method="none", optim__weight_decay=0.0)
+    arms = Report([str(tmp_path)]).arms
+    assert [arm.label for arm in arms] == [
+        "dense",
+        "random, frobenius_decay 0",
+        "spectral, frobenius_decay 0",
+        "random, frobenius_decay 0.001",
+        "spectral, frobenius_decay 0.001",
+    ]
+    differences = {d.arm.label: d.interval.mean for d in paired(arms, "spectral", "eval/top1")}
+    assert differences == pytest.approx({"random, frobenius_decay 0": -0.1, "random, frobenius_decay 0.001": -0.099})
+
+
+@pytest.mark.parametrize("damage", ["config.json", "result.json", "sweep.json"])
+def test_a_damaged_file_is_named(runs, damage):
+    folder = runs if damage == "sweep.json" else runs / "dense0"
+    (folder / damage).write_text('{"a": ')
+    with pytest.raises(WorkdirError, match=f"{damage} is damaged"):
+        Report([str(runs)])
+
+
+def test_a_line_that_is_being_written_is_left_out(runs):
+    with (runs / "dense0" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "train/lo')
+    assert json.dumps(find([str(runs)]).runs[0].metrics[-1])
+
+
+def test_no_runs_and_no_such_method_are_errors(runs, tmp_path):
+    with pytest.raises(WorkdirError, match="is not a folder"):
+        Report([str(tmp_path / "nowhere")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WorkdirError, match="no work directory there"):
+        Report([str(tmp_path / "empty")])
+    with pytest.raises(WorkdirError, match="no finished run has .*=random; there are: kernel_projection, spectral"):
+        Report([str(runs)], rival="random")
+
+
+def test_before_anything_has_finished_there_is_a_report_too(runs, tmp_path):
+    for file in runs.glob("*/result.json"):
+        file.unlink()
+    paths = Report([str(runs)]).write(tmp_path / "out")
+    assert "No run has finished." in (tmp_path / "out" / "report.md").read_text()
+    assert len(paths) == 3
+    shutil.rmtree(tmp_path / "out")
