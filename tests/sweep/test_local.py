@@ -33,7 +33,9 @@ def results(workdir):
 def wait_until(condition, process, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.stdout.read()
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(process.stdout.read())
         time.sleep(0.05)
 
 
@@ -58,7 +60,7 @@ def test_a_killed_trial_is_tried_once_more_and_an_interrupted_sweep_goes_on(tmp_
     command = sweep(tmp_path, "seed=0:2", "--config.checkpoint.every=200 steps", steps=10_000_000)
     with running.start(command) as process:
         log = tmp_path / "seed=0" / "log.txt"
-        wait_until(lambda: log.exists() and "saved@" in log.read_text(), process)
+        wait_until(lambda: log.exists() and "saved@1000" in log.read_text(), process)
         child = next(pid for pid in descendants(process.pid) if str(log) in open_files(pid))
         os.kill(child, signal.SIGKILL)
         wait_until(lambda: "resuming" in log.read_text(), process)
