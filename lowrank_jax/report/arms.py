@@ -9,6 +9,7 @@ from typing import Any
 from scipy import stats
 
 from lowrank_jax.report.runs import Found, Run
+from lowrank_jax.sweep.trials import merit
 
 CONFIDENCE = 0.95
 _SIZES = ("lowrank.scale", "lowrank.rank")
@@ -133,7 +134,7 @@ def _hashable(value: Any) -> Any:
 
 
 def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, Run]], tuned: bool) -> Arm | None:
-    """The arm at the tuning of highest validation top-1 over the seeds at which all tunings came to an end.
+    """The arm at the tuning of highest `merit` over the seeds at which all tunings came to an end.
 
     A tuning that diverged, or was stopped, at one of these seeds cannot be chosen.
     """
@@ -144,14 +145,15 @@ def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, Run]], t
     ended = [{seed for seed, run in runs.items() if run.status in _ENDS} for runs in tunings.values()]
     common = sorted(set.intersection(*ended))
     scores = {
-        values: statistics.fmean(runs[seed].figure("valid/top1") for seed in common)
+        values: merit([runs[seed].result for seed in common])
         for values, runs in finished.items()
         if common and set(common) <= set(runs)
     }
     if not scores:
         return None
     best = max(scores, key=lambda values: scores[values])
-    candidates = tuple(Candidate(values, scores.get(values), tuple(common)) for values in sorted(tunings, key=str))
+    top1 = {values: score[0] for values, score in scores.items()}
+    candidates = tuple(Candidate(values, top1.get(values), tuple(common)) for values in sorted(tunings, key=str))
     return Arm(line, size, best, finished[best], len(tunings[best]) - len(finished[best]), candidates)
 
 

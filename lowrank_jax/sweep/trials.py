@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -83,8 +84,9 @@ class Sweep:
     tuned: tuple[str, ...]
 
     def chosen(self) -> list[Trial]:
-        """The later runs at the tuned values that were best, by top-1 on the held-out split, in the first ones."""
-        best = {self._arm(trial): trial for trial in sorted(self.first, key=_valid_top1) if _valid_top1(trial) >= 0}
+        """The later runs at the tuned values that were best in the first ones, by `merit`."""
+        finished = [(merit([result]), trial) for trial in self.first if (result := trial.result())]
+        best = {self._arm(trial): trial for _, trial in sorted(finished, key=lambda pair: pair[0])}
         return [trial for trial in self.later if _same_tuning(trial, best.get(self._arm(trial)), self.tuned)]
 
     def _arm(self, trial: Trial) -> tuple[tuple[str, str], ...]:
@@ -225,10 +227,15 @@ def _in_two_stages(trials: list[Trial], axes: grammar.Axes) -> Sweep:
     return Sweep(tuple(first), tuple(trial for trial in trials if trial not in first), axes.tuned)
 
 
-def _valid_top1(trial: Trial) -> float:
-    """-1 if it has not finished."""
-    result = trial.result()
-    return result["valid"]["top1"] if result else -1.0
+def merit(results: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """What tuned values are chosen by, given the results of runs at them: top-1 on the held-out split, and of equals its loss.
+
+    On a small split equals are common, and whoever runs the trials and whoever reports on them must choose alike.
+    """
+    return (
+        statistics.fmean(result["valid"]["top1"] for result in results),
+        -statistics.fmean(result["valid"]["loss"] for result in results),
+    )
 
 
 def _same_tuning(trial: Trial, other: Trial | None, tuned: Sequence[str]) -> bool:

@@ -15,6 +15,7 @@ from lowrank_jax import config as configs
 from lowrank_jax.report.arms import Interval, group, paired
 from lowrank_jax.report.page import Report
 from lowrank_jax.report.runs import find
+from lowrank_jax.sweep.trials import expand
 from lowrank_jax.workdir import Workdir, WorkdirError
 from tests import running
 
@@ -37,7 +38,7 @@ def make(home, name, *, top1=None, valid=None, failure=None, loss=1.0, **changes
         method = changes.get("lowrank__method", "kernel_projection")
         params = 1000 if method == "none" else int(1000 * changes.get("lowrank__scale", 0.25))
         result = {"params": params, "macs": 2 * params, "seconds": 1.5, "versions": {"jax": "1"}}
-        evaluated = {"eval": {"top1": top1, "top5": 1.0, "loss": 0.5}, "valid": valid and {"top1": valid}}
+        evaluated = {"eval": {"top1": top1, "top5": 1.0, "loss": 0.5}, "valid": valid and {"top1": valid, "loss": 1 - valid}}
         folder.write_json("result.json", {**result, **evaluated})
 
 
@@ -232,7 +233,7 @@ def test_no_runs_and_no_such_method_are_errors(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(WorkdirError, match="no work directory there"):
         Report([str(tmp_path / "empty")])
-    with pytest.raises(WorkdirError, match="no finished run has .*=random; there are: kernel_projection, spectral"):
+    with pytest.raises(WorkdirError, match=r"no finished run has .*=random; there are: kernel_projection, spectral"):
         Report([str(runs)], rival="random")
 
 
@@ -243,3 +244,18 @@ def test_before_anything_has_finished_there_is_a_report_too(runs, tmp_path):
     assert "No run has finished." in (tmp_path / "out" / "report.md").read_text()
     assert len(paths) == 3
     shutil.rmtree(tmp_path / "out")
+
+
+def test_of_equals_the_sweep_and_the_report_choose_the_same(tmp_path):
+    file = str(running.ROOT / "configs" / "digits_resnet.py")
+    held_out = [("dataset.train_split", "train[:90%]"), ("dataset.valid_split", "train[90%:]")]
+    sweep = expand(file, held_out, "seed=0:2; tune(optim.lr=0.1,0.2,0.3)", str(tmp_path))
+    for trial, (top1, loss) in zip(sweep.first, [(0.5, 0.1), (0.7, 0.8), (0.7, 0.9)], strict=True):
+        folder = Workdir(trial.workdir)
+        folder.claim(configs.to_dict(trial.config))
+        folder.append_metrics({"step": 1, "train/loss": 1.0, "train/images_per_second": 1.0})
+        result = {"params": 1, "macs": 1, "seconds": 1, "versions": {}, "eval": {"top1": 0.5, "top5": 1, "loss": 1}}
+        folder.write_json("result.json", {**result, "valid": {"top1": top1, "loss": loss}})
+    (arm,) = Report([str(tmp_path)]).arms
+    (second,) = sweep.chosen()
+    assert dict(arm.tuning)["optim.lr"] == second.config.optim.lr == 0.2

@@ -74,10 +74,10 @@ def test_folders_of_hostile_values_are_plain_and_different(tmp_path):
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_=,+-.") for name in found)
 
 
-def finish(trial, top1):
+def finish(trial, top1, loss=0.0):
     folder = Workdir(trial.workdir)
     folder.claim(to_dict(trial.config))
-    folder.write_json("result.json", {"valid": {"top1": top1}, "eval": {"top1": 0.0}})
+    folder.write_json("result.json", {"valid": {"top1": top1, "loss": loss}, "eval": {"top1": 0.0}})
 
 
 def test_the_later_stage_takes_each_arms_best_by_validation(tmp_path):
