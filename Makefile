@@ -22,7 +22,7 @@ quickstart: setup
 	$(BIN)/lowrank report runs/quickstart
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist=loadfile
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -23,7 +23,7 @@ from lowrank_jax.evaluate import Interrupted, evaluate
 from lowrank_jax.plans import count
 from lowrank_jax.sharding import put_batch
 from lowrank_jax.state import TrainState
-from lowrank_jax.workdir import Workdir, config_digest
+from lowrank_jax.workdir import Workdir, config_digest, flatten
 from lowrank_jax.writer import Writer, duration, progress_line
 
 OnEvaluation = Callable[[int, dict[str, dict[str, float]]], None]
@@ -159,6 +159,7 @@ def train(
     folder.write_text("overview.txt", f"{experiment.plan}\n")
     with Writer(folder) as writer, Checkpoints(folder.checkpoints, keep=config.checkpoint.keep) as checkpoints:
         writer.say(_headline(experiment))
+        writer.show_settings(flatten(to_dict(config)))
         with stop or StopSignal() as stop:
             try:
                 return _Loop(experiment, data, folder, writer, checkpoints, stop, on_evaluation).run()
@@ -309,6 +310,8 @@ class _Loop:
         if interrupted:
             self.writer.say(f"stopping: saved step {self.step} to {self.folder.path}; the same command continues it")
         else:
+            plan = self.experiment.plan
+            self.writer.show(self.step, {"params": plan.params, "macs": plan.macs})  # to set against top1 in the HParams tab
             self.folder.write_json("result.json", self.result())
             self.writer.say(f"done: {self.folder.path / 'result.json'}")
         return Run(self.state, self.logged, self.evals, interrupted)

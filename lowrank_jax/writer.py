@@ -25,7 +25,18 @@ class Writer:
             return
         # JSON has no NaN; null is what its readers expect in its place.
         self._workdir.append_metrics({"step": step, **{k: v if math.isfinite(v) else None for k, v in scalars.items()}})
-        self._thread.submit(lambda board=self._board: board.result().write_scalars(step, scalars))
+        self.show(step, scalars)
+
+    def show_settings(self, settings: dict[str, Any]) -> None:
+        """For TensorBoard's HParams tab, which sets the runs of a sweep against each other; what is no scalar goes as text."""
+        if self._board is not None:
+            scalars = {key: _scalar(value) for key, value in settings.items() if value is not None}
+            self._thread.submit(lambda board=self._board: board.result().write_hparams(scalars))
+
+    def show(self, step: int, scalars: dict[str, float]) -> None:
+        """In TensorBoard alone."""
+        if self._board is not None:
+            self._thread.submit(lambda board=self._board: board.result().write_scalars(step, scalars))
 
     def say(self, text: str) -> None:
         """A line on the console."""
@@ -41,6 +52,10 @@ class Writer:
             board = self._board.result()
             self._thread.submit(board.close).result()
         self._thread.shutdown()
+
+
+def _scalar(value: Any) -> bool | int | float | str:
+    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def _open_board(folder: str) -> Any:

@@ -1,10 +1,10 @@
-"""Eight CPU devices, a compilation cache and a data folder for all tests; set before jax is imported."""
+"""Eight CPU devices, a compilation cache and a data folder for all tests of a worker; set before jax is imported."""
 
 import os
 import pathlib
 import tempfile
 
-_SCRATCH = pathlib.Path(tempfile.gettempdir()) / f"lowrank_jax_tests_{os.getuid()}"
+_SCRATCH = pathlib.Path(tempfile.gettempdir()) / f"lowrank_jax_tests_{os.getuid()}" / os.environ.get("PYTEST_XDIST_WORKER", "")
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
