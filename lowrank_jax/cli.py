@@ -67,6 +67,7 @@ where it was stopped; finished trials are not repeated.  A trial that crashes is
 
 _REPORT = """examples:
   lowrank report runs/sweep
+  lowrank report runs/sweep --rival=optim.frobenius_decay=0
   lowrank report runs/a runs/b gs://bucket/sweep --out=runs/report"""
 
 _OVERVIEW = f"""examples:
@@ -345,7 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "Compare finished runs on one page.", _REPORT)
     report.add_argument("folders", nargs="+", metavar="DIR", type=_not_empty, help="of a sweep or a run, local or a URL")
     report.add_argument("--out", metavar="DIR", help="where to write; default: the first DIR")
-    report.add_argument("--rival", metavar="METHOD", help="what the other methods are set against; default: spectral")
+    report.add_argument("--rival", metavar="METHOD|KEY=VALUE", help="what other arms are set against; default: spectral")
     report.add_argument(
         "--tune",
         type=_names,

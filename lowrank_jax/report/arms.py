@@ -166,18 +166,28 @@ class Difference:
     interval: Interval
 
 
-def paired(arms: Sequence[Arm], rival: str, name: str) -> list[Difference]:
-    """Every arm less the rival method's at the same size and other settings, over the seeds that both have."""
+def paired(arms: Sequence[Arm], rival: tuple[str, str], name: str) -> list[Difference]:
+    """Every low-rank arm less the one with the rival's value of a key and the same size and other settings, over common seeds.
+
+    Args:
+      arms: all of them.
+      rival: the key, such as "lowrank.method", and the value as text, such as "spectral".
+      name: of the figure that is compared.
+    """
     differences = []
     for arm in arms:
-        twin = next((other for other in arms if other.method == rival and _comparable(arm, other)), None)
+        twin = next((other for other in arms if _differ_in(arm, other, rival)), None)
         seeds = sorted(set(arm.runs) & set(twin.runs)) if twin else []
-        if twin is None or arm is twin or not seeds:
+        if twin is None or not seeds:
             continue
         values = [arm.runs[seed].figure(name) - twin.runs[seed].figure(name) for seed in seeds]
         differences.append(Difference(arm, twin, Interval.of(values)))
     return differences
 
 
-def _comparable(arm: Arm, other: Arm) -> bool:
-    return arm.size == other.size and arm.line[1:] == other.line[1:] and bool(arm.size)
+def _differ_in(arm: Arm, other: Arm, rival: tuple[str, str]) -> bool:
+    """Whether the other arm is the rival, and nothing else tells them apart."""
+    key, value = rival
+    line, others = dict(arm.line), dict(other.line)
+    own, its = line.pop(key, None), others.pop(key, None)
+    return line == others and arm.size == other.size and bool(arm.size) and own != its and text(its) == value

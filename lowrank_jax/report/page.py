@@ -32,7 +32,8 @@ class Report:
 
     Args:
       folders: local folders or URLs, each a work directory or a folder of them.
-      rival: the method that the others are set against; None for the first present of `spectral` and all others.
+      rival: what the other arms are set against: a method, or "key=value" of any setting that was varied; None for `spectral`,
+        or the first method where that is not there.
       tune: the keys of which each arm takes its best value by validation, beside those that sweeps tuned.
 
     Raises:
@@ -42,10 +43,20 @@ class Report:
     def __init__(self, folders: Sequence[str], *, rival: str | None = None, tune: Sequence[str] = ("optim.lr",)):
         self.found: Found = find(folders)
         self.arms: list[Arm] = grouping.group(self.found, list(dict.fromkeys([*tune, *self.found.tuned])))
-        methods = dict.fromkeys(arm.method for arm in self.arms if arm.size)
-        if rival is not None and rival not in methods:
-            raise WorkdirError(f"no finished run has lowrank.method={rival}; there are: {', '.join(methods) or 'none'}")
-        self.rival = rival or ("spectral" if "spectral" in methods else next(iter(methods), ""))
+        self.rival: tuple[str, str] = self._rival(rival)
+
+    def _rival(self, given: str | None) -> tuple[str, str]:
+        low_rank = [arm for arm in self.arms if arm.size]
+        methods = dict.fromkeys(arm.method for arm in low_rank)
+        if given is None:
+            return "lowrank.method", "spectral" if "spectral" in methods else next(iter(methods), "")
+        key, equals, value = given.partition("=")
+        if not equals:
+            key, value = "lowrank.method", given
+        known = dict.fromkeys(text(dict(arm.line)[key]) for arm in low_rank if key in dict(arm.line))
+        if value not in known:
+            raise WorkdirError(f"--rival: no finished run has {key}={value}; there are: {', '.join(known) or 'none'}")
+        return key, value
 
     def write(self, out: epath.PathLike) -> list[str]:
         """Writes report.md, report.html, report.csv and the pictures to a folder; returns their paths, the page first."""
@@ -131,12 +142,13 @@ class Report:
             size = ", ".join(f"{short(key)} {text(value)}" for key, value in top.arm.size)
             row = [size, top.arm.label, f"{top.interval.mean:+.4f}", _bounds(top.interval), str(top.interval.n)]
             rows.append([*row, _verdict(top.interval, 1), f"{loss.interval.mean:+.3f}", _verdict(loss.interval, -1)])
+        rival = " ".join(self.rival) if self.rival[0] != "lowrank.method" else self.rival[1]
         chance = f"Of {len(tops)} comparisons, {len(tops) * (1 - grouping.CONFIDENCE):.1f} would come out by chance alone."
         lead = (
-            f"The same seeds, arm less {self.rival} run by run; {grouping.CONFIDENCE:.0%} intervals of the mean difference by "
+            f"The same seeds, arm less {rival} run by run; {grouping.CONFIDENCE:.0%} intervals of the mean difference by "
             f"Student's t. An interval that holds 0 shows no difference. {chance}"
         )
-        return [f"## Paired differences from {self.rival}", lead, *_markdown(rows)]
+        return [f"## Paired differences from {rival}", lead, *_markdown(rows)]
 
     def choices(self) -> list[str]:
         """What every arm's tuning was chosen from."""

@@ -73,7 +73,7 @@ def test_intervals_are_those_of_scipy_and_hold_the_mean_as_often_as_they_say():
 
 def test_differences_are_paired_by_seed(runs):
     arms = group(find([str(runs)]), ["optim.lr"])
-    differences = {dict(d.arm.size)["lowrank.scale"]: d for d in paired(arms, "spectral", "eval/top1")}
+    differences = {dict(d.arm.size)["lowrank.scale"]: d for d in paired(arms, ("lowrank.method", "spectral"), "eval/top1")}
     assert set(differences) == {0.1, 0.25}
     gains = [0.01 + noise**2 for noise in NOISE]
     reference = stats.ttest_rel([0.9 + n + g for n, g in zip(NOISE, gains, strict=True)], [0.9 + n for n in NOISE])
@@ -209,7 +209,9 @@ def test_other_settings_make_other_lines_and_their_own_comparisons(tmp_path):
         "random, frobenius_decay 0.001",
         "spectral, frobenius_decay 0.001",
     ]
-    differences = {d.arm.label: d.interval.mean for d in paired(arms, "spectral", "eval/top1")}
+    by_decay = {d.arm.label: d.interval.mean for d in paired(arms, ("optim.frobenius_decay", "0"), "eval/top1")}
+    assert by_decay == pytest.approx({"random, frobenius_decay 0.001": 0.001, "spectral, frobenius_decay 0.001": 0.0})
+    differences = {d.arm.label: d.interval.mean for d in paired(arms, ("lowrank.method", "spectral"), "eval/top1")}
     assert differences == pytest.approx({"random, frobenius_decay 0": -0.1, "random, frobenius_decay 0.001": -0.099})
 
 
