@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from lowrank_jax.digest import digests
 
 _SCORES = "scores.json"
+_STRAGGLERS = 0.1  # seconds for the reads beside one that failed to end, while nobody listens to their complaints
 
 
 class CheckpointError(Exception):
@@ -152,34 +154,62 @@ class Checkpoints:
         with contextlib.nullcontext() if exception[0] else self._reporting():
             self._manager.close()
 
-    def restore(self, target: Any, *, newest: int | None = None) -> Restored | None:
-        """The newest good step, at or before `newest`; None if there are no steps at all.
+    def restore(self, target: Any) -> Restored | None:
+        """The newest good step; None if there are no steps at all.
 
         Args:
           target: shapes, dtypes and shardings of the tree to restore (`jax.ShapeDtypeStruct`s); it may be a mapping of some
             of the state's fields, to read those alone.
-          newest: a step number.
 
         Raises:
           CheckpointError: there are steps, and none is good.
         """
         damaged: dict[int, str] = {}
-        steps = [step for step in self.steps() if newest is None or step <= newest]
-        for step in reversed(steps):
-            with _quiet_failure():
-                try:
-                    state, info = self._read(step, target)
-                except (PermissionError, MemoryError):  # the step may well be good
-                    raise
-                except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
-                    damaged[step] = _first_line(error)
-                    continue
-            self._set_aside(list(damaged))
-            return Restored(step, state, info, damaged)
+        steps = self.steps()
+        while steps:
+            step = steps.pop()
+            attempt = self._attempt(step, target)
+            if isinstance(attempt, Restored):
+                self._set_aside(list(damaged))
+                return dataclasses.replace(attempt, damaged=damaged)
+            if self._is_there(step):
+                damaged[step] = attempt
+            else:  # deleted by a run that is still training: it has newer ones by now
+                self._manager.reload()
+                damaged, steps = {}, self.steps()
         if damaged:
             reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
             raise CheckpointError(f"{self.directory}: no checkpoint can be used\n{reasons}")
         return None
+
+    def restore_step(self, step: int, target: Any) -> Restored | None:
+        """That step and no other; None if it was deleted, as a run that is still training does with its older ones.
+
+        Raises:
+          CheckpointError: it is damaged.
+        """
+        attempt = self._attempt(step, target)
+        if isinstance(attempt, Restored):
+            return attempt
+        if self._is_there(step):
+            raise CheckpointError(f"checkpoint {step} is damaged: {attempt}")
+        return None
+
+    def _is_there(self, step: int) -> bool:
+        return (self.directory / str(step)).exists()
+
+    def _attempt(self, step: int, target: Any) -> Restored | str:
+        """The step, or why it cannot be used."""
+        with _quiet_failure():
+            try:
+                state, info = self._read(step, target)
+                return Restored(step, state, info, {})
+            except (PermissionError, MemoryError):  # the step may well be good
+                raise
+            except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
+                reason = _first_line(error)
+            time.sleep(_STRAGGLERS)
+        return reason
 
     def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)

@@ -1,7 +1,10 @@
 """The command line: `lowrank train | evaluate | sweep | report | overview | init-report`."""
 
 import argparse
+import dataclasses
 import functools
+import json
+import math
 import os
 import pathlib
 import re
@@ -14,6 +17,7 @@ import jax
 from absl import logging
 
 if TYPE_CHECKING:
+    from lowrank_jax.evaluate import Evaluator
     from lowrank_jax.sweep.launch import Engine
     from lowrank_jax.sweep.trials import Sweep
 
@@ -41,6 +45,13 @@ The same command on the same --workdir resumes an interrupted run exactly. {_OVE
 _EVALUATE = f"""examples:
   lowrank evaluate --workdir=runs/digits
   lowrank evaluate --workdir=runs/digits --step=best --split=train --json=train.json
+  lowrank evaluate --workdir runs/sweep/* --json=sweep.json
+  lowrank evaluate --workdir=runs/digits --watch
+
+Of several work directories one that cannot be evaluated is reported, and the rest go on; the status is {BAD_INPUT} then.
+
+--watch runs beside training: it waits for the work directory, evaluates the checkpoints that it finds there, adds each to
+DIR/watch_SPLIT.jsonl and to TensorBoard, and ends with the run. Stopped, it goes on where it was when started again.
 
 {_STATUS}"""
 
@@ -128,15 +139,45 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from lowrank_jax.evaluate import evaluate_workdir
+    from lowrank_jax.evaluate import Evaluator, evaluate_all
 
+    evaluator = Evaluator(split=args.split, data_dir=args.data_dir)
+    workdirs = list(dict.fromkeys(args.workdir))
+    if args.watch:
+        return _watch(args, workdirs, evaluator)
     if args.json:
         pathlib.Path(args.json).touch()  # rather now than after the evaluation
-    result = evaluate_workdir(args.workdir, step=args.step, split=args.split, data_dir=args.data_dir)
-    print(result.table())
+    if len(workdirs) == 1:
+        result = evaluator.evaluate(workdirs[0], args.step)
+        print(result.table())
+        done, text = [result], result.json()
+    else:
+        done = evaluate_all(workdirs, evaluator, args.step, say=_say, complain=_complain)
+        objects = [{"workdir": workdir, **dataclasses.asdict(result)} for workdir, result in done.items()]
+        text = json.dumps(objects, indent=2) + "\n"
     if args.json:
-        pathlib.Path(args.json).write_text(result.json())
-    return 0
+        pathlib.Path(args.json).write_text(text)
+    return 0 if len(done) == len(workdirs) else BAD_INPUT
+
+
+def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator") -> int:
+    from lowrank_jax.config import ConfigError
+    from lowrank_jax.watch import watch
+
+    if args.json or args.step != "latest":
+        raise ConfigError("--watch", ["it evaluates every checkpoint into a file of its own: leave out --step and --json"])
+    outcome = watch(workdirs, evaluator, poll=args.poll, say=_say, complain=_complain)
+    if outcome.interrupted:
+        return INTERRUPTED
+    return BAD_INPUT if outcome.failed else 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -197,8 +238,7 @@ def _engine(args: argparse.Namespace, sweep: "Sweep") -> "Engine":
         grace = sweep.first[0].config.in_steps(args.asha_grace)
         asha = ray_tune.Asha(grace, **({"reduction": args.asha_reduction} if args.asha_reduction else {}))
     resources = ray_tune.Resources(**_given(args, ("cpus", "gpus", "tpus")))
-    say = functools.partial(print, flush=True)
-    return functools.partial(ray_tune.run, address=args.ray_address, jobs=args.jobs, resources=resources, asha=asha, say=say)
+    return functools.partial(ray_tune.run, address=args.ray_address, jobs=args.jobs, resources=resources, asha=asha, say=_say)
 
 
 def _emitted(args: argparse.Namespace, sweep: "Sweep") -> str:
@@ -305,11 +345,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", required=True, type=_not_empty, help="folder of the run, local or remote (gs://...)")
 
     evaluate = add("evaluate", _evaluate, "Evaluate a checkpoint on every example of a split.", _EVALUATE)
-    evaluate.add_argument("--workdir", required=True, type=_not_empty, help="folder of a run")
+    evaluate.add_argument(
+        "--workdir", required=True, type=_not_empty, nargs="+", action="extend", metavar="DIR", help="folders of runs"
+    )
     evaluate.add_argument("--step", default="latest", help="latest (default), best by top-1, or a number")
     evaluate.add_argument("--split", help='such as "test" or "train[:1000]"; default: the config\'s dataset.eval_split')
     evaluate.add_argument("--data-dir", help="where the data is on this machine, if not where it was in training")
     evaluate.add_argument("--json", metavar="FILE", help="write the numbers here too")
+    evaluate.add_argument("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")
+    evaluate.add_argument("--poll", type=_seconds, default=10.0, metavar="SECONDS", help="between two looks; default: 10")
 
     sweep = add("sweep", _sweep, "Train many runs that differ in a few settings.", _SWEEP)
     sweep.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
@@ -384,6 +428,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
+    return value
 
 
 def _duration(text: str) -> Any:

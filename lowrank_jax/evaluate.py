@@ -2,21 +2,27 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from lowrank_jax import config as configs
 from lowrank_jax import experiment as experiments
-from lowrank_jax.checkpoint import CheckpointError, Checkpoints
+from lowrank_jax.checkpoint import CheckpointError, Checkpoints, Restored
 from lowrank_jax.data import datasets
-from lowrank_jax.data.datasets import Arrays
+from lowrank_jax.data.datasets import Arrays, DataError
 from lowrank_jax.data.pipeline import Shard, eval_batches
 from lowrank_jax.plans import align, count
-from lowrank_jax.schema import MeshConfig
+from lowrank_jax.schema import Config, MeshConfig
 from lowrank_jax.sharding import put_batch
-from lowrank_jax.workdir import Workdir
+from lowrank_jax.workdir import Workdir, WorkdirError
+
+UNUSABLE = (configs.ConfigError, WorkdirError, DataError, CheckpointError, OSError)
+"""What may be wrong with one work directory while the others can be evaluated."""
+
+_HEADER = ["split", "examples", "top1", "top5", "loss", "step", "params", "dense params"]
 
 
 class Interrupted(Exception):
@@ -55,7 +61,7 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The result of `lowrank evaluate`.
+    """What `lowrank evaluate` finds of a checkpoint.
 
     Attributes:
       split: what was evaluated.
@@ -72,71 +78,193 @@ class Evaluation:
     dense_params: int
     damaged: dict[int, str]
 
+    def row(self) -> list[str]:
+        """Cells of a table."""
+        scores = [f"{self.metrics[name]:.4f}" for name in ("top1", "top5", "loss")]
+        examples = f"{self.metrics['examples']:,}"
+        return [self.split, examples, *scores, str(self.step), count(self.params), count(self.dense_params)]
+
+    def warnings(self) -> list[str]:
+        """A line for every damaged step."""
+        return [f"checkpoint {step} is damaged ({reason})" for step, reason in self.damaged.items()]
+
     def table(self) -> str:
         """Aligned text: a header and a row."""
-        lines = [f"checkpoint {step} is damaged ({reason})" for step, reason in self.damaged.items()]
-        header = ["split", "examples", "top1", "top5", "loss", "step", "params", "dense params"]
-        row = [self.split, f"{self.metrics['examples']:,}"]
-        row += [f"{self.metrics[name]:.4f}" for name in ("top1", "top5", "loss")]
-        row += [str(self.step), count(self.params), count(self.dense_params)]
-        return "\n".join([*lines, align([header, row])])
+        return "\n".join([*self.warnings(), align([_HEADER, self.row()])])
 
     def json(self) -> str:
         """One object."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
-def evaluate_workdir(
-    workdir: str, *, step: str = "latest", split: str | None = None, data_dir: str | None = None
-) -> Evaluation:
-    """Evaluates a checkpoint of a run; the run's own files are left as they are.
+class Rows:
+    """A table said row by row, as evaluations end; where there are several work directories, they are its first column."""
+
+    def __init__(self, workdirs: Sequence[str], say: Callable[[str], None]):
+        self._named = len(workdirs) > 1
+        self._widths = [max(map(len, workdirs))] + [0] * len(_HEADER)
+        self._say, self._begun = say, False
+
+    def add(self, workdir: str, evaluation: Evaluation) -> None:
+        header, row = ["workdir", *_HEADER], [workdir, *evaluation.row()]
+        self._widths = [max(width, len(a), len(b)) for width, a, b in zip(self._widths, header, row, strict=True)]
+        if not self._begun:
+            self._line(header)
+        self._begun = True
+        self._line(row)
+
+    def _line(self, cells: list[str]) -> None:
+        padded = [cell.ljust(width) for cell, width in zip(cells, self._widths, strict=True)]
+        self._say("  ".join(padded if self._named else padded[1:]).rstrip())
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A run whose checkpoints can be evaluated.
+
+    Attributes:
+      folder: the run's.
+      experiment: one with the run's network, plan and data set; seed and optimiser may be another run's.
+      eval_step: from `Experiment.jit_eval_step`.
+      split, arrays: what it is evaluated on.
+      batch_size: how much at once; a multiple of the number of devices.
+    """
+
+    folder: Workdir
+    experiment: experiments.Experiment
+    eval_step: Callable[..., dict[str, jax.Array]]
+    split: str
+    arrays: Arrays
+    batch_size: int
+
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.folder.checkpoints, read_only=True)
+
+    def target(self) -> dict[str, Any]:
+        """The parts of the state that evaluation needs."""
+        return {"params": self.experiment.shapes.params, "batch_stats": self.experiment.shapes.batch_stats}
+
+    def evaluate(self, restored: Restored, stop_requested: Callable[[], bool] = lambda: False) -> Evaluation:
+        """Raises Interrupted if `stop_requested` becomes true on the way."""
+        metrics = evaluate(
+            self.eval_step,
+            restored.state["params"],
+            restored.state["batch_stats"],
+            self.arrays,
+            batch_size=self.batch_size,
+            mesh=self.experiment.mesh,
+            stop_requested=stop_requested,
+        )
+        plan = self.experiment.plan
+        return Evaluation(self.split, restored.step, metrics, plan.params, plan.dense_params, restored.damaged)
+
+
+class Evaluator:
+    """Evaluates the checkpoints of any number of runs, whose own files are left as they are.
+
+    What the runs of a sweep share is done once: a split is read once, a network traced once for every plan, and the evaluation
+    step compiled once for every shape of its factors.
 
     Args:
-      workdir: of the run.
-      step: `latest`, `best` or a number.
-      split: such as "test" or "train[:1000]"; None for the run's own.
+      split: such as "test" or "train[:1000]"; None for each run's own `dataset.eval_split`.
       data_dir: where the data is; None for where it was in training.
-
-    Raises:
-      WorkdirError, ConfigError, DataError, CheckpointError: it cannot be done; the message says why.
     """
-    from lowrank_jax import config as configs
 
-    folder = Workdir(workdir)
-    config = configs.parse(folder.read_config(), source=f"{workdir}/config.json", devices=None)
-    config = dataclasses.replace(config, mesh=MeshConfig())
-    split = split or config.dataset.eval_split
-    experiment = experiments.build(config, workdir)
-    try:
-        arrays = datasets.load(experiment.dataset, split, data_dir or config.dataset.data_dir)
-    except ValueError as error:
-        raise configs.ConfigError("--split", [str(error)]) from None
+    def __init__(self, *, split: str | None = None, data_dir: str | None = None):
+        self._split, self._data_dir = split, data_dir
+        self._experiments: dict[str, experiments.Experiment] = {}
+        self._eval_steps: dict[str, Callable[..., dict[str, jax.Array]]] = {}
+        self._arrays: dict[tuple[str, str, str | None], Arrays] = {}
 
-    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        wanted = _choose(checkpoints, step)
-        target = {"params": experiment.shapes.params, "batch_stats": experiment.shapes.batch_stats}
-        restored = checkpoints.restore(target, newest=wanted)
-    assert restored is not None
-    if step != "latest" and restored.damaged:
-        raise CheckpointError(f"checkpoint {wanted} is damaged: {restored.damaged[wanted]}")
-    devices = jax.device_count()
-    metrics = evaluate(
-        experiment.jit_eval_step(),
-        restored.state["params"],
-        restored.state["batch_stats"],
-        arrays,
-        batch_size=-(-config.eval.batch_size // devices) * devices,
-        mesh=experiment.mesh,
-    )
-    return Evaluation(split, restored.step, metrics, experiment.plan.params, experiment.plan.dense_params, restored.damaged)
+    def evaluate(self, workdir: str, step: str = "latest") -> Evaluation:
+        """Evaluates one checkpoint: `latest`, `best` or a number.
+
+        Raises:
+          WorkdirError, ConfigError, DataError, CheckpointError: it cannot be done; the message says why.
+        """
+        subject = self.open(workdir)
+        with subject.checkpoints() as checkpoints:
+            restored = _restore(checkpoints, step, subject.target())
+        return subject.evaluate(restored)
+
+    def open(self, workdir: str) -> Subject:
+        """Gets ready for the checkpoints of a run.  Raises WorkdirError, ConfigError or DataError if that cannot be."""
+        folder = Workdir(workdir)
+        config = configs.parse(folder.read_config(), source=f"{workdir}/config.json", devices=None)
+        split, devices = self._split or config.dataset.eval_split, jax.device_count()
+        experiment = self._experiment(config, workdir)
+        batch_size = -(-config.eval.batch_size // devices) * devices
+        return Subject(folder, experiment, self._eval_step(experiment), split, self._read(config, split), batch_size)
+
+    def _experiment(self, config: Config, workdir: str) -> experiments.Experiment:
+        key = repr((config.model, config.description, config.lowrank))
+        if key not in self._experiments:
+            self._experiments[key] = experiments.build(dataclasses.replace(config, mesh=MeshConfig()), workdir)
+        return self._experiments[key]
+
+    def _eval_step(self, experiment: experiments.Experiment) -> Callable[..., dict[str, jax.Array]]:
+        """One for all plans: jit tells them apart by the kernels, which hold their own ranks and schemes."""
+        key = repr((experiment.config.model, experiment.dataset))
+        if key not in self._eval_steps:
+            self._eval_steps[key] = experiment.jit_eval_step()
+        return self._eval_steps[key]
+
+    def _read(self, config: Config, split: str) -> Arrays:
+        data_dir = self._data_dir or config.dataset.data_dir
+        key = (repr(config.description), split, data_dir)
+        if key not in self._arrays:
+            try:
+                self._arrays[key] = datasets.load(config.description, split, data_dir)
+            except ValueError as error:
+                raise configs.ConfigError("--split", [str(error)]) from None
+        return self._arrays[key]
+
+
+def evaluate_all(
+    workdirs: Sequence[str],
+    evaluator: Evaluator,
+    step: str,
+    *,
+    say: Callable[[str], None],
+    complain: Callable[[str], None],
+) -> dict[str, Evaluation]:
+    """Evaluates a checkpoint of every work directory that has one, with a row as each is done; complains of the others."""
+    rows, done = Rows(workdirs, say), {}
+    for workdir in workdirs:
+        try:
+            done[workdir] = evaluator.evaluate(workdir, step)
+        except UNUSABLE as error:
+            complain(complaint(workdir, error))
+            continue
+        for warning in done[workdir].warnings():
+            complain(f"{workdir}: {warning}")
+        rows.add(workdir, done[workdir])
+    return done
+
+
+def complaint(workdir: str, error: Exception) -> str:
+    """What is wrong with a work directory, which is named once."""
+    text = f"{error.filename or 'input or output'}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+    return text if workdir in text else f"{workdir}: {text}"
+
+
+def _restore(checkpoints: Checkpoints, step: str, target: Any) -> Restored:
+    if step == "latest":
+        restored = checkpoints.restore(target)
+        if restored is None:
+            raise CheckpointError(f"{checkpoints.directory} has no checkpoints yet")
+        return restored
+    chosen = _choose(checkpoints, step)
+    restored = checkpoints.restore_step(chosen, target)
+    if restored is None:
+        raise CheckpointError(f"{checkpoints.directory}: step {chosen} was deleted by its run while it was read")
+    return restored
 
 
 def _choose(checkpoints: Checkpoints, step: str) -> int:
     steps = checkpoints.steps()
     if not steps:
         raise CheckpointError(f"{checkpoints.directory} has no checkpoints yet")
-    if step == "latest":
-        return steps[-1]
     if step == "best":
         best = checkpoints.best()
         if best is None:

@@ -1,5 +1,6 @@
 """The files of a work directory other than checkpoints and event files."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -102,32 +103,38 @@ class Workdir:
         """The run is given another try."""
         (self.path / "failure.json").unlink(missing_ok=True)
 
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        """One object a line in metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+    def append_line(self, name: str, line: dict[str, Any]) -> None:
+        """One object a line, as in metrics.jsonl."""
+        with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """What `append_line` wrote, without the line that a kill cut short."""
+        file, lines = self.path / name, []
+        for text in file.read_text().splitlines() if file.exists() else []:
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+        return lines
+
+    def write_lines(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
+        """Writes a file of such lines whole or not at all."""
+        self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
 
     def evaluations(self) -> list[tuple[int, float]]:
         """Step and top-1 of every evaluation so far, by the held-out split where there is one."""
-        file = self.path / "metrics.jsonl"
-        lines = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+        lines = self.read_lines("metrics.jsonl")
         return [(line["step"], line.get("valid/top1", line["eval/top1"])) for line in lines if "eval/top1" in line]
 
     def forget_metrics_after(self, step: int, *, evaluated: bool) -> None:
         """Drops what an interrupted run wrote beyond the step that it goes on from, so that the file reads as one run."""
-        file = self.path / "metrics.jsonl"
-        if not file.exists():
+        if not (self.path / "metrics.jsonl").exists():
             return
         kept = []
-        for text in file.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:  # the line that a kill cut short
-                continue
+        for line in self.read_lines("metrics.jsonl"):
             repeated = line["step"] == step and not evaluated and any(key.startswith("eval/") for key in line)
             if line["step"] <= step and not repeated:
-                kept.append(text + "\n")
-        self.write_text("metrics.jsonl", "".join(kept))
+                kept.append(line)
+        self.write_lines("metrics.jsonl", kept)
 
 
 def config_digest(config: dict[str, Any]) -> str:

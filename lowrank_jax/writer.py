@@ -10,21 +10,27 @@ from lowrank_jax.workdir import Workdir
 
 
 class Writer:
-    """Writes scalars; on all processes but the first it does nothing."""
+    """Writes scalars; on all processes but the first it does nothing.
 
-    def __init__(self, workdir: Workdir):
+    Args:
+      workdir: of the run.
+      part: what another process than the training writes to instead: PART.jsonl, and PART/ for TensorBoard.
+    """
+
+    def __init__(self, workdir: Workdir, part: str = ""):
         self._active = jax.process_index() == 0
-        self._workdir = workdir
+        self._workdir, self._file = workdir, f"{part or 'metrics'}.jsonl"
         # clu's writer imports TensorFlow, which takes seconds: a thread does that while the model compiles.
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._board = self._thread.submit(_open_board, str(workdir.path)) if self._active else None
+        self._board = self._thread.submit(_open_board, str(workdir.path / part)) if self._active else None
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the same in TensorBoard."""
         if self._board is None:
             return
         # JSON has no NaN; null is what its readers expect in its place.
-        self._workdir.append_metrics({"step": step, **{k: v if math.isfinite(v) else None for k, v in scalars.items()}})
+        values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._workdir.append_line(self._file, {"step": step, **values})
         self.show(step, scalars)
 
     def show_settings(self, settings: dict[str, Any]) -> None:
@@ -37,6 +43,11 @@ class Writer:
         """In TensorBoard alone."""
         if self._board is not None:
             self._thread.submit(lambda board=self._board: board.result().write_scalars(step, scalars))
+
+    def flush(self) -> None:
+        """Shows TensorBoard at once what it would otherwise see with what comes next."""
+        if self._board is not None:
+            self._thread.submit(lambda board=self._board: board.result().flush())
 
     def say(self, text: str) -> None:
         """A line on the console."""

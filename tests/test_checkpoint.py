@@ -195,3 +195,31 @@ def test_read_only_reports_damage_and_moves_nothing(tmp_path):
     with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
         assert checkpoints.restore(TARGET).step == 1
     assert (tmp_path / "c" / "2").is_dir()
+
+
+def test_a_step_that_its_run_deletes_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):
+    save(tmp_path / "c", [None, None], keep=3)
+    save(tmp_path / "later", [None, None, None], keep=3)
+    read = Checkpoints._read
+
+    def too_late(self, step, target):
+        if step == 2:
+            shutil.rmtree(tmp_path / "c" / "2")
+            shutil.copytree(tmp_path / "later" / "3", tmp_path / "c" / "3")
+        return read(self, step, target)
+
+    monkeypatch.setattr(Checkpoints, "_read", too_late)
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        restored = checkpoints.restore(TARGET)
+    assert (restored.step, restored.damaged) == (3, {})
+
+
+def test_a_step_can_be_asked_for_by_its_number(tmp_path):
+    save(tmp_path / "c", [None, None, None], keep=3)
+    data_files(tmp_path / "c" / "2")[0].write_bytes(b"")
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        assert_equal(checkpoints.restore_step(1, TARGET).state, make_state(1))
+        with pytest.raises(CheckpointError, match="checkpoint 2 is damaged"):
+            checkpoints.restore_step(2, TARGET)
+        shutil.rmtree(tmp_path / "c" / "3")
+        assert checkpoints.restore_step(3, TARGET) is None

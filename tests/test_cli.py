@@ -1,6 +1,7 @@
 """The command line as a user meets it: real processes, exit statuses, no tracebacks."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -42,11 +43,29 @@ def test_evaluate_on_other_steps_splits_and_devices(trained):
     assert best.stdout.splitlines()[1].split()[:2] == ["train[:100]", "100"]
 
 
+def test_evaluate_takes_several_work_directories(trained, tmp_path):
+    result = lowrank("evaluate", "--workdir", trained, tmp_path / "nowhere", f"--json={tmp_path / 'out.json'}")
+    assert result.returncode == 2 and f"{tmp_path / 'nowhere'} is not a work directory" in result.stderr
+    assert [line.split()[:2] for line in result.stdout.splitlines()] == [["workdir", "split"], [str(trained), "test"]]
+    (written,) = json.loads((tmp_path / "out.json").read_text())
+    assert (written["workdir"], written["step"]) == (str(trained), 200)
+
+
+def test_a_watch_stopped_by_a_signal_has_its_status(tmp_path):
+    arguments = ["evaluate", f"--workdir={tmp_path / 'later'}", "--watch"]
+    with running.start([sys.executable, "-m", "lowrank_jax", *arguments]) as process:
+        assert process.stdout.readline().startswith("waiting for")
+        process.send_signal(signal.SIGTERM)
+        output = process.stdout.read()
+    assert (process.returncode, output) == (75, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--step=7"], "has no step 7; there are ["),
         (["--step=lates"], "has no step lates"),
+        (["--watch", "--step=best"], "leave out --step and --json"),
         (["--split=tset"], "digits has no split 'tset'; did you mean test?"),
     ],
 )

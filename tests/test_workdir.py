@@ -50,8 +50,8 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
 def test_metrics_beyond_the_resumed_step_are_forgotten(tmp_path):
     folder = Workdir(tmp_path)
     for step in (10, 20, 30):
-        folder.append_metrics({"step": step, "train/loss": 1.0})
-        folder.append_metrics({"step": step, "eval/top1": 0.5})
+        folder.append_line("metrics.jsonl", {"step": step, "train/loss": 1.0})
+        folder.append_line("metrics.jsonl", {"step": step, "eval/top1": 0.5})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "tra')  # a kill in mid-line
     folder.forget_metrics_after(20, evaluated=True)

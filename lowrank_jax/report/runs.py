@@ -141,7 +141,7 @@ def read(path: epath.PathLike, name: str) -> Run:
     settings = flatten(folder.read_config())
     if settings.get("lowrank.method") == "none":
         settings = {key: value for key, value in settings.items() if not meaningless_when_dense(key)}
-    metrics = _read_metrics(folder)
+    metrics = tuple(folder.read_lines("metrics.jsonl"))
     result = folder.read_json("result.json")
     if result is not None:
         return Run(name, settings, "done", "", result, metrics)
@@ -160,17 +160,3 @@ def _ended(path: Any, name: str) -> Run | None:
         return Run(name, {}, failure["status"], failure["reason"], {}, ())
     stopped = folder.read_json("stopped.json")
     return Run(name, {}, "stopped", f"by {stopped['by']} at step {stopped['step']}", {}, ()) if stopped else None
-
-
-def _read_metrics(folder: Workdir) -> tuple[dict[str, Any], ...]:
-    lines = []
-    try:
-        text = (folder.path / "metrics.jsonl").read_text()
-    except FileNotFoundError:
-        return ()
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # the line that a kill cut short, or that is being written
-            continue
-    return tuple(lines)
