@@ -33,6 +33,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.loop_overhead
 	$(BIN)/python -m benchmarks.init_model
 	$(BIN)/python -m benchmarks.projections
+	$(BIN)/python -m benchmarks.sweep_overhead
 
 clean:
 	rm -rf .venv runs

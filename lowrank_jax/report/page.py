@@ -11,6 +11,7 @@ from typing import Any
 import markdown
 from etils import epath
 
+from lowrank_jax.paths import did_you_mean
 from lowrank_jax.plans import align, count
 from lowrank_jax.report import arms as grouping
 from lowrank_jax.report import figures
@@ -42,6 +43,10 @@ class Report:
 
     def __init__(self, folders: Sequence[str], *, rival: str | None = None, tune: Sequence[str] = ("optim.lr",)):
         self.found: Found = find(folders)
+        legal = sorted({key for run in self.found.runs for key in run.settings})
+        for key in tune:
+            if legal and key not in legal:
+                raise WorkdirError(f"--tune: {key}: unknown key{did_you_mean(key, legal)}")
         self.arms: list[Arm] = grouping.group(self.found, list(dict.fromkeys([*tune, *self.found.tuned])))
         self.rival: tuple[str, str] = self._rival(rival)
 

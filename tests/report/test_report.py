@@ -237,6 +237,8 @@ def test_no_runs_and_no_such_method_are_errors(runs, tmp_path):
         Report([str(tmp_path / "empty")])
     with pytest.raises(WorkdirError, match=r"no finished run has .*=random; there are: kernel_projection, spectral"):
         Report([str(runs)], rival="random")
+    with pytest.raises(WorkdirError, match="--tune: optim.lrr: unknown key; did you mean optim.lr?"):
+        Report([str(runs)], tune=["optim.lrr"])
 
 
 def test_before_anything_has_finished_there_is_a_report_too(runs, tmp_path):
