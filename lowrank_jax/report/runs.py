@@ -21,7 +21,7 @@ class Run:
     Attributes:
       name: its path below the folder that was given.
       settings: the config by dotted key; without what means nothing where no kernel is factored.
-      status: `done`, `diverged`, `failed`, `stopped` by a scheduler, `unfinished` or `not started`.
+      status: `done`, `diverged`, `failed`, `stopped` by a scheduler, `unfinished`, `not started` or `damaged`.
       reason: in words, unless it is done.
       result: what the run left at its end; empty unless it is done.
       metrics: the lines of metrics.jsonl.
@@ -83,7 +83,7 @@ def find(folders: Sequence[str]) -> Found:
     """Every work directory at or below some folders, local or remote.
 
     Raises:
-      WorkdirError: there is none, or a file in one is damaged.
+      WorkdirError: there is none, or the record of a sweep is damaged.
     """
     runs, commands, tuned = [], [], []
     for folder in folders:
@@ -96,7 +96,7 @@ def find(folders: Sequence[str]) -> Found:
             tuned += record["tuned"]
             runs += _not_started(path, record["trials"], _label(home, path, folders))
         for path in _with_file(home, "config.json", _DEPTH):
-            runs.append(read(path, _label(home, path, folders)))
+            runs.append(_read_or_damaged(path, _label(home, path, folders)))
     if not runs:
         raise WorkdirError(f"{', '.join(folders)}: no work directory there (a folder with a config.json)")
     runs = sorted(runs, key=lambda run: run.name)
@@ -135,8 +135,15 @@ def _not_started(path: Any, trials: dict[str, Any], label: str) -> list[Run]:
     return [_ended(path / name, f"{prefix}{name}") or Run(f"{prefix}{name}", {}, "not started", "", {}, ()) for name in missing]
 
 
+def _read_or_damaged(path: epath.PathLike, name: str) -> Run:
+    try:
+        return read(path, name)
+    except WorkdirError as error:
+        return Run(name, {}, "damaged", str(error), {}, ())
+
+
 def read(path: epath.PathLike, name: str) -> Run:
-    """One work directory."""
+    """One work directory.  Raises WorkdirError if one of its files is damaged."""
     folder = Workdir(path)
     settings = flatten(folder.read_config())
     if settings.get("lowrank.method") == "none":

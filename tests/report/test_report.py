@@ -215,11 +215,17 @@ def test_other_settings_make_other_lines_and_their_own_comparisons(tmp_path):
     assert differences == pytest.approx({"random, frobenius_decay 0": -0.1, "random, frobenius_decay 0.001": -0.099})
 
 
-@pytest.mark.parametrize("damage", ["config.json", "result.json", "sweep.json"])
-def test_a_damaged_file_is_named(runs, damage):
-    folder = runs if damage == "sweep.json" else runs / "dense0"
-    (folder / damage).write_text('{"a": ')
-    with pytest.raises(WorkdirError, match=f"{damage} is damaged"):
+@pytest.mark.parametrize("damage", ["config.json", "result.json"])
+def test_a_damaged_run_is_listed_beside_the_others(runs, damage):
+    (runs / "dense0" / damage).write_text('{"a": ')
+    report = Report([str(runs)])
+    assert [(run.name, run.status) for run in report.found.runs if not run.done] == [("dense0", "damaged")]
+    assert f"{damage} is damaged" in report.markdown() and len(report.arms[0].runs) == 4
+
+
+def test_a_damaged_record_of_a_sweep_is_an_error(runs):
+    (runs / "sweep.json").write_text('{"a": ')
+    with pytest.raises(WorkdirError, match=r"sweep.json is damaged"):
         Report([str(runs)])
 
 
@@ -237,7 +243,7 @@ def test_no_runs_and_no_such_method_are_errors(runs, tmp_path):
         Report([str(tmp_path / "empty")])
     with pytest.raises(WorkdirError, match=r"no finished run has .*=random; there are: kernel_projection, spectral"):
         Report([str(runs)], rival="random")
-    with pytest.raises(WorkdirError, match="--tune: optim.lrr: unknown key; did you mean optim.lr?"):
+    with pytest.raises(WorkdirError, match=r"--tune: optim\.lrr: unknown key; did you mean optim\.lr"):
         Report([str(runs)], tune=["optim.lrr"])
 
 
