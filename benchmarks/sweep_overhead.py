@@ -1,7 +1,7 @@
 """What a trial of a sweep costs, against the same command given by hand.
 
-Both train the same few short runs one after another, with the same warm compilation cache; the sweep's children are forked from a
-process that has imported everything.
+Both train the same few short runs with the same warm compilation cache; the sweep's children are forked from a process that has
+imported everything.
 
     python -m benchmarks.sweep_overhead
 """

@@ -41,11 +41,12 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One tuning of an arm: its values, its mean top-1 on the held-out split over `seeds`, None where it cannot be chosen."""
+    """One tuning of an arm: its values, and its mean top-1 on the held-out split over `seeds`, or why it cannot be chosen."""
 
     values: Values
-    valid: float | None
     seeds: tuple[int, ...]
+    valid: float | None
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +153,15 @@ def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, Run]], t
     if not scores:
         return None
     best = max(scores, key=lambda values: scores[values])
-    top1 = {values: score[0] for values, score in scores.items()}
-    candidates = tuple(Candidate(values, top1.get(values), tuple(common)) for values in sorted(tunings, key=str))
+    candidates = tuple(_candidate(values, tunings[values], common, scores.get(values)) for values in sorted(tunings, key=str))
     return Arm(line, size, best, finished[best], len(tunings[best]) - len(finished[best]), candidates)
+
+
+def _candidate(values: Values, runs: dict[int, Run], seeds: list[int], merits: tuple[float, float] | None) -> Candidate:
+    if merits is not None:
+        return Candidate(values, tuple(seeds), merits[0])
+    ends = dict.fromkeys(run.status for run in runs.values() if not run.done)
+    return Candidate(values, tuple(seeds), None, ", ".join(ends))
 
 
 @dataclasses.dataclass(frozen=True)

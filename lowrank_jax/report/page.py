@@ -165,7 +165,7 @@ class Report:
         rows = [["size", "arm", "chosen", "top-1 on the held-out split", "seeds", ""]]
         for arm in chosen:
             tried = "; ".join(
-                f"{_settings(candidate.values)}: {'diverged' if candidate.valid is None else f'{candidate.valid:.4f}'}"
+                f"{_settings(candidate.values)}: {candidate.why if candidate.valid is None else f'{candidate.valid:.4f}'}"
                 for candidate in arm.candidates
             )
             seeds = ", ".join(map(str, arm.candidates[0].seeds))
