@@ -100,10 +100,12 @@ class Report:
 
     def reading_aid(self) -> str:
         splits = " and ".join(sorted({f"`{run.settings['dataset.eval_split']}`" for run in self.found.runs if run.settings}))
+        own = ", each arm at its own tuning" if any(arm.tuning for arm in self.arms) else ""
         return (
             f"Top-1 on {splits} at the end of training. ± is half of the {grouping.CONFIDENCE:.0%} interval of the mean over "
             "seeds (Student's t); one seed has none. *Early loss*: the mean training loss up to the first line of the log"
-            f"{self._first_window()}. *Images/s*: in training, the median over the log; runs beside each other share a machine."
+            f"{self._first_window()}{own}. *Images/s*: in training, the median over the log; runs beside each other share a "
+            "machine."
         )
 
     def _first_window(self) -> str:
