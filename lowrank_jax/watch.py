@@ -108,7 +108,8 @@ class _Run:
         return subject
 
     def _look(self, subject: Subject) -> None:
-        ended = (self._folder.path / "result.json").exists()  # if so, all of the checkpoints listed next are the last ones
+        # If it has, the checkpoints listed next are the last ones.
+        ended = (self._folder.path / "result.json").exists() or self._folder.diverged() is not None
         with subject.checkpoints() as checkpoints:
             steps = checkpoints.steps()
             for step in steps:

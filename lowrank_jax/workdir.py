@@ -99,6 +99,11 @@ class Workdir:
         """Leaves word of a run that cannot go on, for whoever reads the folder later."""
         self.write_json("failure.json", {"status": "diverged" if diverged else "failed", "reason": reason})
 
+    def diverged(self) -> str | None:
+        """Why the run diverged; None if it did not."""
+        failure = self.read_json("failure.json")
+        return failure["reason"] if failure and failure["status"] == "diverged" else None
+
     def forget_failure(self) -> None:
         """The run is given another try."""
         (self.path / "failure.json").unlink(missing_ok=True)

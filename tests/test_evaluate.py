@@ -12,6 +12,7 @@ from lowrank_jax.data import datasets
 from lowrank_jax.evaluate import Evaluator, evaluate_all
 from lowrank_jax.train import train
 from lowrank_jax.watch import watch
+from lowrank_jax.workdir import Workdir
 from tests import running
 
 STEPS = (20, 40)
@@ -103,6 +104,13 @@ def test_a_watch_evaluates_every_checkpoint_once(run):
     said.clear()
     watch([str(run)], Evaluator(), poll=0.1, say=said.append, complain=said.append)
     assert len(said) == 2 and [line["step"] for line in watched(run)] == [*STEPS]
+
+
+def test_a_watch_of_a_run_that_diverged_ends(run):
+    (run / "result.json").unlink()
+    Workdir(run).note_failure(diverged=True, reason="loss is nan")
+    outcome = watch([str(run)], Evaluator(), poll=0.1, say=silent, complain=silent)
+    assert not outcome.failed and [line["step"] for line in watched(run)] == [*STEPS]
 
 
 def test_a_watch_of_another_split_has_a_file_of_its_own(run):

@@ -65,8 +65,8 @@ def known_outcome(trial: Trial) -> "Outcome | None":
         return Outcome("done")
     if stopped := folder.read_json("stopped.json"):
         return Outcome("stopped", f"by {stopped['by']} at step {stopped['step']}")
-    failure = folder.read_json("failure.json")
-    return Outcome("diverged", failure["reason"]) if failure and failure["status"] == "diverged" else None
+    reason = folder.diverged()
+    return None if reason is None else Outcome("diverged", reason)
 
 
 @dataclasses.dataclass(frozen=True)
