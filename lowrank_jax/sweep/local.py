@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from lowrank_jax.cli import BAD_INPUT, DIVERGED
 from lowrank_jax.sweep.trials import Outcome, Trial, known_outcome
@@ -78,8 +79,6 @@ class _Engine:
         return self.outcomes
 
     def _start(self, trial: Trial, tries: int) -> None:
-        folder = Workdir(trial.workdir)
-        folder.forget_failure()
         process = self.context.Process(target=_train, args=(list(trial.command), str(_log(trial))), name=trial.name)
         process.start()
         self.running.append(_Running(trial, process, tries, time.monotonic()))
@@ -91,10 +90,12 @@ class _Engine:
             self._note(trial, Outcome("done"))
         elif self.stopping:
             self._note(trial, Outcome("interrupted", "the same command continues it"))
-        elif status in (BAD_INPUT, DIVERGED) or run.tries == _TRIES:
+        elif status == DIVERGED:
+            self._note(trial, known_outcome(trial) or Outcome("diverged"))
+        elif status == BAD_INPUT or run.tries == _TRIES:
             reason = _last_line(trial) or _exit_in_words(status)
-            Workdir(trial.workdir).note_failure(diverged=status == DIVERGED, reason=reason)
-            self._note(trial, Outcome("diverged" if status == DIVERGED else "failed", reason))
+            Workdir(trial.workdir).note_failure(diverged=False, reason=reason)
+            self._note(trial, Outcome("failed", reason))
         else:
             self.board.say(f"{_exit_in_words(status)}; trying once more: {trial.name}")
             self.waiting.insert(0, (trial, run.tries + 1))
@@ -160,7 +161,8 @@ class _Board:
         for column in ("running", "for", "says"):
             table.add_column(column, no_wrap=True, overflow="ellipsis")
         for run in engine.running:
-            table.add_row(run.trial.name, duration(time.monotonic() - run.begin), _last_line(run.trial))
+            cells = (run.trial.name, duration(time.monotonic() - run.begin), _last_line(run.trial))
+            table.add_row(*map(Text, cells))  # brackets in them are no markup
         ends = [outcome.status for outcome in engine.outcomes.values()]
         failed = sum(end in ("failed", "diverged") for end in ends)
         counts = f"{ends.count('done')} done, {len(engine.running)} running, {failed} failed, {len(engine.waiting)} waiting"
@@ -172,7 +174,7 @@ def _train(arguments: list[str], log: str) -> None:
     """In the child: `lowrank` with these arguments, its output in a file."""
     from lowrank_jax import cli
 
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(file, stream.fileno())
@@ -196,7 +198,10 @@ def _log(trial: Trial) -> pathlib.Path:
 
 
 def _last_line(trial: Trial) -> str:
-    with _log(trial).open("rb") as file:
+    log = _log(trial)
+    if not log.exists():  # the child has yet to begin
+        return ""
+    with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
         lines = file.read().decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

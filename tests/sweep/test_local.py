@@ -1,9 +1,13 @@
 """Sweeps as a user runs them: real processes, killed with real signals."""
 
+import contextlib
 import json
 import os
 import pathlib
+import pty
+import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -79,6 +83,24 @@ def test_a_killed_trial_is_tried_once_more_and_an_interrupted_sweep_goes_on(tmp_
     while any(str(log) in open_files(pid) for pid in all_pids()):
         assert time.monotonic() < end, "a trial outlived its sweep"
         time.sleep(0.1)
+
+
+def test_a_terminal_shows_what_runs(tmp_path):
+    master, slave = pty.openpty()
+    command = sweep(tmp_path, "seed=0:1", steps=2000)
+    environment = {**running.environment(1), "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, stdout=slave, stderr=slave, env=environment) as process:
+        os.close(slave)
+        seen = b""
+        with contextlib.suppress(OSError):  # that is how a terminal ends
+            while part := os.read(master, 4096):
+                seen += part
+    os.close(master)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    assert process.returncode == 0, text
+    assert "0 done, 1 running, 0 failed, 0 waiting of 1" in text and "eta" in text
+    assert re.search(r"seed=0 +\d+s +\[ *\d+/2000", text)  # the last line of the trial's own output
+    assert "[1/1] done" in text
 
 
 @pytest.mark.parametrize(
