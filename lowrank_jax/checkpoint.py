@@ -116,7 +116,7 @@ class Checkpoints:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             records = {step: self._read_record(step) for step in self.steps()}
-            return {step: info["score"] for step, info in records.items() if info and info["score"] is not None}
+            return {step: info["score"] for step, info in records.items() if info and info.get("score") is not None}
 
     def _read_record(self, step: int) -> dict[str, Any] | None:
         with _quiet_failure():

@@ -216,6 +216,8 @@ def _check_sweep_flags(args: argparse.Namespace) -> None:
     ]
     if args.emit == "jobset":
         problems += [f"--{flag}: needed with --emit=jobset" for flag in ("tpu", "image") if getattr(args, flag) is None]
+    if args.emit:
+        problems += [f"--{flag}: not with --emit" for flag in ("engine", "jobs") if getattr(args, flag) is not None]
     if args.asha_reduction is not None and args.asha_grace is None:
         problems.append("--asha-reduction: only with --asha-grace")
     if problems:
@@ -227,7 +229,7 @@ def _given(args: argparse.Namespace, flags: Sequence[str]) -> dict[str, Any]:
 
 
 def _engine(args: argparse.Namespace, sweep: "Sweep") -> "Engine":
-    if args.engine == "local":
+    if args.engine != "ray":
         from lowrank_jax.sweep import local
 
         return functools.partial(local.run, jobs=args.jobs or 1)
@@ -236,7 +238,7 @@ def _engine(args: argparse.Namespace, sweep: "Sweep") -> "Engine":
     asha = None
     if args.asha_grace is not None:
         grace = sweep.first[0].config.in_steps(args.asha_grace)
-        asha = ray_tune.Asha(grace, **({"reduction": args.asha_reduction} if args.asha_reduction else {}))
+        asha = ray_tune.Asha(grace, **({"reduction": args.asha_reduction} if args.asha_reduction is not None else {}))
     resources = ray_tune.Resources(**_given(args, ("cpus", "gpus", "tpus")))
     return functools.partial(ray_tune.run, address=args.ray_address, jobs=args.jobs, resources=resources, asha=asha, say=_say)
 
@@ -249,6 +251,8 @@ def _emitted(args: argparse.Namespace, sweep: "Sweep") -> str:
     if sweep.later and not chosen:
         print("lowrank: the trials at the first seed; when they are done, the same command gives the others", file=sys.stderr)
     wanted = sweep.chosen() if chosen else sweep.first
+    if "://" not in args.workdir:  # for the report; a bucket may be out of reach from here
+        trials.record(args.workdir, sweep, wanted, f"lowrank sweep {shlex.join(args.given)}")
     try:
         return emit.shell(wanted) if args.emit == "sh" else emit.jobset(wanted, emit.Cluster(**_given(args, _JOBSET)))
     except ValueError as error:
@@ -363,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--dry-run", action="store_true", help="print the table of trials and start nothing")
     sweep.add_argument("--jobs", type=_count, metavar="N", help="trials at a time; default: 1, with ray what there is room for")
-    sweep.add_argument("--engine", choices=("local", "ray"), default="local", help="child processes, or a Ray cluster")
+    sweep.add_argument("--engine", choices=("local", "ray"), help="child processes (default), or a Ray cluster")
     ray = sweep.add_argument_group("with --engine=ray")
     ray.add_argument(
         "--ray-address", metavar="ADDRESS", help="auto or host:6379; default: RAY_ADDRESS, else this machine alone"

@@ -92,7 +92,11 @@ def override(config: ConfigDict, key: str, text: str) -> None:
             if not isinstance(node.get(section), ConfigDict):
                 node[section] = ConfigDict(type_safe=False)
             node = node[section]
-        node[last] = text if keep_text else _literal(text)
+        node[last] = _unquoted(text) if keep_text else _literal(text)
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _literal(text: str) -> Any:

@@ -228,7 +228,7 @@ class _Loop:
         for step, reason in restored.damaged.items():
             self.writer.say(f"{self.folder.path}: checkpoint {step} is damaged ({reason}); going on from {restored.step}")
         self.state, self.step, self.saved = restored.state, restored.step, restored.step
-        self.evaluated, self.seconds_before = restored.info["evaluated"], restored.info["seconds"]
+        self.evaluated, self.seconds_before = restored.info.get("evaluated"), restored.info["seconds"]
         self.rows = restored.info["window"]
         self.iterator.set_state(restored.info["data"])
         self.folder.forget_metrics_after(self.step, evaluated=self.evaluated is not None)
@@ -251,6 +251,11 @@ class _Loop:
             evaluated = {kind: self.evaluate(kind) for kind in ("eval", "valid") if kind in self.data}
         except Interrupted:
             return
+        for metrics in evaluated.values():
+            if not np.isfinite(metrics["loss"]):
+                raise Diverged(
+                    f"the evaluated loss is {metrics['loss']:g} at step {self.step}. Lower optim.lr or set optim.clip_norm."
+                )
         self.evaluated, self.evals[self.step] = evaluated, evaluated["eval"]
         top1 = score(evaluated)
         self.improved = top1 > self.checkpoints.best_score()

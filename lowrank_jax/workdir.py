@@ -87,7 +87,7 @@ class Workdir:
             raise WorkdirError(f"{self.path}/{name} is damaged: {error}") from None
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json.dumps(value, indent=2) + "\n")
+        self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file whole or not at all."""
@@ -102,7 +102,7 @@ class Workdir:
     def diverged(self) -> str | None:
         """Why the run diverged; None if it did not."""
         failure = self.read_json("failure.json")
-        return failure["reason"] if failure and failure["status"] == "diverged" else None
+        return failure.get("reason", "") if failure and failure.get("status") == "diverged" else None
 
     def forget_failure(self) -> None:
         """The run is given another try."""
@@ -116,9 +116,10 @@ class Workdir:
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """What `append_line` wrote, without the line that a kill cut short."""
         file, lines = self.path / name, []
-        for text in file.read_text().splitlines() if file.exists() else []:
+        for text in file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []:
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
+                line = json.loads(text)
+                lines += [line] if isinstance(line, dict) else []
         return lines
 
     def write_lines(self, name: str, lines: Sequence[dict[str, Any]]) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 from scipy import stats
 
 from lowrank_jax.report.runs import Found, Run
-from lowrank_jax.sweep.trials import merit
+from lowrank_jax.sweep.trials import Merit, merit
 
 CONFIDENCE = 0.95
 _SIZES = ("lowrank.scale", "lowrank.rank")
-_ENDS = ("done", "diverged", "stopped")
+_ENDS = ("done", "diverged", "failed", "stopped")
 Values = tuple[tuple[str, Any], ...]
 
 
@@ -33,8 +33,8 @@ class Interval:
     def of(cls, values: Iterable[float]) -> "Interval":
         values = list(values)
         n = len(values)
-        if n == 1:
-            return cls(values[0], math.nan, 1)
+        if n == 1 or not all(map(math.isfinite, values)):
+            return cls(sum(values) / n, math.nan, n)
         quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
         return cls(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(n), n)
 
@@ -98,7 +98,16 @@ def short(key: str) -> str:
 
 
 def text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A setting in a table: as short as it can be without becoming another one."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def same(value: Any, given: str) -> bool:
+    """Whether a setting is what somebody has typed."""
+    try:
+        return float(value) == float(given)
+    except (TypeError, ValueError):
+        return str(value) == given
 
 
 def group(found: Found, tune: Sequence[str]) -> list[Arm]:
@@ -106,19 +115,33 @@ def group(found: Found, tune: Sequence[str]) -> list[Arm]:
 
     Without a held-out split nothing is chosen: every value is an arm of its own.
     """
-    done = [run for run in found.runs if run.done]
-    held_out = bool(done) and all(run.result.get("valid") for run in done)
-    tuned = [key for key in tune if key in found.varied] if held_out else []
+    tuned = [key for key in tune if key in found.varied]
     other = [key for key in found.varied if key not in (*_SIZES, *tuned, "seed", "lowrank.method")]
     cells: dict[tuple[Values, Values], dict[Values, dict[int, Run]]] = {}
     for run in found.runs:
-        if not run.settings:
-            continue
-        line = _values(run, ["lowrank.method", *other])
-        at = cells.setdefault((line, _values(run, _SIZES)), {}).setdefault(_values(run, tuned), {})
-        at[run.seed] = run
-    arms = [_chosen(line, size, tunings, bool(tuned)) for (line, size), tunings in cells.items()]
-    return sorted((arm for arm in arms if arm), key=lambda arm: (arm.method != "none", arm.line[1:], _order(arm)))
+        if run.settings and run.status != "repeated":
+            cell = _values(run, ["lowrank.method", *other]), _values(run, _SIZES)
+            cells.setdefault(cell, {}).setdefault(_values(run, tuned), {})[run.seed] = run
+    arms = [arm for (line, size), tunings in cells.items() for arm in _arms(line, size, tunings)]
+    return sorted(arms, key=lambda arm: (arm.method != "none", str(arm.line[1:]), _order(arm)))
+
+
+def _arms(line: Values, size: Values, tunings: dict[Values, dict[int, Run]]) -> list[Arm]:
+    """The best tuning, if all runs have a held-out split to choose it by; else every tuning."""
+    finished = [run for runs in tunings.values() for run in runs.values() if run.done]
+    if not finished:
+        return []
+    if list(tunings) != [()] and all(run.result.get("valid") for run in finished):
+        return [_chosen(line, size, tunings)]
+    return [
+        Arm((*line, *values), size, (), done, len(runs) - len(done))
+        for values, runs in tunings.items()
+        if (done := _done(runs))
+    ]
+
+
+def _done(runs: dict[int, Run]) -> dict[int, Run]:
+    return {seed: run for seed, run in runs.items() if run.done}
 
 
 def _order(arm: Arm) -> Any:
@@ -134,30 +157,27 @@ def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list) else str(value) if isinstance(value, dict) else value
 
 
-def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, Run]], tuned: bool) -> Arm | None:
-    """The arm at the tuning of highest `merit` over the seeds at which all tunings came to an end.
+def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, Run]]) -> Arm:
+    """The arm at the tuning of highest `merit`, over the seeds at which every tuning that has come to an end did so.
 
-    A tuning that diverged, or was stopped, at one of these seeds cannot be chosen.
+    A tuning that diverged, failed or was stopped at one of these seeds cannot be chosen, unless none can otherwise.
     """
-    finished = {values: {seed: run for seed, run in runs.items() if run.done} for values, runs in tunings.items()}
-    if not tuned:
-        ((values, runs),) = finished.items()
-        return Arm(line, size, values, runs, len(tunings[values]) - len(runs)) if runs else None
     ended = [{seed for seed, run in runs.items() if run.status in _ENDS} for runs in tunings.values()]
-    common = sorted(set.intersection(*ended))
+    seeds = set.intersection(*filter(None, ended))
+    finished = {values: done for values, runs in tunings.items() if (done := _done(runs))}
+    whole = {values: done for values, done in finished.items() if seeds <= set(done)} or finished
+    shared = set.intersection(*map(set, whole.values()))
+    common = sorted(shared & seeds or shared)
     scores = {
-        values: merit([runs[seed].result for seed in common])
-        for values, runs in finished.items()
-        if common and set(common) <= set(runs)
+        values: merit([done[seed].result for seed in common or done], [value for _, value in values])
+        for values, done in whole.items()
     }
-    if not scores:
-        return None
     best = max(scores, key=lambda values: scores[values])
     candidates = tuple(_candidate(values, tunings[values], common, scores.get(values)) for values in sorted(tunings, key=str))
     return Arm(line, size, best, finished[best], len(tunings[best]) - len(finished[best]), candidates)
 
 
-def _candidate(values: Values, runs: dict[int, Run], seeds: list[int], merits: tuple[float, float] | None) -> Candidate:
+def _candidate(values: Values, runs: dict[int, Run], seeds: list[int], merits: Merit | None) -> Candidate:
     if merits is not None:
         return Candidate(values, tuple(seeds), merits[0])
     ends = dict.fromkeys(run.status for run in runs.values() if not run.done)
@@ -197,4 +217,4 @@ def _differ_in(arm: Arm, other: Arm, rival: tuple[str, str]) -> bool:
     key, value = rival
     line, others = dict(arm.line), dict(other.line)
     own, its = line.pop(key, None), others.pop(key, None)
-    return line == others and arm.size == other.size and bool(arm.size) and own != its and text(its) == value
+    return line == others and arm.size == other.size and bool(arm.size) and own != its and same(its, value)

@@ -46,7 +46,7 @@ def _accuracy(arms: Sequence[Arm], cost: str) -> bytes:
         points = sorted((arm for arm in arms if arm.label == label), key=lambda arm: arm.interval(cost).mean)
         at, tops = [arm.interval(cost).mean for arm in points], [arm.interval("eval/top1") for arm in points]
         means, halves = [top.mean for top in tops], [0 if math.isnan(top.half) else top.half for top in tops]
-        panel.plot(at, means, label=label, **style)
+        panel.plot(at, means, label=_plain(label), **style)
         low, high = [m - h for m, h in zip(means, halves, strict=True)], [m + h for m, h in zip(means, halves, strict=True)]
         if len(at) > 1:
             panel.fill_between(at, low, high, color=style["color"], alpha=0.12, lw=0)
@@ -74,7 +74,9 @@ def _curves(arms: Sequence[Arm]) -> bytes:
             style = {**styles[arm.label], "marker": ""}
             _curve(panels[0, column], arm, "train/loss", style)
             _curve(panels[1, column], arm, "eval/top1", style)
-        panels[0, column].set(title=", ".join(f"{key.rpartition('.')[2]} {text(value)}" for key, value in size), yscale="log")
+        panels[0, column].set(title=", ".join(f"{key.rpartition('.')[2]} {text(value)}" for key, value in size))
+        if panels[0, column].lines:
+            panels[0, column].set_yscale("log")
         panels[1, column].set(xlabel="step")
     panels[0, 0].set(ylabel="training loss")
     panels[1, 0].set(ylabel="top-1")
@@ -89,10 +91,16 @@ def _curve(panel: Axes, arm: Arm, name: str, style: dict[str, Any]) -> None:
         for step, value in run.curve(name):
             by_step.setdefault(step, []).append(value)
     steps = sorted(by_step)
-    panel.plot(steps, [statistics.fmean(by_step[step]) for step in steps], label=arm.label, lw=1, **style)
+    if not steps:
+        return
+    panel.plot(steps, [statistics.fmean(by_step[step]) for step in steps], label=_plain(arm.label), lw=1, **style)
     low, high = [min(by_step[step]) for step in steps], [max(by_step[step]) for step in steps]
     panel.fill_between(steps, low, high, color=style["color"], alpha=0.1, lw=0)
     panel.grid(alpha=0.3)
+
+
+def _plain(label: str) -> str:
+    return label.replace("$", r"\$")  # what would begin a formula
 
 
 def _png(figure: Figure) -> bytes:

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import html
 import io
 import math
 import re
@@ -82,8 +83,8 @@ class Report:
     def markdown(self, pictures: Sequence[str] = ()) -> str:
         """The whole page; `pictures` are files beside it."""
         parts = [
-            f"# {self.title()}",
-            *(f"    {command}" for command in self.found.commands),
+            f"# {_plain(self.title())}",
+            *(f"    {' '.join(command.split())}" for command in self.found.commands),
             self.reading_aid(),
             *(_markdown(self.summary()) if self.arms else ["No run has finished."]),
             *(f"![{name}]({name})" for name in pictures),
@@ -108,9 +109,13 @@ class Report:
             "machine."
         )
 
+    def _windows(self) -> list[int]:
+        """The steps at which the logs have their first line; losses of different windows are not compared."""
+        return sorted({curve[0][0] for arm in self.arms for run in arm.runs.values() if (curve := run.curve("train/loss"))})
+
     def _first_window(self) -> str:
-        steps = {curve[0][0] for arm in self.arms for run in arm.runs.values() if (curve := run.curve("train/loss"))}
-        return f" ({', '.join(map(str, sorted(steps)))} steps)" if steps else ""
+        steps = ", ".join(map(str, self._windows()))
+        return f" ({steps} steps)" if steps else ""
 
     def summary(self) -> Table:
         """A row for every arm."""
@@ -127,7 +132,7 @@ class Report:
                 _cost(arm, whole, "macs"),
                 _plus_minus(arm.interval("eval/top1")),
                 f"{len(arm.runs)}" + (f" ({arm.missing} missing)" if arm.missing else ""),
-                f"{arm.interval('early loss').mean:.3f}",
+                f"{arm.interval('early loss').mean:.3f}" if len(self._windows()) == 1 else "",
                 f"{arm.interval('images/s').mean:,.0f}",
                 *(text(dict(arm.tuning).get(key, "")) for key in tuned),
             ])  # fmt: skip
@@ -148,7 +153,7 @@ class Report:
         for top, loss in zip(tops, losses, strict=True):
             size = ", ".join(f"{short(key)} {text(value)}" for key, value in top.arm.size)
             row = [size, top.arm.label, f"{top.interval.mean:+.4f}", _bounds(top.interval), str(top.interval.n)]
-            rows.append([*row, _verdict(top.interval, 1), f"{loss.interval.mean:+.3f}", _verdict(loss.interval, -1)])
+            rows.append([*row, _verdict(top.interval, 1), *self._early(loss.interval)])
         rival = " ".join(self.rival) if self.rival[0] != "lowrank.method" else self.rival[1]
         chance = f"Of {len(tops)} comparisons, {len(tops) * (1 - grouping.CONFIDENCE):.1f} would come out by chance alone."
         lead = (
@@ -157,13 +162,16 @@ class Report:
         )
         return [f"## Paired differences from {rival}", lead, *_markdown(rows)]
 
+    def _early(self, interval: Interval) -> list[str]:
+        return [f"{interval.mean:+.3f}", _verdict(interval, -1)] if len(self._windows()) == 1 else ["", ""]
+
     def choices(self) -> list[str]:
         """What every arm's tuning was chosen from."""
         chosen = [arm for arm in self.arms if arm.candidates]
         if not chosen:
             tunable = [key for key in ("optim.lr",) if key in self.found.varied]
             note = "No split was held out (`dataset.valid_split`), so nothing is chosen: every value is an arm of its own."
-            return ["## Tuning", note] if tunable else []
+            return ["## Tuning", note] if tunable and self.arms else []
         rows = [["size", "arm", "chosen", "top-1 on the held-out split", "seeds", ""]]
         for arm in chosen:
             tried = "; ".join(
@@ -181,7 +189,10 @@ class Report:
         lost = [run for run in self.found.runs if not run.done]
         if not lost:
             return ["## Runs without a result", "None."]
-        return ["## Runs without a result", *_markdown([["run", "", ""], *([f"`{r.name}`", r.status, r.reason] for r in lost)])]
+        return [
+            "## Runs without a result",
+            *_markdown([["run", "", ""], *([f"`{run.name.replace('`', chr(39))}`", run.status, run.reason] for run in lost)]),
+        ]
 
     def common(self) -> list[str]:
         """What all runs have in common, and what made them."""
@@ -236,7 +247,7 @@ def _bounds(interval: Interval) -> str:
 
 
 def _verdict(interval: Interval, better: int) -> str:
-    if math.isnan(interval.half):
+    if math.isnan(interval.half) or not interval.half:  # one seed, or equal on all: no spread to judge by
         return ""
     if not interval.excludes_zero:
         return "not significant"
@@ -249,8 +260,13 @@ def _cost(arm: Arm, dense: Arm, name: str) -> str:
 
 
 def _markdown(rows: Table) -> list[str]:
-    header, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    header, *body = ([_plain(cell) for cell in row] for row in rows)
     return ["\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))]
+
+
+def _plain(cell: str) -> str:
+    """Text that neither a table nor a page takes for its own."""
+    return html.escape(" ".join(cell.split()), quote=False).replace("|", "\\|")
 
 
 def _html(body: str, pictures: dict[str, bytes]) -> str:

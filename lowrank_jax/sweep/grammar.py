@@ -5,17 +5,21 @@
     tune(optim.lr=0.01,0.03,0.1)                                                     all at the first seed, the best at the rest
 
 Terms are separated by semicolons, values by commas; brackets and quotes protect both.  `a:b` and `a:b:step` are whole numbers
-from a, b excluded.
+from a, b excluded.  There is no zip(...) within tune(...).
 """
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterable
 
 _RANGE = re.compile(r"(-?\d+):(-?\d+)(?::([1-9]\d*))?")
 _GROUP = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+MOST = 2000
+"""Trials of one sweep: beyond, somebody has mistyped."""
 
 Assignment = dict[str, str]
 
@@ -67,6 +71,9 @@ def parse(text: str) -> Axes:
             problems.append(str(error))
     keys = [key for term in terms for key in term[0]]
     problems += [f"{key}: given {keys.count(key)} times" for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    trials = math.prod(len(term) for term in terms)
+    if trials > MOST:
+        problems.append(f"{trials} trials; more than {MOST}")
     if not terms and not problems:
         problems.append("empty; for example lowrank.scale=0.05,0.1; seed=0:3")
     if problems:
@@ -103,6 +110,8 @@ def _range(text: str) -> Iterable[str]:
     numbers = range(int(match[1]), int(match[2]), int(match[3] or 1))
     if not numbers:
         raise ValueError(f"{text}: an empty range")
+    if len(numbers) > MOST:
+        raise ValueError(f"{text}: {len(numbers)} values; more than {MOST}")
     return map(str, numbers)
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -66,6 +67,7 @@ class _Engine:
 
     def run(self) -> dict[str, Outcome]:
         with self._signals(), self.board:
+            _start_server()
             while self.running or (self.waiting and not self.stopping):
                 while self.waiting and len(self.running) < self.jobs and not self.stopping:
                     self._start(*self.waiting.pop(0))
@@ -81,6 +83,8 @@ class _Engine:
     def _start(self, trial: Trial, tries: int) -> None:
         process = self.context.Process(target=_train, args=(list(trial.command), str(_log(trial))), name=trial.name)
         process.start()
+        if self.stopping:  # while it started
+            process.terminate()
         self.running.append(_Running(trial, process, tries, time.monotonic()))
 
     def _ended(self, run: _Running) -> None:
@@ -170,6 +174,13 @@ class _Board:
         return Group(table, f"{counts} of {engine.total}   {state}")
 
 
+def _start_server() -> None:
+    """What would end the server on Ctrl-C, before it has come to ignore it, goes by: the children are told by us."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, handler)
+
+
 def _train(arguments: list[str], log: str) -> None:
     """In the child: `lowrank` with these arguments, its output in a file."""
     from lowrank_jax import cli
@@ -192,7 +203,8 @@ def _end_with_the_parent() -> None:
 
 def _log(trial: Trial) -> pathlib.Path:
     """Where a trial's output goes: beside its other files, or under the current folder when those are remote."""
-    folder = pathlib.Path(trial.workdir) if "://" not in trial.workdir else pathlib.Path("sweep_logs") / trial.name
+    scheme, remote, path = trial.workdir.rpartition("://")
+    folder = pathlib.Path("sweep_logs", path) if scheme or remote else pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / "log.txt"
 

@@ -75,7 +75,7 @@ class Resources:
     def check(self) -> None:
         """Raises ConfigError if nothing of the kind can be had."""
         problems = []
-        if min(self.cpus, self.gpus, self.tpus) < 0 or not any(dataclasses.astuple(self)):
+        if not all(0 <= amount < math.inf for amount in dataclasses.astuple(self)) or not any(dataclasses.astuple(self)):
             problems.append(f"{self}: must be at least 0, and not all of them 0")
         if self.gpus > 1 and self.gpus != int(self.gpus):
             problems.append(f"gpus: {self.gpus:g}; a fraction of one, or a whole number")

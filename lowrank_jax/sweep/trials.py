@@ -15,10 +15,14 @@ from lowrank_jax.paths import did_you_mean
 from lowrank_jax.plans import align, count
 from lowrank_jax.schema import Config
 from lowrank_jax.sweep import grammar
-from lowrank_jax.workdir import Workdir, WorkdirError
+from lowrank_jax.workdir import Workdir, WorkdirError, flatten
 
 # Settings that mean nothing where no kernel is factored: a dense arm appears once, whatever they are.
 _OF_FACTORS = ("lowrank.", "optim.frobenius_decay", "optim.nuclear_decay")
+
+
+# What tells the arms of a comparison apart, and what their spread is taken over.
+_NOT_TUNED = ("seed", "lowrank.method", "lowrank.scale", "lowrank.rank")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +65,11 @@ class Outcome:
 def known_outcome(trial: Trial) -> "Outcome | None":
     """How the trial ended earlier, if running it again would only end the same way."""
     folder = Workdir(trial.workdir)
-    if trial.result() is not None:
-        return Outcome("done")
+    try:
+        if trial.result() is not None:
+            return Outcome("done")
+    except WorkdirError:  # the run writes it anew when it is given again
+        return None
     if stopped := folder.read_json("stopped.json"):
         return Outcome("stopped", f"by {stopped['by']} at step {stopped['step']}")
     reason = folder.diverged()
@@ -85,9 +92,13 @@ class Sweep:
 
     def chosen(self) -> list[Trial]:
         """The later runs at the tuned values that were best in the first ones, by `merit`."""
-        finished = [(merit([result]), trial) for trial in self.first if (result := trial.result())]
+        finished = [(merit([result], self._tuning(trial)), trial) for trial in self.first if (result := trial.result())]
         best = {self._arm(trial): trial for _, trial in sorted(finished, key=lambda pair: pair[0])}
         return [trial for trial in self.later if _same_tuning(trial, best.get(self._arm(trial)), self.tuned)]
+
+    def _tuning(self, trial: Trial) -> list[Any]:
+        settings = flatten(configs.to_dict(trial.config))
+        return [settings.get(key) for key in self.tuned]
 
     def _arm(self, trial: Trial) -> tuple[tuple[str, str], ...]:
         return tuple((key, text) for key, text in trial.values.items() if key not in (*self.tuned, "seed"))
@@ -138,15 +149,31 @@ def expand(source: str, overrides: Sequence[tuple[str, str]], text: str, workdir
         trials.append(Trial(name, values, config, folder, ("train", f"--config={source}", *flags, f"--workdir={folder}")))
     if problems:
         raise configs.ConfigError("--sweep", [f"{problem}   (in {name})" for problem, name in problems.items()])
+    _check_distinct(trials)
     if axes.tuned:
         return _in_two_stages(trials, axes)
     return Sweep(tuple(trials), (), ())
+
+
+def _check_distinct(trials: Sequence[Trial]) -> None:
+    """0.1 and 1e-1 are written differently and mean the same."""
+    seen: dict[str, str] = {}
+    problems = []
+    for trial in trials:
+        twin = seen.setdefault(repr(trial.config), trial.name)
+        if twin != trial.name:
+            problems.append(f"{twin} and {trial.name} are the same experiment")
+    if problems:
+        raise configs.ConfigError("--sweep", problems)
 
 
 def _check_keys(axes: grammar.Axes, overrides: Sequence[tuple[str, str]]) -> None:
     legal, fixed = configs.legal_keys(), {key for key, _ in overrides}
     problems = [f"{key}: both swept and set by --config.{key}" for key in axes.keys if key in fixed]
     open_ended = ("model.kwargs.", "dataset.kwargs.")  # the model or data set knows what is legal there
+    given = {*fixed, *axes.keys}
+    problems += [f"{key}: given beside {other}" for key in axes.keys for other in given if other.startswith(f"{key}.")]
+    problems += [f"{key}: cannot be tuned" for key in axes.tuned if key in _NOT_TUNED]
     for key in axes.keys:
         if key not in legal and not key.startswith(open_ended):
             problems.append(f"{key}: unknown key{did_you_mean(key, legal)}")
@@ -222,20 +249,24 @@ def _in_two_stages(trials: list[Trial], axes: grammar.Axes) -> Sweep:
         raise configs.ConfigError(
             "--sweep", [f"tune(...): chooses on dataset.valid_split, which is not set; for example {example}"]
         )
+    if any("seed" in term[0] and len(term[0]) > 1 for term in axes.terms):
+        raise configs.ConfigError("--sweep", ["zip(...): beside tune(...) the seed has to be a term of its own"])
     seed = next((term[0]["seed"] for term in axes.terms if "seed" in term[0]), None)
     first = [trial for trial in trials if trial.values.get("seed") == seed]
     return Sweep(tuple(first), tuple(trial for trial in trials if trial not in first), axes.tuned)
 
 
-def merit(results: Sequence[dict[str, Any]]) -> tuple[float, float]:
+Merit = tuple[float, float, list[str]]
+
+
+def merit(results: Sequence[dict[str, Any]], tuning: Sequence[Any]) -> Merit:
     """What tuned values are chosen by, given the results of runs at them: top-1 on the held-out split, and of equals its loss.
 
-    On a small split equals are common, and whoever runs the trials and whoever reports on them must choose alike.
+    On a small split equals are common, and whoever runs the trials and whoever reports on them must choose alike: where
+    the loss is equal too, by the values themselves.
     """
-    return (
-        statistics.fmean(result["valid"]["top1"] for result in results),
-        -statistics.fmean(result["valid"]["loss"] for result in results),
-    )
+    top1, loss = (statistics.fmean(result["valid"][name] for result in results) for name in ("top1", "loss"))
+    return top1, -loss, [str(value) for value in tuning]
 
 
 def _same_tuning(trial: Trial, other: Trial | None, tuned: Sequence[str]) -> bool:
