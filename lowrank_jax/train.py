@@ -155,17 +155,18 @@ def train(
     }
     folder = Workdir(workdir)
     folder.claim(to_dict(config))
-    folder.forget_failure()
-    folder.write_text("overview.txt", f"{experiment.plan}\n")
-    with Writer(folder) as writer, Checkpoints(folder.checkpoints, keep=config.checkpoint.keep) as checkpoints:
-        writer.say(_headline(experiment))
-        writer.show_settings(flatten(to_dict(config)))
-        with stop or StopSignal() as stop:
-            try:
-                return _Loop(experiment, data, folder, writer, checkpoints, stop, on_evaluation).run()
-            except Diverged as error:
-                folder.note_failure(diverged=True, reason=str(error))
-                raise
+    with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
+        folder.forget_failure()
+        folder.write_text("overview.txt", f"{experiment.plan}\n")
+        with Writer(folder) as writer, Checkpoints(folder.checkpoints, keep=config.checkpoint.keep) as checkpoints:
+            writer.say(_headline(experiment))
+            writer.show_settings(flatten(to_dict(config)))
+            with stop or StopSignal() as stop:
+                try:
+                    return _Loop(experiment, data, folder, writer, checkpoints, stop, on_evaluation).run()
+                except Diverged as error:
+                    folder.note_failure(diverged=True, reason=str(error))
+                    raise
 
 
 class _Loop:

@@ -1,10 +1,12 @@
 """The files of a work directory other than checkpoints and event files."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -45,6 +47,24 @@ class Workdir:
             self.write_json("config.json", config)
         except OSError as error:
             raise WorkdirError(f"cannot write to {self.path}: {error.strerror or error}") from None
+
+    @contextlib.contextmanager
+    def locked(self, seconds: float = 10.0) -> Iterator[None]:
+        """Keeps other processes of this machine from training in the folder; nothing where it is remote or cannot be locked.
+
+        Raises:
+          WorkdirError: another one was still at it after so many seconds, which a process that is ending may take.
+        """
+        if "://" in str(self.path):
+            yield
+            return
+        with (self.path / ".lock").open("w") as file:
+            end = time.monotonic() + seconds
+            while not _try_lock(file):
+                if time.monotonic() > end:
+                    raise WorkdirError(f"another process is training in {self.path}; stop it, or use a new --workdir")
+                time.sleep(0.1)
+            yield
 
     def check(self, config: dict[str, Any]) -> None:
         """Raises WorkdirError if the folder belongs to another experiment."""
@@ -141,6 +161,16 @@ class Workdir:
             if line["step"] <= step and not repeated:
                 kept.append(line)
         self.write_lines("metrics.jsonl", kept)
+
+
+def _try_lock(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def config_digest(config: dict[str, Any]) -> str:

@@ -59,3 +59,11 @@ def test_metrics_beyond_the_resumed_step_are_forgotten(tmp_path):
     assert [(line["step"], "eval/top1" in line) for line in lines] == [(10, False), (10, True), (20, False), (20, True)]
     folder.forget_metrics_after(20, evaluated=False)  # it will be evaluated again
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_one_process_at_a_time(tmp_path):
+    first, second = Workdir(tmp_path), Workdir(tmp_path)
+    with first.locked(), pytest.raises(WorkdirError, match="another process is training in"), second.locked(seconds=0.2):
+        pass
+    with second.locked(seconds=0.2):
+        pass

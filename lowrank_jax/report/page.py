@@ -191,7 +191,7 @@ class Report:
             return ["## Runs without a result", "None."]
         return [
             "## Runs without a result",
-            *_markdown([["run", "", ""], *([f"`{run.name.replace('`', chr(39))}`", run.status, run.reason] for run in lost)]),
+            *_markdown([["run", "", ""], *([_code(run.name), run.status, run.reason] for run in lost)]),
         ]
 
     def common(self) -> list[str]:
@@ -266,7 +266,12 @@ def _markdown(rows: Table) -> list[str]:
 
 def _plain(cell: str) -> str:
     """Text that neither a table nor a page takes for its own."""
-    return html.escape(" ".join(cell.split()), quote=False).replace("|", "\\|")
+    line = " ".join(cell.split()).replace("|", "\\|")
+    return line if line.startswith("`") else html.escape(line, quote=False)  # Markdown escapes code by itself
+
+
+def _code(name: str) -> str:
+    return "`" + name.replace("`", "'") + "`"
 
 
 def _html(body: str, pictures: dict[str, bytes]) -> str:

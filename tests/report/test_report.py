@@ -269,3 +269,64 @@ def test_of_equals_the_sweep_and_the_report_choose_the_same(tmp_path):
     (arm,) = Report([str(tmp_path)]).arms
     (second,) = sweep.chosen()
     assert dict(arm.tuning)["optim.lr"] == second.config.optim.lr == 0.2
+
+
+def test_a_crash_at_one_learning_rate_does_not_hide_what_has_finished(tmp_path):
+    held_out = {"dataset__train_split": "train[:90%]", "dataset__valid_split": "train[90%:]"}
+    for lr, valid in ((0.1, 0.7), (0.2, 0.8)):
+        make(tmp_path, f"a{lr}", valid=valid, top1=valid, optim__lr=lr, **held_out)
+    make(tmp_path, "begun", optim__lr=0.3, **held_out)
+    make(tmp_path, "crashed", optim__lr=0.4, **held_out)
+    Workdir(tmp_path / "crashed").note_failure(diverged=False, reason="killed by SIGKILL")
+    report = Report([str(tmp_path)])
+    (arm,) = report.arms
+    assert dict(arm.tuning) == {"optim.lr": 0.2}
+    assert "lr 0.3: unfinished; lr 0.4: failed" in report.markdown()
+
+
+def test_an_experiment_that_was_run_twice_counts_once(tmp_path):
+    make(tmp_path, "b", top1=0.9)
+    make(tmp_path, "c", top1=0.1)
+    make(tmp_path, "a")  # and once not to its end
+    report = Report([str(tmp_path)])
+    (arm,) = report.arms
+    assert [run.name for run in arm.runs.values()] == ["b"]
+    assert report.markdown().count("the same experiment as b") == 2
+
+
+def test_a_folder_given_twice_is_read_once_and_equal_names_are_told_apart(runs, tmp_path):
+    assert len(Report([str(runs), str(runs / "dense0")]).found.runs) == 25
+    for parent in ("x", "y"):
+        make(tmp_path / parent, "s/a", top1=0.5, seed=ord(parent))
+    names = {run.name for run in Report([str(tmp_path / "x" / "s"), str(tmp_path / "y" / "s")]).found.runs}
+    assert names == {f"{tmp_path}/{parent}/s/a" for parent in ("x", "y")}
+
+
+def test_nothing_in_the_runs_becomes_a_part_of_the_page(runs, tmp_path):
+    make(runs, "hostile`<b>", failure="<img src=x onerror=1> | a\nb $x", seed=98)
+    make(runs, "dollar", top1=0.5, seed=99, lowrank__rules="({'path': '.*/kernel$', 'method': 'spectral', 'scale': 0.5},)")
+    Report([str(runs)]).write(tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<img src=x" not in page and "<b>" not in page
+    assert "<td><code>hostile'&lt;b&gt;</code></td>\n<td>diverged</td>\n<td>&lt;img src=x onerror=1&gt; | a b $x</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result.json", "{}"),
+        ("result.json", '{"params": NaN, "macs": 1, "seconds": 1, "versions": {}, "eval": {"top1": 1, "loss": 1}}'),
+        ("config.json", "{}"),
+        ("metrics.jsonl", "3\n[]\n\udcff"),
+    ],
+)
+def test_foreign_files_are_no_traceback(runs, tmp_path, name, content):
+    (runs / "dense0" / name).write_text(content, errors="surrogateescape")
+    Report([str(runs)]).write(tmp_path / "out")
+    (runs / "dense1" / "metrics.jsonl").unlink()
+    Report([str(runs)]).write(tmp_path / "out")
+
+
+def test_what_is_no_place_to_read_from_says_so():
+    with pytest.raises(WorkdirError, match="foo://x"):
+        Report(["foo://x"])

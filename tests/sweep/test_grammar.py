@@ -80,7 +80,7 @@ def test_all_that_is_wrong_is_told_at_once():
 @given(
     st.dictionaries(
         st.from_regex(r"[a-z]{1,5}(\.[a-z]{1,5})?", fullmatch=True),
-        st.lists(st.integers(), min_size=1, unique=True),
+        st.lists(st.integers(), min_size=1, max_size=6, unique=True),
         min_size=1,
         max_size=4,
     )

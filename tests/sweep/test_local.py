@@ -34,6 +34,17 @@ def results(workdir):
     return {file.parent.name: json.loads(file.read_text()) for file in workdir.glob("*/result.json")}
 
 
+@contextlib.contextmanager
+def started(command):
+    """A process that a failing test does not wait for."""
+    with running.start(command) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
 def wait_until(condition, process, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
@@ -62,7 +73,7 @@ def test_a_sweep_goes_on_past_a_divergence_and_does_not_repeat_what_is_done(tmp_
 
 def test_a_killed_trial_is_tried_once_more_and_an_interrupted_sweep_goes_on(tmp_path):
     command = sweep(tmp_path, "seed=0:2", "--config.checkpoint.every=200 steps", steps=10_000_000)
-    with running.start(command) as process:
+    with started(command) as process:
         log = tmp_path / "seed=0" / "log.txt"
         wait_until(lambda: log.exists() and "saved@1000" in log.read_text(), process)
         child = next(pid for pid in descendants(process.pid) if str(log) in open_files(pid))
@@ -76,7 +87,7 @@ def test_a_killed_trial_is_tried_once_more_and_an_interrupted_sweep_goes_on(tmp_
     assert not descendants(process.pid)
 
     # The rest of it is long; that the same command goes on is enough.
-    with running.start(command) as process:
+    with started(command) as process:
         wait_until(lambda: log.read_text().count("resuming") == 2, process)
         process.kill()
     end = time.monotonic() + 30
@@ -144,7 +155,9 @@ def descendants(ancestor):
 
 
 def open_files(pid):
-    try:
-        return [str(entry.readlink()) for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir()]
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return []
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed in the meantime
+                found.append(str(entry.readlink()))
+    return found

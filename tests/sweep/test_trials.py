@@ -125,3 +125,25 @@ def test_a_second_sweep_of_a_folder_is_recorded_beside_the_first(tmp_path):
     stored = json.loads((tmp_path / "sweep.json").read_text())
     assert list(stored["trials"]) == ["seed=0", "seed=1", "seed=2"]
     assert stored["commands"] == ["lowrank sweep seed=0:2", "lowrank sweep seed=1:3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.lr=0.1,1e-1", "lr=0.1 and lr=1e-1 are the same experiment"),
+        ("model.kwargs={}; model.kwargs.norm=none", "model.kwargs: given beside model.kwargs.norm"),
+        ("tune(seed=0,1)", "seed: cannot be tuned"),
+        ("tune(lowrank.method=none,spectral)", "lowrank.method: cannot be tuned"),
+        ("zip(seed=0,1; lowrank.scale=0.1,0.2); tune(optim.lr=0.1,0.2)", "the seed has to be a term of its own"),
+        ("seed=0:99999999999", "99999999999 values; more than 2000"),
+        ("seed=0:1000; optim.lr=1,2,3", "3000 trials; more than 2000"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        expand(CONFIG, HELD_OUT, text, str(tmp_path))
+
+
+def test_quotes_protect_and_come_off(tmp_path):
+    (trial,) = expand(CONFIG, [], "optim.name='sgd'", str(tmp_path)).first
+    assert trial.config.optim.name == "sgd"
