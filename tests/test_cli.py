@@ -145,7 +145,7 @@ def test_divergence_has_a_status_of_its_own(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["overview"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["sweep"], ["report"]])
 def test_help_has_examples(command):
     result = lowrank(*command, "--help")
     assert result.returncode == 0
@@ -159,6 +159,16 @@ def test_a_wrong_command_line_has_status_2(arguments):
     result = lowrank(*arguments)
     assert result.returncode == 2
     assert result.stderr
+
+
+def test_report_prints_the_table_and_where_the_page_is(trained, tmp_path):
+    result = lowrank("report", trained, f"--out={tmp_path / 'out'}")
+    assert result.returncode == 0, result.stderr
+    header, row, *_ = (line.split() for line in result.stdout.splitlines())
+    assert header[:5] == ["scale", "arm", "params", "MACs", "top-1"] and row[1] == "kernel_projection"
+    assert str(tmp_path / "out" / "report.html") in result.stdout.splitlines()
+    missing = lowrank("report", tmp_path / "nowhere")
+    assert missing.returncode == 2 and "nowhere is not a folder" in missing.stderr
 
 
 def test_init_report_prints_a_table_and_writes_three_files(tmp_path):

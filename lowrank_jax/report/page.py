@@ -151,8 +151,13 @@ class Report:
             return []
         rows = [["size", "arm", "top-1 less rival's", "interval", "seeds", "", "early loss less rival's", ""]]
         for top, loss in zip(tops, losses, strict=True):
-            size = ", ".join(f"{short(key)} {text(value)}" for key, value in top.arm.size)
-            row = [size, top.arm.label, f"{top.interval.mean:+.4f}", _bounds(top.interval), str(top.interval.n)]
+            row = [
+                _settings(top.arm.size),
+                top.arm.label,
+                f"{top.interval.mean:+.4f}",
+                _bounds(top.interval),
+                str(top.interval.n),
+            ]
             rows.append([*row, _verdict(top.interval, 1), *self._early(loss.interval)])
         rival = " ".join(self.rival) if self.rival[0] != "lowrank.method" else self.rival[1]
         chance = f"Of {len(tops)} comparisons, {len(tops) * (1 - grouping.CONFIDENCE):.1f} would come out by chance alone."
@@ -186,13 +191,16 @@ class Report:
 
     def failures(self) -> list[str]:
         """Every run that has no result."""
-        lost = [run for run in self.found.runs if not run.done]
+        lost = self._lost()
         if not lost:
             return ["## Runs without a result", "None."]
         return [
             "## Runs without a result",
             *_markdown([["run", "", ""], *([_code(run.name), run.status, run.reason] for run in lost)]),
         ]
+
+    def _lost(self) -> list[Run]:
+        return [run for run in self.found.runs if not run.done]
 
     def common(self) -> list[str]:
         """What all runs have in common, and what made them."""
@@ -220,7 +228,7 @@ class Report:
 
     def console(self) -> str:
         """The table for a terminal, and what is missing."""
-        lost = [run for run in self.found.runs if not run.done]
+        lost = self._lost()
         lines = [align(self.summary())] if self.arms else ["no run has finished"]
         if lost:
             lines.append(f"{len(lost)} of {len(self.found.runs)} runs without a result: {_ends(lost)}")

@@ -40,7 +40,7 @@ try:
     from ray.exceptions import RayError
     from ray.tune.schedulers import ASHAScheduler
 except ImportError as error:
-    missing = f"Ray Tune cannot be imported ({error}); pip install 'lowrank_jax[ray]'"
+    missing = f"Ray Tune cannot be imported ({error}); pip install 'lowrank_jax[train,ray]'"
     raise configs.ConfigError("--engine=ray", [missing]) from error
 
 _RETRIES = 2
