@@ -52,7 +52,8 @@ def _accuracy(arms: Sequence[Arm], cost: str) -> bytes:
             panel.fill_between(at, low, high, color=style["color"], alpha=0.12, lw=0)
         else:
             panel.errorbar(at, means, halves, color=style["color"], capsize=3)
-    panel.set(xlabel=_AXES[cost], ylabel="top-1")
+    low, high = panel.get_ylim()
+    panel.set(xlabel=_AXES[cost], ylabel="top-1", ylim=(max(low, 0), min(high, 1.002)))  # an interval may go beyond, top-1 not
     if cost != "images/s":
         sizes = sorted({arm.interval(cost).mean for arm in arms})
         panel.set_xscale("log")
