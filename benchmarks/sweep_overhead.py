@@ -17,7 +17,7 @@ from benchmarks.turns import ratio, take_turns
 
 TRIALS, TURNS = 4, 3
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "digits_resnet.py"
-LENGTH = ["--config.epochs=none", "--config.steps=40"]
+LENGTH = ["--config.epochs=none", "--config.steps=60"]
 
 
 def main() -> None:
