@@ -86,7 +86,7 @@ class Arm:
     def at_edge(self) -> bool:
         """Whether the chosen tuning is the lowest or highest number that was tried, so that a better one may lie beyond."""
         for key, value in self.tuning:
-            tried = sorted({dict(candidate.values)[key] for candidate in self.candidates}, key=str)
+            tried = {dict(candidate.values).get(key) for candidate in self.candidates}
             numbers = [number for number in tried if isinstance(number, int | float)]
             if len(numbers) > 1 and value in (min(numbers), max(numbers)):
                 return True

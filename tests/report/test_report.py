@@ -330,3 +330,13 @@ def test_foreign_files_are_no_traceback(runs, tmp_path, name, content):
 def test_what_is_no_place_to_read_from_says_so():
     with pytest.raises(WorkdirError, match="foo://x"):
         Report(["foo://x"])
+
+
+def test_a_tuned_value_may_be_none(tmp_path):
+    held_out = {"dataset__train_split": "train[:90%]", "dataset__valid_split": "train[90%:]"}
+    for clip, valid in (("none", 0.7), (1.0, 0.8), (2.0, 0.6)):
+        make(tmp_path, f"{clip}", valid=valid, top1=valid, optim__clip_norm=clip, **held_out)
+    report = Report([str(tmp_path)], tune=["optim.clip_norm"])
+    (arm,) = report.arms
+    assert dict(arm.tuning) == {"optim.clip_norm": 1.0} and len(arm.candidates) == 3
+    assert "clip_norm 1: 0.8000" in report.markdown()
