@@ -121,7 +121,7 @@ def test_a_signal_saves_what_runs_and_the_same_call_would_go_on(cluster, tmp_pat
 def test_without_ray_there_is_one_clear_message(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "lowrank_jax.sweep.ray_tune")
-    with pytest.raises(ConfigError, match=r"--engine=ray: 1 problem\n.*pip install 'lowrank_jax\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"--engine=ray: 1 problem\n.*pip install 'lowrank_jax\[train,ray\]'"):
         importlib.import_module("lowrank_jax.sweep.ray_tune")
 
 
