@@ -291,7 +291,7 @@ def _init_report(args: argparse.Namespace) -> int:
     first = pathlib.Path(f"{args.out}.md")
     first.parent.mkdir(parents=True, exist_ok=True)
     first.touch()  # rather now than after all of it
-    arms = init_report.compare(config, settings, say=functools.partial(print, flush=True))
+    arms = init_report.compare(config, settings, say=_say)
     print(align(init_report.summary(arms)))
     command = f"lowrank init-report {shlex.join(args.given)}"
     for path in init_report.write(arms, args.out, command=command, config=config, settings=settings):

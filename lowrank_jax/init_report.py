@@ -21,7 +21,7 @@ from lowrank_jax.data.pipeline import TrainBatches
 from lowrank_jax.experiment import blank_images
 from lowrank_jax.methods import METHODS
 from lowrank_jax.paths import did_you_mean, named_leaves
-from lowrank_jax.plans import Plan
+from lowrank_jax.plans import Plan, markdown_table
 from lowrank_jax.schema import Config
 from lowrank_jax.step import normalizer
 from lowrank_jax.writer import duration
@@ -331,23 +331,18 @@ def write(arms: Sequence[Arm], prefix: str, *, command: str, config: Config, set
         "the same for all images has 1, an unrelated network with logits of the same size 2.",
         "* *Seconds*: to factor all kernels, compiled, the least of up to three runs; *compile*: before that, once.",
         "",
-        *_markdown(summary(arms)),
+        markdown_table(summary(arms)),
         "",
         f"![risk and logit error by scale]({picture.name})",
     ]
     for scale in settings.scales:
         lines += ["", f"## Relative risk of every kernel at scale {scale:g}", ""]
-        lines += _markdown(kernel_table(arms, scale, shapes))
+        lines.append(markdown_table(kernel_table(arms, scale, shapes)))
     stored = {"command": command, "arms": [dataclasses.asdict(arm) for arm in arms]}
     markdown.write_text("\n".join(lines) + "\n")
     data.write_text(json.dumps(stored, indent=1, allow_nan=False) + "\n")
     _plot(arms, picture, config.model.name)
     return [markdown, data, picture]
-
-
-def _markdown(rows: list[list[str]]) -> list[str]:
-    header, *body = rows
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body)]
 
 
 def _plot(arms: Sequence[Arm], path: pathlib.Path, title: str) -> None:

@@ -111,6 +111,12 @@ def align(rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows as a table of Markdown, the first one its header."""
+    header, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+
+
 def with_change(planned: int, dense: int) -> str:
     """A count, and by how many per cent it differs from the dense one."""
     change = f" {100 * (planned - dense) / dense:+.0f}%" if dense and planned != dense else ""

@@ -13,7 +13,7 @@ import markdown
 from etils import epath
 
 from lowrank_jax.paths import did_you_mean
-from lowrank_jax.plans import align, count
+from lowrank_jax.plans import align, count, markdown_table
 from lowrank_jax.report import arms as grouping
 from lowrank_jax.report import figures
 from lowrank_jax.report.arms import Arm, Interval, short, text
@@ -59,9 +59,10 @@ class Report:
         key, equals, value = given.partition("=")
         if not equals:
             key, value = "lowrank.method", given
-        known = dict.fromkeys(text(dict(arm.line)[key]) for arm in low_rank if key in dict(arm.line))
-        if value not in known:
-            raise WorkdirError(f"--rival: no finished run has {key}={value}; there are: {', '.join(known) or 'none'}")
+        known = dict.fromkeys(dict(arm.line)[key] for arm in low_rank if key in dict(arm.line))
+        if not any(grouping.same(other, value) for other in known):
+            there = ", ".join(map(text, known)) or "none"
+            raise WorkdirError(f"--rival: no finished run has {key}={value}; there are: {there}")
         return key, value
 
     def write(self, out: epath.PathLike) -> list[str]:
@@ -268,8 +269,7 @@ def _cost(arm: Arm, dense: Arm, name: str) -> str:
 
 
 def _markdown(rows: Table) -> list[str]:
-    header, *body = ([_plain(cell) for cell in row] for row in rows)
-    return ["\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))]
+    return [markdown_table([[_plain(cell) for cell in row] for row in rows])]
 
 
 def _plain(cell: str) -> str:
