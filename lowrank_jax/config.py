@@ -366,8 +366,12 @@ def _mesh_problems(config: Config, devices: int) -> list[str]:
         return [f"mesh.data: a mesh of {'x'.join(str(size) for size in axes.values())} does not fit {devices} devices"]
     sizes = {axis: devices // fixed if size == -1 else size for axis, size in axes.items()}
     shards = sizes["data"] * sizes["fsdp"]
-    return [
+    problems = [
         f"{key}: {size}; must be a multiple of the {shards} devices that share a batch"
         for key, size in (("batch_size", config.batch_size), ("eval.batch_size", config.eval.batch_size))
         if size % shards
     ]
+    parts = config.optim.accumulate
+    if not problems and config.batch_size % (shards * parts):
+        problems.append(f"optim.accumulate: {parts}; {config.batch_size} images cannot be cut in so many on {shards} devices")
+    return problems

@@ -17,6 +17,7 @@ from lowrank_jax.data.pipeline import Shard, eval_batches
 from lowrank_jax.plans import align, count
 from lowrank_jax.schema import Config, MeshConfig
 from lowrank_jax.sharding import put_batch
+from lowrank_jax.state import evaluated_variables
 from lowrank_jax.workdir import Workdir, WorkdirError
 
 UNUSABLE = (configs.ConfigError, WorkdirError, DataError, CheckpointError, OSError)
@@ -66,7 +67,8 @@ class Evaluation:
     Attributes:
       split: what was evaluated.
       step: the checkpoint's.
-      metrics: from `evaluate`.
+      metrics: from `evaluate`; of the averaged weights where the run keeps any.
+      raw_metrics: of the raw weights beside the averaged ones; None where there are no others.
       params, dense_params: of the network, and of its dense twin.
       damaged: newer steps that could not be used, each with the reason.
     """
@@ -74,15 +76,21 @@ class Evaluation:
     split: str
     step: int
     metrics: dict[str, float]
+    raw_metrics: dict[str, float] | None
     params: int
     dense_params: int
     damaged: dict[int, str]
 
-    def row(self) -> list[str]:
-        """Cells of a table."""
-        scores = [f"{self.metrics[name]:.4f}" for name in ("top1", "top5", "loss")]
-        examples = f"{self.metrics['examples']:,}"
-        return [self.split, examples, *scores, str(self.step), count(self.params), count(self.dense_params)]
+    def rows(self) -> list[list[str]]:
+        """Cells of a table; the raw weights have a row of their own where there are averaged ones."""
+        if self.raw_metrics is None:
+            return [self._row(self.split, self.metrics)]
+        return [self._row(f"{self.split}, averaged", self.metrics), self._row(f"{self.split}, raw", self.raw_metrics)]
+
+    def _row(self, split: str, metrics: dict[str, float]) -> list[str]:
+        scores = [f"{metrics[name]:.4f}" for name in ("top1", "top5", "loss")]
+        examples = f"{metrics['examples']:,}"
+        return [split, examples, *scores, str(self.step), count(self.params), count(self.dense_params)]
 
     def warnings(self) -> list[str]:
         """A line for every damaged step."""
@@ -90,7 +98,7 @@ class Evaluation:
 
     def table(self) -> str:
         """Aligned text: a header and a row."""
-        return "\n".join([*self.warnings(), align([_HEADER, self.row()])])
+        return "\n".join([*self.warnings(), align([_HEADER, *self.rows()])])
 
     def json(self) -> str:
         """One object."""
@@ -106,12 +114,11 @@ class Rows:
         self._say, self._begun = say, False
 
     def add(self, workdir: str, evaluation: Evaluation) -> None:
-        header, row = ["workdir", *_HEADER], [workdir, *evaluation.row()]
-        self._widths = [max(width, len(a), len(b)) for width, a, b in zip(self._widths, header, row, strict=True)]
-        if not self._begun:
-            self._line(header)
+        table = [["workdir", *_HEADER], *([workdir, *row] for row in evaluation.rows())]
+        self._widths = [max(map(len, column)) for column in zip(*table, [" " * width for width in self._widths], strict=True)]
+        for cells in table[self._begun :]:  # the header once
+            self._line(cells)
         self._begun = True
-        self._line(row)
 
     def _line(self, cells: list[str]) -> None:
         padded = [cell.ljust(width) for cell, width in zip(cells, self._widths, strict=True)]
@@ -142,21 +149,27 @@ class Subject:
 
     def target(self) -> dict[str, Any]:
         """The parts of the state that evaluation needs."""
-        return {"params": self.experiment.shapes.params, "batch_stats": self.experiment.shapes.batch_stats}
+        shapes = self.experiment.shapes
+        return {"params": shapes.params, "batch_stats": shapes.batch_stats, **({"ema": shapes.ema} if shapes.ema else {})}
 
     def evaluate(self, restored: Restored, stop_requested: Callable[[], bool] = lambda: False) -> Evaluation:
         """Raises Interrupted if `stop_requested` becomes true on the way."""
-        metrics = evaluate(
-            self.eval_step,
-            restored.state["params"],
-            restored.state["batch_stats"],
-            self.arrays,
-            batch_size=self.batch_size,
-            mesh=self.experiment.mesh,
-            stop_requested=stop_requested,
-        )
+        metrics = {
+            suffix: evaluate(
+                self.eval_step,
+                variables["params"],
+                variables["batch_stats"],
+                self.arrays,
+                batch_size=self.batch_size,
+                mesh=self.experiment.mesh,
+                stop_requested=stop_requested,
+            )
+            for suffix, variables in evaluated_variables({"ema": {}, **restored.state}).items()
+        }
         plan = self.experiment.plan
-        return Evaluation(self.split, restored.step, metrics, plan.params, plan.dense_params, restored.damaged)
+        return Evaluation(
+            self.split, restored.step, metrics[""], metrics.get("_raw"), plan.params, plan.dense_params, restored.damaged
+        )
 
 
 class Evaluator:
@@ -197,7 +210,7 @@ class Evaluator:
         return Subject(folder, experiment, self._eval_step(experiment), split, self._read(config, split), batch_size)
 
     def _experiment(self, config: Config, workdir: str) -> experiments.Experiment:
-        key = repr((config.model, config.description, config.lowrank))
+        key = repr((config.model, config.description, config.lowrank, config.optim.ema_decay is None))
         if key not in self._experiments:
             self._experiments[key] = experiments.build(dataclasses.replace(config, mesh=MeshConfig()), workdir)
         return self._experiments[key]

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from lowrank_jax import inputs, optim, state, step
+from lowrank_jax import augment, inputs, optim, state, step
 from lowrank_jax.config import ConfigError, make_plan
 from lowrank_jax.data.datasets import Dataset
 from lowrank_jax.plans import Plan
@@ -52,8 +52,9 @@ class Experiment:
         return jax.jit(self._init_state, out_shardings=shardings)(self._seed(), moments)
 
     def _init_state(self, seed: Any, moments: dict[str, jax.Array] | None) -> state.TrainState:
-        _, optimizer = self.make_optimizer(self.config.optim.lr)
-        return state.init_state(self.model, self.plan, optimizer, blank_images(self.dataset), seed, moments)
+        _, optimizer = self.make_optimizer(self.config.peak_lr)
+        ema = self.config.optim.ema_decay is not None
+        return state.init_state(self.model, self.plan, optimizer, blank_images(self.dataset), seed, moments, ema=ema)
 
     def _second_moments(self, batches: Iterable[dict[str, jax.Array]]) -> dict[str, jax.Array]:
         """Of the layers' inputs in the dense network as it is drawn, every BatchNorm on its batch's own statistics."""
@@ -70,14 +71,21 @@ class Experiment:
         # The seed and the learning rate are arguments of the program: another value finds it in the compilation cache.
         def train_step(state: state.TrainState, batch: dict[str, jax.Array], seed: Any, lr: Any):
             schedule, optimizer = self.make_optimizer(lr)
-            smoothing = self.config.optim.label_smoothing
-            normalize = self._normalizer()
-            update = step.make_train_step(self.model, optimizer, schedule, normalize, label_smoothing=smoothing, seed=seed)
+            settings = self.config.optim
+            update = step.make_train_step(
+                self.model,
+                optimizer,
+                schedule,
+                self._augment(),
+                accumulate=settings.accumulate,
+                ema_decay=settings.ema_decay,
+                seed=seed,
+            )
             return update(state, batch)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
-        settings = self._seed(), np.float32(self.config.optim.lr)
+        settings = self._seed(), np.float32(self.config.peak_lr)
         compiled = jitted.lower(self.shapes, self._batch_shapes(), *settings).compile()
         return lambda state, batch: compiled(state, batch, *settings)
 
@@ -88,7 +96,18 @@ class Experiment:
         return jax.jit(step.make_eval_step(self.model, self._normalizer()), out_shardings=replicated(self.mesh))
 
     def _normalizer(self):
-        return step.normalizer(self.dataset.mean, self.dataset.std)
+        return augment.normalizer(self.dataset.mean, self.dataset.std)
+
+    def _augment(self) -> augment.Augment:
+        data = self.config.dataset
+        return augment.Augment(
+            self._normalizer(),
+            self.dataset.num_classes,
+            label_smoothing=self.config.optim.label_smoothing,
+            random_erasing=data.random_erasing,
+            mixup=data.mixup,
+            cutmix=data.cutmix,
+        )
 
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         size, sharding = self.config.batch_size, batch_sharding(self.mesh)
@@ -122,6 +141,7 @@ def build(config: Config, source: str = "config") -> Experiment:
             total_steps=config.total_steps,
             warmup=config.in_steps(settings.warmup),
             step_at=[config.in_steps(moment) for moment in settings.step_at],
+            step_every=max(1, config.in_steps(settings.step_every)),
             step_factor=settings.step_factor,
         )
         optimizer = optim.make_optimizer(
@@ -133,6 +153,7 @@ def build(config: Config, source: str = "config") -> Experiment:
             b1=settings.b1,
             b2=settings.b2,
             eps=settings.eps,
+            trust_coefficient=settings.trust_coefficient,
             clip_norm=settings.clip_norm,
             weight_decay=settings.weight_decay,
             decay_rules=settings.decay_rules,
@@ -142,10 +163,11 @@ def build(config: Config, source: str = "config") -> Experiment:
         return schedule, optimizer
 
     try:
-        _, optimizer = make_optimizer(settings.lr)
+        _, optimizer = make_optimizer(config.peak_lr)
     except ValueError as error:
         raise ConfigError(source, [f"optim.decay_rules: {line}" for line in str(error).splitlines()]) from error
-    init_state = functools.partial(state.init_state, model, plan, optimizer, blank_images(dataset), config.seed)
+    ema = settings.ema_decay is not None
+    init_state = functools.partial(state.init_state, model, plan, optimizer, blank_images(dataset), config.seed, ema=ema)
     shapes = jax.eval_shape(init_state)
     return Experiment(config, dataset, model, plan, make_optimizer, mesh, _placed(shapes, tree_shardings(shapes, mesh)))
 

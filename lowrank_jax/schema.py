@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+
 from lowrank_jax import models, optim
 from lowrank_jax.data import datasets
 from lowrank_jax.methods import METHODS
@@ -98,6 +100,9 @@ class DatasetConfig:
     )
     flip: bool = False
     crop_padding: int = _option(0, _at_least(0))
+    random_erasing: float = _option(0.0, _between(0, 1))  # how often a rectangle of an image is replaced by noise
+    mixup: float = _option(0.0, _at_least(0))  # alpha of the shares' Beta distribution; 0 for none
+    cutmix: float = _option(0.0, _at_least(0))  # the same; with both, every batch takes one or the other
     kwargs: dict = dataclasses.field(default_factory=dict)  # of `synthetic`
 
 
@@ -106,6 +111,7 @@ class ModelConfig:
     """A name that `models.build` knows, or "package.module:attribute", and the model's own settings."""
 
     name: str = "resnet8"
+    dtype: str = _option("float32", _one_of("float32", "bfloat16"))  # of the computation; parameters stay float32
     kwargs: dict = dataclasses.field(default_factory=dict)
 
 
@@ -115,15 +121,18 @@ class OptimConfig:
 
     name: str = _option("sgd", _one_of(*optim.OPTIMIZERS))
     lr: float = _option(0.1, _above(0))
+    lr_per_images: int | None = _option(None, _at_least(1))  # the batch size that `lr` is for; None for any
     schedule: str = _option("cosine", _one_of(*optim.SCHEDULES))
     warmup: Duration = Duration(0, "step")
     step_at: tuple[Duration, ...] = ()  # where the schedule `step` multiplies the rate by `step_factor`
+    step_every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))  # the same for the schedule `exponential`
     step_factor: float = _option(0.1, _fraction)
     momentum: float = _option(0.9, _below_one)
     nesterov: bool = True
     b1: float = _option(0.9, _below_one)
     b2: float = _option(0.999, _below_one)
     eps: float = _option(1e-8, _above(0))
+    trust_coefficient: float = _option(0.001, _above(0))
     clip_norm: float | None = _option(None, _above(0))
     weight_decay: float = _option(0.0, _at_least(0))
     # (path, multiple of weight_decay), in order; every parameter must be matched.
@@ -133,6 +142,8 @@ class OptimConfig:
     frobenius_decay: float = _option(0.0, _at_least(0))
     nuclear_decay: float = _option(0.0, _at_least(0))
     label_smoothing: float = _option(0.0, _below_one)
+    accumulate: int = _option(1, _at_least(1))  # parts that a batch goes through the network in, one after the other
+    ema_decay: float | None = _option(None, _below_one)  # of the average of the weights, which then is what is evaluated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,9 +265,15 @@ class Config:
         return self.steps or max(1, self.in_steps(Duration(self.epochs or 0, "epoch")))
 
     @property
+    def peak_lr(self) -> float:
+        """The highest learning rate of this batch size."""
+        return self.optim.lr * self.batch_size / (self.optim.lr_per_images or self.batch_size)
+
+    @property
     def description(self) -> datasets.Dataset:
         """What is known of the data set without reading it."""
         return datasets.describe(self.dataset.name, self.dataset.kwargs)
 
     def build_model(self):
-        return models.build(self.model.name, num_classes=self.description.num_classes, **self.model.kwargs)
+        dtype = {} if self.model.dtype == "float32" else {"dtype": jnp.dtype(self.model.dtype)}
+        return models.build(self.model.name, num_classes=self.description.num_classes, **dtype, **self.model.kwargs)

@@ -22,12 +22,28 @@ class TrainState:
       params: the parameters, factor pairs included.
       batch_stats: BatchNorm's running statistics; under jit they are those of the global batch.
       opt_state: the optimiser's state.
+      ema: running averages of `params` and `batch_stats`, by these names; empty where none are kept.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    ema: Any = flax.struct.field(default_factory=dict)
+
+    def variables(self) -> dict[str, dict[str, Any]]:
+        """See `evaluated_variables`."""
+        return evaluated_variables({"params": self.params, "batch_stats": self.batch_stats, "ema": self.ema})
+
+
+def evaluated_variables(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What of a state is evaluated, by the suffix of its metrics: the averages where there are any, and the raw weights.
+
+    Args:
+      parts: `params`, `batch_stats` and `ema` of a `TrainState`.
+    """
+    raw = {"params": parts["params"], "batch_stats": parts["batch_stats"]}
+    return {"": parts["ema"], "_raw": raw} if parts["ema"] else {"": raw}
 
 
 def key(seed: Any, stream: str, step: int | jax.Array = 0) -> jax.Array:
@@ -63,7 +79,10 @@ def init_state(
     images: jax.Array,
     seed: Any,
     moments: dict[str, jax.Array] | None = None,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """A state before its first step, arguments as in `init_params`; made to run under `jit`, decompositions included."""
     params, batch_stats = init_params(model, plan, images, seed, moments)
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+    average = {"params": params, "batch_stats": batch_stats} if ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), average)

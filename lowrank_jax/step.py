@@ -8,60 +8,83 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax.augment import Augment, Normalize
 from lowrank_jax.layers import apply
 from lowrank_jax.state import TrainState, key
 
 Metrics = dict[str, jax.Array]
 
 
-def normalizer(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[jax.Array], jax.Array]:
-    """uint8 images to float32 of mean 0 and deviation 1 per channel, given those of pixels in [0, 1]."""
-    return lambda images: (images.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
-
-
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    normalize: Callable[[jax.Array], jax.Array],
+    augment: Augment,
     *,
-    label_smoothing: float = 0.0,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
     seed: Any = 0,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """A function `(state, batch) -> (state, metrics)`.
 
     The metrics `loss` and `top1` are means over the batch from before the update; `grad_norm` is the norm of the gradient and
     `lr` the learning rate of the update.
+
+    Args:
+      model, optimizer, schedule, augment: the parts.
+      accumulate: in how many parts of equal size, one after the other, the batch goes through the network; the gradient is the
+        mean over them.  BatchNorm normalises each part by itself.
+      ema_decay: of the running average of parameters and BatchNorm statistics in `state.ema`; None for none.
+      seed: of the run.
     """
 
     def loss_fn(params: Any, state: TrainState, batch: dict[str, jax.Array]):
+        part = batch["place"][0]
+        images, targets = augment(jax.random.fold_in(key(seed, "augment", state.step), part), batch["image"], batch["label"])
         logits, updates = apply(
             model,
             {"params": params, "batch_stats": state.batch_stats},
-            normalize(batch["image"]),
+            images,
             train=True,
             mutable=["batch_stats"],
-            rngs={"dropout": key(seed, "dropout", state.step)},
+            rngs={"dropout": jax.random.fold_in(key(seed, "dropout", state.step), part)},
         )
         logits = logits.astype(jnp.float32)
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], logits.shape[-1]), label_smoothing)
         loss = optax.softmax_cross_entropy(logits, targets).mean()
-        top1 = (logits.argmax(-1) == batch["label"]).mean()
+        top1 = (logits.argmax(-1) == targets.argmax(-1)).mean()
         return loss, (updates.get("batch_stats", {}), top1)
 
+    def loss_and_grads(state: TrainState, batch: dict[str, jax.Array]):
+        return jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch)
+
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        (loss, (batch_stats, top1)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch)
+        size = len(batch["label"])
+        mean_over_parts = loss_and_grads
+        if accumulate > 1:
+            mean = optax.microbatching.AccumulationType.MEAN
+            mean_over_parts = optax.microbatch(loss_and_grads, argnums=1, microbatch_size=size // accumulate, accumulator=mean)
+        (loss, (batch_stats, top1)), grads = mean_over_parts(state, {**batch, "place": jnp.arange(size)})
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "top1": top1, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        ema = state.ema
+        if ema_decay is not None:
+            ema = moved_average(ema, {"params": params, "batch_stats": batch_stats}, ema_decay, state.step + 1)
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     return train_step
 
 
-def make_eval_step(
-    model: nn.Module, normalize: Callable[[jax.Array], jax.Array]
-) -> Callable[[Any, Any, dict[str, jax.Array]], Metrics]:
+def moved_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
+    """An exponential moving average, a step further.
+
+    A young one forgets faster, by min(decay, (1 + step) / (10 + step)), as TensorFlow's does when it is told the step.
+    """
+    young = (1 + step) / (10 + step)
+    return optax.incremental_update(new, average, 1 - jnp.minimum(decay, young))
+
+
+def make_eval_step(model: nn.Module, normalize: Normalize) -> Callable[[Any, Any, dict[str, jax.Array]], Metrics]:
     """A function `(params, batch_stats, batch) -> sums` over the examples whose mask is 1."""
 
     def eval_step(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> Metrics:

@@ -249,7 +249,12 @@ class _Loop:
         if not due or self.evaluated is not None:
             return
         try:
-            evaluated = {kind: self.evaluate(kind) for kind in ("eval", "valid") if kind in self.data}
+            evaluated = {
+                f"{kind}{suffix}": self.evaluate(kind, variables)
+                for kind in ("eval", "valid")
+                if kind in self.data
+                for suffix, variables in self.state.variables().items()
+            }
         except Interrupted:
             return
         for metrics in evaluated.values():
@@ -266,16 +271,17 @@ class _Loop:
         )
         for kind, metrics in evaluated.items():
             figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("top1", "top5", "loss"))
-            held_out = " on the held-out part" if kind == "valid" else ""
-            self.writer.say(f"evaluated{held_out} at step {self.step}: {figures}")
+            raw = " the raw weights" if kind.endswith("_raw") else ""
+            held_out = " on the held-out part" if kind.startswith("valid") else ""
+            self.writer.say(f"evaluated{raw}{held_out} at step {self.step}: {figures}")
         if self.on_evaluation:
             self.on_evaluation(self.step, evaluated)
 
-    def evaluate(self, kind: str) -> dict[str, float]:
+    def evaluate(self, kind: str, variables: dict[str, Any]) -> dict[str, float]:
         return evaluate(
             self.eval_step,
-            self.state.params,
-            self.state.batch_stats,
+            variables["params"],
+            variables["batch_stats"],
             self.data[kind],
             batch_size=self.config.eval.batch_size,
             mesh=self.experiment.mesh,
@@ -333,6 +339,8 @@ class _Loop:
             "dense_macs": plan.dense_macs,
             "eval": self.evaluated["eval"],
             "valid": self.evaluated.get("valid"),
+            "eval_raw": self.evaluated.get("eval_raw"),
+            "valid_raw": self.evaluated.get("valid_raw"),
             "best_step": self.checkpoints.best(),
             "seconds": self.seconds(),
             "versions": _versions(),

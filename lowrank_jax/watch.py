@@ -127,7 +127,8 @@ class _Run:
         if restored is None:  # deleted in the meantime
             return
         evaluation = subject.evaluate(restored, lambda: self._stop.requested)
-        self._writer.write(step, {f"eval/{name}": value for name, value in evaluation.metrics.items()})
+        metrics = {"eval": evaluation.metrics, "eval_raw": evaluation.raw_metrics or {}}
+        self._writer.write(step, {f"{kind}/{name}": value for kind, part in metrics.items() for name, value in part.items()})
         self._writer.flush()
         self._done.add(step)
         self._suspects.discard(step)

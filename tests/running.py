@@ -11,12 +11,13 @@ from lowrank_jax import config as configs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# Dropout, BatchNorm and augmentation are on, so that resuming has to bring all of them back.
+# Dropout, BatchNorm, augmentation and mixup are on, so that resuming has to bring all of them back.
 TINY = {
     "batch_size": 32,
     "steps": 40,
     "dataset.crop_padding": 1,
     "dataset.flip": True,
+    "dataset.mixup": 0.2,
     "model.name": "mlp",
     "model.kwargs": {"widths": (32, 32), "batch_norm": True, "dropout": 0.2},
     "optim.warmup": "5 steps",

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
@@ -48,6 +49,25 @@ def test_overrides_are_read_by_the_keys_type():
     assert (parsed.eval.every, parsed.lowrank.rank, parsed.lowrank.scale) == (Duration(250, "step"), 4, None)
     mlp = parse(changed(model__name="mlp", model__kwargs__widths="(8, 4)", model__kwargs__batch_norm="True"))
     assert mlp.model.kwargs == {"widths": (8, 4), "batch_norm": True}
+
+
+def test_a_learning_rate_for_so_many_images_grows_with_the_batch():
+    assert parse(changed(optim__lr="0.1", batch_size="1024")).peak_lr == pytest.approx(0.1)
+    assert parse(changed(optim__lr="0.1", optim__lr_per_images="256", batch_size="1024")).peak_lr == pytest.approx(0.4)
+
+
+def test_models_compute_in_the_configs_dtype():
+    model = parse(changed(model__name="resnet20", model__dtype="bfloat16")).build_model()
+    assert model.dtype == jnp.bfloat16
+    assert problems(changed(model__dtype="float16")) == ["model.dtype: 'float16'; unknown; did you mean bfloat16?"]
+    found = problems(changed(model__kwargs__dtype="bfloat16"))
+    assert found and found[0].startswith("model.kwargs.dtype: resnet8 has no such setting")
+
+
+def test_a_batch_must_be_divisible_into_its_parts():
+    config = changed(batch_size="64", optim__accumulate="3")
+    assert problems(config, devices=8) == ["optim.accumulate: 3; 64 images cannot be cut in so many on 8 devices"]
+    assert parse(changed(batch_size="64", optim__accumulate="8"), devices=8).optim.accumulate == 8
 
 
 def test_all_problems_come_at_once_each_with_its_key():

@@ -28,6 +28,9 @@ def test_schedules_warm_up_and_come_down():
     np.testing.assert_allclose([cosine(0), cosine(9), cosine(10), cosine(55), cosine(100)], [0.04, 0.4, 0.4, 0.2, 0], atol=1e-6)
     step = make_schedule("step", 0.4, total_steps=100, warmup=10, step_at=[30, 60], step_factor=0.1)
     np.testing.assert_allclose([step(0), step(29), step(31), step(61)], [0.04, 0.4, 0.04, 0.004], rtol=1e-5)
+    settings = {"total_steps": 100, "warmup": 10, "step_every": 24, "step_factor": 0.5}
+    exponential = make_schedule("exponential", 0.4, **settings)
+    np.testing.assert_allclose([exponential(t) for t in (4, 9, 10, 23, 24, 48)], [0.2, 0.4, 0.4, 0.4, 0.2, 0.1], rtol=1e-5)
     constant = make_schedule("constant", 0.4, total_steps=100)
     np.testing.assert_allclose([constant(0), constant(99)], 0.4, rtol=1e-6)
 
@@ -53,6 +56,54 @@ def test_adamw_is_optaxs():
         params = optax.apply_updates(params, updates)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_rmsprop_is_tensorflows():
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(3, 2)).astype(np.float32)}
+    gradients = [rng.normal(size=(3, 2)).astype(np.float32) for _ in range(6)]
+    settings = {"momentum": 0.9, "nesterov": False, "b2": 0.9, "eps": 1e-3}
+    optimizer = make_optimizer("rmsprop", optax.constant_schedule(0.05), params, **settings)
+    state, ours = optimizer.init(params), params
+    variable, square, momentum = (tf.Variable(value) for value in (params["w"], np.ones((3, 2), "f"), np.zeros((3, 2), "f")))
+    for gradient in gradients:
+        updates, state = optimizer.update({"w": gradient}, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        tf.raw_ops.ResourceApplyRMSProp(
+            var=variable.handle,
+            ms=square.handle,
+            mom=momentum.handle,
+            lr=0.05,
+            rho=0.9,
+            momentum=0.9,
+            epsilon=1e-3,
+            grad=gradient,
+        )
+        np.testing.assert_allclose(ours["w"], variable.numpy(), rtol=1e-5)
+
+
+def test_lars_scales_every_matrix_by_its_trust_ratio_and_leaves_vectors_alone():
+    settings = {"momentum": 0.0, "trust_coefficient": 0.01, "weight_decay": 0.5, "decay_rules": RULES}
+    params = updated(gradient=1.0, name="lars", **settings)
+    for before, after in (
+        (5.0, params["head"]["kernel"]),
+        (2.0, params["dense"]["kernel"].u),
+        (3.0, params["dense"]["kernel"].v),
+    ):
+        gradient = 1 + 0.5 * before
+        ratio = 0.01 * before / gradient  # of norms: all elements are equal
+        np.testing.assert_allclose(after, before - 0.1 * ratio * gradient, rtol=1e-6)
+    np.testing.assert_allclose(params["head"]["bias"], 1 - 0.1, rtol=1e-6)
+
+
+def test_lamb_steps_as_far_as_the_norm_of_a_matrix_says():
+    params = updated(gradient=1.0, name="lamb", weight_decay=0.5, decay_rules=RULES)
+    # Adam's first step is 1 everywhere; decay joins it before the trust ratio |w| / |step|.
+    for before, after in ((5.0, params["head"]["kernel"]), (2.0, params["dense"]["kernel"].u)):
+        np.testing.assert_allclose(after, before - 0.1 * before, rtol=1e-5)
+    np.testing.assert_allclose(params["head"]["bias"], 1 - 0.1, rtol=1e-5)
 
 
 def test_weight_decay_reaches_kernels_and_factors_and_nothing_else():

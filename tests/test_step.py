@@ -4,6 +4,7 @@ import numpy as np
 import optax
 
 from lowrank_jax import models, plan, state, step
+from lowrank_jax.augment import Augment, normalizer
 from lowrank_jax.ranks import Rule
 
 
@@ -21,12 +22,13 @@ def setup(**kwargs):
 
 
 SCHEDULE = optax.constant_schedule(0.1)
-NORMALIZE = step.normalizer((0.5,), (0.25,))
+NORMALIZE = normalizer((0.5,), (0.25,))
+PLAIN = Augment(NORMALIZE, num_classes=6)
 
 
 def test_a_step_is_gradient_descent_on_the_smoothed_loss():
     model, optimizer, before, batch = setup()
-    train_step = step.make_train_step(model, optimizer, SCHEDULE, NORMALIZE, label_smoothing=0.1)
+    train_step = step.make_train_step(model, optimizer, SCHEDULE, Augment(NORMALIZE, 6, label_smoothing=0.1))
     after, metrics = jax.jit(train_step)(before, batch)
     x = (np.asarray(batch["image"], np.float32) / 255 - 0.5) / 0.25
 
@@ -49,15 +51,59 @@ def test_a_step_is_gradient_descent_on_the_smoothed_loss():
 
 def test_dropout_differs_from_step_to_step_and_repeats_for_one():
     model, optimizer, before, batch = setup(dropout=0.5)
-    train_step = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, NORMALIZE, seed=3))
+    train_step = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, seed=3))
     first, again = (train_step(before, batch)[1]["loss"] for _ in range(2))
     later = train_step(before.replace(step=before.step + 1), batch)[1]["loss"]
     assert first == again != later
 
 
+def test_a_batch_in_parts_takes_the_same_step():
+    model, optimizer, before, batch = setup()
+    whole, parts = (
+        jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, accumulate=accumulate))(before, batch)
+        for accumulate in (1, 4)
+    )
+    assert jax.tree.structure(whole) == jax.tree.structure(parts)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # sums in another order
+
+
+def test_batch_norm_normalises_each_part_by_itself():
+    model, optimizer, before, batch = setup(batch_norm=True)
+    order = jnp.array([0, 1, 2, 3] * 2)  # part i takes every fourth example from the i-th on: two equal ones
+    pairs = {name: value[order] for name, value in batch.items()}
+    after, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, accumulate=4))(before, pairs)
+    np.testing.assert_allclose(after.batch_stats["norm1"]["var"], 0.9 * before.batch_stats["norm1"]["var"], rtol=1e-4)
+
+
+def test_every_part_of_a_batch_drops_its_own_units():
+    model, optimizer, before, batch = setup(dropout=0.5)
+    twins = {name: jnp.concatenate([value[:1]] * 8) for name, value in batch.items()}
+    four, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, accumulate=4))(before, twins)
+    # The first part's draws are those of a batch that it is all of; if the others repeated them, this would be the same step.
+    one, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN))(before, {k: v[:2] for k, v in twins.items()})
+    assert not np.allclose(one.params["head"]["kernel"], four.params["head"]["kernel"])
+
+
+def test_the_average_follows_parameters_and_statistics():
+    model, optimizer, _, batch = setup(batch_norm=True)
+    images = jnp.zeros((1, 4, 4, 1))
+    current = state.init_state(model, plan(model, images, []), optimizer, images, seed=0, ema=True)
+    train_step = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, ema_decay=0.3))
+    expected = jax.tree.map(np.asarray, current.ema)
+    for i in range(1, 6):
+        current, _ = train_step(current, batch)
+        decay = min(0.3, (1 + i) / (10 + i))  # 2/11, 3/12, 4/13, then 0.3
+        now = {"params": current.params, "batch_stats": current.batch_stats}
+        expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * np.asarray(new), expected, now)
+        for ours, theirs in zip(jax.tree.leaves(current.ema), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert current.variables()[""] is current.ema and current.variables()["_raw"]["params"] is current.params
+
+
 def test_batch_norm_statistics_move():
     model, optimizer, before, batch = setup(batch_norm=True)
-    after, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, NORMALIZE))(before, batch)
+    after, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN))(before, batch)
     assert not np.allclose(after.batch_stats["norm1"]["mean"], before.batch_stats["norm1"]["mean"])
 
 

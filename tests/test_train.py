@@ -7,9 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+import lowrank_jax as lr
 from lowrank_jax import experiment as experiments
+from lowrank_jax.augment import normalizer
 from lowrank_jax.checkpoint import Checkpoints
-from lowrank_jax.evaluate import evaluate
+from lowrank_jax.data import datasets
+from lowrank_jax.evaluate import Evaluator, evaluate
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.train import Diverged, train
 from tests import running
@@ -17,9 +20,9 @@ from tests import running
 ALL_DEVICES = 8
 
 
-def final_state(workdir):
+def final_state(workdir, **changes):
     """Every array of the newest checkpoint by name, read on this process's devices."""
-    experiment = experiments.build(running.config())
+    experiment = experiments.build(running.config(**changes))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore(experiment.shapes)
     assert not restored.damaged
@@ -92,9 +95,9 @@ def test_training_does_not_depend_on_the_devices(tmp_path):
         "fsdp": {"mesh__data": 2, "mesh__fsdp": 4},
         "all": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__model": 2},
     }.items():
-        run = train(running.config(steps=20, **mesh), str(tmp_path / name))
+        run = train(running.config(steps=20, optim__accumulate=4, **mesh), str(tmp_path / name))
         losses[name] = [run.train[step]["train/loss"] for step in (10, 20)]
-    one = running.run(running.command(tmp_path / "one", steps=20), devices=1)
+    one = running.run(running.command(tmp_path / "one", steps=20, optim__accumulate=4), devices=1)
     assert one.returncode == 0, one.stderr
     losses["one"] = [line["train/loss"] for line in running.metrics(tmp_path / "one") if "train/loss" in line]
     for name, values in losses.items():
@@ -104,6 +107,7 @@ def test_training_does_not_depend_on_the_devices(tmp_path):
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     # Saved in the middle of the windows that are logged.
     steps = {"steps": 2000, "checkpoint__every": "70 steps", "log__every": "100 steps", "eval__every": "700 steps"}
+    steps |= {"optim__ema_decay": 0.99, "dataset__random_erasing": 0.3, "optim__accumulate": 2}
     whole, broken = running.command(tmp_path / "whole", **steps), running.command(tmp_path / "broken", **steps)
     done = running.run(whole, devices=2)
     assert done.returncode == 0, done.stderr
@@ -116,7 +120,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming" in resumed.stdout
 
-    assert_bitwise_equal(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
+    assert_bitwise_equal(*(final_state(tmp_path / name, optim__ema_decay=0.99) for name in ("whole", "broken")))
     evaluations = [[line for line in running.metrics(tmp_path / name) if "eval/top1" in line] for name in ("whole", "broken")]
     assert evaluations[0] == evaluations[1]  # each once, and the same
     losses = [
@@ -240,3 +244,27 @@ def test_the_best_checkpoint_is_chosen_on_the_held_out_part(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["valid"]["top1"] == lines[-1]["valid/top1"] and result["eval"] == run.evals[40]
     assert result["best_step"] == max(lines, key=lambda line: (line["valid/top1"], line["step"]))["step"]
+
+
+def test_averaged_weights_are_what_is_evaluated_and_the_raw_ones_beside_them(tmp_path, capsys):
+    run = train(running.config(optim__ema_decay=0.9), str(tmp_path))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["eval"] == run.evals[40] != result["eval_raw"]
+    experiment = experiments.build(running.config())
+    arrays = datasets.load(experiment.dataset, "test", None)
+    for name, variables in (("eval", run.state.ema), ("eval_raw", run.state.variables()["_raw"])):
+        logits = lr.apply(
+            experiment.model, variables, normalizer(experiment.dataset.mean, experiment.dataset.std)(arrays.images), train=False
+        )
+        assert (logits.argmax(-1) == arrays.labels).mean() == pytest.approx(result[name]["top1"], abs=1e-6)
+    best = max((line for line in running.metrics(tmp_path) if "eval/top1" in line), key=lambda line: line["eval/top1"])
+    assert result["best_step"] == best["step"]
+    assert "evaluated the raw weights at step 40" in capsys.readouterr().out
+
+    evaluation = Evaluator().evaluate(str(tmp_path))
+    assert evaluation.metrics == pytest.approx(result["eval"], rel=1e-5)
+    assert evaluation.raw_metrics == pytest.approx(result["eval_raw"], rel=1e-5)
+    assert [line.split()[:3] for line in evaluation.table().splitlines()[1:]] == [
+        ["test,", "averaged", "360"],
+        ["test,", "raw", "360"],
+    ]

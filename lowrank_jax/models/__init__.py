@@ -57,6 +57,6 @@ def settings(name: str) -> dict[str, Any] | None:
     cls = cls.func if isinstance(cls, functools.partial) else cls
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         return None
-    hidden = {"parent", "name", "num_classes"}
+    hidden = {"parent", "name", "num_classes", "dtype"}  # dtype is `model.dtype` in a config
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.name not in hidden}

@@ -1,0 +1,116 @@
+"""What is done to a batch of training images on the devices: normalisation, random erasing, mixup and cutmix."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Normalize = Callable[[jax.Array], jax.Array]
+
+_ERASED_AREA = (0.02, 1 / 3)  # of the image
+_ERASED_ASPECT = (0.3, 1 / 0.3)
+
+
+def normalizer(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalize:
+    """uint8 images to float32 of mean 0 and deviation 1 per channel, given those of pixels in [0, 1]."""
+    return lambda images: (images.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """From the images and labels of a batch to what the network is trained on.
+
+    Attributes:
+      normalize: see `normalizer`.
+      num_classes: the number of logits.
+      label_smoothing: the share of every target that is spread over all classes.
+      random_erasing: how often a rectangle of an image is replaced by noise.
+      mixup: alpha of the Beta distribution that the share of a second image is drawn from; 0 for none.
+      cutmix: the same for the area of a rectangle that is taken from a second image.  With both, every batch takes one or the
+        other, at even odds.
+    """
+
+    normalize: Normalize
+    num_classes: int
+    label_smoothing: float = 0.0
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __call__(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """uint8 `[batch, height, width, channels]`, int `[batch]` -> float32 images, targets `[batch, num_classes]`."""
+        images = self.normalize(images)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, self.num_classes), self.label_smoothing)
+        erase_key, mix_key = jax.random.split(key)
+        if self.random_erasing:
+            images = erase(erase_key, images, self.random_erasing)
+        if self.mixup or self.cutmix:
+            images, targets = mix(mix_key, images, targets, self.mixup, self.cutmix)
+        return images, targets
+
+
+def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
+    """Random erasing (Zhong et al. 2020, arXiv 1708.04896), every pixel of the rectangle a normal draw of its own.
+
+    The area is 2 to 33 % of the image, the aspect from 0.3 to its inverse; a side that would be longer than the image is cut,
+    where the paper draws again.
+
+    Args:
+      key: of the draws.
+      images: normalised, `[batch, height, width, channels]`.
+      probability: how often an image is erased.
+    """
+    batch, height, width, _ = images.shape
+    chosen, area, aspect, place, noise = jax.random.split(key, 5)
+    area = jax.random.uniform(area, (batch,), minval=_ERASED_AREA[0], maxval=_ERASED_AREA[1])
+    low, high = jnp.log(jnp.array(_ERASED_ASPECT))
+    aspect = jnp.exp(jax.random.uniform(aspect, (batch,), minval=low, maxval=high))
+    sides = jnp.stack([jnp.sqrt(area * height * width * aspect), jnp.sqrt(area * height * width / aspect)], -1)
+    size = jnp.array([height, width])
+    sides = jnp.clip(jnp.round(sides), 1, size)
+    start = jnp.floor(jax.random.uniform(place, (batch, 2)) * (size - sides + 1))
+    inside = rectangle(start, start + sides, height, width)
+    inside &= jax.random.bernoulli(chosen, probability, (batch,))[:, None, None, None]
+    return jnp.where(inside, jax.random.normal(noise, images.shape, images.dtype), images)
+
+
+def mix(
+    key: jax.Array, images: jax.Array, targets: jax.Array, mixup_alpha: float, cutmix_alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """Mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), one share for the whole batch.
+
+    Every image meets its neighbour in the batch, whose order is random: no image has to travel between devices but those at
+    the edges.
+
+    Args:
+      key: of the draws.
+      images: `[batch, height, width, channels]`.
+      targets: `[batch, num_classes]`.
+      mixup_alpha, cutmix_alpha: see `Augment`; not both zero.
+    """
+    choice, share, place = jax.random.split(key, 3)
+    use_cutmix = jax.random.bernoulli(choice, 0.5) if mixup_alpha and cutmix_alpha else jnp.array(bool(cutmix_alpha))
+    alpha = jnp.where(use_cutmix, cutmix_alpha, mixup_alpha)
+    kept = jax.random.beta(share, alpha, alpha)
+
+    _, height, width, _ = images.shape
+    size = jnp.array([height, width])
+    cut = jnp.round(size * jnp.sqrt(1 - kept))
+    centre = jnp.floor(jax.random.uniform(place, (2,)) * size)
+    start, end = (jnp.clip(centre + step, 0, size) for step in (-jnp.floor(cut / 2), jnp.ceil(cut / 2)))
+    inside = rectangle(start[None], end[None], height, width)
+
+    others = jnp.roll(images, 1, axis=0)
+    weight = jnp.where(use_cutmix, 1 - inside, kept)
+    kept = jnp.where(use_cutmix, 1 - inside.mean(), kept)  # at the edge a rectangle is cut
+    return weight * images + (1 - weight) * others, kept * targets + (1 - kept) * jnp.roll(targets, 1, axis=0)
+
+
+def rectangle(start: jax.Array, end: jax.Array, height: int, width: int) -> jax.Array:
+    """Which pixels are in a rectangle: corners `[batch, 2]`, the end excluded, -> bool `[batch, height, width, 1]`."""
+    rows, columns = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    top, left = (start[:, axis, None, None, None] for axis in (0, 1))
+    bottom, right = (end[:, axis, None, None, None] for axis in (0, 1))
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
