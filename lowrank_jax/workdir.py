@@ -12,6 +12,8 @@ from typing import Any
 from etils import epath
 from upath import UPath
 
+from lowrank_jax import config as configs
+
 # What may change between two starts of one experiment: where things are, how often they are written, how many devices.
 _FREE = ("dataset.data_dir", "eval.batch_size", "checkpoint.", "log.", "mesh.")
 
@@ -80,15 +82,19 @@ class Workdir:
                 )
 
     def read_config(self) -> dict[str, Any]:
-        """The config that the experiment was started with.
+        """The config that the experiment was started with; settings that are younger than it have their defaults.
 
         Raises:
-          WorkdirError: there is none.
+          WorkdirError: there is none, or it is something else's.
         """
         config = self.read_json("config.json")
         if config is None:
             raise WorkdirError(f"{self.path} is not a work directory: it has no config.json")
-        return config
+        defaults = json.loads(json.dumps(configs.to_dict(configs.Config())))
+        sections = {key: value for key, value in defaults.items() if isinstance(value, dict)}
+        if not all(isinstance(config.get(key), dict) for key in sections):
+            raise WorkdirError(f"{self.path}/config.json is not an experiment's")
+        return {**defaults, **config, **{key: {**value, **config[key]} for key, value in sections.items()}}
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The object in a file; None if there is no such file.

@@ -36,6 +36,17 @@ def test_another_experiment_is_refused_with_the_keys_that_differ(tmp_path):
     assert config_digest(config(seed=3)) != config_digest(config())
 
 
+def test_a_setting_that_is_younger_than_the_experiment_has_its_default(tmp_path):
+    old = config()
+    del old["dataset"]["mixup"], old["seed"]
+    folder = Workdir(tmp_path)
+    folder.write_json("config.json", old)
+    folder.check(config())
+    assert folder.read_config() == json.loads(json.dumps(config()))
+    with pytest.raises(WorkdirError, match=r"dataset.mixup is 0.0 there, 0.2 here"):
+        folder.check(config(dataset__mixup=0.2))
+
+
 def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkdirError, match="is a file"):

@@ -184,8 +184,6 @@ def read(path: epath.PathLike, name: str) -> Run:
     """One work directory.  Raises WorkdirError if one of its files is damaged."""
     folder = Workdir(path)
     settings = flatten(folder.read_config())
-    if not settings.keys() >= {"seed", "model.name", "dataset.name", "dataset.eval_split", "lowrank.method"}:
-        raise WorkdirError(f"{path}/config.json is not an experiment's")
     if settings.get("lowrank.method") == "none":
         settings = {key: value for key, value in settings.items() if not meaningless_when_dense(key)}
     metrics = tuple(folder.read_lines("metrics.jsonl"))
