@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from lowrank_jax import augment, inputs, optim, state, step
+from lowrank_jax import inputs, mixing, optim, state, step
 from lowrank_jax.config import ConfigError, make_plan
 from lowrank_jax.data.datasets import Dataset
 from lowrank_jax.plans import Plan
@@ -67,6 +67,11 @@ class Experiment:
 
     def compile_train_step(self) -> Callable[..., tuple[state.TrainState, step.Metrics]]:
         """The compiled training step `(state, batch) -> (state, metrics)`; it takes the old state's memory."""
+        compiled, settings = self.lower_train_step().compile(), self._settings()
+        return lambda state, batch: compiled(state, batch, *settings)
+
+    def lower_train_step(self) -> jax.stages.Lowered:
+        """The training step before it is compiled for the devices of the mesh, which need not be there."""
 
         # The seed and the learning rate are arguments of the program: another value finds it in the compilation cache.
         def train_step(state: state.TrainState, batch: dict[str, jax.Array], seed: Any, lr: Any):
@@ -76,7 +81,7 @@ class Experiment:
                 self.model,
                 optimizer,
                 schedule,
-                self._augment(),
+                self._mixing(),
                 accumulate=settings.accumulate,
                 ema_decay=settings.ema_decay,
                 seed=seed,
@@ -85,9 +90,10 @@ class Experiment:
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
-        settings = self._seed(), np.float32(self.config.peak_lr)
-        compiled = jitted.lower(self.shapes, self._batch_shapes(), *settings).compile()
-        return lambda state, batch: compiled(state, batch, *settings)
+        return jitted.lower(self.shapes, self._batch_shapes(), *self._settings())
+
+    def _settings(self) -> tuple[np.uint32, np.float32]:
+        return self._seed(), np.float32(self.config.peak_lr)
 
     def _seed(self) -> np.uint32:
         return np.uint32(self.config.seed)
@@ -96,11 +102,11 @@ class Experiment:
         return jax.jit(step.make_eval_step(self.model, self._normalizer()), out_shardings=replicated(self.mesh))
 
     def _normalizer(self):
-        return augment.normalizer(self.dataset.mean, self.dataset.std)
+        return mixing.normalizer(self.dataset.mean, self.dataset.std)
 
-    def _augment(self) -> augment.Augment:
+    def _mixing(self) -> mixing.Mixing:
         data = self.config.dataset
-        return augment.Augment(
+        return mixing.Mixing(
             self._normalizer(),
             self.dataset.num_classes,
             label_smoothing=self.config.optim.label_smoothing,
@@ -122,14 +128,19 @@ def blank_images(dataset: Dataset) -> jax.Array:
     return jnp.zeros((1, *dataset.image_shape), jnp.float32)
 
 
-def build(config: Config, source: str = "config") -> Experiment:
+def build(config: Config, source: str = "config", devices: Sequence[Any] | None = None) -> Experiment:
     """Puts an experiment together; nothing is computed and no data is touched.
+
+    Args:
+      config: the experiment.
+      source: what to call it in messages.
+      devices: of the mesh, by default all of this machine's.
 
     Raises:
       ConfigError: the parts do not fit together.
     """
     plan, dataset, model = make_plan(config), config.description, config.build_model()
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
     settings = config.optim
     init_params = functools.partial(state.init_params, model, plan, blank_images(dataset), config.seed)
     params, _ = jax.eval_shape(init_params)

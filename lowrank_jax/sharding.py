@@ -1,6 +1,7 @@
 """Where arrays live: a mesh of devices, and the part of every array that each of them holds."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,13 +14,17 @@ AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
-    """A mesh over all devices; the axis given as -1 takes those that the others leave.  Sizes are checked by `config`."""
+def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over the given devices, by default all; the axis given as -1 takes those that the others leave.
+
+    Sizes are checked by `config`.
+    """
+    devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, model]
     if -1 in sizes:
-        sizes[sizes.index(-1)] = jax.device_count() // math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
     # Explicit axes, jax's default, refuse decompositions of sharded arrays.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

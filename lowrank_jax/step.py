@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.augment import Augment, Normalize
 from lowrank_jax.layers import apply
+from lowrank_jax.mixing import Mixing, Normalize
 from lowrank_jax.state import TrainState, key
 
 Metrics = dict[str, jax.Array]
@@ -19,7 +19,7 @@ def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    augment: Augment,
+    mixing: Mixing,
     *,
     accumulate: int = 1,
     ema_decay: float | None = None,
@@ -31,7 +31,7 @@ def make_train_step(
     `lr` the learning rate of the update.
 
     Args:
-      model, optimizer, schedule, augment: the parts.
+      model, optimizer, schedule, mixing: the parts.
       accumulate: in how many parts of equal size, one after the other, the batch goes through the network; the gradient is the
         mean over them.  BatchNorm normalises each part by itself.
       ema_decay: of the running average of parameters and BatchNorm statistics in `state.ema`; None for none.
@@ -40,7 +40,7 @@ def make_train_step(
 
     def loss_fn(params: Any, state: TrainState, batch: dict[str, jax.Array]):
         part = batch["place"][0]
-        images, targets = augment(jax.random.fold_in(key(seed, "augment", state.step), part), batch["image"], batch["label"])
+        images, targets = mixing(jax.random.fold_in(key(seed, "mixing", state.step), part), batch["image"], batch["label"])
         logits, updates = apply(
             model,
             {"params": params, "batch_stats": state.batch_stats},

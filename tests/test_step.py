@@ -4,7 +4,7 @@ import numpy as np
 import optax
 
 from lowrank_jax import models, plan, state, step
-from lowrank_jax.augment import Augment, normalizer
+from lowrank_jax.mixing import Mixing, normalizer
 from lowrank_jax.ranks import Rule
 
 
@@ -23,12 +23,12 @@ def setup(**kwargs):
 
 SCHEDULE = optax.constant_schedule(0.1)
 NORMALIZE = normalizer((0.5,), (0.25,))
-PLAIN = Augment(NORMALIZE, num_classes=6)
+PLAIN = Mixing(NORMALIZE, num_classes=6)
 
 
 def test_a_step_is_gradient_descent_on_the_smoothed_loss():
     model, optimizer, before, batch = setup()
-    train_step = step.make_train_step(model, optimizer, SCHEDULE, Augment(NORMALIZE, 6, label_smoothing=0.1))
+    train_step = step.make_train_step(model, optimizer, SCHEDULE, Mixing(NORMALIZE, 6, label_smoothing=0.1))
     after, metrics = jax.jit(train_step)(before, batch)
     x = (np.asarray(batch["image"], np.float32) / 255 - 0.5) / 0.25
 

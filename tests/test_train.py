@@ -9,10 +9,10 @@ import pytest
 
 import lowrank_jax as lr
 from lowrank_jax import experiment as experiments
-from lowrank_jax.augment import normalizer
 from lowrank_jax.checkpoint import Checkpoints
 from lowrank_jax.data import datasets
 from lowrank_jax.evaluate import Evaluator, evaluate
+from lowrank_jax.mixing import normalizer
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.train import Diverged, train
 from tests import running

@@ -1,4 +1,4 @@
-"""What is done to a batch of training images on the devices: normalisation, random erasing, mixup and cutmix."""
+"""What is done to a batch of training images on the devices: normalisation, random erasing, mixup, cutmix, smooth labels."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def normalizer(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalize:
 
 
 @dataclasses.dataclass(frozen=True)
-class Augment:
+class Mixing:
     """From the images and labels of a batch to what the network is trained on.
 
     Attributes:
@@ -88,7 +88,7 @@ def mix(
       key: of the draws.
       images: `[batch, height, width, channels]`.
       targets: `[batch, num_classes]`.
-      mixup_alpha, cutmix_alpha: see `Augment`; not both zero.
+      mixup_alpha, cutmix_alpha: see `Mixing`; not both zero.
     """
     choice, share, place = jax.random.split(key, 3)
     use_cutmix = jax.random.bernoulli(choice, 0.5) if mixup_alpha and cutmix_alpha else jnp.array(bool(cutmix_alpha))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax.augment import Augment, erase, mix, normalizer, rectangle
+from lowrank_jax.mixing import Mixing, erase, mix, normalizer, rectangle
 
 SIDE = 24
 
@@ -25,13 +25,13 @@ def test_normalised_pixels_have_the_given_mean_and_deviation():
 def test_nothing_asked_for_is_nothing_done():
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1)).astype(np.uint8)
     normalize = normalizer((0.5,), (0.25,))
-    x, targets = Augment(normalize, 3)(jax.random.key(0), jnp.asarray(images), jnp.array([0, 2, 1, 1]))
+    x, targets = Mixing(normalize, 3)(jax.random.key(0), jnp.asarray(images), jnp.array([0, 2, 1, 1]))
     np.testing.assert_array_equal(x, normalize(jnp.asarray(images)))
     np.testing.assert_array_equal(targets, np.eye(3)[[0, 2, 1, 1]])
 
 
 def test_smoothing_spreads_its_share():
-    _, targets = Augment(lambda x: x, 4, label_smoothing=0.2)(jax.random.key(0), jnp.zeros((1, 2, 2, 1)), jnp.array([1]))
+    _, targets = Mixing(lambda x: x, 4, label_smoothing=0.2)(jax.random.key(0), jnp.zeros((1, 2, 2, 1)), jnp.array([1]))
     np.testing.assert_allclose(targets[0], [0.05, 0.85, 0.05, 0.05], rtol=1e-6)
 
 
@@ -93,8 +93,8 @@ def test_with_both_a_batch_takes_one_or_the_other():
 
 
 def test_the_draw_is_the_keys():
-    augment = Augment(normalizer((0.5,), (0.25,)), 5, 0.1, random_erasing=0.5, mixup=0.2, cutmix=1.0)
+    mixing = Mixing(normalizer((0.5,), (0.25,)), 5, 0.1, random_erasing=0.5, mixup=0.2, cutmix=1.0)
     images, labels = jnp.full((8, 6, 6, 1), 7, jnp.uint8), jnp.arange(8) % 5
-    one, again, other = (augment(jax.random.key(seed), images, labels)[0] for seed in (0, 0, 1))
+    one, again, other = (mixing(jax.random.key(seed), images, labels)[0] for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
