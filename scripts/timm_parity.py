@@ -114,10 +114,9 @@ def import_timm() -> tuple[Any, Any]:
       ImportError: they are not installed.
     """
     try:
-        import torch
-
+        torch = importlib.import_module("torch")
         _declare_operators(torch)
-        import timm
+        timm = importlib.import_module("timm")
     except ImportError as error:
         raise ImportError(f"{error}; the comparison needs timm and torch: pip install 'lowrank_jax[parity]'") from None
     return timm, torch

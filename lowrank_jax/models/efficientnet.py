@@ -100,7 +100,7 @@ class SqueezeExcite(nn.Module):
         # On one position a dense layer is the 1x1 convolution of the paper.
         dense = functools.partial(nn.Dense, kernel_init=fan_out_normal, dtype=self.dtype)
         gate = dense(self.features, name="reduce")(x.mean(axis=(1, 2), keepdims=True))
-        gate = dense(x.shape[-1], name="expand")(nn.silu(gate))
+        gate = dense(x.shape[-1], name="excite")(nn.silu(gate))
         return x * nn.sigmoid(gate)
 
 

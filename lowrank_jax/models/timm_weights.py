@@ -43,7 +43,7 @@ _REPEATED: tuple[tuple[str, Callable[..., str]], ...] = (
 _RESNET = {"conv1": "stem/conv", "bn1": "stem/norm", "fc": "head"}
 _RESNET_BLOCK = {"bn1": "norm1", "bn2": "norm2", "bn3": "norm3", "downsample.0": "proj", "downsample.1": "proj_norm"}
 _EFFICIENTNET = {"conv_stem": "stem/conv", "bn1": "stem/norm", "conv_head": "top/conv", "bn2": "top/norm", "classifier": "head"}
-_SQUEEZE = {"se.conv_reduce": "se/reduce", "se.conv_expand": "se/expand"}
+_SQUEEZE = {"se.conv_reduce": "se/reduce", "se.conv_expand": "se/excite"}
 _MBCONV = {
     "conv_pw": "expand",
     "bn1": "expand_norm",
@@ -100,7 +100,7 @@ def from_timm(state: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[
         for path, part in _places(state, name, np.asarray(value, np.float32)):
             values[path] = part
             if path not in shapes:
-                problems.append(f"{name}: would be {path}, which the model does not have{did_you_mean(path, shapes)}")
+                problems.append(f"{name}: would be {path}, which the model does not have")
             elif part.size != math.prod(shapes[path].shape):
                 problems.append(f"{name}: {list(value.shape)} does not fit {path}, {list(shapes[path].shape)}")
     problems += [f"{path}: is in no array" for path in shapes if path not in values]
