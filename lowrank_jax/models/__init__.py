@@ -9,13 +9,20 @@ from typing import Any
 
 import flax.linen as nn
 
+from lowrank_jax.models.efficientnet import EFFICIENTNETS, EfficientNet
 from lowrank_jax.models.mlp import MLP
 from lowrank_jax.models.resnet import RESNETS, ResNet
+from lowrank_jax.models.vit import VITS, ViT
+from lowrank_jax.models.wide_resnet import WIDE_RESNETS, WideResNet
 from lowrank_jax.paths import did_you_mean
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
-    **{name: functools.partial(ResNet, **settings) for name, settings in RESNETS.items()},
+    **{
+        name: functools.partial(family, **settings)
+        for family, members in ((ResNet, RESNETS), (WideResNet, WIDE_RESNETS), (EfficientNet, EFFICIENTNETS), (ViT, VITS))
+        for name, settings in members.items()
+    },
 }
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 import lowrank_jax as lr
 from lowrank_jax import models
+from lowrank_jax.config import ConfigError, default, parse
 from lowrank_jax.paths import named_leaves
 
 
@@ -24,10 +27,21 @@ def parameters(model, size):
         ("resnet50", 25_557_032),
         ("resnet101", 44_549_160),
         ("resnet152", 60_192_808),
+        ("efficientnet_b0", 5_288_548),
+        ("efficientnet_b1", 7_794_184),
+        ("efficientnet_b4", 19_341_616),
+        ("efficientnet_b7", 66_347_960),
+        ("vit_s16", 22_050_664),
+        ("vit_b16", 86_567_656),
     ],
 )
 def test_published_parameter_counts(name, published):
     assert parameters(models.build(name, num_classes=1000), 224) == published
+
+
+@pytest.mark.parametrize(("name", "published"), [("wrn_16_4", 2_748_890), ("wrn_28_10", 36_479_194)])
+def test_published_parameter_counts_on_cifar(name, published):
+    assert parameters(models.build(name, num_classes=10), 32) == published
 
 
 @pytest.mark.parametrize(("scale", "kernels"), [(0.10, 4.92e6), (0.25, 9.21e6), (None, 25.50e6)])
@@ -74,17 +88,84 @@ def test_a_zero_last_norm_makes_blocks_identities():
         ("resnet8", {"norm": "none"}),
         ("resnet18", {"stem": "cifar", "widths": (8, 8, 8, 8), "dtype": jnp.bfloat16}),
         ("resnet50", {"widths": (8, 8, 8, 8)}),
+        ("wrn_16_4", {"depth": 10, "widening": 1, "dropout": 0.3}),
+        ("wrn_16_4", {"depth": 10, "widening": 1, "dtype": jnp.bfloat16}),
+        ("efficientnet_b0", {"width": 0.2, "depth": 0.5}),
+        ("efficientnet_b0", {"width": 0.2, "depth": 0.5, "squeeze_excite": False, "stem": "cifar", "dtype": jnp.bfloat16}),
+        ("vit_s16", {"width": 16, "depth": 2, "heads": 2, "patch": 8, "dropout": 0.1, "stochastic_depth": 0.5}),
+        ("vit_s16", {"width": 16, "depth": 1, "heads": 2, "patch": 8, "attention_dropout": 0.1, "pool": "mean"}),
+        ("vit_s16", {"width": 16, "depth": 1, "heads": 2, "patch": 8, "positions": "sincos", "dtype": jnp.bfloat16}),
     ],
 )
 def test_models_give_finite_logits_in_training_and_evaluation(name, kwargs):
     model = models.build(name, num_classes=7, **kwargs)
     x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    variables = model.init(jax.random.key(1), x)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    apply = jax.jit(functools.partial(model.apply, mutable=["batch_stats"]), static_argnames="train")
     for train in (False, True):
-        logits, _ = model.apply(variables, x, train=train, mutable=["batch_stats"], rngs={"dropout": jax.random.key(2)})
+        logits, _ = apply(variables, x, train=train, rngs={"dropout": jax.random.key(2)})
         assert logits.shape == (2, 7)
+        assert logits.dtype == kwargs.get("dtype", jnp.float32)
         assert np.isfinite(np.asarray(logits, np.float32)).all()
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("wrn_16_4", {"depth": 10, "widening": 1, "dropout": 0.5}),
+        ("efficientnet_b0", {"width": 0.2, "depth": 1.0}),
+        ("vit_s16", {"width": 16, "depth": 2, "heads": 2, "patch": 8, "dropout": 0.5}),
+    ],
+)
+def test_only_training_is_random(name, kwargs):
+    model = models.build(name, num_classes=7, **kwargs)
+    x = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    evaluate = jax.jit(model.apply)
+    np.testing.assert_array_equal(evaluate(variables, x), evaluate(variables, x))  # no rngs given
+
+    @jax.jit
+    def train(key):
+        return model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})[0]
+
+    first, again, other = (train(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "message"),
+    [
+        ("wrn_16_4", {"depth": 15}, "depth 15 must be 6 n"),
+        ("wrn_16_4", {"dropout": 1.0}, r"dropout 1.0 must be in \[0, 1\)"),
+        ("efficientnet_b0", {"drop_connect": -0.1}, "drop_connect -0.1 must be in"),
+        ("vit_s16", {"stochastic_depth": 2.0}, "stochastic_depth 2.0 must be in"),
+        ("vit_s16", {"patch": 5}, "images of 32 x 32 are not made of patches of 5 x 5"),
+        ("vit_s16", {"width": 6, "positions": "sincos"}, "width 6 must be a multiple of 4"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        shapes(models.build(name, num_classes=10, **kwargs), 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("efficientnet_b0", "padding", "valid", "one of 'same', 'symmetric'"),
+        ("efficientnet_b0", "squeeze_excite", 1, "True or False"),
+        ("wrn_28_10", "dropout", "0.3", "a number"),
+        ("vit_s16", "pool", "max", "one of 'token', 'mean'"),
+        ("vit_s16", "paatch", 8, "did you mean patch"),
+    ],
+)
+def test_a_config_judges_the_settings(name, key, value, message):
+    config = default()
+    config.update({"steps": 1, "model": {"name": name, "kwargs": {key: value}}})
+    with pytest.raises(ConfigError) as error:
+        parse(config)
+    assert any(problem.startswith(f"model.kwargs.{key}: ") and message in problem for problem in error.value.problems)
 
 
 def test_models_from_elsewhere_are_found_by_path():

@@ -1,0 +1,233 @@
+"""EfficientNet (Tan and Le, 2019): one base network of inverted bottlenecks, scaled in width, depth and resolution together."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+
+from lowrank_jax.models.regularisers import check_rate, stochastic_depth
+
+Padding = Literal["same", "symmetric"]
+
+fan_out_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# A depthwise kernel is [k, k, 1, c] here and [k, k, c, 1] where the rule comes from: its fan out there is the fan in here.
+depthwise_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+head_uniform = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # within 1/sqrt(fan out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How far a member of the family is scaled.
+
+    Attributes:
+      width: by what the number of channels is multiplied.
+      depth: by what the number of blocks is multiplied.
+      resolution: the height and width of the images that it is made for.
+      dropout: the rate before the classifier.
+    """
+
+    width: float
+    depth: float
+    resolution: int
+    dropout: float
+
+
+VARIANTS = {
+    "efficientnet_b0": Variant(1.0, 1.0, 224, 0.2),
+    "efficientnet_b1": Variant(1.0, 1.1, 240, 0.2),
+    "efficientnet_b2": Variant(1.1, 1.2, 260, 0.3),
+    "efficientnet_b3": Variant(1.2, 1.4, 300, 0.3),
+    "efficientnet_b4": Variant(1.4, 1.8, 380, 0.4),
+    "efficientnet_b5": Variant(1.6, 2.2, 456, 0.4),
+    "efficientnet_b6": Variant(1.8, 2.6, 528, 0.5),
+    "efficientnet_b7": Variant(2.0, 3.1, 600, 0.5),
+    "efficientnet_b8": Variant(2.2, 3.6, 672, 0.5),
+    # Nobody published a B9.  From B6 to B7 and from B7 to B8 the step is the same, (0.2, 0.5, 72): this is one step more.
+    "efficientnet_b9": Variant(2.4, 4.1, 744, 0.5),
+    "efficientnet_l2": Variant(4.3, 5.3, 800, 0.5),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSpec:
+    """A stage of the base network: its window, the stride of its first block, expansion, channels and blocks."""
+
+    kernel: int
+    strides: int
+    expansion: int
+    features: int
+    blocks: int
+
+
+STAGES = (
+    StageSpec(3, 1, 1, 16, 1),
+    StageSpec(3, 2, 6, 24, 2),
+    StageSpec(5, 2, 6, 40, 2),
+    StageSpec(3, 2, 6, 80, 3),
+    StageSpec(5, 1, 6, 112, 3),
+    StageSpec(5, 2, 6, 192, 4),
+    StageSpec(3, 1, 6, 320, 1),
+)
+
+
+class ConvNormSilu(nn.Module):
+    """The stem, and the 1x1 convolution on top."""
+
+    features: int
+    kernel: int
+    strides: int
+    conv: Callable[..., Any]
+    norm: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv(self.features, self.kernel, self.strides, name="conv")(x)
+        return nn.silu(self.norm(name="norm")(x))
+
+
+class SqueezeExcite(nn.Module):
+    """Scales every channel by a gate in (0, 1) that the means of all channels decide."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # On one position a dense layer is the 1x1 convolution of the paper.
+        dense = functools.partial(nn.Dense, kernel_init=fan_out_normal, dtype=self.dtype)
+        gate = dense(self.features, name="reduce")(x.mean(axis=(1, 2), keepdims=True))
+        gate = dense(x.shape[-1], name="excite")(nn.silu(gate))
+        return x * nn.sigmoid(gate)
+
+
+class MBConv(nn.Module):
+    """An inverted bottleneck: 1x1 to more channels, a depthwise convolution, squeeze-and-excitation, 1x1 to few."""
+
+    features: int
+    kernel: int
+    strides: int
+    expansion: int
+    drop_rate: float
+    squeeze_excite: bool
+    conv: Callable[..., Any]
+    norm: Callable[..., Any]
+    train: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inputs = x.shape[-1]
+        hidden, y = self.expansion * inputs, x
+        if self.expansion > 1:
+            y = nn.silu(self.norm(name="expand_norm")(self.conv(hidden, 1, name="expand")(y)))
+        depthwise = functools.partial(self.conv, feature_group_count=hidden, kernel_init=depthwise_normal)
+        y = depthwise(hidden, self.kernel, self.strides, name="depthwise")(y)
+        y = nn.silu(self.norm(name="depthwise_norm")(y))
+        if self.squeeze_excite:
+            y = SqueezeExcite(max(1, inputs // 4), self.dtype, name="se")(y)
+        y = self.norm(name="project_norm")(self.conv(self.features, 1, name="project")(y))
+        if self.strides > 1 or inputs != self.features:
+            return y
+        return x + stochastic_depth(y, self.drop_rate, self.train)
+
+
+class Stage(nn.Module):
+    """Blocks of one width, as many as there are drop rates; the first one strides."""
+
+    spec: StageSpec
+    features: int
+    drop_rates: tuple[float, ...]
+    block: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i, rate in enumerate(self.drop_rates):
+            strides = self.spec.strides if i == 0 else 1
+            block = self.block(
+                self.features, self.spec.kernel, strides, self.spec.expansion, drop_rate=rate, name=f"block{i + 1}"
+            )
+            x = block(x)
+        return x
+
+
+class EfficientNet(nn.Module):
+    """An EfficientNet.  Any image size will do; `VARIANTS` has those that the members of the family are made for.
+
+    Initialisers and defaults are those of the published TensorFlow code.  B9 is an extrapolation: there is no official one.
+    Of the models in timm, `tf_efficientnet_*` are these defaults, `efficientnet_*` are `padding="symmetric"` and
+    `epsilon=1e-5`.
+
+    Attributes:
+      num_classes: the number of logits.
+      width: by what the numbers of channels of the base network are multiplied, rounded to multiples of eight.
+      depth: by what the numbers of blocks are multiplied, rounded up.
+      dropout: the rate before the classifier.
+      drop_connect: the rate of stochastic depth to which the blocks' rates rise linearly, the first block's being zero.
+      squeeze_excite: whether blocks have squeeze-and-excitation.
+      padding: `same`, which pads a strided convolution as TensorFlow does, more on the right and below where it must be
+        uneven; or `symmetric`, by half the window on every side.
+      stem: `imagenet` (3x3/2) or `cifar` (3x3/1), for small images.
+      momentum: of the running statistics of BatchNorm.
+      epsilon: of BatchNorm.
+      dtype: of the computation; parameters and statistics stay float32.
+    """
+
+    num_classes: int
+    width: float = 1.0
+    depth: float = 1.0
+    dropout: float = 0.2
+    drop_connect: float = 0.2
+    squeeze_excite: bool = True
+    padding: Padding = "same"
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    momentum: float = 0.99
+    epsilon: float = 1e-3
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """`[batch, height, width, channels] -> [batch, num_classes]`."""
+        check_rate("dropout", self.dropout)
+        check_rate("drop_connect", self.drop_connect)
+        conv = functools.partial(_conv, padding=self.padding, dtype=self.dtype)
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype
+        )
+        block = functools.partial(
+            MBConv, squeeze_excite=self.squeeze_excite, conv=conv, norm=norm, train=train, dtype=self.dtype
+        )
+        x = ConvNormSilu(round_features(32, self.width), 3, 2 if self.stem == "imagenet" else 1, conv, norm, name="stem")(x)
+        for i, (spec, rates) in enumerate(zip(STAGES, self._drop_rates(), strict=True), start=1):
+            x = Stage(spec, round_features(spec.features, self.width), rates, block, name=f"stage{i}")(x)
+        x = ConvNormSilu(round_features(1280, self.width), 1, 1, conv, norm, name="top")(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=(1, 2)))
+        return nn.Dense(self.num_classes, kernel_init=head_uniform, dtype=self.dtype, name="head")(x)
+
+    def _drop_rates(self) -> Iterator[tuple[float, ...]]:
+        """Every stage's rates of stochastic depth, a block each."""
+        blocks = [math.ceil(self.depth * spec.blocks) for spec in STAGES]
+        for i, count in enumerate(blocks):
+            first = sum(blocks[:i])
+            yield tuple(self.drop_connect * index / sum(blocks) for index in range(first, first + count))
+
+
+def _conv(features: int, kernel: int, strides: int = 1, *, padding: Padding, **kwargs: Any) -> nn.Conv:
+    symmetric = padding == "symmetric" and kernel > 1  # "SAME" tells a pointwise convolution, which has nothing to pad
+    kwargs = {"use_bias": False, "kernel_init": fan_out_normal, **kwargs}
+    return nn.Conv(features, (kernel, kernel), strides, padding=kernel // 2 if symmetric else "SAME", **kwargs)
+
+
+def round_features(features: int, width: float) -> int:
+    """Channels scaled, to the nearest multiple of eight that is at least eight and keeps 90 % of them."""
+    scaled = features * width
+    rounded = max(8, int(scaled + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * scaled else rounded
+
+
+EFFICIENTNETS: dict[str, dict[str, Any]] = {
+    name: {"width": variant.width, "depth": variant.depth, "dropout": variant.dropout} for name, variant in VARIANTS.items()
+}
