@@ -1,4 +1,4 @@
-"""Weights for tests of models, drawn by numpy: a model's own initialisers take seconds to compile and have tests of their own."""
+"""Weights for tests of models, drawn by numpy: a model's own initialisers take seconds to compile, and have their own tests."""
 
 import math
 from typing import Any

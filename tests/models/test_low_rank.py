@@ -33,7 +33,7 @@ VIT = [
     lr.Rule(".*/fc1/kernel", scale=0.3, activation="gelu"),
 ]
 FAMILIES = {
-    "efficientnet_b0": (EFFICIENTNET, {"width": 0.3, "depth": 0.1}),
+    "efficientnet_b0": (EFFICIENTNET, {"width": 0.1, "depth": 0.1}),
     "wrn_16_4": (WIDE_RESNET, {"depth": 10, "widening": 1}),
     "vit_s16": (VIT, {"width": 16, "depth": 1, "heads": 2, "patch": 8}),
 }
