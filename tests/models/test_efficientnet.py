@@ -12,8 +12,7 @@ from lowrank_jax import models
 from lowrank_jax.models import efficientnet
 from lowrank_jax.models.regularisers import stochastic_depth
 from lowrank_jax.paths import named_leaves
-
-SMALL = {"width": 0.2, "depth": 0.5}
+from tests import drawn
 
 
 def image(size):
@@ -69,28 +68,27 @@ def test_squeeze_and_excitation_is_a_quarter_of_the_blocks_inputs_or_off():
     assert set(named_leaves(without)) == {name for name in named_leaves(params) if "/se/" not in name}
 
 
-@pytest.mark.parametrize(("size", "agree"), [(33, True), (32, False)])
-def test_paddings_differ_where_a_stride_meets_an_even_size(size, agree):
-    """33 becomes 17, 9, 5, 3 and 2: all that is strided has an odd size, and odd sizes are padded evenly."""
-    x = jax.random.normal(jax.random.key(0), (2, size, size, 3))
-    same, symmetric = (models.build("efficientnet_b0", num_classes=7, padding=p, **SMALL) for p in ("same", "symmetric"))
-    variables = jax.jit(same.init)(jax.random.key(1), x)
-    close = functools.partial(np.allclose, rtol=1e-4, atol=1e-5)
-    assert close(jax.jit(same.apply)(variables, x), jax.jit(symmetric.apply)(variables, x)) == agree
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize(("size", "strides", "agree"), [(9, 2, True), (8, 2, False), (9, 1, True), (8, 1, True)])
+def test_paddings_differ_where_a_stride_meets_an_even_size(size, strides, kernel, agree):
+    x = jax.random.normal(jax.random.key(0), (1, size, size, 3))
+    same, symmetric = (efficientnet._conv(4, kernel, strides, padding=padding) for padding in ("same", "symmetric"))
+    variables = drawn.variables(same, x)
+    assert np.allclose(same.apply(variables, x), symmetric.apply(variables, x), atol=1e-5) == agree
 
 
 def test_initial_kernels_have_the_published_spread():
     """Two over the fan out, a depthwise kernel's being its window; the head is uniform."""
-    x = jnp.zeros((1, 32, 32, 3))
-    params = jax.jit(models.build("efficientnet_b0", num_classes=1000, depth=0.1).init)(jax.random.key(0), x)["params"]
-    block = params["stage6"]["block1"]
-    for kernel, fan_out in (
-        (block["expand"]["kernel"], 672),
-        (block["depthwise"]["kernel"], 25),
-        (block["se"]["excite"]["kernel"], 672),
-    ):
-        assert np.std(kernel) == pytest.approx(math.sqrt(2 / fan_out), rel=0.05)
-    assert np.abs(params["head"]["kernel"]).max() == pytest.approx(1 / math.sqrt(1000), rel=0.001)
+    key = jax.random.key(0)
+    conv = functools.partial(efficientnet._conv, padding="same")
+    norm = functools.partial(nn.BatchNorm, use_running_average=False)
+    block = efficientnet.MBConv(64, 5, 1, 6, 0.0, True, conv, norm, train=True, dtype=None)
+    params = block.init(key, jnp.zeros((1, 1, 1, 112)))["params"]
+    for name, fan_out in (("expand", 672), ("depthwise", 25), ("project", 64)):
+        assert np.std(params[name]["kernel"]) == pytest.approx(math.sqrt(2 / fan_out), rel=0.03)
+    assert np.std(params["se"]["excite"]["kernel"]) == pytest.approx(math.sqrt(2 / 672), rel=0.03)
+    head = efficientnet.head_uniform(key, (1280, 1000))
+    assert np.abs(head).max() == pytest.approx(1 / math.sqrt(1000), rel=0.001)
 
 
 def test_stochastic_depth_keeps_the_expectation_and_examples_whole():

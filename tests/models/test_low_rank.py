@@ -1,6 +1,6 @@
 """Every family runs on factors with no edit, and its factors learn."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,29 @@ import lowrank_jax as lr
 from lowrank_jax import models
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import map_named
+from tests import drawn
 
+# What an activation compiles to is another test's matter: here the last rule alone projects for one.
+spectral = functools.partial(lr.Rule, scale=0.3, method="spectral")
 EFFICIENTNET = [
     lr.Rule("(stem/conv|head)/kernel"),
-    lr.Rule(".*/expand/kernel", scale=0.3, activation="silu"),
-    lr.Rule(".*/project/kernel", scale=0.3, activation="identity"),
-    lr.Rule(".*/se/excite/kernel", scale=0.3, activation="sigmoid"),
+    spectral(".*/(expand|project)/kernel"),
+    spectral(".*/se/excite/kernel"),
     lr.Rule("top/conv/kernel", scale=0.3, activation="silu"),
 ]
 WIDE_RESNET = [
     lr.Rule("(stem|head)/kernel"),
-    lr.Rule(".*/conv1/kernel", scale=0.3, scheme="spatial"),
-    lr.Rule(".*/(conv2|proj)/kernel", scale=0.3, activation="identity"),
+    spectral(".*/(conv2|proj)/kernel"),
+    lr.Rule(".*/conv1/kernel", scale=0.3, scheme="spatial", activation="relu"),
 ]
 VIT = [
     lr.Rule("head/kernel"),
+    spectral("embed/kernel"),
+    spectral(".*/(attention/.*|fc2)/kernel"),
     lr.Rule(".*/fc1/kernel", scale=0.3, activation="gelu"),
-    lr.Rule(".*", scale=0.3, activation="identity"),
 ]
 FAMILIES = {
-    "efficientnet_b0": (EFFICIENTNET, {"width": 0.3, "depth": 0.5}),
+    "efficientnet_b0": (EFFICIENTNET, {"width": 0.1, "depth": 0.1}),
     "wrn_16_4": (WIDE_RESNET, {"depth": 10, "widening": 1}),
     "vit_s16": (VIT, {"width": 16, "depth": 1, "heads": 2, "patch": 8}),
 }
@@ -41,7 +44,7 @@ def family(request):
     rules, kwargs = FAMILIES[request.param]
     model = models.build(request.param, num_classes=7, **kwargs)
     x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    return model, x, jax.jit(model.init)(jax.random.key(1), x), lr.plan(model, x, rules)
+    return model, x, drawn.variables(model, x), lr.plan(model, x, rules)
 
 
 def run(model, variables, x, **kwargs):
@@ -64,18 +67,9 @@ def test_at_full_rank_the_logits_are_those_of_the_dense_network(family):
     np.testing.assert_allclose(run(model, {**variables, "params": params}, x), run(model, variables, x), rtol=1e-4, atol=1e-4)
 
 
-def test_factors_compute_what_their_products_do(family):
-    model, x, variables, plan = family
-    params = lr.factorize(variables["params"], plan, key=jax.random.key(2))
-    merged = {**variables, "params": lr.merge(params)}
-    np.testing.assert_allclose(run(model, {**variables, "params": params}, x), run(model, merged, x), rtol=1e-4, atol=1e-4)
-
-
 def test_gradients_reach_both_factors(family):
     model, x, variables, plan = family
     params = lr.factorize(variables["params"], plan, key=jax.random.key(2))
-    # Small images leave few positions in the last stages: without stochastic branches all of them are trained.
-    model = dataclasses.replace(model, drop_connect=0.0) if hasattr(model, "drop_connect") else model
 
     @jax.jit
     @jax.grad

@@ -31,20 +31,17 @@ def test_logits_are_timms(name):
     assert parity.difference < timm_parity.TOLERANCE
 
 
-@pytest.mark.parametrize("settings", [{"padding": "same"}, {"epsilon": 0.1}, {"squeeze_excite": True, "momentum": 0.5}])
-def test_the_comparison_notices(settings):
-    """Of these three settings two change the logits; momentum does not matter in evaluation."""
-    difference = timm_parity.compare("efficientnet_b0", 64, **settings).difference
-    assert (difference > 0.01) == ("momentum" not in settings)
+def test_the_comparison_notices_another_padding():
+    assert timm_parity.compare("efficientnet_b0", 64, padding="same").difference > 0.01
 
 
 def test_weights_of_another_model_are_refused():
     state = state_of("resnet18")
-    with pytest.raises(ValueError, match="stage1/block1/conv1/kernel, \\[1, 1, 64, 64\\]\n"):
+    with pytest.raises(ValueError, match=r"stage1/block1/conv1/kernel, \[1, 1, 64, 64\]\n"):
         from_timm(state, shapes_of("resnet50"))
-    with pytest.raises(ValueError, match="params/head/bias: is in no array$"):
+    with pytest.raises(ValueError, match=r"params/head/bias: is in no array$"):
         from_timm({name: value for name, value in state.items() if name != "fc.bias"}, shapes_of("resnet18"))
-    with pytest.raises(ValueError, match="extra.weight: would be params/extra/scale, which the model does not have$"):
+    with pytest.raises(ValueError, match=r"extra\.weight: would be params/extra/scale, which the model does not have$"):
         from_timm({**state, "extra.weight": np.ones(3)}, shapes_of("resnet18"))
 
 

@@ -7,6 +7,7 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax import models
 from lowrank_jax.models.vit import sincos
+from tests import drawn
 
 SMALL = {"width": 16, "depth": 2, "heads": 2, "patch": 8}
 
@@ -15,9 +16,9 @@ def small(**kwargs):
     return models.build("vit_s16", num_classes=7, **{**SMALL, **kwargs})
 
 
-def drawn(model, size=16):
+def fed(model, size=16):
     x = jax.random.normal(jax.random.key(0), (2, size, size, 3))
-    return x, jax.jit(model.init)(jax.random.key(1), x)
+    return x, drawn.variables(model, x)
 
 
 def test_every_kernel_has_a_path_of_its_own_and_a_matrix_that_makes_sense():
@@ -45,7 +46,7 @@ def test_every_kernel_has_a_path_of_its_own_and_a_matrix_that_makes_sense():
 def test_attention_is_softmax_attention():
     """The attention of the first block, written out."""
     model = small(depth=1)
-    x, variables = drawn(model)
+    x, variables = fed(model)
     _, state = model.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
     seen, p = state["intermediates"]["block1"], variables["params"]["block1"]["attention"]
     tokens = seen["norm1"]["__call__"][0]
@@ -58,13 +59,13 @@ def test_attention_is_softmax_attention():
 
 
 def test_the_token_and_its_position_are_parameters_only_where_they_are_used():
-    _, variables = drawn(small())
+    _, variables = fed(small())
     assert variables["params"]["positions"].shape == (1, 5, 16)
     assert variables["params"]["token"].shape == (1, 1, 16)
-    _, variables = drawn(small(pool="mean"))
+    _, variables = fed(small(pool="mean"))
     assert variables["params"]["positions"].shape == (1, 4, 16)
     assert "token" not in variables["params"]
-    _, variables = drawn(small(positions="sincos"))
+    _, variables = fed(small(positions="sincos"))
     assert "positions" not in variables["params"]
 
 
@@ -72,7 +73,7 @@ def test_the_token_and_its_position_are_parameters_only_where_they_are_used():
 def test_positions_tell_patches_apart(positions):
     """Without them the mean over the patches would not see their order."""
     model = small(pool="mean", positions=positions)
-    x, variables = drawn(model)
+    x, variables = fed(model)
     upside_down = jnp.concatenate([x[:, 8:], x[:, :8]], axis=1)
     assert not np.allclose(model.apply(variables, x), model.apply(variables, upside_down), atol=1e-4)
     if positions == "learned":
@@ -91,6 +92,6 @@ def test_sincos_positions_are_made_of_row_and_column():
 
 def test_stochastic_depth_spares_the_first_block():
     model = small(depth=1, stochastic_depth=0.9)
-    x, variables = drawn(model)
+    x, variables = fed(model)
     trained = model.apply(variables, x, train=True, rngs={"dropout": jax.random.key(3)})
     np.testing.assert_allclose(trained, model.apply(variables, x), atol=1e-6)

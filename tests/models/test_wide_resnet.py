@@ -5,6 +5,7 @@ import pytest
 
 from lowrank_jax import models
 from lowrank_jax.paths import named_leaves
+from tests import drawn
 
 
 def variables_like(**kwargs):
@@ -37,7 +38,7 @@ def test_the_last_block_adds_to_what_it_is_fed():
     """Nothing normalises or cuts off a sum before the next block: with its last kernels at zero, a block is its shortcut."""
     model = models.build("wrn_16_4", num_classes=10, depth=10, widening=1)
     x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    variables = jax.jit(model.init)(jax.random.key(1), x)
+    variables = drawn.variables(model, x)
     variables["params"]["stage1"]["block1"]["conv2"]["kernel"] *= 0
     _, state = model.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
     seen = state["intermediates"]
