@@ -1,4 +1,4 @@
-"""EfficientNet on ImageNet, dense; the variant is the argument: `:b0` (the default) to `:b8`, `:l2`, and `:b9`, an extrapolation.
+"""EfficientNet on ImageNet, dense; the variant is the argument: `:b0` (the default) to `:b8`, `:l2`, and an extrapolated `:b9`.
 
 Reproduces: the published TensorFlow recipe (Tan and Le 2019, arXiv 1905.11946) but for AutoAugment: RMSProp with 0.9, momentum
 0.9 and epsilon 0.001, a rate of 0.016 per 256 images, times 0.97 every 2.4 epochs, decay of kernels 1e-5, averages of the

@@ -10,16 +10,36 @@ import os
 import pytest
 
 from lowrank_jax import config as configs
+from lowrank_jax import experiment as experiments
+from lowrank_jax.paths import named_leaves
+from lowrank_jax.plans import align
 from lowrank_jax.train import train
 from tests.running import ROOT
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
+# What makes a family's network small and keeps its layers' names, which rules match.
+SHRUNK = {
+    "resnet50": {"blocks": (1, 1, 1, 1), "widths": (16, 16, 16, 16)},
+    "efficientnet_b0": {"width": 0.25, "depth": 0.1},
+    "vit_s16": {"width": 32, "depth": 2, "heads": 2},
+    "wrn_28_10": {"depth": 10, "widening": 1},
+}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_golden_file(name):
-    config = configs.parse(configs.load(str(ROOT / "configs" / f"{name}.py")))
-    text = json.dumps(configs.to_dict(config), indent=2) + "\n\n" + str(configs.make_plan(config)) + "\n"
+    loaded = configs.load(str(ROOT / "configs" / f"{name}.py"))
+    config = configs.parse(loaded)
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.model": 2}
+    for key, value in mesh.items():
+        configs.override(loaded, key, str(value))
+    shapes = experiments.build(configs.parse(loaded, devices=8)).shapes
+    shards = [["parameter", "shape", f"sharding at {mesh}".replace("'", "")]]
+    shards += [[leaf, str(value.shape), str(value.sharding.spec)] for leaf, value in named_leaves(shapes.params).items()]
+    parts = [json.dumps(configs.to_dict(config), indent=2), str(configs.make_plan(config)), align(shards)]
+    text = "\n\n".join(parts) + "\n"
     file = ROOT / "tests" / "golden" / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         file.write_text(text)
@@ -29,13 +49,17 @@ def test_golden_file(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_of_training_and_an_evaluation(name, tmp_path):
     loaded = configs.load(str(ROOT / "configs" / f"{name}.py"))
-    shape = configs.parse(loaded).description.image_shape
+    config = configs.parse(loaded)
+    height, width, channels = config.description.image_shape
     small = {
         "batch_size": 16,
         "epochs": None,
         "steps": 1,
         "dataset.name": "synthetic",
-        "dataset.kwargs": {"image_shape": shape, "train_size": 32, "test_size": 24},
+        "dataset.eval_split": "test",
+        "dataset.image_size": None,
+        "dataset.kwargs": {"image_shape": (min(height, 32), min(width, 32), channels), "train_size": 32, "test_size": 24},
+        "model.kwargs": {**config.model.kwargs, **SHRUNK.get(config.model.name, {})},
         "optim.warmup": "0 steps",
         "eval.batch_size": 16,
     }
