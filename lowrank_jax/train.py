@@ -175,7 +175,7 @@ class _Loop:
     def __init__(
         self,
         experiment: experiments.Experiment,
-        data: dict[str, datasets.Arrays],
+        data: dict[str, datasets.Split],
         folder: Workdir,
         writer: Writer,
         checkpoints: Checkpoints,
@@ -195,8 +195,7 @@ class _Loop:
             config.batch_size,
             self.total,
             config.seed,
-            config.dataset.flip,
-            config.dataset.crop_padding,
+            config.dataset.to_augmentation(),
             Shard(jax.process_index(), jax.process_count()),
         )
         self.iterator = train_iterator(self.batches)
