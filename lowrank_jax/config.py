@@ -346,13 +346,37 @@ _PLANS: dict[str, Plan] = {}
 
 
 def _make_plan(config: Config) -> Plan:
+    outputs: list[Any] = []
+
+    def note_output(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        output = call(*args, **kwargs)
+        if not context.module.path:
+            outputs.append(output)
+        return output
+
     try:
         model = config.build_model()
         if not isinstance(model, nn.Module):
             raise TypeError(f"{config.model.name} makes {type(model).__name__}, which is not a Linen module")
-        return surgery.plan(model, images_like(config), config.lowrank.to_rules())
+        with nn.intercept_methods(note_output):
+            plan = surgery.plan(model, images_like(config), config.lowrank.to_rules())
     except Exception as error:  # whatever somebody's model may raise
         raise ConfigError("config", [f"model or lowrank: {line}" for line in _lines(error)]) from error
+    _check_logits(config, outputs[-1])  # the outermost module returns last
+    return plan
+
+
+def _check_logits(config: Config, output: Any) -> None:
+    """Raises ConfigError unless a model's output for one image is a logit for each class."""
+    dataset, model = config.description, config.model.name
+    shape = getattr(output, "shape", None)
+    if shape is None or len(shape) != 2:
+        found = f"{type(output).__name__}" if shape is None else f"shape {shape}"
+        raise ConfigError("config", [f"model: {model} gives {found} for a batch of one, not logits [1, {dataset.num_classes}]"])
+    if shape[1] != dataset.num_classes:
+        raise ConfigError(
+            "config", [f"model: {model} gives {shape[1]} logits, {dataset.name} has {dataset.num_classes} classes"]
+        )
 
 
 def images_like(config: Config) -> jax.ShapeDtypeStruct:

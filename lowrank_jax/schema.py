@@ -274,10 +274,13 @@ class Config:
     @property
     def description(self) -> datasets.Dataset:
         """What is known of the data set without reading it."""
-        decoding = datasets.Decoding(self.dataset.eval_crop, self.dataset.max_undecodable)
-        return datasets.describe(
-            self.dataset.name, self.dataset.kwargs, image_size=self.dataset.image_size, decoding=decoding
-        )
+        given = self.dataset
+        return datasets.describe(given.name, given.kwargs, image_size=given.image_size, decoding=self.decoding)
+
+    @property
+    def decoding(self) -> datasets.Decoding:
+        """How images of many sizes are read."""
+        return datasets.Decoding(self.dataset.eval_crop, self.dataset.max_undecodable)
 
     def build_model(self):
         return models.build(self.model.name, num_classes=self.description.num_classes, **self.model.kwargs)

@@ -1,4 +1,4 @@
-"""Small archives in the layout of ImageNet's, cut from the natural images that scikit-learn ships, and data prepared from them."""
+"""Small archives in the layout of ImageNet's, of natural images that scikit-learn ships, and data prepared from them."""
 
 import io
 import pathlib
@@ -21,7 +21,9 @@ def natural_images(count: int, *, side: int, seed: int = 0) -> list[Image.Image]
     for i in range(count):
         photograph = photographs[i % 2]
         height, width = (int(size * draw.uniform(0.6, 1.0)) for size in photograph.shape[:2])
-        top, left = (int(draw.integers(0, size - part + 1)) for size, part in zip(photograph.shape, (height, width), strict=False))
+        top, left = (
+            int(draw.integers(0, size - part + 1)) for size, part in zip(photograph.shape, (height, width), strict=False)
+        )
         window = Image.fromarray(photograph[top : top + height, left : left + width])
         scale = side / max(height, width)
         images.append(window.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS))
@@ -34,7 +36,9 @@ def jpeg(image: Image.Image, quality: int = 92) -> bytes:
     return file.getvalue()
 
 
-def write_archives(folder: pathlib.Path, train: list[bytes], validation: list[bytes], *, truncate: tuple[str, ...] = ()) -> None:
+def write_archives(
+    folder: pathlib.Path, train: list[bytes], validation: list[bytes], *, truncate: tuple[str, ...] = ()
+) -> None:
     """Writes ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 
     Args:
@@ -67,7 +71,9 @@ def _tar(files: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
-def prepare_small(folder: pathlib.Path, *, train: int, validation: int, side: int, truncate: tuple[str, ...] = ()) -> pathlib.Path:
+def prepare_small(
+    folder: pathlib.Path, *, train: int, validation: int, side: int, truncate: tuple[str, ...] = ()
+) -> pathlib.Path:
     """Runs TFDS's own builder on small archives; returns the data folder."""
     images = [jpeg(image) for image in natural_images(train + validation, side=side)]
     write_archives(folder / "archives", images[:train], images[train:], truncate=truncate)

@@ -175,9 +175,7 @@ _TFDS = {
 NAMES = (*_TFDS, "synthetic")
 
 
-def describe(
-    name: str, options: dict[str, Any], *, image_size: int | None = None, decoding: Decoding | None = None
-) -> Dataset:
+def describe(name: str, options: dict[str, Any], *, image_size: int | None = None, decoding: Decoding | None = None) -> Dataset:
     """The data set of that name.
 
     Args:
@@ -293,7 +291,9 @@ def _check_stored(dataset: Dataset, split: str, builder: Any) -> None:
     remedy = f"prepare it anew: {_command(dataset, builder)}"
     there = stored[split].num_examples if split in stored else 0
     if there != expected:
-        subset = f'; if the subset is meant, set dataset.kwargs to {{"{split}_size": {there}}}' if dataset.name in OPTIONS else ""
+        subset = (
+            f'; if the subset is meant, set dataset.kwargs to {{"{split}_size": {there}}}' if dataset.name in OPTIONS else ""
+        )
         raise DataError(
             f"{dataset.name}/{split} under {_root(builder)} has {there:,} examples, {expected:,} expected; {remedy}"
             f"{subset if there else ''}"

@@ -5,7 +5,7 @@ Nothing about the order is ever stored but the number of the next batch, which i
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -90,7 +90,7 @@ def eval_batches(split: Split, batch_size: int, shard: Shard = Shard()) -> Itera
     return _read_ahead(EvalBatches(split, batch_size, shard), split.prefetch)
 
 
-def _read_ahead(batches: Sequence[Batch], count: int) -> grain.DatasetIterator[Batch]:
+def _read_ahead(batches: TrainBatches | EvalBatches, count: int) -> grain.DatasetIterator[Batch]:
     """So many batches are made ahead of time; with none, each on the caller's thread when it is asked for."""
     options = grain.ReadOptions(num_threads=count, prefetch_buffer_size=count)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))

@@ -2,8 +2,8 @@
 
 The paper's fourteen operations.  Magnitudes go from 0, which changes as little as the operation can, to 10, the end of
 AutoAugment's range, as in torchvision: rotation to 30 degrees, shear to 0.3, translation to 150/331 of the side, colour,
-contrast, brightness and sharpness to factors of 1 ± 0.9, solarising from 256 down to 0, posterising from 8 down to 4 bits.  Signs
-are random.  What moves in from outside is grey.
+contrast, brightness and sharpness to factors of 1 ± 0.9, solarising from 256 down to 0, posterising from 8 down to 4 bits.
+Signs are random.  What moves in from outside is grey.
 """
 
 import math

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 
 from lowrank_jax.data import augment, crops
@@ -63,7 +64,7 @@ class Records:
         def make(i: int) -> None:
             labels[i] = self._decode_or_next(int(index[i]), choose[i], images[i])
             if flips[i]:
-                images[i] = images[i, :, ::-1]
+                cv2.flip(images[i], 1, dst=images[i])
             if layers:
                 images[i] = randaugment(images[i], bits[i], layers, magnitude)
 
@@ -77,13 +78,16 @@ class Records:
 
         def make(i: int) -> None:
             label = self._decode(int(index[i]), self._central_crop, images[i])
-            labels[i], mask[i] = (0, 0) if label is None else (label, 1)
+            if label is None:
+                images[i], labels[i], mask[i] = 0, 0, 0
+            else:
+                labels[i] = label
 
         _in_parallel(make, len(index))
         return {"image": images, "label": labels, "mask": mask}
 
     def _empty(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros((size, *self._dataset.image_shape), np.uint8), np.zeros(size, np.int32)
+        return np.empty((size, *self._dataset.image_shape), np.uint8), np.empty(size, np.int32)
 
     def _crops(self, bits: np.ndarray, augmentation: Augmentation) -> list[Choose]:
         if augmentation.crop_area is None:
@@ -97,16 +101,16 @@ class Records:
     def _decode_or_next(self, index: int, choose: Choose, out: np.ndarray) -> int:
         """The label of the example, or of the first one after it that decodes: whichever process asks, and when."""
         for other in range(index, index + len(self)):
-            label = self._decode(other % len(self), choose, out)
+            label = self._decode(other % len(self), choose, out, fast=True)
             if label is not None:
                 return label
         raise DataError(f"{self._name}: none of the {len(self)} images decodes")
 
-    def _decode(self, index: int, choose: Choose, out: np.ndarray) -> int | None:
+    def _decode(self, index: int, choose: Choose, out: np.ndarray, *, fast: bool = False) -> int | None:
         """Fills `out` and returns the label; None if the image does not decode."""
         features = self._read(index)
         try:
-            decode_box(features["image"].bytes_list.value[0], choose, out)
+            decode_box(features["image"].bytes_list.value[0], choose, out, fast=fast)
         except Undecodable as error:
             self._note(index, features["file_name"].bytes_list.value[0].decode(), error)
             return None
@@ -114,13 +118,11 @@ class Records:
 
     def _read(self, index: int) -> Any:
         """The features of an example by name."""
-        from tensorflow_datasets.proto import tf_example_pb2  # TensorFlow's own would bring all of it in
-
         part = bisect.bisect_right(self._ends, index)
-        source, start, stop = self._parts[part]
+        source, _, stop = self._parts[part]
         try:
             record = source[index - self._ends[part] + stop]
-            return tf_example_pb2.Example.FromString(record).features.feature
+            return _example_type().FromString(record).features.feature
         except Exception as error:  # array_record has no error type of its own
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise DataError(f"{self._name}: record {index} cannot be read ({reason}): prepare it anew") from error
@@ -138,6 +140,14 @@ class Records:
                 f"{self._name}: {count} images do not decode, dataset.max_undecodable={limit} may: {names}. "
                 "Prepare the data anew, or raise the limit to go on without them"
             )
+
+
+@functools.cache
+def _example_type() -> Any:
+    """TFDS's copy: TensorFlow's own would bring all of it in."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example  # type: ignore[attr-defined]
 
 
 @functools.cache
