@@ -34,6 +34,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.init_model
 	$(BIN)/python -m benchmarks.projections
 	$(BIN)/python -m benchmarks.sweep_overhead
+	$(BIN)/python -m benchmarks.decode
 
 clean:
 	rm -rf .venv runs

@@ -46,6 +46,7 @@ _EVALUATE = f"""examples:
   lowrank evaluate --workdir=runs/digits
   lowrank evaluate --workdir=runs/digits --step=best --split=train --json=train.json
   lowrank evaluate --workdir runs/sweep/* --json=sweep.json
+  lowrank evaluate --workdir=runs/imagenet --dataset=imagenet_v2
   lowrank evaluate --workdir=runs/digits --watch
 
 Of several work directories one that cannot be evaluated is reported, and the rest go on; the status is {BAD_INPUT} then.
@@ -141,7 +142,7 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from lowrank_jax.evaluate import Evaluator, evaluate_all
 
-    evaluator = Evaluator(split=args.split, data_dir=args.data_dir)
+    evaluator = Evaluator(split=args.split, data_dir=args.data_dir, dataset=args.dataset)
     workdirs = list(dict.fromkeys(args.workdir))
     if args.watch:
         return _watch(args, workdirs, evaluator)
@@ -354,6 +355,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--step", default="latest", help="latest (default), best by top-1, or a number")
     evaluate.add_argument("--split", help='such as "test" or "train[:1000]"; default: the config\'s dataset.eval_split')
+    evaluate.add_argument("--dataset", metavar="NAME", help="another data set of the same classes, such as imagenet_v2")
     evaluate.add_argument("--data-dir", help="where the data is on this machine, if not where it was in training")
     evaluate.add_argument("--json", metavar="FILE", help="write the numbers here too")
     evaluate.add_argument("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")

@@ -23,7 +23,7 @@ from lowrank_jax import models, surgery
 from lowrank_jax.data import datasets
 from lowrank_jax.paths import did_you_mean
 from lowrank_jax.plans import Plan
-from lowrank_jax.schema import Config, Duration
+from lowrank_jax.schema import Config, DatasetConfig, Duration
 
 
 class ConfigError(Exception):
@@ -242,12 +242,13 @@ def _relations(config: Config, devices: int | None, wrong: set[str]) -> list[str
 
 
 def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
-    options = datasets.SyntheticOptions if config.dataset.name == "synthetic" else None
+    options = datasets.OPTIONS.get(config.dataset.name)
     problems: list[str] = []
     if options:
         _section(options, config.dataset.kwargs, "dataset.kwargs.", problems)
     else:
         problems += [f"dataset.kwargs.{key}: {config.dataset.name} takes none" for key in config.dataset.kwargs]
+    problems = problems or _image_problems(config)
     if problems:
         return problems
     for key in ("train_split", "eval_split", "valid_split"):
@@ -266,6 +267,29 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
             problems.append(f"epochs: {config.epochs:g}; more than 2^31 steps")
         if warmup > config.total_steps:
             problems.append(f"optim.warmup: {warmup} steps; longer than the training of {config.total_steps} steps")
+    return problems
+
+
+_DECODING_KEYS = ("image_size", "crop_area", "eval_crop", "max_undecodable")
+
+
+def _image_problems(config: Config) -> list[str]:
+    """What is asked of images that are not of that kind."""
+    given, dataset, name = config.dataset, config.description, config.dataset.name
+    if "train" not in dataset.sizes:
+        return [f"dataset.name: {name!r}; it is for evaluation only: lowrank evaluate --dataset={name}"]
+    height, width, channels = dataset.image_shape
+    problems = []
+    if dataset.decoding is None:
+        problems += [
+            f"dataset.{key}: {getattr(given, key)!r}; {name} is stored at {height}x{width}, which stays as it is"
+            for key in _DECODING_KEYS
+            if getattr(given, key) != getattr(DatasetConfig(), key)
+        ]
+    elif given.crop_padding:
+        problems.append(f"dataset.crop_padding: {given.crop_padding}; {name} is cropped by dataset.crop_area instead")
+    if given.randaugment_layers and channels != 3:
+        problems.append(f"dataset.randaugment_layers: {given.randaugment_layers}; RandAugment needs colours, {name} has none")
     return problems
 
 
@@ -322,13 +346,37 @@ _PLANS: dict[str, Plan] = {}
 
 
 def _make_plan(config: Config) -> Plan:
+    outputs: list[Any] = []
+
+    def note_output(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        output = call(*args, **kwargs)
+        if not context.module.path:
+            outputs.append(output)
+        return output
+
     try:
         model = config.build_model()
         if not isinstance(model, nn.Module):
             raise TypeError(f"{config.model.name} makes {type(model).__name__}, which is not a Linen module")
-        return surgery.plan(model, images_like(config), config.lowrank.to_rules())
+        with nn.intercept_methods(note_output):
+            plan = surgery.plan(model, images_like(config), config.lowrank.to_rules())
     except Exception as error:  # whatever somebody's model may raise
         raise ConfigError("config", [f"model or lowrank: {line}" for line in _lines(error)]) from error
+    _check_logits(config, outputs[-1])  # the outermost module returns last
+    return plan
+
+
+def _check_logits(config: Config, output: Any) -> None:
+    """Raises ConfigError unless a model's output for one image is a logit for each class."""
+    dataset, model = config.description, config.model.name
+    shape = getattr(output, "shape", None)
+    if shape is None or len(shape) != 2:
+        found = f"{type(output).__name__}" if shape is None else f"shape {shape}"
+        raise ConfigError("config", [f"model: {model} gives {found} for a batch of one, not logits [1, {dataset.num_classes}]"])
+    if shape[1] != dataset.num_classes:
+        raise ConfigError(
+            "config", [f"model: {model} gives {shape[1]} logits, {dataset.name} has {dataset.num_classes} classes"]
+        )
 
 
 def images_like(config: Config) -> jax.ShapeDtypeStruct:

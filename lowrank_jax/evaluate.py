@@ -12,8 +12,9 @@ from lowrank_jax import config as configs
 from lowrank_jax import experiment as experiments
 from lowrank_jax.checkpoint import CheckpointError, Checkpoints, Restored
 from lowrank_jax.data import datasets
-from lowrank_jax.data.datasets import Arrays, DataError
+from lowrank_jax.data.datasets import DataError, Split
 from lowrank_jax.data.pipeline import Shard, eval_batches
+from lowrank_jax.paths import did_you_mean
 from lowrank_jax.plans import align, count
 from lowrank_jax.schema import Config, MeshConfig
 from lowrank_jax.sharding import put_batch
@@ -32,32 +33,55 @@ class Interrupted(Exception):
 
 def evaluate(
     eval_step: Callable[..., dict[str, jax.Array]],
-    params: Any,
-    batch_stats: Any,
-    arrays: Arrays,
+    variables: dict[str, dict[str, Any]],
+    examples: Split,
     *,
     batch_size: int,
     mesh: Mesh,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
-    """`top1`, `top5`, `loss` and `examples` over every example once, whatever the batch size.
+) -> dict[str, dict[str, float]]:
+    """`top1`, `top5` and `loss` over every example once, whatever the batch size.
+
+    `examples` says over how many, and `undecodable` how many images could not be read; it is left out where there are none.
+
+    Args:
+      eval_step: from `step.make_eval_step`.
+      variables: sets of `params` and `batch_stats` by name, from `state.evaluated_variables`; all in one pass over the data.
+      examples: what to evaluate on.
+      batch_size: over all devices.
+      mesh: the devices.
+      stop_requested: is asked before every batch.
 
     Raises:
+      DataError: more images do not decode than `dataset.max_undecodable` allows.
       Interrupted: `stop_requested` became true on the way.
     """
     shard = Shard(jax.process_index(), jax.process_count())
-    sums: list[dict[str, jax.Array]] = []
-    for batch in eval_batches(arrays, batch_size, shard):
+    sums: list[dict[str, dict[str, jax.Array]]] = []
+    for batch in eval_batches(examples, batch_size, shard):
         if stop_requested():
             raise Interrupted
-        sums.append(eval_step(params, batch_stats, put_batch(batch, mesh)))
+        placed = put_batch(batch, mesh)
+        sums.append({name: eval_step(part["params"], part["batch_stats"], placed) for name, part in variables.items()})
         if len(sums) > 2:  # never far ahead of the devices
             jax.block_until_ready(sums[-3])
+    parts = jax.device_get(sums)
+    return {name: _means([part[name] for part in parts], examples, shard) for name in variables}
+
+
+def _means(sums: list[dict[str, Any]], examples: Split, shard: Shard) -> dict[str, float]:
+    """From the sums of every batch to means over what could be read."""
     # In float64 on the host: a float32 sum over 50,000 losses would lose digits.
-    totals = {name: sum(float(part[name]) for part in jax.device_get(sums)) for name in sums[0]}
-    examples = totals.pop("count")
-    assert examples == len(arrays), f"evaluated {examples} of {len(arrays)} examples"
-    return {**{name: total / examples for name, total in totals.items()}, "examples": int(examples)}
+    totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
+    seen = int(totals.pop("count"))
+    skipped = len(examples) - seen
+    # Other processes know of their own undecodable images only.
+    known = len(examples.undecodable)
+    assert skipped == known or (shard.count > 1 and skipped > known), f"evaluated {seen} of {len(examples)} examples"
+    if not seen:
+        raise DataError("none of the images that were to be evaluated decodes")
+    means = {name: total / seen for name, total in totals.items()}
+    return {**means, "examples": seen, **({"undecodable": skipped} if skipped else {})}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +117,10 @@ class Evaluation:
         return [split, examples, *scores, str(self.step), count(self.params), count(self.dense_params)]
 
     def warnings(self) -> list[str]:
-        """A line for every damaged step."""
-        return [f"checkpoint {step} is damaged ({reason})" for step, reason in self.damaged.items()]
+        """A line for every damaged step, and one for images that could not be read."""
+        lines = [f"checkpoint {step} is damaged ({reason})" for step, reason in self.damaged.items()]
+        skipped = self.metrics.get("undecodable", 0)
+        return lines + ([f"{skipped} of {skipped + self.metrics['examples']:,} images did not decode"] if skipped else [])
 
     def table(self) -> str:
         """Aligned text: a header and a row."""
@@ -133,7 +159,7 @@ class Subject:
       folder: the run's.
       experiment: one with the run's network, plan and data set; seed and optimiser may be another run's.
       eval_step: from `Experiment.jit_eval_step`.
-      split, arrays: what it is evaluated on.
+      split, examples: what it is evaluated on; another data set's split is called "name/split".
       batch_size: how much at once; a multiple of the number of devices.
     """
 
@@ -141,7 +167,7 @@ class Subject:
     experiment: experiments.Experiment
     eval_step: Callable[..., dict[str, jax.Array]]
     split: str
-    arrays: Arrays
+    examples: Split
     batch_size: int
 
     def checkpoints(self) -> Checkpoints:
@@ -154,18 +180,14 @@ class Subject:
 
     def evaluate(self, restored: Restored, stop_requested: Callable[[], bool] = lambda: False) -> Evaluation:
         """Raises Interrupted if `stop_requested` becomes true on the way."""
-        metrics = {
-            suffix: evaluate(
-                self.eval_step,
-                variables["params"],
-                variables["batch_stats"],
-                self.arrays,
-                batch_size=self.batch_size,
-                mesh=self.experiment.mesh,
-                stop_requested=stop_requested,
-            )
-            for suffix, variables in evaluated_variables({"ema": {}, **restored.state}).items()
-        }
+        metrics = evaluate(
+            self.eval_step,
+            evaluated_variables({"ema": {}, **restored.state}),
+            self.examples,
+            batch_size=self.batch_size,
+            mesh=self.experiment.mesh,
+            stop_requested=stop_requested,
+        )
         plan = self.experiment.plan
         return Evaluation(
             self.split, restored.step, metrics[""], metrics.get("_raw"), plan.params, plan.dense_params, restored.damaged
@@ -179,15 +201,16 @@ class Evaluator:
     step compiled once for every shape of its factors.
 
     Args:
-      split: such as "test" or "train[:1000]"; None for each run's own `dataset.eval_split`.
+      split: such as "test" or "train[:1000]"; None for each run's own `dataset.eval_split`, or another data set's only split.
       data_dir: where the data is; None for where it was in training.
+      dataset: another data set of the same classes; None for each run's own.
     """
 
-    def __init__(self, *, split: str | None = None, data_dir: str | None = None):
-        self._split, self._data_dir = split, data_dir
+    def __init__(self, *, split: str | None = None, data_dir: str | None = None, dataset: str | None = None):
+        self._split, self._data_dir, self._dataset = split, data_dir, dataset
         self._experiments: dict[str, experiments.Experiment] = {}
         self._eval_steps: dict[str, Callable[..., dict[str, jax.Array]]] = {}
-        self._arrays: dict[tuple[str, str, str | None], Arrays] = {}
+        self._splits: dict[tuple[str, str, str | None], Split] = {}
 
     def evaluate(self, workdir: str, step: str = "latest") -> Evaluation:
         """Evaluates one checkpoint: `latest`, `best` or a number.
@@ -204,10 +227,14 @@ class Evaluator:
         """Gets ready for the checkpoints of a run.  Raises WorkdirError, ConfigError or DataError if that cannot be."""
         folder = Workdir(workdir)
         config = configs.parse(folder.read_config(), source=f"{workdir}/config.json", devices=None)
-        split, devices = self._split or config.dataset.eval_split, jax.device_count()
         experiment = self._experiment(config, workdir)
+        other = _other(config, self._dataset) if self._dataset else config.description
+        split = self._split or _default_split(config, other)
+        examples = self._read(other, split, self._data_dir or config.dataset.data_dir)
+        name = split if other.name == config.dataset.name else f"{other.name}/{split}"
+        devices = jax.device_count()
         batch_size = -(-config.eval.batch_size // devices) * devices
-        return Subject(folder, experiment, self._eval_step(experiment), split, self._read(config, split), batch_size)
+        return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size)
 
     def _experiment(self, config: Config, workdir: str) -> experiments.Experiment:
         key = repr((config.model, config.description, config.lowrank, config.optim.ema_decay is None))
@@ -222,15 +249,46 @@ class Evaluator:
             self._eval_steps[key] = experiment.jit_eval_step()
         return self._eval_steps[key]
 
-    def _read(self, config: Config, split: str) -> Arrays:
-        data_dir = self._data_dir or config.dataset.data_dir
-        key = (repr(config.description), split, data_dir)
-        if key not in self._arrays:
+    def _read(self, dataset: datasets.Dataset, split: str, data_dir: str | None) -> Split:
+        key = (repr(dataset), split, data_dir)
+        if key not in self._splits:
             try:
-                self._arrays[key] = datasets.load(config.description, split, data_dir)
+                self._splits[key] = datasets.load(dataset, split, data_dir)
             except ValueError as error:
                 raise configs.ConfigError("--split", [str(error)]) from None
-        return self._arrays[key]
+        return self._splits[key]
+
+
+def _other(config: Config, name: str) -> datasets.Dataset:
+    """Another data set, as a run would read it.
+
+    Raises:
+      ConfigError: there is none of that name, or the run's network does not fit it.
+    """
+    if name not in datasets.NAMES:
+        raise configs.ConfigError("--dataset", [f"unknown {name!r}{did_you_mean(name, datasets.NAMES)}"])
+    if name == config.dataset.name:
+        return config.description
+    ours, size = config.description, config.description.image_shape[0]
+    other = datasets.describe(name, {}, image_size=size, decoding=config.decoding)
+    if (other.classes, other.image_shape) != (ours.classes, ours.image_shape):
+        raise configs.ConfigError(
+            "--dataset", [f"{name} has {_kind(other)}; the run was trained on {ours.name}, {_kind(ours)}"]
+        )
+    return other
+
+
+def _kind(dataset: datasets.Dataset) -> str:
+    height, width, channels = dataset.image_shape
+    return f"{height}x{width}x{channels} images of {dataset.num_classes} classes ({dataset.classes})"
+
+
+def _default_split(config: Config, dataset: datasets.Dataset) -> str:
+    if dataset.name == config.dataset.name:
+        return config.dataset.eval_split
+    if len(dataset.sizes) > 1:
+        raise configs.ConfigError("--split", [f"say which split of {dataset.name}: {', '.join(dataset.sizes)}"])
+    return next(iter(dataset.sizes))
 
 
 def evaluate_all(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import models, optim
 from lowrank_jax.data import datasets
+from lowrank_jax.data.augment import Augmentation
 from lowrank_jax.methods import METHODS
 from lowrank_jax.paths import compile_pattern, did_you_mean
 from lowrank_jax.ranks import Rule
@@ -79,6 +80,10 @@ def _below_one(value: float) -> str | None:
     return None if 0 <= value < 1 else "must be in [0, 1)"
 
 
+def _area(value: tuple[float, float]) -> str | None:
+    return None if 0 < value[0] <= value[1] <= 1 else "must be two fractions, from and to, in (0, 1]"
+
+
 def _axis_size(value: int) -> str | None:
     return None if value >= 1 or value == -1 else "must be at least 1, or -1 for all devices that are left"
 
@@ -100,10 +105,23 @@ class DatasetConfig:
     )
     flip: bool = False
     crop_padding: int = _option(0, _at_least(0))
+    # Of data sets whose images have many sizes: side in pixels, area of random crops, central crop of evaluation, and how
+    # many images of a split may turn out not to decode.
+    image_size: int | None = _option(None, _at_least(1))
+    crop_area: tuple[float, float] = _option((0.08, 1.0), _area)
+    eval_crop: float = _option(0.875, _fraction)
+    max_undecodable: int = _option(10, _at_least(0))
+    randaugment_layers: int = _option(0, _at_least(0))
+    randaugment_magnitude: float = _option(9.0, _between(0, 10))
     random_erasing: float = _option(0.0, _between(0, 1))  # how often a rectangle of an image is replaced by noise
     mixup: float = _option(0.0, _at_least(0))  # alpha of the shares' Beta distribution; 0 for none
     cutmix: float = _option(0.0, _at_least(0))  # the same; with both, every batch takes one or the other
-    kwargs: dict = dataclasses.field(default_factory=dict)  # of `synthetic`
+    kwargs: dict = dataclasses.field(default_factory=dict)  # of `synthetic` and `imagenet2012`
+
+    def to_augmentation(self) -> Augmentation:
+        """How training images are varied; each data set takes the kind of crop that its images need."""
+        layers, magnitude = self.randaugment_layers, self.randaugment_magnitude
+        return Augmentation(self.crop_area, self.crop_padding, self.flip, layers, magnitude)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +290,13 @@ class Config:
     @property
     def description(self) -> datasets.Dataset:
         """What is known of the data set without reading it."""
-        return datasets.describe(self.dataset.name, self.dataset.kwargs)
+        given = self.dataset
+        return datasets.describe(given.name, given.kwargs, image_size=given.image_size, decoding=self.decoding)
+
+    @property
+    def decoding(self) -> datasets.Decoding:
+        """How images of many sizes are read."""
+        return datasets.Decoding(self.dataset.eval_crop, self.dataset.max_undecodable)
 
     def build_model(self):
         dtype = {} if self.model.dtype == "float32" else {"dtype": jnp.dtype(self.model.dtype)}

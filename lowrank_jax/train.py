@@ -175,7 +175,7 @@ class _Loop:
     def __init__(
         self,
         experiment: experiments.Experiment,
-        data: dict[str, datasets.Arrays],
+        data: dict[str, datasets.Split],
         folder: Workdir,
         writer: Writer,
         checkpoints: Checkpoints,
@@ -195,8 +195,7 @@ class _Loop:
             config.batch_size,
             self.total,
             config.seed,
-            config.dataset.flip,
-            config.dataset.crop_padding,
+            config.dataset.to_augmentation(),
             Shard(jax.process_index(), jax.process_count()),
         )
         self.iterator = train_iterator(self.batches)
@@ -250,10 +249,10 @@ class _Loop:
             return
         try:
             evaluated = {
-                f"{kind}{suffix}": self.evaluate(kind, variables)
+                f"{kind}{suffix}": metrics
                 for kind in ("eval", "valid")
                 if kind in self.data
-                for suffix, variables in self.state.variables().items()
+                for suffix, metrics in self.evaluate(kind).items()
             }
         except Interrupted:
             return
@@ -277,11 +276,10 @@ class _Loop:
         if self.on_evaluation:
             self.on_evaluation(self.step, evaluated)
 
-    def evaluate(self, kind: str, variables: dict[str, Any]) -> dict[str, float]:
+    def evaluate(self, kind: str) -> dict[str, dict[str, float]]:
         return evaluate(
             self.eval_step,
-            variables["params"],
-            variables["batch_stats"],
+            self.state.variables(),
             self.data[kind],
             batch_size=self.config.eval.batch_size,
             mesh=self.experiment.mesh,

@@ -1,19 +1,35 @@
-"""The data sets that a config can name: what is known of them without touching data, and how their arrays are read."""
+"""The data sets that a config can name: what is known of them without touching data, and how their splits are opened."""
 
 import contextlib
 import dataclasses
 import io
 import zipfile
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
+from lowrank_jax.data.augment import Augmentation, augment
 from lowrank_jax.paths import did_you_mean
+
+Batch = dict[str, np.ndarray]
 
 
 class DataError(Exception):
     """Data is missing or unusable; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How images of many sizes are read.
+
+    Attributes:
+      eval_crop: for evaluation, the square in the middle of so large a fraction of the shorter side.
+      max_undecodable: so many images of a split may turn out not to decode.
+    """
+
+    eval_crop: float = 0.875
+    max_undecodable: int = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +38,13 @@ class Dataset:
 
     Attributes:
       name: its name in TFDS.
-      image_shape: `(height, width, channels)`.
+      image_shape: `(height, width, channels)`, as a network gets them.
       num_classes: labels run from 0 to num_classes - 1.
       sizes: the number of examples in each split.
       mean, std: per channel, of pixels scaled to [0, 1]; taken over the training split.
       prepare: what to run when it is not there; empty when it is made on first use.
+      decoding: set where images are stored encoded and in many sizes; None where all have one size and fit into memory.
+      classes: what the labels mean; a network can be evaluated on other data sets of the same.  Default: the name.
     """
 
     name: str
@@ -36,6 +54,35 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     prepare: str = ""
+    decoding: Decoding | None = None
+    classes: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "classes", self.classes or self.name)
+
+
+class Split(Protocol):
+    """Examples by index: batches of `image` uint8 `[batch, height, width, channels]` and `label` int32 `[batch]`."""
+
+    @property
+    def prefetch(self) -> int:
+        """How many batches to make ahead of time, on other threads."""
+        ...
+
+    @property
+    def undecodable(self) -> dict[int, str]:
+        """The examples that this process could not decode so far: their names by index."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def augmented(self, index: np.ndarray, bits: np.ndarray, augmentation: Augmentation) -> Batch:
+        """Examples for training, each varied by its own 64 bits, `[batch]`."""
+        ...
+
+    def plain(self, index: np.ndarray) -> Batch:
+        """Examples for evaluation, with a float32 `mask` that is 0 where there is no image."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +92,22 @@ class Arrays:
     images: np.ndarray
     labels: np.ndarray
 
+    # To gather a batch from memory takes less time than to hand it from one thread to another.
+    prefetch = 0
+
+    @property
+    def undecodable(self) -> dict[int, str]:
+        return {}
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    def augmented(self, index: np.ndarray, bits: np.ndarray, augmentation: Augmentation) -> Batch:
+        return {"image": augment(self.images[index], bits, augmentation), "label": self.labels[index]}
+
+    def plain(self, index: np.ndarray) -> Batch:
+        mask = np.ones(len(index), np.float32)
+        return {"image": self.images[index], "label": self.labels[index], "mask": mask}
 
 
 def _positive(default: Any) -> Any:
@@ -68,6 +129,26 @@ class SyntheticOptions:
     test_size: int = _positive(1024)
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageNetOptions:
+    """The legal `dataset.kwargs` of `imagenet2012`: the sizes, where only a part of it was prepared on purpose."""
+
+    train_size: int = _positive(1_281_167)
+    validation_size: int = _positive(50_000)
+
+
+OPTIONS = {"synthetic": SyntheticOptions, "imagenet2012": ImageNetOptions}
+"""The legal `dataset.kwargs` by data set; the others take none."""
+
+_IMAGENET: dict[str, Any] = {
+    "image_shape": (224, 224, 3),
+    "num_classes": 1000,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "decoding": Decoding(),
+    "classes": "imagenet2012",
+}
+
 _TFDS = {
     dataset.name: dataset
     for dataset in (
@@ -80,20 +161,46 @@ _TFDS = {
             "cifar10", (32, 32, 3), 10, {"train": 50_000, "test": 10_000}, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
             prepare="tfds build cifar10 --file_format=array_record --data_dir=DATA_DIR",
         ),
+        Dataset(
+            "imagenet2012", sizes={"train": 1_281_167, "validation": 50_000},
+            prepare="scripts/prepare_imagenet.sh MANUAL_DIR DATA_DIR", **_IMAGENET,
+        ),
+        Dataset(
+            "imagenet_v2", sizes={"test": 10_000},
+            prepare="tfds build imagenet_v2/matched-frequency --file_format=array_record --data_dir=DATA_DIR", **_IMAGENET,
+        ),
     )
 }  # fmt: skip
 
 NAMES = (*_TFDS, "synthetic")
 
 
-def describe(name: str, options: dict[str, Any]) -> Dataset:
-    """The data set of that name; `options` are its `dataset.kwargs`, already checked."""
-    if name != "synthetic":
-        return _TFDS[name]
-    synthetic = SyntheticOptions(**options)
-    height, width, channels = synthetic.image_shape
-    sizes = {"train": synthetic.train_size, "test": synthetic.test_size}
-    return Dataset(name, (height, width, channels), synthetic.num_classes, sizes, (0.5,) * channels, (0.25,) * channels)
+def describe(name: str, options: dict[str, Any], *, image_size: int | None = None, decoding: Decoding | None = None) -> Dataset:
+    """The data set of that name.
+
+    Args:
+      options: its `dataset.kwargs`, already checked.
+      image_size, decoding: how to read it where its images have many sizes; None for its own.
+    """
+    if name == "synthetic":
+        return _describe_synthetic(SyntheticOptions(**options))
+    dataset = _TFDS[name]
+    if name == "imagenet2012":
+        subset = ImageNetOptions(**options)
+        sizes = {"train": subset.train_size, "validation": subset.validation_size}
+        dataset = dataclasses.replace(dataset, sizes=sizes)
+    if dataset.decoding is None:
+        return dataset
+    height, width, channels = dataset.image_shape
+    shape = (image_size or height, image_size or width, channels)
+    return dataclasses.replace(dataset, image_shape=shape, decoding=decoding or dataset.decoding)
+
+
+def _describe_synthetic(options: SyntheticOptions) -> Dataset:
+    height, width, channels = options.image_shape
+    sizes = {"train": options.train_size, "test": options.test_size}
+    mean, std = (0.5,) * channels, (0.25,) * channels
+    return Dataset("synthetic", (height, width, channels), options.num_classes, sizes, mean, std)
 
 
 def split_parts(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
@@ -142,12 +249,14 @@ def share_examples(dataset: Dataset, one: str, other: str) -> bool:
     )
 
 
-def load(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
-    """Reads a whole split into memory.
+def load(dataset: Dataset, split: str, data_dir: str | None) -> Split:
+    """Reads a whole split into memory; where its images have many sizes, only makes sure that it is there.
 
     Raises:
-      DataError: the data set is not prepared, or its size is not the registered one.
+      DataError: the data set is not prepared, or not the registered one.
     """
+    if dataset.decoding:
+        return _open_records(dataset, split, data_dir)
     read = _synthesize if dataset.name == "synthetic" else _read_tfds
     parts = []
     for name, start, stop in split_parts(dataset, split):
@@ -160,6 +269,43 @@ def load(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
     if len(parts) == 1:
         return parts[0]
     return Arrays(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
+
+
+def _open_records(dataset: Dataset, split: str, data_dir: str | None) -> Split:
+    import tensorflow_datasets as tfds
+
+    from lowrank_jax.data.records import Records
+
+    parts = split_parts(dataset, split)
+    builder = _prepared(dataset, data_dir)
+    for name in {name for name, *_ in parts}:
+        _check_stored(dataset, name, builder)
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    sources: Any = {name: builder.as_data_source(name, deserialize_method=raw) for name, *_ in parts}  # type: ignore[call-arg]
+    return Records(dataset, split, [(sources[name].data_source, start, stop) for name, start, stop in parts])
+
+
+def _check_stored(dataset: Dataset, split: str, builder: Any) -> None:
+    """Raises DataError unless the stored split is all there and what is registered."""
+    expected, stored = dataset.sizes[split], builder.info.splits
+    remedy = f"prepare it anew: {_command(dataset, builder)}"
+    there = stored[split].num_examples if split in stored else 0
+    if there != expected:
+        subset = (
+            f'; if the subset is meant, set dataset.kwargs to {{"{split}_size": {there}}}' if dataset.name in OPTIONS else ""
+        )
+        raise DataError(
+            f"{dataset.name}/{split} under {_root(builder)} has {there:,} examples, {expected:,} expected; {remedy}"
+            f"{subset if there else ''}"
+        )
+    present = {path.name for path in builder.data_path.iterdir()}
+    files = [epath.Path(path).name for path in stored[split].filepaths]
+    missing = [name for name in files if name not in present]
+    if missing:
+        raise DataError(f"{builder.data_path} lacks {len(missing)} of {len(files)} files, such as {missing[0]}; {remedy}")
+    classes = builder.info.features["label"].num_classes
+    if classes != dataset.num_classes:
+        raise DataError(f"{builder.data_path} has {classes} classes, {dataset.num_classes} expected; {remedy}")
 
 
 def _read_tfds(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
@@ -214,10 +360,18 @@ def _prepared(dataset: Dataset, data_dir: str | None):
         return builder
     builder = tfds.builder(dataset.name, data_dir=data_dir, file_format="array_record")
     if not builder.is_prepared():
-        where = builder.data_path.parents[1]
-        command = dataset.prepare.replace("DATA_DIR", str(where))
-        raise DataError(f"{dataset.name} is not prepared under {where}; run: {command}")
+        raise DataError(f"{dataset.name} is not prepared under {_root(builder)}; run: {_command(dataset, builder)}")
     return builder
+
+
+def _root(builder: Any) -> str:
+    """TFDS's data folder."""
+    return str(builder.data_dir_root)
+
+
+def _command(dataset: Dataset, builder: Any) -> str:
+    """What prepares a data set in the folder where it is looked for."""
+    return dataset.prepare.replace("DATA_DIR", _root(builder))
 
 
 def _synthesize(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 
+from lowrank_jax.data.augment import Augmentation, crop_shifted, flip_every_other
 from lowrank_jax.data.datasets import Arrays
-from lowrank_jax.data.pipeline import Shard, TrainBatches, crop_shifted, eval_batches, flip_every_other, train_iterator
+from lowrank_jax.data.pipeline import Shard, TrainBatches, eval_batches, train_iterator
 
 SIZE = 50
+VARIED = Augmentation(flip=True, crop_padding=2)
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def test_every_epoch_holds_every_example_once_in_its_own_order(arrays):
 
 
 def test_the_iterator_goes_on_where_its_state_says(arrays):
-    batches = TrainBatches(arrays, 16, 100, seed=3, flip=True, crop_padding=2)
+    batches = TrainBatches(arrays, 16, 100, 3, VARIED)
     first = train_iterator(batches)
     for _ in range(7):
         next(first)
@@ -39,16 +41,16 @@ def test_the_iterator_goes_on_where_its_state_says(arrays):
 
 
 def test_shards_together_are_the_batch(arrays):
-    whole = TrainBatches(arrays, 16, 100, seed=3, flip=True, crop_padding=2)
-    parts = [TrainBatches(arrays, 16, 100, 3, True, 2, Shard(i, 4)) for i in range(4)]
+    whole = TrainBatches(arrays, 16, 100, 3, VARIED)
+    parts = [TrainBatches(arrays, 16, 100, 3, VARIED, Shard(i, 4)) for i in range(4)]
     for step in (0, 3, 17):
         for name in ("image", "label"):
             np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), whole[step][name])
 
 
 def test_augmentation_is_each_examples_own_and_new_every_epoch(arrays):
-    large = TrainBatches(arrays, SIZE, 100, seed=3, flip=True, crop_padding=2)
-    small = TrainBatches(arrays, 10, 500, seed=3, flip=True, crop_padding=2)
+    large = TrainBatches(arrays, SIZE, 100, 3, VARIED)
+    small = TrainBatches(arrays, 10, 500, 3, VARIED)
     # The same pass over the data in other batch sizes gives every example the same image.
     np.testing.assert_array_equal(large[1]["image"], np.concatenate([small[i]["image"] for i in range(5, 10)]))
     first, second = ({b["label"][i]: b["image"][i].tobytes() for i in range(SIZE)} for b in (large[0], large[1]))
