@@ -1,7 +1,7 @@
 """Whether the models here compute what timm's compute: random weights, copied, and the logits of both set side by side.
 
     pip install 'lowrank_jax[parity]'
-    python -m scripts.timm_parity                    # the table below
+    python -m scripts.timm_parity                    # ResNet-50, EfficientNet-B0 in both paddings, ViT-S and ViT-B
     python -m scripts.timm_parity resnet101 --size=128
 
 Nothing is downloaded.  Weights are random, BatchNorm statistics and all biases and scales included, so that a layer which is
