@@ -4,6 +4,7 @@
 # make check        format, lint and types
 # make bench        benchmarks; each prints a ratio against a rival measured in the same run
 PYTHON ?= python3
+EXTRAS ?= train,dev
 BIN := .venv/bin
 
 .PHONY: setup quickstart test check bench clean
@@ -13,7 +14,7 @@ setup: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowrank_jax needs Python 3.11 or newer: make setup PYTHON=python3.x")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 quickstart: setup

@@ -29,6 +29,9 @@ def get_config():
     config.optim.step_factor = 0.2
     config.optim.weight_decay = 5e-4
     config.lowrank.scale = 0.1
-    config.lowrank.rules = ({"path": "(stem|head)/kernel", "method": "none"},)
+    config.lowrank.rules = (
+        {"path": "(stem|head)/kernel", "method": "none"},
+        {"path": ".*/(conv2|proj)/kernel", "activation": "identity"},  # what is added to the shortcut, and the shortcut
+    )
     config.log.every = "200 steps"
     return config.lock()

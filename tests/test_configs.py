@@ -58,6 +58,8 @@ def test_a_step_of_training_and_an_evaluation(name, tmp_path):
         "dataset.name": "synthetic",
         "dataset.eval_split": "test",
         "dataset.image_size": None,
+        "dataset.crop_area": (0.08, 1.0),
+        "dataset.eval_crop": 0.875,
         "dataset.kwargs": {"image_shape": (min(height, 32), min(width, 32), channels), "train_size": 32, "test_size": 24},
         "model.kwargs": {**config.model.kwargs, **SHRUNK.get(config.model.name, {})},
         "optim.warmup": "0 steps",
