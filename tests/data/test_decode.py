@@ -50,7 +50,7 @@ def test_the_central_crop_is_the_shorter_side_resized_and_its_middle(fraction):
         assert box.height == box.width == round(side)
         assert max(abs(box.left - left), abs(box.top - top)) <= 0.75
         theirs.append(reference(stored, box, 224))
-    assert differences(ours, theirs).max() < 2.5 and differences(ours, theirs).mean() < 1.5
+    assert differences(ours, theirs).max() < 3.5 and differences(ours, theirs).mean() < 1.5
 
 
 @pytest.mark.parametrize("size", [32, 96, 224])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import os
 import shutil
 import subprocess
 
@@ -180,6 +179,17 @@ def test_a_preparation_that_was_interrupted_leaves_nothing_that_is_taken_for_dat
         opened(copy, "train")
 
 
+def test_data_in_another_format_is_refused(copy):
+    for file in copy.data_dir.glob("imagenet2012/*/*"):
+        if file.name == "dataset_info.json":
+            file.write_text(file.read_text().replace("array_record", "tfrecord"))
+        file.rename(file.with_name(file.name.replace("array_record", "tfrecord")))
+    with pytest.raises(
+        DataError, match=rf"prepared under {copy.data_dir}, but not as array_record; prepare it in another folder"
+    ):
+        opened(copy, "train")
+
+
 def test_another_number_of_classes_is_refused(small_imagenet):
     dataset = dataclasses.replace(described(small_imagenet), num_classes=10)
     with pytest.raises(DataError, match="has 1000 classes, 10 expected"):
@@ -193,10 +203,19 @@ def test_to_look_whether_it_is_there_reads_nothing(small_imagenet, monkeypatch):
     assert len(datasets.load(described(small_imagenet), "train[:10]", str(small_imagenet.data_dir))) == 10
 
 
+def test_archives_that_are_none_are_named(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / f"ILSVRC2012_img_{part}.tar").write_bytes(b"<html>")
+    script = str(ROOT / "scripts" / "prepare_imagenet.sh")
+    done = subprocess.run([script, str(tmp_path), str(tmp_path / "data")], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"the files in {tmp_path} are not the published ones (ReadError" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_missing_archives_are_listed(tmp_path):
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"")
     script = str(ROOT / "scripts" / "prepare_imagenet.sh")
-    done = subprocess.run([script, str(tmp_path), str(tmp_path / "data")], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run([script, str(tmp_path), str(tmp_path / "data")], capture_output=True, text=True)
     assert done.returncode == 1
     assert f"{tmp_path} lacks ILSVRC2012_img_train.tar; https://image-net.org" in done.stderr and "Traceback" not in done.stderr
     assert subprocess.run([script], capture_output=True, text=True).stderr.startswith("usage: ")
