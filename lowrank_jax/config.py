@@ -180,7 +180,7 @@ def _section(cls: Any, values: dict[str, Any], prefix: str, problems: list[str])
 
 def _known(cls: Any, prefix: str) -> list[str]:
     """The keys to propose for an unknown one: all of the config's, or those of a section that is not part of it."""
-    return legal_keys() if cls is Config or prefix.split(".")[0] in typing.get_type_hints(Config) else legal_keys(cls, prefix)
+    return legal_keys() if cls is Config or _hint(prefix[:-1]) is cls else legal_keys(cls, prefix)
 
 
 def _typed(value: Any, hint: Any) -> Any:

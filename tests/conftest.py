@@ -25,3 +25,10 @@ hypothesis.settings.load_profile("project")
 @pytest.fixture(scope="session")
 def repository() -> pathlib.Path:
     return pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def small_imagenet(tmp_path_factory):
+    from tests.imagenet_files import prepare_small
+
+    return prepare_small(tmp_path_factory.mktemp("imagenet"))

@@ -1,14 +1,17 @@
 """Small archives in the layout of ImageNet's, of natural images that scikit-learn ships, and data prepared from them."""
 
+import dataclasses
 import io
 import pathlib
+import subprocess
 import tarfile
+from unittest import mock
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from lowrank_jax.data.prepare import prepare
+from tests.running import ROOT
 
 WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")
 
@@ -38,27 +41,26 @@ def jpeg(image: Image.Image, quality: int = 92) -> bytes:
 
 def write_archives(
     folder: pathlib.Path, train: list[bytes], validation: list[bytes], *, truncate: tuple[str, ...] = ()
-) -> None:
-    """Writes ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
+) -> dict[str, bytes]:
+    """Writes ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; returns the files in them by name.
 
     Args:
       train: images, dealt out to the classes of `WORDNET_IDS` in turn.
       validation: images; the builder knows their classes.
       truncate: the names of files that end in the middle.
     """
-
-    def content(name: str, data: bytes) -> bytes:
-        return data[: len(data) // 2] if name in truncate else data
-
+    of_classes = {
+        wordnet_id: {f"{wordnet_id}_{j}.JPEG": data for j, data in enumerate(train[i :: len(WORDNET_IDS)])}
+        for i, wordnet_id in enumerate(WORDNET_IDS)
+    }
+    of_validation = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": data for i, data in enumerate(validation)}
+    for files in (*of_classes.values(), of_validation):
+        files.update({name: data[: len(data) // 2] for name, data in files.items() if name in truncate})
     folder.mkdir(parents=True, exist_ok=True)
-    archives = []
-    for i, wordnet_id in enumerate(WORDNET_IDS):
-        names = {f"{wordnet_id}_{j}.JPEG": data for j, data in enumerate(train[i :: len(WORDNET_IDS)])}
-        archives.append((f"{wordnet_id}.tar", _tar({name: content(name, data) for name, data in names.items()})))
-    (folder / "ILSVRC2012_img_train.tar").write_bytes(_tar(dict(archives)))
-    names = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": data for i, data in enumerate(validation)}
-    files = {name: content(name, data) for name, data in names.items()}
-    (folder / "ILSVRC2012_img_val.tar").write_bytes(_tar(files))
+    archives = {f"{wordnet_id}.tar": _tar(files) for wordnet_id, files in of_classes.items()}
+    (folder / "ILSVRC2012_img_train.tar").write_bytes(_tar(archives))
+    (folder / "ILSVRC2012_img_val.tar").write_bytes(_tar(of_validation))
+    return {name: data for files in (*of_classes.values(), of_validation) for name, data in files.items()}
 
 
 def _tar(files: dict[str, bytes]) -> bytes:
@@ -71,11 +73,48 @@ def _tar(files: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
-def prepare_small(
-    folder: pathlib.Path, *, train: int, validation: int, side: int, truncate: tuple[str, ...] = ()
-) -> pathlib.Path:
-    """Runs TFDS's own builder on small archives; returns the data folder."""
+@dataclasses.dataclass(frozen=True)
+class SmallImageNet:
+    """ImageNet in small, as `scripts/prepare_imagenet.sh` leaves it behind; one image of each split is cut short.
+
+    Attributes:
+      data_dir: TFDS's data folder.
+      train, validation: how many images there are.
+      images: the files by name.
+      truncated: which ones end in the middle, by split.
+    """
+
+    data_dir: pathlib.Path
+    train: int
+    validation: int
+    images: dict[str, bytes]
+    truncated: dict[str, str]
+
+    @property
+    def kwargs(self) -> dict[str, int]:
+        """The `dataset.kwargs` that state its sizes."""
+        return {"train_size": self.train, "validation_size": self.validation}
+
+
+def prepare_small(folder: pathlib.Path, *, train: int = 64, validation: int = 24, side: int = 160) -> SmallImageNet:
+    """Runs the script on small archives."""
+    truncated = {"train": "n01443537_3.JPEG", "validation": "ILSVRC2012_val_00000005.JPEG"}
     images = [jpeg(image) for image in natural_images(train + validation, side=side)]
-    write_archives(folder / "archives", images[:train], images[train:], truncate=truncate)
-    prepare("imagenet2012", folder / "archives", str(folder / "data"))
-    return folder / "data"
+    files = write_archives(folder / "archives", images[:train], images[train:], truncate=tuple(truncated.values()))
+    command = [ROOT / "scripts" / "prepare_imagenet.sh", folder / "archives", folder / "data"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return SmallImageNet(folder / "data", train, validation, files, truncated)
+
+
+def prepare_small_v2(data_dir: pathlib.Path, folder: pathlib.Path, images: dict[int, bytes]) -> None:
+    """Prepares ImageNet-v2 of one image for each of some classes by its own builder, but for the download."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder("imagenet_v2/matched-frequency", data_dir=str(data_dir), file_format="array_record")
+    for label, data in images.items():
+        file = folder / "imagenetv2-matched-frequency-format-val" / str(label) / "image.jpeg"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(data)
+    with mock.patch.object(tfds.download.DownloadManager, "download_and_extract", return_value=str(folder)):
+        builder.download_and_prepare()

@@ -358,7 +358,15 @@ def _prepared(dataset: Dataset, data_dir: str | None):
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
         return builder
-    builder = tfds.builder(dataset.name, data_dir=data_dir, file_format="array_record")
+    try:
+        builder = tfds.builder(dataset.name, data_dir=data_dir, file_format="array_record")
+    except ValueError as error:
+        if "File format" not in str(error):
+            raise
+        where = f" under {data_dir}" if data_dir else ""
+        raise DataError(
+            f"{dataset.name} is prepared{where}, but not as array_record; prepare it in another folder: {dataset.prepare}"
+        ) from None
     if not builder.is_prepared():
         raise DataError(f"{dataset.name} is not prepared under {_root(builder)}; run: {_command(dataset, builder)}")
     return builder

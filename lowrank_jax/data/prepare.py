@@ -63,6 +63,8 @@ def _build(name: str, manual_dir: pathlib.Path, data_dir: str | None) -> str:
     except (tarfile.TarError, KeyError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SystemExit(f"{name}: the files in {manual_dir} are not the published ones ({reason})") from error
+    except OSError as error:  # no permission, no space left
+        raise SystemExit(f"{name}: {error.filename or 'input or output'}: {error.strerror or error}") from error
     return str(builder.data_path)
 
 

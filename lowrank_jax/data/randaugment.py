@@ -36,7 +36,7 @@ def identity(image: np.ndarray, strength: float) -> np.ndarray:
 
 def autocontrast(image: np.ndarray, strength: float) -> np.ndarray:
     """Stretches each channel to 0 ... 255."""
-    low, high = image.min((0, 1)).astype(float), image.max((0, 1)).astype(float)
+    low, high = (np.array([float(end(channel)) for channel in cv2.split(image)]) for end in (np.min, np.max))
     scale = np.where(high > low, 255 / np.maximum(high - low, 1), 1)
     offset = np.where(high > low, -low * scale, 0)
     return _look_up(image, np.arange(256)[:, None] * scale + offset)
@@ -44,7 +44,8 @@ def autocontrast(image: np.ndarray, strength: float) -> np.ndarray:
 
 def equalize(image: np.ndarray, strength: float) -> np.ndarray:
     """Makes the histogram of each channel as flat as it can."""
-    return _look_up(image, np.stack([_equalizing(np.bincount(c.ravel(), minlength=256)) for c in cv2.split(image)], -1))
+    histograms = (cv2.calcHist([image], [i], None, [256], [0, 256]) for i in range(3))
+    return _look_up(image, np.stack([_equalizing(histogram.ravel().astype(np.int64)) for histogram in histograms], -1))
 
 
 def _equalizing(histogram: np.ndarray) -> np.ndarray:

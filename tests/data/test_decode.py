@@ -9,7 +9,7 @@ from PIL import Image
 
 from lowrank_jax.data.augment import random_bits, uniforms
 from lowrank_jax.data.crops import ASPECTS, DRAWS, Box, central_crop, random_crop
-from lowrank_jax.data.decode import Undecodable, decode_box, resize
+from lowrank_jax.data.decode import Undecodable, decode_box, resample
 from tests.imagenet_files import jpeg, natural_images
 
 
@@ -31,28 +31,38 @@ def reference(image, box, size):
     return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR)).astype(float)
 
 
-def test_the_central_crop_is_the_shorter_side_resized_and_its_middle():
-    for image in natural_images(8, side=500):
+def differences(ours, theirs):
+    """Mean absolute differences in levels.  Pillow's own box filter is 2 to 6 away, one pixel of shift 3 to 7."""
+    return np.array([np.abs(a.astype(float) - b).mean() for a, b in zip(ours, theirs, strict=True)])
+
+
+@pytest.mark.parametrize("fraction", [0.875, 1.0, 224 / 235])
+def test_the_central_crop_is_the_shorter_side_resized_and_its_middle(fraction):
+    ours, theirs = [], []
+    for image in natural_images(16, side=500):
         data = jpeg(image)
+        ours.append(decoded(data, lambda h, w: central_crop(h, w, fraction), 224))
         stored = Image.open(io.BytesIO(data))
-        ours = decoded(data, lambda h, w: central_crop(h, w, 0.875), 224)
-        scale = 256 / min(stored.size)
-        whole = stored.resize([round(side * scale) for side in stored.size], Image.Resampling.BILINEAR)
-        left, top = ((side - 224) // 2 for side in whole.size)
-        theirs = np.asarray(whole.crop((left, top, left + 224, top + 224))).astype(float)
-        # Mean absolute difference in levels; moved by a pixel these images differ by 8 and more.
-        assert np.abs(ours - theirs).mean() < 3
+        # In the image as stored: the middle `size` pixels of a shorter side of size / fraction.  Ours are whole pixels.
+        side = fraction * min(stored.size)
+        left, top = ((length - side) / 2 for length in stored.size)
+        box = central_crop(stored.height, stored.width, fraction)
+        assert box.height == box.width == round(side)
+        assert max(abs(box.left - left), abs(box.top - top)) <= 0.75
+        theirs.append(reference(stored, box, 224))
+    assert differences(ours, theirs).max() < 3.5 and differences(ours, theirs).mean() < 1.5
 
 
 @pytest.mark.parametrize("size", [32, 96, 224])
 @pytest.mark.parametrize("fast", [False, True])
 def test_any_box_is_what_pillow_makes_of_it(size, fast):
     draws = np.random.default_rng(1).random((16, DRAWS))
+    ours, theirs = [], []
     for image, row in zip(natural_images(16, side=500), draws, strict=True):
-        data = jpeg(image)
-        box = random_crop(image.height, image.width, (0.08, 1.0), row)
-        theirs = reference(Image.open(io.BytesIO(data)), box, size)
-        assert np.abs(decoded(data, lambda h, w, box=box: box, size, fast=fast) - theirs).mean() < 3
+        data, box = jpeg(image), random_crop(image.height, image.width, (0.08, 1.0), row)
+        ours.append(decoded(data, lambda h, w, box=box: box, size, fast=fast))
+        theirs.append(reference(Image.open(io.BytesIO(data)), box, size))
+    assert differences(ours, theirs).max() < 5 and differences(ours, theirs).mean() < 2
 
 
 def test_what_lies_below_the_box_makes_no_difference():
@@ -67,17 +77,23 @@ def test_what_lies_below_the_box_makes_no_difference():
             )
 
 
-def test_resizing_enlarges_shrinks_and_shrinks_a_lot_as_pillow_does():
+@pytest.mark.parametrize("box", [(0, 0, 300, 300), (20.5, 31.25, 200.75, 250.5)])
+@pytest.mark.parametrize("size", [(60, 45), (224, 224), (180, 290), (136, 300), (20, 16)])
+def test_resampling_enlarges_shrinks_and_shrinks_a_lot_as_pillow_does(size, box):
     image = natural_images(1, side=500)[0].crop((0, 0, 300, 300))
-    for width, height in ((60, 45), (224, 224), (180, 290), (136, 300), (20, 16)):
-        out = np.zeros((height, width, 3), np.uint8)
-        resize(np.asarray(image), out)
-        theirs = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).astype(float)
-        assert np.abs(out - theirs).mean() < 2.5, (width, height)
-    small = image.resize((100, 100))
+    out = np.zeros((*size[::-1], 3), np.uint8)
+    resample(np.asarray(image), box, out)
+    top, left, height, width = box
+    place = (left, top, left + width, top + height)
+    theirs = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=place)).astype(float)
+    assert np.abs(out - theirs).mean() < 4
+
+
+def test_enlarging_is_pillows_to_rounding():
+    image = natural_images(1, side=500)[0].crop((0, 0, 100, 100))
     out = np.zeros((224, 224, 3), np.uint8)
-    resize(np.asarray(small), out)
-    assert np.abs(out - np.asarray(small.resize((224, 224), Image.Resampling.BILINEAR)).astype(float)).max() <= 2
+    resample(np.asarray(image), (0, 0, 100, 100), out)
+    assert np.abs(out - np.asarray(image.resize((224, 224), Image.Resampling.BILINEAR)).astype(float)).max() <= 2
 
 
 @pytest.mark.parametrize(
@@ -101,7 +117,7 @@ def test_a_jpeg_with_a_flaw_that_leaves_the_image_there_is_read():
     data = jpeg(natural_images(1, side=200)[0])
     flawed = data[:-2] + bytes(8) + data[-2:]
     ours, plain = (decoded(d, lambda h, w: central_crop(h, w, 1.0), 64).astype(float) for d in (flawed, data))
-    assert np.abs(ours - plain).mean() < 1
+    assert np.abs(ours - plain).mean() < 4  # one was scaled down by its decoder
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>", jpeg(Image.new("RGB", (90, 80)))[:300]])
@@ -139,8 +155,8 @@ def test_random_crops_that_cannot_fit_are_the_largest_allowed_one_in_the_middle(
 
 
 def test_uniform_numbers_are_uniform_and_each_their_own():
-    numbers = uniforms(random_bits(0, np.zeros(2000, int), np.arange(2000)), 10)
-    assert numbers.shape == (2000, 10) and numbers.min() >= 0 and numbers.max() < 1
-    assert np.abs(np.sort(numbers.ravel()) - np.arange(20000) / 20000).max() < 1.63 / math.sqrt(20000)
-    assert np.abs(np.corrcoef(numbers.T) - np.eye(10)).max() < 0.1
-    assert len(np.unique(numbers)) == 20000
+    numbers = uniforms(random_bits(1, np.zeros(20000, int), np.arange(20000)), 10)
+    assert numbers.shape == (20000, 10) and numbers.min() >= 0 and numbers.max() < 1
+    assert np.abs(np.sort(numbers.ravel()) - np.arange(200000) / 200000).max() < 1.63 / math.sqrt(200000)
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(10)).max() < 0.03
+    assert len(np.unique(numbers)) == 200000
