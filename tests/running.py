@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -66,7 +67,8 @@ def start(arguments: list[str], *, devices: int = 1) -> subprocess.Popen[str]:
 
 
 def environment(devices: int) -> dict[str, str]:
-    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = re.sub("device_count=[0-9]+", f"device_count={devices}", os.environ["XLA_FLAGS"])
+    return {**os.environ, "XLA_FLAGS": flags}
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,11 +1,15 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lowrank_jax import experiment as experiments
 from lowrank_jax import models, plan, state, step
 from lowrank_jax.mixing import Mixing, normalizer
 from lowrank_jax.ranks import Rule
+from tests import running
 
 
 def setup(**kwargs):
@@ -129,3 +133,13 @@ def test_the_place_of_the_label_is_that_of_a_stable_sort_and_nan_puts_it_last():
     expected = np.argmax(order == label[:, None], axis=-1)
     np.testing.assert_array_equal(step.rank_of_label(jnp.asarray(logits), jnp.asarray(label)), expected)
     np.testing.assert_array_equal(step.rank_of_label(jnp.full((2, 7), jnp.nan), jnp.array([0, 3])), 7)
+
+
+def test_no_images_travel_between_devices_but_those_at_the_edges():
+    settings = {"dataset__mixup": 0.2, "dataset__cutmix": 1.0, "dataset__random_erasing": 0.5, "optim__accumulate": 2}
+    for changes, permitted in (({"optim__accumulate": 2, "dataset__mixup": 0.0}, set()), (settings, {"collective-permute"})):
+        text = experiments.build(running.config(**changes)).lower_train_step().compile().as_text()
+        found = re.findall(r"= \(?f32\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute|reduce-scatter)", text)
+        assert {kind for _, kind in found} == permitted
+        assert all(shape.startswith("1,") for shape, _ in found)  # an image, or the target of one
+    assert "all-reduce" in text
