@@ -9,9 +9,11 @@ BIN := .venv/bin
 
 .PHONY: setup quickstart test check bench clean
 
-setup: .venv/ready
+STAMP := .venv/ready-$(EXTRAS)
 
-.venv/ready: pyproject.toml constraints.txt
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowrank_jax needs Python 3.11 or newer: make setup PYTHON=python3.x")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'

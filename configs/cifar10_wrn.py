@@ -6,7 +6,7 @@ Reproduces: the recipe of Zagoruyko and Komodakis (2016, arXiv 1605.07146); `low
     tfds build cifar10 --file_format=array_record --data_dir=DATA_DIR          # once
     lowrank train --config=configs/cifar10_wrn.py --config.dataset.data_dir=DATA_DIR --workdir=runs/cifar10_wrn
 
-Hardware: one accelerator of 16 GiB or more.
+Hardware: one accelerator.
 Expected time: not yet measured.
 Expected number: not yet measured.  The authors state 96.00 % top-1 for the dense network (their README, median of five runs).
 """
@@ -31,7 +31,7 @@ def get_config():
     config.lowrank.scale = 0.1
     config.lowrank.rules = (
         {"path": "(stem|head)/kernel", "method": "none"},
-        {"path": ".*/(conv2|proj)/kernel", "activation": "identity"},  # what is added to the shortcut, and the shortcut
+        {"path": ".*/(conv2|proj)/kernel", "activation": "identity"},  # no ReLU follows their sum
     )
     config.log.every = "200 steps"
     return config.lock()

@@ -1,10 +1,12 @@
 """ResNet-8 on scikit-learn's digits, its convolutions factored by kernel projection at a quarter of full rank.
 
-The smallest real experiment: its data ships with scikit-learn.
+Reproduces: nothing published.  The smallest real experiment: its data ships with scikit-learn.
 
     lowrank train --config=configs/digits_resnet.py --workdir=runs/digits
 
-Hardware: any; half a minute on two CPU cores.  Expected: top-1 of at least 0.95 on the 360 held-out digits; seed 0 gave 0.9917.
+Hardware: any.
+Expected time: half a minute on two CPU cores.
+Expected number: top-1 of at least 0.95 on the 360 held-out digits; seed 0 gave 0.9917.
 """
 
 from lowrank_jax.config import default

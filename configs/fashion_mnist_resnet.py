@@ -1,9 +1,13 @@
 """ResNet-20 on Fashion-MNIST, its convolutions factored by kernel projection at a quarter of full rank.
 
+Reproduces: nothing published.
+
     scripts/prepare_fashion_mnist.sh          # once
     lowrank train --config=configs/fashion_mnist_resnet.py --workdir=runs/fashion_resnet
 
-Hardware: one accelerator; two CPU cores take hours.  Expected number: not yet measured.
+Hardware: one accelerator.
+Expected time: not yet measured; hours on two CPU cores.
+Expected number: not yet measured.
 """
 
 from lowrank_jax.config import default

@@ -1,6 +1,7 @@
 """ResNet-50 (v1.5) on ImageNet in 90 epochs, dense.
 
-Reproduces: the plain recipe of He et al. (2016) at a batch of 1024, with a cosine schedule and label smoothing.
+Reproduces: the usual recipe (Goyal et al. 2017, arXiv 1706.02677: warm-up, last scales of blocks from zero, no decay of norms)
+at a batch of 1024, with Nesterov's momentum, a cosine schedule and label smoothing.
 
     scripts/prepare_imagenet.sh MANUAL_DIR DATA_DIR          # once
     lowrank train --config=configs/imagenet_resnet50.py --config.dataset.data_dir=DATA_DIR --workdir=gs://bucket/resnet50

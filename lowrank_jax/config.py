@@ -7,6 +7,7 @@ completely, into the frozen dataclasses of `schema`, and reports all that is wro
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import math
 import pathlib
 import types
@@ -72,7 +73,11 @@ def load(path: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if argument and not inspect.signature(module.get_config).parameters:
+            raise ConfigError(path, [f"{name} takes no argument, such as {argument!r}"])
         config = module.get_config(argument) if argument else module.get_config()
+    except ConfigError as error:  # of a config that this one changes
+        raise ConfigError(path, error.problems) from error
     except (Exception, SystemExit) as error:  # whatever somebody's file may raise
         raise ConfigError(path, [f"it fails with {type(error).__name__}: {error}"]) from error
     if not isinstance(config, ConfigDict):
@@ -232,6 +237,8 @@ def _relations(config: Config, devices: int | None, wrong: set[str]) -> list[str
         problems.append("steps: neither steps nor epochs is given")
     if config.steps is not None and config.epochs is not None:
         problems.append(f"steps: both steps ({config.steps}) and epochs ({config.epochs:g}) are given; set one to None")
+    if config.batch_size % config.optim.accumulate and not wrong & {"batch_size", "optim.accumulate"}:
+        problems.append(f"optim.accumulate: {config.optim.accumulate}; batch_size {config.batch_size} is no multiple of it")
     parts = [] if wrong & {"dataset.name"} else _dataset_problems(config, wrong)
     parts += _model_problems(config) + _rule_problems(config, wrong)
     if not parts and not any(key.startswith(("dataset.", "model.", "lowrank.")) for key in wrong):
@@ -387,7 +394,8 @@ def images_like(config: Config) -> jax.ShapeDtypeStruct:
 def _lines(error: Exception) -> list[str]:
     """An error as one line; our own ValueErrors hold a problem a line."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines() if isinstance(error, ValueError) and text.startswith("rule ") else [text.splitlines()[0][:300]]
+    ours = isinstance(error, ValueError) and text.startswith(("rule ", "setting "))
+    return text.splitlines() if ours else [text.splitlines()[0][:300]]
 
 
 def _rule_problems(config: Config, wrong: set[str]) -> list[str]:
@@ -420,6 +428,6 @@ def _mesh_problems(config: Config, devices: int) -> list[str]:
         if size % shards
     ]
     parts = config.optim.accumulate
-    if not problems and config.batch_size % (shards * parts):
+    if not problems and config.batch_size % parts == 0 and config.batch_size % (shards * parts):
         problems.append(f"optim.accumulate: {parts}; {config.batch_size} images cannot be cut in so many on {shards} devices")
     return problems

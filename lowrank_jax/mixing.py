@@ -9,6 +9,7 @@ import optax
 
 Normalize = Callable[[jax.Array], jax.Array]
 
+# timm's, which the recipes with random erasing refer to; the paper's largest area is 0.4.
 _ERASED_AREA = (0.02, 1 / 3)  # of the image
 _ERASED_ASPECT = (0.3, 1 / 0.3)
 

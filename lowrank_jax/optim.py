@@ -1,9 +1,9 @@
 """Optimisers, learning-rate schedules and decay, put together from optax's parts."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import optax
 
 from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay
@@ -11,6 +11,8 @@ from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import first_match, map_named, named_leaves, nearest
 
 OPTIMIZERS = ("sgd", "adamw", "rmsprop", "lars", "lamb")
+KERNELS = r"(.*/)?(kernel|embedding)(/[uv])?"
+"""Names of the parameters that multiply what a layer is fed: what decay and trust ratios are for."""
 SCHEDULES = ("cosine", "step", "exponential", "constant")
 
 
@@ -73,8 +75,8 @@ def make_optimizer(
 
     Args:
       name: one of `OPTIMIZERS`.  `rmsprop` is TensorFlow's: epsilon inside the root, mean squares that start at one, momentum
-        of steps that the rate has multiplied.  `lars` and `lamb` scale the steps of parameters with two axes or more, each
-        factor by itself; biases and norm scales move as in `sgd` and `adamw`.
+        of steps that the rate has multiplied.  `lars` and `lamb` scale the steps of kernels and embeddings, each factor by
+        itself; biases, norm scales and positions move as in `sgd` and `adamw`.
       schedule: the learning rate.
       params: the parameters or their shapes, for the names that `decay_rules` match.
       momentum, nesterov: of sgd, rmsprop and lars.
@@ -107,17 +109,17 @@ def make_optimizer(
         core = [*decays, optax.rmsprop(schedule, b2, eps, initial_scale=1.0, momentum=momentum, nesterov=nesterov)]
     elif name == "lars":
         lars = optax.lars(
-            schedule, trust_coefficient=trust_coefficient, trust_ratio_mask=_matrices, momentum=momentum, nesterov=nesterov
+            schedule, trust_coefficient=trust_coefficient, trust_ratio_mask=_kernels, momentum=momentum, nesterov=nesterov
         )
         core = [*decays, lars]
     else:
-        trust = [optax.masked(optax.scale_by_trust_ratio(), _matrices)] if name == "lamb" else []
+        trust = [optax.masked(optax.scale_by_trust_ratio(), _kernels)] if name == "lamb" else []
         core = [optax.scale_by_adam(b1, b2, eps), *decays, *trust, rate]
     return optax.chain(*clip, *core)
 
 
-def _matrices(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+def _kernels(params: Any) -> Any:
+    return map_named(lambda name, _: re.fullmatch(KERNELS, name) is not None, params)
 
 
 def decay_multipliers(params: Any, rules: Sequence[tuple[str, float]], *, skip_factors: bool) -> dict[str, float]:

@@ -67,13 +67,14 @@ def footprint(config: Config, devices: Sequence[Any]) -> Footprint:
     """
     experiment = experiments.build(config, devices=devices)
     lowered = experiment.lower_train_step()
+    level = jax.config.values["jax_optimization_level"]
     jax.config.update("jax_optimization_level", "O0")
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise PreflightError(str(error).splitlines()[0]) from None
     finally:
-        jax.config.update("jax_optimization_level", "UNKNOWN")  # jax's default
+        jax.config.update("jax_optimization_level", level)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None and cost is not None
     state = sum(

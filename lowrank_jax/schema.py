@@ -154,9 +154,7 @@ class OptimConfig:
     clip_norm: float | None = _option(None, _above(0))
     weight_decay: float = _option(0.0, _at_least(0))
     # (path, multiple of weight_decay), in order; every parameter must be matched.
-    decay_rules: tuple[tuple[str, float], ...] = _option(
-        ((r"(.*/)?(kernel|embedding)(/[uv])?", 1.0), (".*", 0.0)), _decay_rules
-    )
+    decay_rules: tuple[tuple[str, float], ...] = _option(((optim.KERNELS, 1.0), (".*", 0.0)), _decay_rules)
     frobenius_decay: float = _option(0.0, _at_least(0))
     nuclear_decay: float = _option(0.0, _at_least(0))
     label_smoothing: float = _option(0.0, _below_one)
@@ -285,7 +283,8 @@ class Config:
     @property
     def peak_lr(self) -> float:
         """The highest learning rate of this batch size."""
-        return self.optim.lr * self.batch_size / (self.optim.lr_per_images or self.batch_size)
+        per = self.optim.lr_per_images
+        return self.optim.lr * self.batch_size / per if per else self.optim.lr
 
     @property
     def description(self) -> datasets.Dataset:

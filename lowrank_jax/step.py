@@ -27,13 +27,14 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """A function `(state, batch) -> (state, metrics)`.
 
-    The metrics `loss` and `top1` are means over the batch from before the update; `grad_norm` is the norm of the gradient and
-    `lr` the learning rate of the update.
+    The metrics `loss` and `top1` are means over the batch from before the update, `top1` being how often the network agrees
+    with the heaviest class of a target, which mixup and cutmix make; `grad_norm` is the norm of the gradient and `lr` the
+    learning rate of the update.
 
     Args:
       model, optimizer, schedule, mixing: the parts.
       accumulate: in how many parts of equal size, one after the other, the batch goes through the network; the gradient is the
-        mean over them.  BatchNorm normalises each part by itself.
+        mean over them.  BatchNorm normalises each part by itself, and devices exchange gradients after each.
       ema_decay: of the running average of parameters and BatchNorm statistics in `state.ema`; None for none.
       seed: of the run.
     """

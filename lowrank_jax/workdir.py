@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import re
@@ -18,6 +19,8 @@ from lowrank_jax import config as configs
 _FREE = ("dataset.data_dir", "eval.batch_size", "checkpoint.", "log.", "mesh.")
 
 
+# Without these a config.json is something else's.
+_NEEDED = {"seed", "dataset.name", "model.name", "lowrank.method"}
 _EPATH = ("gs://", "s3://", "az://", "hf://")
 
 
@@ -90,11 +93,11 @@ class Workdir:
         config = self.read_json("config.json")
         if config is None:
             raise WorkdirError(f"{self.path} is not a work directory: it has no config.json")
-        defaults = json.loads(json.dumps(configs.to_dict(configs.Config())))
+        defaults = _defaults()
         sections = {key: value for key, value in defaults.items() if isinstance(value, dict)}
-        if not all(isinstance(config.get(key), dict) for key in sections):
+        if not all(isinstance(config.get(key, {}), dict) for key in sections) or not flatten(config).keys() >= _NEEDED:
             raise WorkdirError(f"{self.path}/config.json is not an experiment's")
-        return {**defaults, **config, **{key: {**value, **config[key]} for key, value in sections.items()}}
+        return {**defaults, **config, **{key: {**value, **config.get(key, {})} for key, value in sections.items()}}
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The object in a file; None if there is no such file.
@@ -179,9 +182,20 @@ def _try_lock(file: Any) -> bool:
     return True
 
 
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Every setting's default, as JSON has it."""
+    return json.loads(json.dumps(configs.to_dict(configs.Config())))
+
+
 def config_digest(config: dict[str, Any]) -> str:
     """A short name for an experiment: equal for configs that may share a work directory."""
-    text = json.dumps({key: value for key, value in sorted(flatten(config).items()) if not key.startswith(_FREE)})
+    flat, defaults = flatten(json.loads(json.dumps(config))), flatten(_defaults())
+    # What is at its default is left out, so that the name stays the same when settings are added.
+    chosen = {
+        key: value for key, value in sorted(flat.items()) if value != defaults.get(key, flat) and not key.startswith(_FREE)
+    }
+    text = json.dumps(chosen)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -1,31 +1,31 @@
 """Writes docs/footprints.md: what a training step of every shipped config takes, dense and at several scales.
 
-    python -m scripts.footprints                              # all; 20 minutes on two cores
-    python -m scripts.footprints configs/cifar10_resnet.py    # some, to look at: nothing is written
+    python -m scripts.footprints                                       # all; some 20 minutes on two cores
+    python -m scripts.footprints configs/imagenet_efficientnet_lowrank.py:b4   # one more, or one anew
 
-Needs libtpu (pip install 'lowrank_jax[tpu]') and no TPU.  What was compiled before is not compiled again.
+Needs libtpu (pip install 'lowrank_jax[tpu]') and no TPU.
 """
 
-import dataclasses
-import json
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from lowrank_jax import config as configs
 from lowrank_jax.plans import count, markdown_table
-from lowrank_jax.preflight import Footprint, PreflightError, footprint, topology
+from lowrank_jax.preflight import PreflightError, footprint, topology
 from lowrank_jax.schema import Config
-from lowrank_jax.workdir import config_digest
 
 ROOT = pathlib.Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "footprints.md"
 TOPOLOGY = "v5e:4x4"
-SCALES = (0.05, 0.1, 0.25, 0.5)
 HBM = 16 * 2**30  # of a v5e chip
-CACHE = ROOT / "runs" / "footprints.json"
+SCALES = (0.05, 0.1, 0.25, 0.5)
+FIELDS = ("params", "macs", "state_bytes", "peak_bytes", "flops")
 
 HEAD = f"""# What a training step takes
 
@@ -35,12 +35,13 @@ config; nothing ran. `python -m scripts.footprints` writes this page.
 * params and MACs: of the network; MACs are those of one image's forward pass.
 * state: what is kept between steps on every chip: parameters, statistics, the optimiser's state, averages.
 * peak: memory at the worst moment of a step, the state included.
-* FLOPs: of a step, on one chip.
+* FLOPs: of a step, on one chip.  The compiler computes some things twice where that saves memory, which differs between ranks.
 * ratios: to the dense network.
+
 """
 
 
-def arms(file: str) -> dict[str, Config]:
+def arms(file: str, devices: int) -> dict[str, Config]:
     """The dense network and the factored ones of a config file."""
     changes = {"dense": {"lowrank.method": "none"}}
     changes |= {f"{scale:g}": {"lowrank.method": "kernel_projection", "lowrank.scale": str(scale)} for scale in SCALES}
@@ -49,64 +50,60 @@ def arms(file: str) -> dict[str, Config]:
         config = configs.load(file)
         for key, value in values.items():
             configs.override(config, key, value)
-        parsed[name] = configs.parse(config, source=file, devices=len(topology(TOPOLOGY)))
+        parsed[name] = configs.parse(config, source=file, devices=devices)
     return parsed
 
 
-def compiled(config: Config) -> Footprint | str:
-    """The footprint of a config, or why there is none; from the cache if it is there."""
-    known = json.loads(CACHE.read_text()) if CACHE.exists() else {}
-    key = f"{TOPOLOGY} {config_digest(configs.to_dict(config))}"
-    if key not in known:
-        try:
-            known[key] = dataclasses.asdict(footprint(config, topology(TOPOLOGY)))
-        except PreflightError as error:
-            known[key] = str(error)
-        CACHE.parent.mkdir(exist_ok=True)
-        CACHE.write_text(json.dumps(known, indent=1))
-    return known[key] if isinstance(known[key], str) else Footprint(**known[key])
-
-
-def section(file: str) -> str:
+def section(file: str, devices: Sequence[Any]) -> str:
     """A table for a config file."""
-    rows = [["scale", "params", "MACs", "state", "peak", "FLOPs"]]
-    dense = None
-    for name, config in arms(file).items():
+    rows, dense = [["scale", "params", "MACs", "state", "peak", "FLOPs"]], None
+    networks = arms(file, len(devices))
+    for name, config in networks.items():
         begin = time.monotonic()
-        found = compiled(config)
-        print(f"{file} {name}: {found} ({time.monotonic() - begin:.0f} s)", file=sys.stderr, flush=True)
-        if isinstance(found, str):
-            rows.append([name, *["does not compile"] * 5])
+        try:
+            found = footprint(config, devices)
+        except PreflightError as error:
+            print(f"{file} {name}: {error}", file=sys.stderr, flush=True)
+            rows.append([name, *["does not compile"] * len(FIELDS)])
             continue
-        dense = dense or found
-        rows.append([name, *(_against(getattr(found, field), getattr(dense, field), field) for field in FIELDS)])
-    batch = next(iter(arms(file).values())).batch_size
-    return f"## {file}\n\nBatch {batch}, {batch // 16} a chip.\n\n{markdown_table(rows)}\n"
+        print(f"{file} {name}: {found} ({time.monotonic() - begin:.0f} s)", file=sys.stderr, flush=True)
+        dense = found if name == "dense" else dense
+        rows.append([name, *(_cell(field, getattr(found, field), dense and getattr(dense, field)) for field in FIELDS)])
+    batch = networks["dense"].batch_size
+    return f"## {file}\n\nBatch {batch}, {batch // len(devices)} a chip.\n\n{markdown_table(rows)}\n"
 
 
-FIELDS = ("params", "macs", "state_bytes", "peak_bytes", "flops")
-
-
-def _against(value: float, dense: float, field: str) -> str:
+def _cell(field: str, value: float, dense: float | None) -> str:
     text = _bytes(value) if field.endswith("bytes") else count(round(value))
-    over = " (does not fit)" if field == "peak_bytes" and value > HBM else ""
-    return f"{text} ({value / dense:.2f}){over}" if value != dense else f"{text}{over}"
+    ratio = f" ({value / dense:.2f})" if dense and value != dense else ""
+    return text + ratio + (", does not fit" if field == "peak_bytes" and value > HBM else "")
 
 
 def _bytes(value: float) -> str:
     return f"{value / 2**30:.3g} GiB" if value >= 2**30 else f"{value / 2**20:.3g} MiB"
 
 
+def shipped() -> list[str]:
+    """All configs; the dense ones of ImageNet are the dense rows of their low-rank twins."""
+    files = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
+    return [file for file in files if file.replace(".py", "_lowrank.py") not in files]
+
+
+def written() -> dict[str, str]:
+    """The page's sections by config file."""
+    _, *sections = PAGE.read_text().split("## ") if PAGE.exists() else [""]
+    return {text.partition("\n")[0]: f"## {text.rstrip()}\n" for text in sections}
+
+
 def main() -> None:
-    shipped = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
-    # The dense configs of ImageNet are the dense rows of their low-rank twins.
-    shipped = [file for file in shipped if file.replace(".py", "_lowrank.py") not in shipped]
-    files = sys.argv[1:] or shipped
-    page = "\n".join([HEAD, *(section(file) for file in files)])
-    if sys.argv[1:]:
-        print(page)
-    else:
-        (ROOT / "docs" / "footprints.md").write_text(page)
+    try:
+        devices = topology(TOPOLOGY)
+        known = written()
+        for file in sys.argv[1:] or shipped():
+            known[file] = section(file, devices)
+            PAGE.write_text(HEAD + "\n".join(known[file] for file in sorted(known)))
+    except (PreflightError, configs.ConfigError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

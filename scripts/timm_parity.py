@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from lowrank_jax.models.timm_weights import TWINS, from_timm, twin
+from lowrank_jax.paths import did_you_mean
 
 TOLERANCE = 1e-3
 DEFAULT = ("resnet50", "efficientnet_b0", "tf_efficientnet_b0", "vit_small_patch16_224", "vit_base_patch16_224")
@@ -43,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", default=DEFAULT, help=f"of models in timm: {', '.join(TWINS)}")
     parser.add_argument("--size", type=int, default=224, help="the height and width of the images")
     args = parser.parse_args(argv)
+    for name in args.names:
+        if name not in TWINS:
+            parser.error(f"no twin of {name!r}{did_you_mean(name, TWINS)}")
+    if args.size < 32 or args.size % 16:
+        parser.error(f"--size {args.size} must be a multiple of 16, at least 32")
     try:
         import_timm()
     except ImportError as error:

@@ -66,7 +66,9 @@ def test_models_compute_in_the_configs_dtype():
 
 def test_a_batch_must_be_divisible_into_its_parts():
     config = changed(batch_size="64", optim__accumulate="3")
-    assert problems(config, devices=8) == ["optim.accumulate: 3; 64 images cannot be cut in so many on 8 devices"]
+    assert problems(config) == problems(config, devices=8) == ["optim.accumulate: 3; batch_size 64 is no multiple of it"]
+    config = changed(batch_size="64", optim__accumulate="16")
+    assert problems(config, devices=8) == ["optim.accumulate: 16; 64 images cannot be cut in so many on 8 devices"]
     assert parse(changed(batch_size="64", optim__accumulate="8"), devices=8).optim.accumulate == 8
 
 
@@ -147,7 +149,7 @@ def test_all_problems_come_at_once_each_with_its_key():
             {"dataset__name": "synthetic", "dataset__kwargs__image_shape": "(8, 8)"},
             "image_shape: (8, 8); must be a sequence of 3",
         ),
-        ({"model__name": "mlp", "model__kwargs__dropout": "1.5"}, "dropout 1.5 must be in [0, 1)"),
+        ({"model__name": "mlp", "model__kwargs__dropout": "1.5"}, "setting dropout: 1.5; must be in [0, 1)"),
         ({"model__name": ".foo:bar"}, "model.name: model '.foo:bar' cannot be imported"),
         ({"model__name": "math:floor"}, "model or lowrank: "),
     ],

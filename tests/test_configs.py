@@ -11,6 +11,7 @@ import pytest
 
 from lowrank_jax import config as configs
 from lowrank_jax import experiment as experiments
+from lowrank_jax.models.efficientnet import VARIANTS
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.plans import align
 from lowrank_jax.train import train
@@ -75,4 +76,41 @@ def test_a_step_of_training_and_an_evaluation(name, tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_run_card_names_its_command(name):
     text = (ROOT / "configs" / f"{name}.py").read_text()
-    assert f"lowrank train --config=configs/{name}.py" in text and "Hardware:" in text and "Expected" in text
+    assert f"lowrank train --config=configs/{name}.py" in text
+    for line in ("Reproduces: ", "Hardware: ", "Expected time: ", "Expected number: "):
+        assert f"\n{line}" in text, line
+
+
+def load(text):
+    return configs.load(str(ROOT / "configs" / text))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_of_efficientnet_has_images_of_its_size(name):
+    size = VARIANTS[name].resolution
+    for file in ("imagenet_efficientnet", "imagenet_efficientnet_lowrank"):
+        config = load(f"{file}.py:{name.partition('_')[2]}")
+        assert (config.model.name, config.dataset.image_size) == (name, size)
+        assert round(config.dataset.image_size / config.dataset.eval_crop) == size + 32  # as in the published code
+
+
+def test_squeeze_and_excitation_is_factored_when_asked_for():
+    for argument, expected in (("b0", 0), ("b0,se", 2 * 16)):  # two in each of 16 blocks
+        plan = configs.make_plan(configs.parse(load(f"imagenet_efficientnet_lowrank.py:{argument}")))
+        assert sum("/se/" in kernel.name for kernel in plan.factored) == expected
+        assert {kernel.note for kernel in plan.kernels if "/depthwise/" in kernel.name} == {"depthwise convolution"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("imagenet_efficientnet.py:b12", "there is no variant 'b12'; there are b0, b1"),
+        ("imagenet_efficientnet_lowrank.py:b12,se", "there is no variant 'b12'; there are b0, b1"),
+        ("imagenet_efficientnet_lowrank.py:b0,foo", "after the variant only 'se' may follow, not 'foo'"),
+        ("imagenet_resnet50.py:b0", "takes no argument, such as 'b0'"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_one_problem(text, message):
+    with pytest.raises(configs.ConfigError) as caught:
+        load(text)
+    assert len(caught.value.problems) == 1 and message in caught.value.problems[0]

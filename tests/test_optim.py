@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +97,17 @@ def test_lars_scales_every_matrix_by_its_trust_ratio_and_leaves_vectors_alone():
         ratio = 0.01 * before / gradient  # of norms: all elements are equal
         np.testing.assert_allclose(after, before - 0.1 * ratio * gradient, rtol=1e-6)
     np.testing.assert_allclose(params["head"]["bias"], 1 - 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_trust_ratios_are_for_kernels_and_not_for_biases_of_whatever_shape(name):
+    attention = nn.MultiHeadDotProductAttention(2)
+    params = {"attention": attention.init(jax.random.key(0), jnp.ones((1, 3, 8)))["params"], "positions": jnp.ones((1, 3, 8))}
+    params = jax.tree.map(lambda leaf: leaf + 0.01, params)
+    optimizer = make_optimizer(name, optax.constant_schedule(0.1), params, momentum=0.0, eps=1e-12)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    plain = jax.tree.map(lambda leaf: np.allclose(leaf, -0.1, rtol=1e-4), updates)
+    assert plain["positions"] and plain["attention"]["query"]["bias"] and not plain["attention"]["query"]["kernel"]
 
 
 def test_lamb_steps_as_far_as_the_norm_of_a_matrix_says():

@@ -139,7 +139,7 @@ def test_no_images_travel_between_devices_but_those_at_the_edges():
     settings = {"dataset__mixup": 0.2, "dataset__cutmix": 1.0, "dataset__random_erasing": 0.5, "optim__accumulate": 2}
     for changes, permitted in (({"optim__accumulate": 2, "dataset__mixup": 0.0}, set()), (settings, {"collective-permute"})):
         text = experiments.build(running.config(**changes)).lower_train_step().compile().as_text()
+        assert text is not None and "all-reduce" in text
         found = re.findall(r"= \(?f32\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute|reduce-scatter)", text)
         assert {kind for _, kind in found} == permitted
         assert all(shape.startswith("1,") for shape, _ in found)  # an image, or the target of one
-    assert "all-reduce" in text

@@ -37,14 +37,16 @@ def test_another_experiment_is_refused_with_the_keys_that_differ(tmp_path):
 
 
 def test_a_setting_that_is_younger_than_the_experiment_has_its_default(tmp_path):
-    old = config()
-    del old["dataset"]["mixup"], old["seed"]
+    old = config(seed=3)
+    digest = config_digest(old)
+    del old["dataset"]["mixup"], old["log"]
     folder = Workdir(tmp_path)
     folder.write_json("config.json", old)
-    folder.check(config())
-    assert folder.read_config() == json.loads(json.dumps(config()))
+    folder.check(config(seed=3))
+    assert folder.read_config() == json.loads(json.dumps(config(seed=3)))
+    assert config_digest(old) == digest != config_digest(config())
     with pytest.raises(WorkdirError, match=r"dataset.mixup is 0.0 there, 0.2 here"):
-        folder.check(config(dataset__mixup=0.2))
+        folder.check(config(seed=3, dataset__mixup=0.2))
 
 
 def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
@@ -52,6 +54,9 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
     with pytest.raises(WorkdirError, match="is a file"):
         Workdir(tmp_path / "file").claim(config())
     with pytest.raises(WorkdirError, match=r"has no config\.json"):
+        Workdir(tmp_path).read_config()
+    (tmp_path / "config.json").write_text('{"model": {}, "dataset": {}, "lowrank": {}}')
+    with pytest.raises(WorkdirError, match=r"config\.json is not an experiment's"):
         Workdir(tmp_path).read_config()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WorkdirError, match=r"config\.json is damaged"):

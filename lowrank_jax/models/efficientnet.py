@@ -9,7 +9,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
-from lowrank_jax.models.regularisers import check_rate, stochastic_depth
+from lowrank_jax.models.common import check_settings, stochastic_depth
 
 Padding = Literal["same", "symmetric"]
 
@@ -173,7 +173,7 @@ class EfficientNet(nn.Module):
       stem: `imagenet` (3x3/2) or `cifar` (3x3/1), for small images.
       momentum: of the running statistics of BatchNorm.
       epsilon: of BatchNorm.
-      dtype: of the computation; parameters and statistics stay float32.
+      dtype: of the computation up to the head; parameters, statistics and logits stay float32.
     """
 
     num_classes: int
@@ -191,8 +191,14 @@ class EfficientNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, num_classes]`."""
-        check_rate("dropout", self.dropout)
-        check_rate("drop_connect", self.drop_connect)
+        check_settings(
+            width=(self.width, "above 0"),
+            depth=(self.depth, "above 0"),
+            dropout=(self.dropout, "rate"),
+            drop_connect=(self.drop_connect, "rate"),
+            momentum=(self.momentum, "rate"),
+            epsilon=(self.epsilon, "above 0"),
+        )
         conv = functools.partial(_conv, padding=self.padding, dtype=self.dtype)
         norm = functools.partial(
             nn.BatchNorm, use_running_average=not train, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype
@@ -205,7 +211,8 @@ class EfficientNet(nn.Module):
             x = Stage(spec, round_features(spec.features, self.width), rates, block, name=f"stage{i}")(x)
         x = ConvNormSilu(round_features(1280, self.width), 1, 1, conv, norm, name="top")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=(1, 2)))
-        return nn.Dense(self.num_classes, kernel_init=head_uniform, dtype=self.dtype, name="head")(x)
+        # Without a dtype it is the parameters\', float32: in bfloat16 many of 1000 logits would be equal.
+        return nn.Dense(self.num_classes, kernel_init=head_uniform, name="head")(x)
 
     def _drop_rates(self) -> Iterator[tuple[float, ...]]:
         """Every stage's rates of stochastic depth, a block each."""

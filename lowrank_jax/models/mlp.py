@@ -6,6 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from lowrank_jax.models.common import check_settings
+
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
@@ -17,7 +19,7 @@ class MLP(nn.Module):
       widths: of the hidden layers.
       batch_norm: normalise before every ReLU.
       dropout: the rate at which hidden units are dropped in training.
-      dtype: of the computation; parameters stay float32.
+      dtype: of the computation up to the head; parameters and logits stay float32.
     """
 
     num_classes: int
@@ -29,8 +31,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, ...] -> [batch, num_classes]`."""
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} must be in [0, 1)")
+        check_settings(dropout=(self.dropout, "rate"))
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths, start=1):
             x = nn.Dense(width, use_bias=not self.batch_norm, kernel_init=he_normal, dtype=self.dtype, name=f"dense{i}")(x)
@@ -38,4 +39,5 @@ class MLP(nn.Module):
                 x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name=f"norm{i}")(x)
             x = nn.relu(x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+        # Without a dtype it is the parameters\', float32: in bfloat16 many of 1000 logits would be equal.
+        return nn.Dense(self.num_classes, name="head")(x)

@@ -99,7 +99,7 @@ class ResNet(nn.Module):
       stem: `imagenet` (7x7/2 and max-pool) or `cifar` (3x3).
       norm: `batch` or `none`; without normalisation, convolutions have biases.
       zero_init_last_norm: start the last norm scale of every block at zero, so that blocks start as identities.
-      dtype: of the computation; parameters and statistics stay float32.
+      dtype: of the computation up to the head; parameters, statistics and logits stay float32.
     """
 
     num_classes: int
@@ -125,7 +125,8 @@ class ResNet(nn.Module):
         x = Stem(self.widths[0], self.stem == "cifar", conv, norm, name="stem")(x)
         for i, (features, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
             x = Stage(features, blocks, 1 if i == 0 else 2, block, name=f"stage{i + 1}")(x)
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x.mean(axis=(1, 2)))
+        # Without a dtype it is the parameters\', float32: in bfloat16 many of 1000 logits would be equal.
+        return nn.Dense(self.num_classes, name="head")(x.mean(axis=(1, 2)))
 
 
 class _Identity(nn.Module):

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.models.regularisers import check_rate, stochastic_depth
+from lowrank_jax.models.common import check_settings, stochastic_depth
 
 xavier_uniform = nn.initializers.xavier_uniform()
 layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-6)
@@ -48,6 +48,7 @@ class Block(nn.Module):
             self.heads,
             dropout_rate=self.attention_dropout,
             deterministic=not self.train,
+            force_fp32_for_softmax=True,
             kernel_init=xavier_uniform,
             dtype=self.dtype,
             name="attention",
@@ -77,7 +78,7 @@ class ViT(nn.Module):
       dropout: the rate after positions, attention and both layers of the MLPs.
       attention_dropout: the rate of dropped attention weights.
       stochastic_depth: the rate to which the blocks' rates of stochastic depth rise linearly, the first block's being zero.
-      dtype: of the computation; parameters stay float32.
+      dtype: of the computation up to the head; parameters and logits stay float32.
     """
 
     num_classes: int
@@ -96,8 +97,9 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, num_classes]`."""
-        for rate in ("dropout", "attention_dropout", "stochastic_depth"):
-            check_rate(rate, getattr(self, rate))
+        sizes = {name: (getattr(self, name), "at least 1") for name in ("width", "depth", "heads", "patch", "mlp_ratio")}
+        rates = {name: (getattr(self, name), "rate") for name in ("dropout", "attention_dropout", "stochastic_depth")}
+        check_settings(**sizes, **rates)
         x = nn.Dropout(self.dropout, deterministic=not train)(self._tokens(x))
         block = functools.partial(
             Block, self.heads, self.mlp_ratio * self.width, self.dropout, self.attention_dropout, train=train, dtype=self.dtype
@@ -106,7 +108,8 @@ class ViT(nn.Module):
             x = block(drop_rate=self.stochastic_depth * i / max(1, self.depth - 1), name=f"block{i + 1}")(x)
         x = layer_norm(dtype=self.dtype, name="norm")(x)
         x = x[:, 0] if self.pool == "token" else x.mean(axis=1)
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+        # Without a dtype it is the parameters\', float32: in bfloat16 many of 1000 logits would be equal.
+        return nn.Dense(self.num_classes, name="head")(x)
 
     def _tokens(self, x: jax.Array) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, tokens, width]`: patches with their positions, the extra token first."""

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from lowrank_jax.models.regularisers import check_rate
+from lowrank_jax.models.common import check_settings
 from lowrank_jax.models.resnet import Stage, he_normal
 
 WIDTHS = (16, 32, 64)
@@ -40,7 +40,7 @@ class WideResNet(nn.Module):
       depth: 6 n + 4 for n blocks a stage; the shortcuts' convolutions do not count.
       widening: by what the 16, 32 and 64 channels of the stages are multiplied; the stem has 16.
       dropout: the rate between the convolutions of a block.
-      dtype: of the computation; parameters and statistics stay float32.
+      dtype: of the computation up to the head; parameters, statistics and logits stay float32.
     """
 
     num_classes: int
@@ -52,7 +52,7 @@ class WideResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, num_classes]`."""
-        check_rate("dropout", self.dropout)
+        check_settings(widening=(self.widening, "at least 1"), dropout=(self.dropout, "rate"))
         blocks, rest = divmod(self.depth - 4, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth {self.depth} must be 6 n + 4, such as 10, 16 or 28")
@@ -64,7 +64,8 @@ class WideResNet(nn.Module):
         for i, width in enumerate(WIDTHS):
             x = Stage(self.widening * width, blocks, 1 if i == 0 else 2, block, name=f"stage{i + 1}")(x)
         x = nn.relu(norm(name="norm")(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x.mean(axis=(1, 2)))
+        # Without a dtype it is the parameters\', float32: in bfloat16 many of 1000 logits would be equal.
+        return nn.Dense(self.num_classes, name="head")(x.mean(axis=(1, 2)))
 
 
 WIDE_RESNETS: dict[str, dict[str, Any]] = {

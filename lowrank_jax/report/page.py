@@ -103,11 +103,13 @@ class Report:
     def reading_aid(self) -> str:
         splits = " and ".join(sorted({f"`{run.settings['dataset.eval_split']}`" for run in self.found.runs if run.settings}))
         own = ", each arm at its own tuning" if any(arm.tuning for arm in self.arms) else ""
+        averaged = any(run.settings.get("optim.ema_decay") is not None for run in self.found.runs)
+        weights = ", of the averaged weights where a run keeps any (`eval_raw` in the CSV is of the others)" if averaged else ""
         return (
-            f"Top-1 on {splits} at the end of training. ± is half of the {grouping.CONFIDENCE:.0%} interval of the mean over "
-            "seeds (Student's t); one seed has none. *Early loss*: the mean training loss up to the first line of the log"
-            f"{self._first_window()}{own}. *Images/s*: in training, the median over the log; runs beside each other share a "
-            "machine."
+            f"Top-1 on {splits} at the end of training{weights}. ± is half of the {grouping.CONFIDENCE:.0%} interval of"
+            " the mean over seeds (Student's t); one seed has none. *Early loss*: the mean training loss up to the first line of the"
+            f" log{self._first_window()}{own}. *Images/s*: in training, the median over the log; runs beside each other share a"
+            " machine."
         )
 
     def _windows(self) -> list[int]:
@@ -216,6 +218,7 @@ class Report:
         """A row for every run, chosen or not."""
         chosen = {run.name for arm in self.arms for run in arm.runs.values()}
         figures_of = ("params", "macs", "eval/top1", "eval/top5", "eval/loss", "early loss", "images/s", "seconds")
+        figures_of += ("eval_raw/top1",) if any(run.result.get("eval_raw") for run in self.found.runs) else ()
         keys = [*self.found.varied]
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")

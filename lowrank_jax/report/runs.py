@@ -62,7 +62,7 @@ class Run:
             curve = self.curve("train/loss")
             return curve[0][1] if curve else math.nan
         section, _, metric = name.partition("/")
-        return self.result[section].get(metric, math.nan) if metric else self.result[section]
+        return (self.result.get(section) or {}).get(metric, math.nan) if metric else self.result[section]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax import models
 from lowrank_jax.models import efficientnet
-from lowrank_jax.models.regularisers import stochastic_depth
+from lowrank_jax.models.common import stochastic_depth
 from lowrank_jax.paths import named_leaves
 from tests import drawn
 
@@ -32,12 +32,25 @@ def test_multiply_adds_of_b0():
     assert macs["stage2/block1/se/reduce/kernel"] == 96 * 4
 
 
-@pytest.mark.parametrize("name", efficientnet.VARIANTS)
-def test_members_of_the_family_are_scaled(name):
-    variant = efficientnet.VARIANTS[name]
-    model = models.build(name, num_classes=10)
-    assert (model.width, model.depth, model.dropout) == (variant.width, variant.depth, variant.dropout)
-    assert variant.resolution % 2 == 0
+@pytest.mark.parametrize(
+    ("size", "published"),
+    [
+        ("b0", (1.0, 1.0, 224, 0.2)),
+        ("b1", (1.0, 1.1, 240, 0.2)),
+        ("b2", (1.1, 1.2, 260, 0.3)),
+        ("b3", (1.2, 1.4, 300, 0.3)),
+        ("b4", (1.4, 1.8, 380, 0.4)),
+        ("b5", (1.6, 2.2, 456, 0.4)),
+        ("b6", (1.8, 2.6, 528, 0.5)),
+        ("b7", (2.0, 3.1, 600, 0.5)),
+        ("b8", (2.2, 3.6, 672, 0.5)),
+        ("l2", (4.3, 5.3, 800, 0.5)),
+    ],
+)
+def test_members_of_the_family_are_scaled_as_published(size, published):
+    model = models.build(f"efficientnet_{size}", num_classes=10)
+    resolution = efficientnet.VARIANTS[f"efficientnet_{size}"].resolution
+    assert (model.width, model.depth, resolution, model.dropout) == published
 
 
 def test_b9_goes_on_as_the_family_ends():
