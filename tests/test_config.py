@@ -150,6 +150,8 @@ def test_all_problems_come_at_once_each_with_its_key():
             "image_shape: (8, 8); must be a sequence of 3",
         ),
         ({"model__name": "mlp", "model__kwargs__dropout": "1.5"}, "setting dropout: 1.5; must be in [0, 1)"),
+        ({"model__name": "vit_s16", "model__kwargs__heads": "0"}, "setting heads: 0; must be at least 1"),
+        ({"model__name": "efficientnet_b0", "model__kwargs__depth": "0"}, "setting depth: 0; must be above 0"),
         ({"model__name": ".foo:bar"}, "model.name: model '.foo:bar' cannot be imported"),
         ({"model__name": "math:floor"}, "model or lowrank: "),
     ],

@@ -107,9 +107,9 @@ class Report:
         weights = ", of the averaged weights where a run keeps any (`eval_raw` in the CSV is of the others)" if averaged else ""
         return (
             f"Top-1 on {splits} at the end of training{weights}. ± is half of the {grouping.CONFIDENCE:.0%} interval of"
-            " the mean over seeds (Student's t); one seed has none. *Early loss*: the mean training loss up to the first line of the"
-            f" log{self._first_window()}{own}. *Images/s*: in training, the median over the log; runs beside each other share a"
-            " machine."
+            " the mean over seeds (Student's t); one seed has none. *Early loss*: the mean training loss up to the first"
+            f" line of the log{self._first_window()}{own}. *Images/s*: in training, the median over the log; runs beside each"
+            " other share a machine."
         )
 
     def _windows(self) -> list[int]:

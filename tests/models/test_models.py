@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ def test_models_give_finite_logits_and_only_training_is_random(name, kwargs):
     evaluated = evaluate(variables, x)  # no rngs given
     for logits in (first, evaluated):
         assert logits.shape == (4, 7)
-        assert logits.dtype == kwargs.get("dtype", jnp.float32)
+        assert logits.dtype == jnp.float32
         assert np.isfinite(np.asarray(logits, np.float32)).all()
     np.testing.assert_array_equal(evaluated, evaluate(variables, x))
     np.testing.assert_array_equal(first, again)
@@ -118,12 +119,30 @@ def test_models_give_finite_logits_and_only_training_is_random(name, kwargs):
 
 
 @pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet8", {}),
+        ("efficientnet_b0", {"width": 0.1, "depth": 0.1}),
+        ("vit_s16", {"width": 16, "depth": 1, "heads": 2, "patch": 8}),
+    ],
+)
+def test_bfloat16_is_for_the_body_and_not_for_softmax_nor_logits(name, kwargs):
+    model = models.build(name, num_classes=7, dtype=jnp.bfloat16, **kwargs)
+    x = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    text = str(jax.make_jaxpr(model.apply)(variables, x))
+    assert "bf16" in text and not re.search(r":bf16\S* = exp ", text)
+    products = re.findall(r":(\w+)\[[\d,]*\] = (?:dot_general|conv_general_dilated)", text)
+    assert products[-1] == "f32" and set(products[:-1]) <= {"bf16", "f32"} and products.count("bf16") > 4
+
+
+@pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
         ("wrn_16_4", {"depth": 15}, "depth 15 must be 6 n"),
-        ("wrn_16_4", {"dropout": 1.0}, r"dropout 1.0 must be in \[0, 1\)"),
-        ("efficientnet_b0", {"drop_connect": -0.1}, "drop_connect -0.1 must be in"),
-        ("vit_s16", {"stochastic_depth": 2.0}, "stochastic_depth 2.0 must be in"),
+        ("wrn_16_4", {"dropout": 1.0}, r"setting dropout: 1.0; must be in \[0, 1\)"),
+        ("efficientnet_b0", {"drop_connect": -0.1}, "setting drop_connect: -0.1; must be in"),
+        ("vit_s16", {"stochastic_depth": 2.0}, "setting stochastic_depth: 2.0; must be in"),
         ("vit_s16", {"patch": 5}, "images of 32 x 32 are not made of patches of 5 x 5"),
         ("vit_s16", {"width": 6, "positions": "sincos"}, "width 6 must be a multiple of 4"),
     ],
