@@ -22,7 +22,8 @@ class TrainState:
       params: the parameters, factor pairs included.
       batch_stats: BatchNorm's running statistics; under jit they are those of the global batch.
       opt_state: the optimiser's state.
-      ema: running averages of `params` and `batch_stats`, by these names; empty where none are kept.
+      ema: running averages of `params` and `batch_stats`, by these names; empty where none are kept.  Of a factor pair the
+        factors are averaged, not their product.
     """
 
     step: jax.Array
