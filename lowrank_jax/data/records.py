@@ -32,16 +32,17 @@ class Records:
       dataset: what is known of it; its `decoding` says how.
       split: what to call it in messages.
       parts: stored records as `(source, start, stop)`, one after the other; `source[i]` are the bytes of a record.
+      remedy: what to do about a record that cannot be read.
     """
 
     prefetch = 2
     """Batches ahead of the reader, each with a thread that waits for it."""
 
-    def __init__(self, dataset: Dataset, split: str, parts: Sequence[tuple[Sequence[bytes], int, int]]):
+    def __init__(self, dataset: Dataset, split: str, parts: Sequence[tuple[Sequence[bytes], int, int]], remedy: str):
         if dataset.decoding is None:
             raise ValueError(f"{dataset.name} is stored at one size")
         self._dataset, self._decoding, self._name = dataset, dataset.decoding, f"{dataset.name}/{split}"
-        self._parts = list(parts)
+        self._parts, self._remedy = list(parts), remedy
         self._ends = list(itertools.accumulate(stop - start for _, start, stop in parts))
         self._undecodable: dict[int, str] = {}
         self._lock = threading.Lock()
@@ -125,7 +126,7 @@ class Records:
             return _example_type().FromString(record).features.feature
         except Exception as error:  # array_record has no error type of its own
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise DataError(f"{self._name}: record {index} cannot be read ({reason}): prepare it anew") from error
+            raise DataError(f"{self._name}: record {index} cannot be read ({reason}); {self._remedy}") from error
 
     def _note(self, index: int, name: str, error: Undecodable) -> None:
         with self._lock:
@@ -138,7 +139,7 @@ class Records:
         if count > limit:
             raise DataError(
                 f"{self._name}: {count} images do not decode, dataset.max_undecodable={limit} may: {names}. "
-                "Prepare the data anew, or raise the limit to go on without them"
+                f"Raise the limit (lowrank evaluate: --max-undecodable) to go on without them, or prepare the data anew: {self._remedy}"
             )
 
 

@@ -1,0 +1,87 @@
+"""The folder in which TFDS keeps a data set: where it is, and whether all of it is there."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+
+class Damaged(Exception):
+    """A part of what was prepared is missing or broken; the message says which.  TFDS itself would take it for complete."""
+
+
+def folder(name: str, data_dir: str | None) -> tuple[str, epath.Path]:
+    """TFDS's data folder, and where in it the version is kept that it would prepare, whatever is there."""
+    import tensorflow_datasets as tfds
+
+    with tempfile.TemporaryDirectory() as empty:  # a builder that finds something reads it, and may fail to
+        relative = tfds.builder(name, data_dir=empty).data_path.relative_to(empty)
+    root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    return str(root), root / relative
+
+
+def open_builder(name: str, data_dir: str | None) -> Any:
+    """TFDS's builder.
+
+    Raises:
+      Damaged: there is a folder, but nothing in it that says what it holds.
+      PermissionError: it may not be read.
+      ValueError: it is in another format.
+    """
+    import tensorflow_datasets as tfds
+
+    _, path = folder(name, data_dir)
+    may_read([path, path / "dataset_info.json"])
+    if path.exists():
+        _check_info(path / "dataset_info.json")
+    return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+
+
+def _check_info(path: epath.Path) -> None:
+    if not path.exists():
+        raise Damaged(f"{path} is missing")
+    try:
+        info = json.loads(path.read_text())
+        is_whole = isinstance(info, dict) and {"name", "version", "splits"} <= info.keys()
+    except ValueError:
+        is_whole = False
+    if not is_whole:
+        raise Damaged(f"{path} is damaged")
+
+
+def shards(builder: Any, split: str) -> list[epath.Path]:
+    """The files of a split.
+
+    Raises:
+      Damaged: some are missing.
+      PermissionError: one may not be read.
+    """
+    present = {path.name for path in builder.data_path.iterdir()}
+    files = [builder.data_path / epath.Path(path).name for path in builder.info.splits[split].filepaths]
+    missing = [file.name for file in files if file.name not in present]
+    if missing:
+        raise Damaged(f"{builder.data_path} lacks {len(missing)} of {len(files)} files, such as {missing[0]}")
+    may_read(files)
+    return files
+
+
+def check_all(builder: Any) -> None:
+    """Raises Damaged unless every file is there and opens; PermissionError if one may not be read."""
+    from array_record.python import array_record_module
+
+    for split in builder.info.splits:
+        for file in shards(builder, split):
+            if not array_record_module.ArrayRecordReader(str(file)).ok():
+                raise Damaged(f"{file} is damaged")
+
+
+def may_read(paths: Sequence[epath.Path]) -> None:
+    """Raises PermissionError where a local folder or file is not for this user: TFDS takes it for missing or for broken."""
+    for path in paths:
+        if "://" in str(path):
+            continue
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            next(path.iterdir(), None) if path.is_dir() else path.open("rb").close()
