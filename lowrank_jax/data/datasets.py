@@ -28,7 +28,7 @@ class Decoding:
 
     Attributes:
       eval_crop: for evaluation, the square in the middle of so large a fraction of the shorter side.
-      max_undecodable: so many images of a split may turn out not to decode.
+      max_undecodable: so many images of a split each process may find not to decode.
     """
 
     eval_crop: float = 0.875

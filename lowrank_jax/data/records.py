@@ -10,14 +10,12 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 
 from lowrank_jax.data import augment, crops
 from lowrank_jax.data.augment import Augmentation
 from lowrank_jax.data.datasets import Batch, DataError, Dataset
 from lowrank_jax.data.decode import Choose, Undecodable, decode_box
-from lowrank_jax.data.randaugment import randaugment
 
 _CHUNK = 4  # examples that a thread takes at a time: few enough that all end at about the same time
 
@@ -26,7 +24,7 @@ class Records:
     """Encoded images on disk, each a TensorFlow Example of `image`, `label` and `file_name`.
 
     An image that does not decode is reported once, with its file's name, and passed over: in training the next example takes
-    its place, in evaluation its `mask` is 0.  Too many of them end the run.
+    its place, in evaluation its `mask` is 0.  Too many of them in one process end the run.
 
     Args:
       dataset: what is known of it; its `decoding` says how.
@@ -59,15 +57,10 @@ class Records:
         """Images for training, each cropped and varied by its own 64 bits, and their labels."""
         images, labels = self._empty(len(index))
         choose = self._crops(bits, augmentation)
-        flips = augment.is_flipped(bits) if augmentation.flip else np.zeros(len(index), bool)
-        layers, magnitude = augmentation.randaugment_layers, augmentation.randaugment_magnitude
 
         def make(i: int) -> None:
             labels[i] = self._decode_or_next(int(index[i]), choose[i], images[i])
-            if flips[i]:
-                cv2.flip(images[i], 1, dst=images[i])
-            if layers:
-                images[i] = randaugment(images[i], bits[i], layers, magnitude)
+            images[i] = augment.augment_cropped(images[i], bits[i], augmentation)
 
         _in_parallel(make, len(index))
         return {"image": images, "label": labels}
@@ -138,8 +131,8 @@ class Records:
             names = ", ".join(self._undecodable.values())
         if count > limit:
             raise DataError(
-                f"{self._name}: {count} images do not decode, dataset.max_undecodable={limit} may: {names}. "
-                f"Raise the limit (lowrank evaluate: --max-undecodable) to go on without them, or prepare the data anew: {self._remedy}"
+                f"{self._name}: {count} images do not decode, dataset.max_undecodable={limit} may: {names}. Raise the limit"
+                f" (lowrank evaluate: --max-undecodable) to go on without them, or prepare the data anew: {self._remedy}"
             )
 
 
@@ -154,7 +147,7 @@ def _example_type() -> Any:
 @functools.cache
 def _pool() -> concurrent.futures.ThreadPoolExecutor:
     """One for all splits; made when it is first needed, so that processes may fork before."""
-    return concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
+    return concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
 
 
 def _in_parallel(make: Callable[[int], None], count: int) -> None:

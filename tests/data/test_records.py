@@ -15,7 +15,7 @@ from lowrank_jax.data.augment import Augmentation
 from lowrank_jax.data.datasets import DataError, Decoding, describe, load
 from lowrank_jax.data.pipeline import Shard, TrainBatches, eval_batches, train_iterator
 from lowrank_jax.data.prepare import prepare
-from tests.imagenet_files import WORDNET_IDS, jpeg, natural_images, write_archives
+from tests.imagenet_files import WORDNET_IDS, jpeg, names, natural_images, write_archives
 from tests.running import ROOT
 
 VARIED = Augmentation((0.08, 1.0), flip=True, randaugment_layers=2, randaugment_magnitude=9.0)
@@ -28,15 +28,6 @@ def opened(small, split, **decoding):
 
 def described(small, **decoding):
     return describe("imagenet2012", small.kwargs, image_size=SIZE, decoding=Decoding(**decoding))
-
-
-def names(small, split):
-    """The files in the order in which they are stored, by TFDS's own reading."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder("imagenet2012", data_dir=str(small.data_dir), file_format="array_record")
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    return [example["file_name"].decode() for example in source]
 
 
 def test_every_image_is_there_with_its_label(small_imagenet):
