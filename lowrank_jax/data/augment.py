@@ -35,8 +35,8 @@ def augment(images: np.ndarray, bits: np.ndarray, augmentation: Augmentation) ->
     return images
 
 
-def augment_cropped(image: np.ndarray, bits: np.uint64, augmentation: Augmentation) -> np.ndarray:
-    """What follows on the crop, of one image `[height, width, channels]`; it may come back as it is."""
+def augment_cropped(image: np.ndarray, bits: np.ndarray, augmentation: Augmentation) -> np.ndarray:
+    """What follows on the crop, of one image `[height, width, channels]` by its 64 bits; it may come back as it is."""
     if augmentation.flip and is_flipped(bits):
         import cv2
 
@@ -70,7 +70,7 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def is_flipped(bits: np.uint64) -> bool:
+def is_flipped(bits: np.ndarray) -> bool:
     """Whether the lowest bit is set."""
     return bool(bits & np.uint64(1))
 

@@ -16,10 +16,11 @@ class Damaged(Exception):
 def folder(name: str, data_dir: str | None) -> tuple[str, epath.Path]:
     """TFDS's data folder, and where in it the version is kept that it would prepare, whatever is there."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import constants
 
     with tempfile.TemporaryDirectory() as empty:  # a builder that finds something reads it, and may fail to
         relative = tfds.builder(name, data_dir=empty).data_path.relative_to(empty)
-    root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    root = epath.Path(data_dir or constants.DATA_DIR).expanduser()
     return str(root), root / relative
 
 
@@ -70,7 +71,7 @@ def shards(builder: Any, split: str) -> list[epath.Path]:
 
 def check_all(builder: Any) -> None:
     """Raises Damaged unless every file is there and opens; PermissionError if one may not be read."""
-    from array_record.python import array_record_module
+    from array_record.python import array_record_module  # type: ignore[attr-defined]
 
     for split in builder.info.splits:
         for file in shards(builder, split):
