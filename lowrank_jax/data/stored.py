@@ -1,7 +1,6 @@
 """The folder in which TFDS keeps a data set: where it is, and whether all of it is there."""
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -33,24 +32,19 @@ def open_builder(name: str, data_dir: str | None) -> Any:
       ValueError: it is in another format.
     """
     import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
 
     _, path = folder(name, data_dir)
-    may_read([path, path / "dataset_info.json"])
-    if path.exists():
-        _check_info(path / "dataset_info.json")
-    return tfds.builder(name, data_dir=data_dir, file_format="array_record")
-
-
-def _check_info(path: epath.Path) -> None:
-    if not path.exists():
-        raise Damaged(f"{path} is missing")
+    info = path / "dataset_info.json"
+    may_read([path, info])
+    if path.exists() and not info.exists():
+        raise Damaged(f"{info} is missing")
     try:
-        info = json.loads(path.read_text())
-        is_whole = isinstance(info, dict) and {"name", "version", "splits"} <= info.keys()
-    except ValueError:
-        is_whole = False
-    if not is_whole:
-        raise Damaged(f"{path} is damaged")
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except (ParseError, AssertionError, RuntimeError):  # no JSON, another data set's, no text
+        if not info.exists():
+            raise
+        raise Damaged(f"{info} is damaged") from None
 
 
 def shards(builder: Any, split: str) -> list[epath.Path]:

@@ -179,6 +179,7 @@ DAMAGES = {
     "dataset_info.json is damaged": write_info(b""),
     "dataset_info.json is damaged ": write_info(b'{"name": "imag'),
     "dataset_info.json is damaged  ": write_info(b"{}"),
+    "dataset_info.json is damaged    ": write_info(b'{"name": "imagenet2012", "version": "5.1.0", "splits": 3}'),
     "dataset_info.json is damaged   ": write_info(b"\xff\xfe\0"),
     "lacks 1 of 1 files": lambda folder: next(folder.glob("*train*")).unlink(),
     "00000-of-00001 is damaged": lambda folder: shorten(next(folder.glob("*validation*"))),
