@@ -2,11 +2,15 @@
 
     python -m benchmarks.decode
 
-JPEGs of 500 by 375 pixels or about that, cut from scikit-learn's photographs, go through TFDS's own builder.  Our training and
-evaluation batches and the same in tf.data (its fused decode_and_crop_jpeg, bilinear resizing, flip) take turns on them in one
-process, at 224 by 224.  Time is that of the process on all of its cores.  tf.data reads the same examples from a TFRecord file,
-one after the other, decodes with as many threads as there are cores, and draws its crops from its own sampler with the same
-ranges of area and aspect ratio; ours are in ArrayRecord files and shuffled.
+JPEGs of 500 by 375 pixels or about that, cut from the photographs of scikit-learn and scikit-image, go through TFDS's own
+builder.  Our training and evaluation batches and the same in tf.data (its fused decode_and_crop_jpeg, bilinear resizing, flip)
+take turns on them in one process, at 224 by 224.  Time is that of the process on all of its cores.  tf.data reads the same
+examples from a TFRecord file, one after the other, decodes with as many threads as there are cores, and draws its crops from
+its own sampler with the same ranges of area and aspect ratio; ours are in ArrayRecord files and shuffled.
+
+Our training takes libjpeg's fast transform and upsampling, our evaluation its exact ones; tf.data has its defaults.
+INTEGER_FAST and no fancy upscaling made no material difference to tf.data in a check: 1464 against 1486 images per CPU-second.
+The areas that the two samplers draw differ a little.
 """
 
 import os

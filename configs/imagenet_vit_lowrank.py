@@ -1,8 +1,10 @@
 """ViT-S/16 on ImageNet in 90 epochs, the kernels of attention and MLPs factored by kernel projection at a quarter of full rank.
 
 Reproduces: the recipe of "Better plain ViT baselines for ImageNet-1k" (Beyer et al. 2022, arXiv 2205.01580): AdamW, RandAugment
-(2, 10), mixup 0.2, no dropout, means over patches, fixed positions; `lowrank.method=none` is its network.  Decay is 0.1 because
-it is multiplied by the rate here, and 1e-4 there, where it is not.
+(2, 10), mixup 0.2, no dropout, means over patches, fixed positions; `lowrank.method=none` is its network.  RandAugment is the
+paper's here, whereas big_vision's, which follows TF's EfficientNet, also inverts, cuts out and adds to dark pixels, has no
+identity, and at magnitude 10 always raises colour, contrast, brightness and sharpness (to 1.9) and solarises nothing.  Decay is
+0.1 because it is multiplied by the rate here, and 1e-4 there, where it is not.
 
     scripts/prepare_imagenet.sh MANUAL_DIR DATA_DIR          # once
     lowrank train --config=configs/imagenet_vit_lowrank.py --config.dataset.data_dir=DATA_DIR --workdir=gs://bucket/vit

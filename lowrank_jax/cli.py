@@ -142,7 +142,7 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from lowrank_jax.evaluate import Evaluator, evaluate_all
 
-    evaluator = Evaluator(split=args.split, data_dir=args.data_dir, dataset=args.dataset)
+    evaluator = Evaluator(split=args.split, data_dir=args.data_dir, dataset=args.dataset, max_undecodable=args.max_undecodable)
     workdirs = list(dict.fromkeys(args.workdir))
     if args.watch:
         return _watch(args, workdirs, evaluator)
@@ -357,6 +357,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", help='such as "test" or "train[:1000]"; default: the config\'s dataset.eval_split')
     evaluate.add_argument("--dataset", metavar="NAME", help="another data set of the same classes, such as imagenet_v2")
     evaluate.add_argument("--data-dir", help="where the data is on this machine, if not where it was in training")
+    evaluate.add_argument(
+        "--max-undecodable", type=_whole, metavar="N", help="how many images may not decode, if not what it was in training"
+    )
     evaluate.add_argument("--json", metavar="FILE", help="write the numbers here too")
     evaluate.add_argument("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")
     evaluate.add_argument("--poll", type=_seconds, default=10.0, metavar="SECONDS", help="between two looks; default: 10")
@@ -433,6 +436,12 @@ def _names(text: str) -> tuple[str, ...]:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number")
     return int(text)
 
 

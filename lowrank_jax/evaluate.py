@@ -204,10 +204,18 @@ class Evaluator:
       split: such as "test" or "train[:1000]"; None for each run's own `dataset.eval_split`, or another data set's only split.
       data_dir: where the data is; None for where it was in training.
       dataset: another data set of the same classes; None for each run's own.
+      max_undecodable: so many images may turn out not to decode; None for each run's own limit.
     """
 
-    def __init__(self, *, split: str | None = None, data_dir: str | None = None, dataset: str | None = None):
-        self._split, self._data_dir, self._dataset = split, data_dir, dataset
+    def __init__(
+        self,
+        *,
+        split: str | None = None,
+        data_dir: str | None = None,
+        dataset: str | None = None,
+        max_undecodable: int | None = None,
+    ):
+        self._split, self._data_dir, self._dataset, self._max_undecodable = split, data_dir, dataset, max_undecodable
         self._experiments: dict[str, experiments.Experiment] = {}
         self._eval_steps: dict[str, Callable[..., dict[str, jax.Array]]] = {}
         self._splits: dict[tuple[str, str, str | None], Split] = {}
@@ -227,6 +235,9 @@ class Evaluator:
         """Gets ready for the checkpoints of a run.  Raises WorkdirError, ConfigError or DataError if that cannot be."""
         folder = Workdir(workdir)
         config = configs.parse(folder.read_config(), source=f"{workdir}/config.json", devices=None)
+        if self._max_undecodable is not None:
+            limited = dataclasses.replace(config.dataset, max_undecodable=self._max_undecodable)
+            config = dataclasses.replace(config, dataset=limited)
         experiment = self._experiment(config, workdir)
         other = _other(config, self._dataset) if self._dataset else config.description
         split = self._split or _default_split(config, other)

@@ -106,7 +106,7 @@ class DatasetConfig:
     flip: bool = False
     crop_padding: int = _option(0, _at_least(0))
     # Of data sets whose images have many sizes: side in pixels, area of random crops, central crop of evaluation, and how
-    # many images of a split may turn out not to decode.
+    # many images of a split each process may find not to decode.
     image_size: int | None = _option(None, _at_least(1))
     crop_area: tuple[float, float] = _option((0.08, 1.0), _area)
     eval_crop: float = _option(0.875, _fraction)

@@ -206,6 +206,14 @@ class _Loop:
     def run(self) -> Run:
         self.restore_or_init()
         self.compile()
+        try:
+            self.advance_to_the_end()
+        except datasets.DataError:
+            self.save_before_giving_up()
+            raise
+        return self.finish()
+
+    def advance_to_the_end(self) -> None:
         while True:
             with self.window.paused():
                 self.evaluate_if_due()  # the state as it is, before it changes
@@ -214,7 +222,6 @@ class _Loop:
                 break
             self.advance()
             self.log_if_due()
-        return self.finish()
 
     def restore_or_init(self) -> None:
         restored = self.checkpoints.restore(self.experiment.shapes)
@@ -289,8 +296,18 @@ class _Loop:
     def save_if_due(self) -> None:
         regular = self.step == self.total or (self.step > 0 and self.step % self.save_every == 0)
         improved = self.evaluated is not None and self.improved
-        if self.saved == self.step or not (regular or improved or self.stop.requested):
-            return
+        if self.saved != self.step and (regular or improved or self.stop.requested):
+            self.save()
+
+    def save_before_giving_up(self) -> None:
+        """The data cannot be read any further, but the state is sound: once that is seen to, the same command goes on."""
+        alone = jax.process_count() == 1  # the others know nothing of it, and all have to save together
+        if alone and self.step and self.saved != self.step:
+            self.save()
+            self.checkpoints.wait()
+            self.writer.say(f"saved step {self.step} to {self.folder.path}; the same command continues it")
+
+    def save(self) -> None:
         info = {
             "data": self.iterator.get_state(),
             "evaluated": self.evaluated,
@@ -310,7 +327,9 @@ class _Loop:
     def log_if_due(self) -> None:
         if self.step % self.log_every and self.step != self.total:
             return
-        scalars = self.logged[self.step] = self.window.summary(self.saved)
+        undecodable = len(self.data["train"].undecodable)  # met by this process since it started
+        scalars = self.window.summary(self.saved) | ({"train/undecodable": undecodable} if undecodable else {})
+        self.logged[self.step] = scalars
         self.writer.write(self.step, scalars)
         self.writer.say(progress_line(self.step, self.total, scalars, batch_size=self.config.batch_size, saved=self.saved))
 

@@ -1,14 +1,16 @@
-"""Small archives in the layout of ImageNet's, of natural images that scikit-learn ships, and data prepared from them."""
+"""Small archives in the layout of ImageNet's, of natural images that two packages ship, and data prepared from them."""
 
 import dataclasses
 import io
 import pathlib
 import subprocess
 import tarfile
+from typing import Any
 from unittest import mock
 
 import numpy as np
 from PIL import Image
+from skimage.data import astronaut, chelsea, coffee, rocket
 from sklearn.datasets import load_sample_images
 
 from tests.running import ROOT
@@ -17,12 +19,12 @@ WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")
 
 
 def natural_images(count: int, *, side: int, seed: int = 0) -> list[Image.Image]:
-    """Windows of random place and shape out of two photographs, scaled so that the longer side is about `side`."""
-    photographs = load_sample_images().images
+    """Windows of random place and shape out of six photographs, scaled so that the longer side is about `side`."""
+    photographs = [*load_sample_images().images, *(image() for image in (astronaut, chelsea, coffee, rocket))]
     draw = np.random.default_rng(seed)
     images = []
     for i in range(count):
-        photograph = photographs[i % 2]
+        photograph = photographs[i % len(photographs)]
         height, width = (int(size * draw.uniform(0.6, 1.0)) for size in photograph.shape[:2])
         top, left = (
             int(draw.integers(0, size - part + 1)) for size, part in zip(photograph.shape, (height, width), strict=False)
@@ -105,6 +107,15 @@ def prepare_small(folder: pathlib.Path, *, train: int = 64, validation: int = 24
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return SmallImageNet(folder / "data", train, validation, files, truncated)
+
+
+def names(small: SmallImageNet, split: str) -> list[str]:
+    """The files in the order in which they are stored, by TFDS's own reading."""
+    import tensorflow_datasets as tfds
+
+    builder: Any = tfds.builder("imagenet2012", data_dir=str(small.data_dir), file_format="array_record")
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    return [example["file_name"].decode() for example in source]
 
 
 def prepare_small_v2(data_dir: pathlib.Path, folder: pathlib.Path, images: dict[int, bytes]) -> None:

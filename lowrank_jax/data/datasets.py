@@ -3,12 +3,15 @@
 import contextlib
 import dataclasses
 import io
+import shlex
 import zipfile
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
+from lowrank_jax.data import stored
 from lowrank_jax.data.augment import Augmentation, augment
 from lowrank_jax.paths import did_you_mean
 
@@ -25,7 +28,7 @@ class Decoding:
 
     Attributes:
       eval_crop: for evaluation, the square in the middle of so large a fraction of the shorter side.
-      max_undecodable: so many images of a split may turn out not to decode.
+      max_undecodable: so many images of a split each process may find not to decode.
     """
 
     eval_crop: float = 0.875
@@ -215,6 +218,8 @@ def split_parts(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
     for name in bare:
         if name not in dataset.sizes:
             raise ValueError(f"{dataset.name} has no split {name!r}{did_you_mean(name, dataset.sizes)}")
+    if "shard" in split:
+        raise ValueError(f"split {split!r} counts in shards; count in examples or per cent, as in {bare[0]}[:10%]")
     try:
         instruction: Any = tfds.core.ReadInstruction.from_spec(split)
         parts = instruction.to_absolute({name: _SplitSize(size) for name, size in dataset.sizes.items()})
@@ -223,8 +228,8 @@ def split_parts(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
     ranges = [
         (part.splitname, part.from_ or 0, dataset.sizes[part.splitname] if part.to is None else part.to) for part in parts
     ]
-    if not sum(stop - start for _, start, stop in ranges):
-        raise ValueError(f"split {split!r} is empty")
+    if any(start >= stop for _, start, stop in ranges):
+        raise ValueError(f"split {split!r} is empty, or a part of it: give a slice whose end comes after its beginning")
     return ranges
 
 
@@ -260,12 +265,8 @@ def load(dataset: Dataset, split: str, data_dir: str | None) -> Split:
     read = _synthesize if dataset.name == "synthetic" else _read_tfds
     parts = []
     for name, start, stop in split_parts(dataset, split):
-        stored = read(dataset, name, data_dir)
-        if len(stored) != dataset.sizes[name]:
-            raise DataError(
-                f"{dataset.name}/{name} has {len(stored)} examples, {dataset.sizes[name]} expected: prepare it anew"
-            )
-        parts.append(Arrays(stored.images[start:stop], stored.labels[start:stop]))
+        whole = read(dataset, name, data_dir)
+        parts.append(Arrays(whole.images[start:stop], whole.labels[start:stop]))
     if len(parts) == 1:
         return parts[0]
     return Arrays(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
@@ -279,17 +280,18 @@ def _open_records(dataset: Dataset, split: str, data_dir: str | None) -> Split:
     parts = split_parts(dataset, split)
     builder = _prepared(dataset, data_dir)
     for name in {name for name, *_ in parts}:
-        _check_stored(dataset, name, builder)
+        _check_split(dataset, name, builder)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     sources: Any = {name: builder.as_data_source(name, deserialize_method=raw) for name, *_ in parts}  # type: ignore[call-arg]
-    return Records(dataset, split, [(sources[name].data_source, start, stop) for name, start, stop in parts])
+    stored_parts = [(sources[name].data_source, start, stop) for name, start, stop in parts]
+    return Records(dataset, split, stored_parts, _remedy(dataset, builder.data_path, _root(builder)))
 
 
-def _check_stored(dataset: Dataset, split: str, builder: Any) -> None:
+def _check_split(dataset: Dataset, split: str, builder: Any) -> None:
     """Raises DataError unless the stored split is all there and what is registered."""
-    expected, stored = dataset.sizes[split], builder.info.splits
-    remedy = f"prepare it anew: {_command(dataset, builder)}"
-    there = stored[split].num_examples if split in stored else 0
+    expected, splits = dataset.sizes[split], builder.info.splits
+    remedy = _remedy(dataset, builder.data_path, _root(builder))
+    there = splits[split].num_examples if split in splits else 0
     if there != expected:
         subset = (
             f'; if the subset is meant, set dataset.kwargs to {{"{split}_size": {there}}}' if dataset.name in OPTIONS else ""
@@ -298,11 +300,8 @@ def _check_stored(dataset: Dataset, split: str, builder: Any) -> None:
             f"{dataset.name}/{split} under {_root(builder)} has {there:,} examples, {expected:,} expected; {remedy}"
             f"{subset if there else ''}"
         )
-    present = {path.name for path in builder.data_path.iterdir()}
-    files = [epath.Path(path).name for path in stored[split].filepaths]
-    missing = [name for name in files if name not in present]
-    if missing:
-        raise DataError(f"{builder.data_path} lacks {len(missing)} of {len(files)} files, such as {missing[0]}; {remedy}")
+    with _explained(remedy):
+        stored.shards(builder, split)
     classes = builder.info.features["label"].num_classes
     if classes != dataset.num_classes:
         raise DataError(f"{builder.data_path} has {classes} classes, {dataset.num_classes} expected; {remedy}")
@@ -313,6 +312,9 @@ def _read_tfds(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
     cache = builder.data_path / f"decoded-{split}.npz"
     decoded = _read_cache(cache)
     if decoded is None or len(decoded) != dataset.sizes[split]:
+        _check_split(dataset, split, builder)
+        with _explained(_remedy(dataset, builder.data_path, _root(builder))):
+            stored.check_all(builder)
         source: Any = builder.as_data_source(split)  # type: ignore[call-arg]
         examples = source.__getitems__(range(len(source)))
         decoded = Arrays(
@@ -326,8 +328,8 @@ def _read_tfds(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
 def _read_cache(path: epath.Path) -> Arrays | None:
     """Decoding 60,000 PNGs takes longer than many a run; the next one finds the pixels beside the records."""
     try:
-        with path.open("rb") as file, np.load(file) as stored:
-            return Arrays(stored["images"], stored["labels"])
+        with path.open("rb") as file, np.load(file) as arrays:
+            return Arrays(arrays["images"], arrays["labels"])
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
@@ -358,8 +360,10 @@ def _prepared(dataset: Dataset, data_dir: str | None):
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
         return builder
+    root, path = stored.folder(dataset.name, data_dir)
     try:
-        builder = tfds.builder(dataset.name, data_dir=data_dir, file_format="array_record")
+        with _explained(_remedy(dataset, path, root)):
+            builder = stored.open_builder(dataset.name, data_dir)
     except ValueError as error:
         if "File format" not in str(error):
             raise
@@ -368,7 +372,7 @@ def _prepared(dataset: Dataset, data_dir: str | None):
             f"{dataset.name} is prepared{where}, but not as array_record; prepare it in another folder: {dataset.prepare}"
         ) from None
     if not builder.is_prepared():
-        raise DataError(f"{dataset.name} is not prepared under {_root(builder)}; run: {_command(dataset, builder)}")
+        raise DataError(f"{dataset.name} is not prepared under {_root(builder)}; run: {_command(dataset, _root(builder))}")
     return builder
 
 
@@ -377,9 +381,25 @@ def _root(builder: Any) -> str:
     return str(builder.data_dir_root)
 
 
-def _command(dataset: Dataset, builder: Any) -> str:
-    """What prepares a data set in the folder where it is looked for."""
-    return dataset.prepare.replace("DATA_DIR", _root(builder))
+def _command(dataset: Dataset, root: str) -> str:
+    """What prepares a data set in the folder where it is looked for; one that needs nothing is made on first use."""
+    return dataset.prepare.replace("DATA_DIR", shlex.quote(root)) or "the same command"
+
+
+def _remedy(dataset: Dataset, path: epath.Path, root: str) -> str:
+    """What to do about damaged data: TFDS would reuse a folder that is there."""
+    return f"delete {shlex.quote(str(path))}, then: {_command(dataset, root)}"
+
+
+@contextlib.contextmanager
+def _explained(remedy: str) -> Iterator[None]:
+    """Turns what may be wrong with stored data into a DataError that says what to do."""
+    try:
+        yield
+    except stored.Damaged as error:
+        raise DataError(f"{error}; {remedy}") from None
+    except PermissionError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; let this user read it") from None
 
 
 def _synthesize(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:

@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lowrank_jax.data.crops import Box
 
@@ -20,7 +20,11 @@ Choose = Callable[[int, int], Box]
 
 
 class Undecodable(Exception):
-    """The bytes are no image, or only the beginning of one."""
+    """The bytes are no image, only the beginning of one, or say that they are an absurdly large one.
+
+    Damage inside of an image is not looked for: a JPEG that is whole up to its end marker but lacks or garbles a part before it
+    is taken as libjpeg reads it, as by TensorFlow and by Pillow; ImageNet has such files, with all that matters still there.
+    """
 
 
 def decode_box(data: bytes, choose: Choose, out: np.ndarray, *, fast: bool = False) -> None:
@@ -36,7 +40,7 @@ def decode_box(data: bytes, choose: Choose, out: np.ndarray, *, fast: bool = Fal
       fast: whether a twelfth of the time is worth more than colours that are exact to a level or two.
 
     Raises:
-      Undecodable: it is no image, or truncated.
+      Undecodable: it is no image, truncated, or too large.
     """
     box, factor, image = _decode(data, choose, out.shape[:2], fast)
     resample(image, [side / factor for side in (box.top, box.left, box.height, box.width)], out)
@@ -46,6 +50,7 @@ def _decode(data: bytes, choose: Choose, size: tuple[int, int], fast: bool) -> t
     """The box, how many times smaller than stored the image is, and its pixels, from the top at least to the end of the box."""
     try:
         height, width, colours, _ = _header(data)
+        _check_size(height, width)
         if colours not in ("CMYK", "YCCK"):
             box = choose(height, width)
             factor = _reduction(box, size)
@@ -54,8 +59,9 @@ def _decode(data: bytes, choose: Choose, size: tuple[int, int], fast: bool) -> t
             # What was cut off would be taken for damage.
             strict = rows == height
             return box, factor, simplejpeg.decode_jpeg(above, fastdct=fast, fastupsample=fast, strict=strict, **least)
-    except ValueError:  # no JPEG, or a damaged one
-        pass
+    except ValueError as error:  # no JPEG, or a damaged one
+        if _ENDS_EARLY in str(error):  # Pillow would take zeros for the rest of it
+            raise Undecodable("image file is truncated") from None
     image = _decode_slowly(data)
     return choose(*image.shape[:2]), 1, image
 
@@ -74,7 +80,8 @@ def _reduction(box: Box, size: tuple[int, int]) -> int:
 def _cut(data: bytes, height: int, bottom: int) -> tuple[bytes | bytearray, int]:
     """A JPEG that ends some rows below `bottom`, and its height: a decoder stops at the height that the header states.
 
-    Left whole are those that several passes refine, and those without an end, which have to be looked at more closely.
+    Left whole are progressive ones, which no pass from top to bottom completes, and those without an end, which have to be
+    looked at more closely.
     """
     rows = -(-(bottom + _CONTEXT) // _MCU) * _MCU
     place = _frame_header(data)
@@ -88,6 +95,8 @@ def _cut(data: bytes, height: int, bottom: int) -> tuple[bytes | bytearray, int]
 _MCU = 32  # the most rows that are coded together are 16, or 32 at the rarest subsampling
 _CONTEXT = 2  # rows that the interpolation of colours looks ahead
 _END = b"\xff\xd9"
+_ENDS_EARLY = "Premature end of JPEG file"  # libjpeg's words
+_MOST_PIXELS = 10**8  # ImageNet's largest has 2 * 10**7; a damaged header may ask for gigabytes
 _BASELINE, _EXTENDED, _SCAN = 0xC0, 0xC1, 0xDA
 
 
@@ -105,9 +114,22 @@ def _decode_slowly(data: bytes) -> np.ndarray:
     """Whatever Pillow can read: other formats and colours, and JPEGs with flaws that leave all of the image there."""
     try:
         with Image.open(io.BytesIO(data)) as image:
+            _check_size(image.height, image.width)
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+                grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                return np.repeat(grey[:, :, None], 3, axis=2)
             return np.asarray(image.convert("RGB"))
+    except Undecodable:
+        raise
+    except UnidentifiedImageError:  # its message is the address of an object
+        raise Undecodable("not an image") from None
     except Exception as error:  # each of its formats has errors of its own
         raise Undecodable(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > _MOST_PIXELS:
+        raise Undecodable(f"{width}x{height} pixels are more than an image has")
 
 
 def resample(image: np.ndarray, box: Sequence[float], out: np.ndarray) -> None:

@@ -5,10 +5,16 @@ python -m lowrank_jax.data.prepare imagenet2012 --manual-dir=/downloads --data-d
 """
 
 import argparse
+import json
 import pathlib
+import shlex
 import struct
+import sys
 import tarfile
 import tempfile
+from typing import Any
+
+from lowrank_jax.data import datasets, stored
 
 # Debian repacks the four files without the name and time that their publisher's gzip wrote.  With both put back they are
 # byte for byte the files whose checksums TFDS knows, so its own builder takes them.
@@ -40,8 +46,9 @@ def prepare(name: str, manual_dir: pathlib.Path, data_dir: str | None) -> None:
     """Runs TFDS's builder on local files.
 
     Raises:
-      SystemExit: they are not there, or not what the builder expects.
+      SystemExit: they are not there, or not what the builder expects; or what an earlier preparation left is damaged.
     """
+    builder = _open(name, data_dir)
     missing = [file for file in _FILES[name] if not (manual_dir / file).exists()]
     if missing:
         raise SystemExit(f"{manual_dir} lacks {', '.join(missing)}{_SOURCE.get(name, '')}")
@@ -50,22 +57,65 @@ def prepare(name: str, manual_dir: pathlib.Path, data_dir: str | None) -> None:
             for file in _FILES[name]:
                 restore_gzip_header(manual_dir / file, pathlib.Path(folder) / file)
             manual_dir = pathlib.Path(folder)
-        path = _build(name, manual_dir, data_dir)
-    print(f"{name} is ready in {path}")
+        _build(builder, manual_dir)
+    sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+    print(f"{name} is ready in {builder.data_path}: {_listed(sizes)}")
+    _warn_of_other_sizes(name, sizes, builder.data_path)
 
 
-def _build(name: str, manual_dir: pathlib.Path, data_dir: str | None) -> str:
+def _open(name: str, data_dir: str | None) -> Any:
+    """TFDS's builder, which will build nothing where the folder is there, whatever is in it; so that has to be whole."""
+    _, path = stored.folder(name, data_dir)
+    try:
+        builder = stored.open_builder(name, data_dir)
+        if builder.is_prepared():
+            stored.check_all(builder)
+        return builder
+    except stored.Damaged as error:
+        raise SystemExit(f"{error}; delete {shlex.quote(str(path))}, then run this command again") from None
+    except PermissionError as error:
+        raise SystemExit(f"{error.filename}: {error.strerror}; let this user read it") from None
+    except ValueError as error:
+        if "File format" not in str(error):
+            raise
+        raise SystemExit(f"{path} holds {name} in another format than array_record; choose another --data-dir") from None
+
+
+def _listed(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{size:,} examples of {split}" for split, size in sizes.items())
+
+
+def _warn_of_other_sizes(name: str, sizes: dict[str, int], path: Any) -> None:
+    """An archive that ends between two of its files looks whole to whoever reads it."""
+    expected = datasets.describe(name, {}).sizes
+    if sizes == expected:
+        return
+    subset = f" If the subset is meant, set dataset.kwargs to {_options(sizes)}." if name in datasets.OPTIONS else ""
+    print(
+        f"warning: {name} has {_listed(expected)}: are the files cut short? Then get them anew, delete {shlex.quote(str(path))}"
+        f" and run this command again.{subset}",
+        file=sys.stderr,
+    )
+
+
+def _options(sizes: dict[str, int]) -> str:
+    return json.dumps({f"{split}_size": size for split, size in sizes.items()})
+
+
+def _build(builder: Any, manual_dir: pathlib.Path) -> None:
+    import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    name = builder.name
     try:
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual_dir)))
-    except (tarfile.TarError, KeyError, ValueError) as error:
+    except (tarfile.TarError, KeyError, ValueError, EOFError, tf.errors.OutOfRangeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise SystemExit(f"{name}: the files in {manual_dir} are not the published ones ({reason})") from error
     except OSError as error:  # no permission, no space left
         raise SystemExit(f"{name}: {error.filename or 'input or output'}: {error.strerror or error}") from error
-    return str(builder.data_path)
+    except tf.errors.OpError as error:  # the same, where TensorFlow does the reading
+        raise SystemExit(f"{name}: {error.message}") from error
 
 
 def main() -> None:

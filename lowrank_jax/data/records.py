@@ -10,14 +10,12 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 
 from lowrank_jax.data import augment, crops
 from lowrank_jax.data.augment import Augmentation
 from lowrank_jax.data.datasets import Batch, DataError, Dataset
 from lowrank_jax.data.decode import Choose, Undecodable, decode_box
-from lowrank_jax.data.randaugment import randaugment
 
 _CHUNK = 4  # examples that a thread takes at a time: few enough that all end at about the same time
 
@@ -26,22 +24,23 @@ class Records:
     """Encoded images on disk, each a TensorFlow Example of `image`, `label` and `file_name`.
 
     An image that does not decode is reported once, with its file's name, and passed over: in training the next example takes
-    its place, in evaluation its `mask` is 0.  Too many of them end the run.
+    its place, in evaluation its `mask` is 0.  Too many of them in one process end the run.
 
     Args:
       dataset: what is known of it; its `decoding` says how.
       split: what to call it in messages.
       parts: stored records as `(source, start, stop)`, one after the other; `source[i]` are the bytes of a record.
+      remedy: what to do about a record that cannot be read.
     """
 
     prefetch = 2
     """Batches ahead of the reader, each with a thread that waits for it."""
 
-    def __init__(self, dataset: Dataset, split: str, parts: Sequence[tuple[Sequence[bytes], int, int]]):
+    def __init__(self, dataset: Dataset, split: str, parts: Sequence[tuple[Sequence[bytes], int, int]], remedy: str):
         if dataset.decoding is None:
             raise ValueError(f"{dataset.name} is stored at one size")
         self._dataset, self._decoding, self._name = dataset, dataset.decoding, f"{dataset.name}/{split}"
-        self._parts = list(parts)
+        self._parts, self._remedy = list(parts), remedy
         self._ends = list(itertools.accumulate(stop - start for _, start, stop in parts))
         self._undecodable: dict[int, str] = {}
         self._lock = threading.Lock()
@@ -58,15 +57,10 @@ class Records:
         """Images for training, each cropped and varied by its own 64 bits, and their labels."""
         images, labels = self._empty(len(index))
         choose = self._crops(bits, augmentation)
-        flips = augment.is_flipped(bits) if augmentation.flip else np.zeros(len(index), bool)
-        layers, magnitude = augmentation.randaugment_layers, augmentation.randaugment_magnitude
 
         def make(i: int) -> None:
             labels[i] = self._decode_or_next(int(index[i]), choose[i], images[i])
-            if flips[i]:
-                cv2.flip(images[i], 1, dst=images[i])
-            if layers:
-                images[i] = randaugment(images[i], bits[i], layers, magnitude)
+            images[i] = augment.augment_cropped(images[i], bits[i], augmentation)
 
         _in_parallel(make, len(index))
         return {"image": images, "label": labels}
@@ -125,7 +119,7 @@ class Records:
             return _example_type().FromString(record).features.feature
         except Exception as error:  # array_record has no error type of its own
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise DataError(f"{self._name}: record {index} cannot be read ({reason}): prepare it anew") from error
+            raise DataError(f"{self._name}: record {index} cannot be read ({reason}); {self._remedy}") from error
 
     def _note(self, index: int, name: str, error: Undecodable) -> None:
         with self._lock:
@@ -137,8 +131,8 @@ class Records:
             names = ", ".join(self._undecodable.values())
         if count > limit:
             raise DataError(
-                f"{self._name}: {count} images do not decode, dataset.max_undecodable={limit} may: {names}. "
-                "Prepare the data anew, or raise the limit to go on without them"
+                f"{self._name}: {count} images do not decode, dataset.max_undecodable={limit} may: {names}. Raise the limit"
+                f" (lowrank evaluate: --max-undecodable) to go on without them, or prepare the data anew: {self._remedy}"
             )
 
 
@@ -153,7 +147,7 @@ def _example_type() -> Any:
 @functools.cache
 def _pool() -> concurrent.futures.ThreadPoolExecutor:
     """One for all splits; made when it is first needed, so that processes may fork before."""
-    return concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
+    return concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
 
 
 def _in_parallel(make: Callable[[int], None], count: int) -> None:

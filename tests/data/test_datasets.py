@@ -44,7 +44,14 @@ def test_parts_of_a_split_are_disjoint_and_complete():
 
 @pytest.mark.parametrize(
     ("split", "message"),
-    [("tset", "has no split 'tset'; did you mean test"), ("train[:x]", "is not understood"), ("train[:0]", "is empty")],
+    [
+        ("tset", "has no split 'tset'; did you mean test"),
+        ("train[:x]", "is not understood"),
+        ("train[:0]", "is empty"),
+        ("train[10:5]", r"'train\[10:5\]' is empty, or a part of it: give a slice whose end comes after its beginning"),
+        ("test+train[50%:20%]", "or a part of it"),
+        ("train[:10shard]", r"counts in shards; count in examples or per cent, as in train\[:10%\]"),
+    ],
 )
 def test_bad_splits_are_named(split, message):
     with pytest.raises(ValueError, match=message):

@@ -2,11 +2,14 @@
 
 import io
 import math
+import warnings
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from lowrank_jax.data import decode
 from lowrank_jax.data.augment import random_bits, uniforms
 from lowrank_jax.data.crops import ASPECTS, DRAWS, Box, central_crop, random_crop
 from lowrank_jax.data.decode import Undecodable, decode_box, resample
@@ -63,6 +66,38 @@ def test_any_box_is_what_pillow_makes_of_it(size, fast):
         ours.append(decoded(data, lambda h, w, box=box: box, size, fast=fast))
         theirs.append(reference(Image.open(io.BytesIO(data)), box, size))
     assert differences(ours, theirs).max() < 5 and differences(ours, theirs).mean() < 2
+
+
+def cut_to(data, box, size):
+    """The height that is left of a JPEG, and how many times smaller it is decoded."""
+    height = decode._header(data)[0]
+    return decode._cut(data, height, box.top + box.height)[1], decode._reduction(box, (size, size))
+
+
+def test_the_rows_that_colours_are_interpolated_from_are_there():
+    """At 4:2:0 the last row of a box that ends where coded rows do is made of colours below it."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 300, 3), dtype=np.uint8))
+    data = encode(noise, quality=90, subsampling=2)
+    for box in (Box(0, 0, 64, 80), Box(0, 0, 32, 40), Box(3, 5, 93, 80)):
+        size = box.height
+        ours, whole = (decoded(d, lambda h, w, box=box: box, size) for d in (data, data + b"\0"))
+        assert cut_to(data, box, size)[0] < noise.height
+        np.testing.assert_array_equal(ours, whole)
+
+
+@pytest.mark.parametrize(("box", "factor"), [(Box(0, 0, 64, 80), 2), (Box(0, 0, 130, 140), 4), (Box(9, 0, 264, 260), 8)])
+def test_what_is_scaled_down_by_its_decoder_is_cut_as_well(box, factor):
+    data = encode(natural_images(1, side=400)[0].resize((400, 400)), quality=90, subsampling=2)
+    assert cut_to(data, box, 32) == (-(-(box.top + box.height + 2) // 32) * 32, factor)
+    ours, whole = (decoded(d, lambda h, w: box, 32) for d in (data, data + b"\0"))
+    np.testing.assert_array_equal(ours, whole)
+
+
+def test_every_cut_leaves_whole_units_of_coded_rows_and_the_context():
+    data = encode(natural_images(1, side=400)[0].resize((300, 400)), subsampling=2)
+    for bottom in range(1, 300):
+        rows = decode._cut(data, 400, bottom)[1]
+        assert rows % 32 == 0 and rows >= bottom + 2
 
 
 def test_what_lies_below_the_box_makes_no_difference():
@@ -126,6 +161,38 @@ def test_what_is_no_image_is_refused(data):
         decoded(data, lambda h, w: central_crop(h, w, 1.0), 32)
 
 
+def test_a_reason_is_for_people_and_not_an_address():
+    with pytest.raises(Undecodable, match=r"^not an image$"):
+        decoded(b"<html>", lambda h, w: central_crop(h, w, 1.0), 32)
+
+
+def test_grey_of_16_bits_is_scaled_to_8():
+    grey = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    data = encode(Image.fromarray(grey), "PNG")
+    ours = decoded(data, lambda h, w: central_crop(h, w, 1.0), 64)
+    np.testing.assert_array_equal(ours, np.repeat((grey >> 8)[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_header_that_asks_for_gigabytes_is_refused(kind):
+    data = bytearray(encode(Image.new("RGB", (90, 80)), kind))
+    if kind == "JPEG":
+        place = data.index(b"\xff\xc0")
+        data[place + 5 : place + 9] = b"\xff\xdc\xff\xdc"
+    else:
+        data[16:24] = (11000).to_bytes(4, "big") * 2
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    with pytest.raises(Undecodable, match=r"pixels are more than an image has|exceeds limit"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns at fewer
+        decoded(bytes(data), lambda h, w: central_crop(h, w, 1.0), 32)
+
+
+def test_a_jpeg_whose_end_became_zeros_is_refused():
+    data = jpeg(natural_images(1, side=300)[0])
+    with pytest.raises(Undecodable, match="truncated"):
+        decoded(data[: len(data) // 2] + bytes(len(data) // 2), lambda h, w: Box(0, 0, 30, 30), 32)
+
+
 def test_a_truncated_jpeg_is_refused_even_if_the_box_is_there():
     data = jpeg(natural_images(1, side=300)[0])
     with pytest.raises(Undecodable, match="truncated"):
@@ -142,8 +209,8 @@ def test_random_crops_have_the_areas_and_aspects_that_they_are_said_to_have():
         uniform = (np.sort(values) - low) / (high - low)
         assert np.abs(uniform - np.arange(8000) / 8000).max() < 1.63 / math.sqrt(8000)  # Kolmogorov and Smirnov at 1 %
     assert abs(np.corrcoef(areas, aspects)[0, 1]) < 0.04
-    tops = np.array([box.top / (4000 - box.height) for box in boxes])
-    assert np.abs(np.sort(tops) - np.arange(8000) / 8000).max() < 1.63 / math.sqrt(8000)
+    for places in ([box.top / (4000 - box.height) for box in boxes], [box.left / (4000 - box.width) for box in boxes]):
+        assert np.abs(np.sort(places) - np.arange(8000) / 8000).max() < 1.63 / math.sqrt(8000)
     for box in boxes:
         assert 0 <= box.top <= 4000 - box.height and 0 <= box.left <= 4000 - box.width
 

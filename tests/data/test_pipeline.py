@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lowrank_jax.data.augment import Augmentation, crop_shifted, flip_every_other
+from lowrank_jax.data.augment import Augmentation, augment, crop_shifted
 from lowrank_jax.data.datasets import Arrays
 from lowrank_jax.data.pipeline import Shard, TrainBatches, eval_batches, train_iterator
 
@@ -61,7 +61,7 @@ def test_flips_mirror_about_half_and_crops_shift():
     rng = np.random.default_rng(0)
     images = rng.integers(1, 256, (1000, 6, 5, 2)).astype(np.uint8)
     bits = rng.integers(0, 2**63, 1000).astype(np.uint64)
-    flipped = flip_every_other(images, bits)
+    flipped = augment(images, bits, Augmentation(flip=True))
     mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
     assert 450 < mirrored.sum() < 550
     np.testing.assert_array_equal(flipped[~mirrored], images[~mirrored])

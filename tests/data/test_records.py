@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import shutil
 import subprocess
 
@@ -13,7 +14,8 @@ from lowrank_jax.data import datasets
 from lowrank_jax.data.augment import Augmentation
 from lowrank_jax.data.datasets import DataError, Decoding, describe, load
 from lowrank_jax.data.pipeline import Shard, TrainBatches, eval_batches, train_iterator
-from tests.imagenet_files import WORDNET_IDS
+from lowrank_jax.data.prepare import prepare
+from tests.imagenet_files import WORDNET_IDS, jpeg, names, natural_images, write_archives
 from tests.running import ROOT
 
 VARIED = Augmentation((0.08, 1.0), flip=True, randaugment_layers=2, randaugment_magnitude=9.0)
@@ -26,15 +28,6 @@ def opened(small, split, **decoding):
 
 def described(small, **decoding):
     return describe("imagenet2012", small.kwargs, image_size=SIZE, decoding=Decoding(**decoding))
-
-
-def names(small, split):
-    """The files in the order in which they are stored, by TFDS's own reading."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder("imagenet2012", data_dir=str(small.data_dir), file_format="array_record")
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    return [example["file_name"].decode() for example in source]
 
 
 def test_every_image_is_there_with_its_label(small_imagenet):
@@ -133,7 +126,7 @@ def test_an_image_that_does_not_decode_is_named_once_and_the_next_one_takes_its_
 
 def test_too_many_of_them_end_the_run_by_name(small_imagenet):
     train = opened(small_imagenet, "train", max_undecodable=0)
-    with pytest.raises(DataError, match=r"1 images do not decode, dataset.max_undecodable=0 may: n01443537_3.JPEG\. Prepare"):
+    with pytest.raises(DataError, match=r"1 images do not decode, dataset.max_undecodable=0 may: n01443537_3.JPEG\. Raise"):
         for _ in train_iterator(TrainBatches(train, 16, 8, 0, VARIED)):
             pass
 
@@ -148,7 +141,7 @@ def test_where_nothing_is_prepared_the_command_is_named(small_imagenet, tmp_path
 
 def test_a_part_of_it_has_to_be_meant(small_imagenet):
     message = (
-        r"imagenet2012/validation under .* has 24 examples, 50,000 expected; prepare it anew: .*prepare_imagenet.sh MANUAL_DIR"
+        r"imagenet2012/validation under .* has 24 examples, 50,000 expected; delete .*, then: .*prepare_imagenet.sh MANUAL_DIR"
         r'.*; if the subset is meant, set dataset.kwargs to \{"validation_size": 24\}'
     )
     with pytest.raises(DataError, match=message):
@@ -165,11 +158,68 @@ def test_a_file_that_is_missing_or_cut_short_is_named(copy):
     file = next(copy.data_dir.glob("imagenet2012/*/*train*"))
     content = file.read_bytes()
     file.unlink()
-    with pytest.raises(DataError, match=rf"lacks 1 of 1 files, such as {file.name}; prepare it anew"):
+    remedy = f"; delete {file.parent}, then: scripts/prepare_imagenet.sh MANUAL_DIR {copy.data_dir}"
+    with pytest.raises(DataError, match=rf"lacks 1 of 1 files, such as {file.name}{remedy}"):
         opened(copy, "train")
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=r"imagenet2012/train: record \d+ cannot be read .*prepare it anew"):
+    with pytest.raises(DataError, match=rf"imagenet2012/train: record \d+ cannot be read .*{remedy}"):
         opened(copy, "train").plain(np.arange(copy.train))
+
+
+def write_info(text):
+    return lambda folder: (folder / "dataset_info.json").write_bytes(text)
+
+
+def shorten(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGES = {
+    "dataset_info.json is missing": lambda folder: (folder / "dataset_info.json").unlink(),
+    "dataset_info.json is damaged": write_info(b""),
+    "dataset_info.json is damaged ": write_info(b'{"name": "imag'),
+    "dataset_info.json is damaged  ": write_info(b"{}"),
+    "dataset_info.json is damaged    ": write_info(b'{"name": "imagenet2012", "version": "5.1.0", "splits": 3}'),
+    "dataset_info.json is damaged   ": write_info(b"\xff\xfe\0"),
+    "lacks 1 of 1 files": lambda folder: next(folder.glob("*train*")).unlink(),
+    "00000-of-00001 is damaged": lambda folder: shorten(next(folder.glob("*validation*"))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_is_not_taken_for_complete_by_training_or_by_preparing(copy, damage):
+    (folder,) = copy.data_dir.glob("imagenet2012/*")
+    DAMAGES[damage](folder)
+    if "lacks" not in damage and "00001" not in damage:
+        with pytest.raises(DataError) as caught:
+            opened(copy, "train")
+        command = f"scripts/prepare_imagenet.sh MANUAL_DIR {copy.data_dir}"
+        assert str(caught.value) == f"{folder}/{damage.strip()}; delete {folder}, then: {command}"
+    with pytest.raises(SystemExit, match=rf"{damage.strip()}.*; delete {folder}, then run this command again"):
+        prepare("imagenet2012", copy.data_dir / "archives", str(copy.data_dir))
+
+
+def test_paths_in_commands_are_quoted(copy, tmp_path):
+    spaced = dataclasses.replace(copy, data_dir=copy.data_dir.rename(tmp_path / "my data"))
+    next(spaced.data_dir.glob("imagenet2012/*/*train*")).unlink()
+    message = rf"delete '{tmp_path}/my data/imagenet2012/.*', then: scripts/prepare_imagenet.sh MANUAL_DIR '{tmp_path}/my data'"
+    with pytest.raises(DataError, match=message):
+        opened(spaced, "train")
+
+
+@pytest.mark.parametrize("pattern", ["imagenet2012/*", "imagenet2012/*/*train*", "imagenet2012/*/dataset_info.json"])
+def test_what_may_not_be_read_is_a_matter_of_permission(copy, pattern):
+    (path,) = copy.data_dir.glob(pattern)
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("whoever runs this may read everything")
+    try:
+        with pytest.raises(DataError, match=f"{path}: Permission denied; let this user read it"):
+            opened(copy, "train")
+        with pytest.raises(SystemExit, match=f"{path}: Permission denied; let this user read it"):
+            prepare("imagenet2012", copy.data_dir / "archives", str(copy.data_dir))
+    finally:
+        path.chmod(0o700)
 
 
 def test_a_preparation_that_was_interrupted_leaves_nothing_that_is_taken_for_data(copy):
@@ -203,13 +253,38 @@ def test_to_look_whether_it_is_there_reads_nothing(small_imagenet, monkeypatch):
     assert len(datasets.load(described(small_imagenet), "train[:10]", str(small_imagenet.data_dir))) == 10
 
 
-def test_archives_that_are_none_are_named(tmp_path):
-    for part in ("train", "val"):
-        (tmp_path / f"ILSVRC2012_img_{part}.tar").write_bytes(b"<html>")
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("archives")
+    images = [jpeg(image) for image in natural_images(12, side=64)]
+    write_archives(folder, images[:8], images[8:])
+    return {part: (folder / f"ILSVRC2012_img_{part}.tar").read_bytes() for part in ("train", "val")}
+
+
+def run_script(folder, archives):
+    for part, data in archives.items():
+        (folder / f"ILSVRC2012_img_{part}.tar").write_bytes(data)
     script = str(ROOT / "scripts" / "prepare_imagenet.sh")
-    done = subprocess.run([script, str(tmp_path), str(tmp_path / "data")], capture_output=True, text=True)
+    return subprocess.run([script, str(folder), str(folder / "data")], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("what", ["html", "empty", "half"])
+def test_archives_that_are_none_are_named(archives, tmp_path, part, what):
+    broken = {"html": b"<html>", "empty": b"", "half": archives[part][: len(archives[part]) // 2 - 100]}[what]
+    done = run_script(tmp_path, {**archives, part: broken})
     assert done.returncode == 1
-    assert f"the files in {tmp_path} are not the published ones (ReadError" in done.stderr and "Traceback" not in done.stderr
+    assert f"the files in {tmp_path} are not the published ones (" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_was_prepared_is_counted_and_a_part_of_it_is_pointed_out(archives, tmp_path):
+    done = run_script(tmp_path, archives)
+    assert done.returncode == 0, done.stderr
+    assert f"is ready in {tmp_path}/data/imagenet2012/5.1.0: 8 examples of train, 4 examples of validation" in done.stdout
+    assert (
+        "imagenet2012 has 1,281,167 examples of train, 50,000 examples of validation: are the files cut short?" in done.stderr
+    )
+    assert 'set dataset.kwargs to {"train_size": 8, "validation_size": 4}' in done.stderr
 
 
 def test_missing_archives_are_listed(tmp_path):
