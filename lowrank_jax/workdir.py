@@ -193,10 +193,8 @@ def config_digest(config: dict[str, Any]) -> str:
     """A short name for an experiment: equal for configs that may share a work directory."""
     flat, defaults = flatten(json.loads(json.dumps(config))), flatten(_defaults())
     # What is at its default is left out, so that the name stays the same when settings are added.
-    chosen = {
-        key: value for key, value in sorted(flat.items()) if value != defaults.get(key, flat) and not key.startswith(_FREE)
-    }
-    text = json.dumps(chosen)
+    chosen = {key: value for key, value in flat.items() if key not in defaults or value != defaults[key]}
+    text = json.dumps({key: value for key, value in sorted(chosen.items()) if not key.startswith(_FREE)})
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

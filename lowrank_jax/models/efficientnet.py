@@ -211,7 +211,7 @@ class EfficientNet(nn.Module):
             x = Stage(spec, round_features(spec.features, self.width), rates, block, name=f"stage{i}")(x)
         x = ConvNormSilu(round_features(1280, self.width), 1, 1, conv, norm, name="top")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=(1, 2)))
-        # Without a dtype it is the parameters\', float32: in bfloat16 many of 1000 logits would be equal.
+        # Without a dtype it is the parameters' own, float32: in bfloat16 many of 1000 logits would be equal.
         return nn.Dense(self.num_classes, kernel_init=head_uniform, name="head")(x)
 
     def _drop_rates(self) -> Iterator[tuple[float, ...]]:

@@ -39,5 +39,5 @@ class MLP(nn.Module):
                 x = nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=self.dtype, name=f"norm{i}")(x)
             x = nn.relu(x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        # Without a dtype it is the parameters\', float32: in bfloat16 many of 1000 logits would be equal.
+        # Without a dtype it is the parameters' own, float32: in bfloat16 many of 1000 logits would be equal.
         return nn.Dense(self.num_classes, name="head")(x)

@@ -125,7 +125,7 @@ class ResNet(nn.Module):
         x = Stem(self.widths[0], self.stem == "cifar", conv, norm, name="stem")(x)
         for i, (features, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
             x = Stage(features, blocks, 1 if i == 0 else 2, block, name=f"stage{i + 1}")(x)
-        # Without a dtype it is the parameters\', float32: in bfloat16 many of 1000 logits would be equal.
+        # Without a dtype it is the parameters' own, float32: in bfloat16 many of 1000 logits would be equal.
         return nn.Dense(self.num_classes, name="head")(x.mean(axis=(1, 2)))
 
 

@@ -108,7 +108,7 @@ class ViT(nn.Module):
             x = block(drop_rate=self.stochastic_depth * i / max(1, self.depth - 1), name=f"block{i + 1}")(x)
         x = layer_norm(dtype=self.dtype, name="norm")(x)
         x = x[:, 0] if self.pool == "token" else x.mean(axis=1)
-        # Without a dtype it is the parameters\', float32: in bfloat16 many of 1000 logits would be equal.
+        # Without a dtype it is the parameters' own, float32: in bfloat16 many of 1000 logits would be equal.
         return nn.Dense(self.num_classes, name="head")(x)
 
     def _tokens(self, x: jax.Array) -> jax.Array:

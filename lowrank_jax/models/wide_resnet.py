@@ -64,7 +64,7 @@ class WideResNet(nn.Module):
         for i, width in enumerate(WIDTHS):
             x = Stage(self.widening * width, blocks, 1 if i == 0 else 2, block, name=f"stage{i + 1}")(x)
         x = nn.relu(norm(name="norm")(x))
-        # Without a dtype it is the parameters\', float32: in bfloat16 many of 1000 logits would be equal.
+        # Without a dtype it is the parameters' own, float32: in bfloat16 many of 1000 logits would be equal.
         return nn.Dense(self.num_classes, name="head")(x.mean(axis=(1, 2)))
 
 
