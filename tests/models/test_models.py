@@ -91,7 +91,15 @@ def test_a_zero_last_norm_makes_blocks_identities():
         ("resnet18", {"stem": "cifar", "widths": (8, 8, 8, 8), "dtype": jnp.bfloat16}),
         ("resnet50", {"widths": (8, 8, 8, 8)}),
         ("wrn_16_4", {"depth": 10, "widening": 1, "dropout": 0.3}),
-        ("wrn_16_4", {"depth": 10, "widening": 1, "dtype": jnp.bfloat16}),
+        pytest.param(
+            "wrn_16_4",
+            {"depth": 10, "widening": 1, "dtype": jnp.bfloat16},
+            marks=pytest.mark.xfail(
+                jax.__version_info__ >= (0, 12),
+                reason="XLA:CPU makes NaN of it; not without YNNPACK's fusions (--xla_cpu_experimental_ynn_fusion_type=)",
+                strict=True,  # so that its end is noticed
+            ),
+        ),
         ("efficientnet_b0", {"width": 0.1, "depth": 0.1}),
         ("efficientnet_b0", {"width": 0.1, "depth": 0.1, "squeeze_excite": False, "stem": "cifar", "dtype": jnp.bfloat16}),
         ("vit_s16", {"width": 16, "depth": 2, "heads": 2, "patch": 8, "dropout": 0.1, "stochastic_depth": 0.5}),
