@@ -53,7 +53,7 @@ class Experiment:
 
     def _init_state(self, seed: Any, moments: dict[str, jax.Array] | None) -> state.TrainState:
         _, optimizer = self.make_optimizer(self.config.peak_lr)
-        ema = self.config.optim.ema_decay is not None
+        ema = bool(self.shapes.ema)
         return state.init_state(self.model, self.plan, optimizer, blank_images(self.dataset), seed, moments, ema=ema)
 
     def _second_moments(self, batches: Iterable[dict[str, jax.Array]]) -> dict[str, jax.Array]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lowrank_jax import models, optim
+from lowrank_jax.checks import above, at_least, below_one
 from lowrank_jax.data import datasets
 from lowrank_jax.data.augment import Augmentation
 from lowrank_jax.methods import METHODS
@@ -49,14 +50,6 @@ def _option(default: Any, check: Callable[[Any], str | None] | None = None) -> A
     return dataclasses.field(default=default, metadata={"check": check})
 
 
-def _at_least(low: float) -> Callable[[Any], str | None]:
-    return lambda value: None if low <= value < math.inf else f"must be at least {low:g}"
-
-
-def _above(low: float) -> Callable[[Any], str | None]:
-    return lambda value: None if low < value < math.inf else f"must be above {low:g}"
-
-
 def _between(low: float, high: float) -> Callable[[Any], str | None]:
     return lambda value: None if low <= value <= high else f"must be from {low:g} to {high:.10g}"
 
@@ -74,10 +67,6 @@ def _decay_rules(rules: tuple[tuple[str, float], ...]) -> str | None:
 
 def _fraction(value: float) -> str | None:
     return None if 0 < value <= 1 else "must be in (0, 1]"
-
-
-def _below_one(value: float) -> str | None:
-    return None if 0 <= value < 1 else "must be in [0, 1)"
 
 
 def _area(value: tuple[float, float]) -> str | None:
@@ -104,18 +93,18 @@ class DatasetConfig:
         None  # held out of training to choose by: checkpoints, learning rates; evaluated beside eval_split
     )
     flip: bool = False
-    crop_padding: int = _option(0, _at_least(0))
+    crop_padding: int = _option(0, at_least(0))
     # Of data sets whose images have many sizes: side in pixels, area of random crops, central crop of evaluation, and how
     # many images of a split each process may find not to decode.
-    image_size: int | None = _option(None, _at_least(1))
+    image_size: int | None = _option(None, at_least(1))
     crop_area: tuple[float, float] = _option((0.08, 1.0), _area)
     eval_crop: float = _option(0.875, _fraction)
-    max_undecodable: int = _option(10, _at_least(0))
-    randaugment_layers: int = _option(0, _at_least(0))
+    max_undecodable: int = _option(10, at_least(0))
+    randaugment_layers: int = _option(0, at_least(0))
     randaugment_magnitude: float = _option(9.0, _between(0, 10))
     random_erasing: float = _option(0.0, _between(0, 1))  # how often a rectangle of an image is replaced by noise
-    mixup: float = _option(0.0, _at_least(0))  # alpha of the shares' Beta distribution; 0 for none
-    cutmix: float = _option(0.0, _at_least(0))  # the same; with both, every batch takes one or the other
+    mixup: float = _option(0.0, at_least(0))  # alpha of the shares' Beta distribution; 0 for none
+    cutmix: float = _option(0.0, at_least(0))  # the same; with both, every batch takes one or the other
     kwargs: dict = dataclasses.field(default_factory=dict)  # of `synthetic` and `imagenet2012`
 
     def to_augmentation(self) -> Augmentation:
@@ -138,28 +127,28 @@ class OptimConfig:
     """The optimiser, its schedule and its regularisation."""
 
     name: str = _option("sgd", _one_of(*optim.OPTIMIZERS))
-    lr: float = _option(0.1, _above(0))
-    lr_per_images: int | None = _option(None, _at_least(1))  # the batch size that `lr` is for; None for any
+    lr: float = _option(0.1, above(0))
+    lr_per_images: int | None = _option(None, at_least(1))  # the batch size that `lr` is for; None for any
     schedule: str = _option("cosine", _one_of(*optim.SCHEDULES))
     warmup: Duration = Duration(0, "step")
     step_at: tuple[Duration, ...] = ()  # where the schedule `step` multiplies the rate by `step_factor`
     step_every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))  # the same for the schedule `exponential`
     step_factor: float = _option(0.1, _fraction)
-    momentum: float = _option(0.9, _below_one)
+    momentum: float = _option(0.9, below_one)
     nesterov: bool = True
-    b1: float = _option(0.9, _below_one)
-    b2: float = _option(0.999, _below_one)
-    eps: float = _option(1e-8, _above(0))
-    trust_coefficient: float = _option(0.001, _above(0))
-    clip_norm: float | None = _option(None, _above(0))
-    weight_decay: float = _option(0.0, _at_least(0))
+    b1: float = _option(0.9, below_one)
+    b2: float = _option(0.999, below_one)
+    eps: float = _option(1e-8, above(0))
+    trust_coefficient: float = _option(0.001, above(0))
+    clip_norm: float | None = _option(None, above(0))
+    weight_decay: float = _option(0.0, at_least(0))
     # (path, multiple of weight_decay), in order; every parameter must be matched.
     decay_rules: tuple[tuple[str, float], ...] = _option(((optim.KERNELS, 1.0), (".*", 0.0)), _decay_rules)
-    frobenius_decay: float = _option(0.0, _at_least(0))
-    nuclear_decay: float = _option(0.0, _at_least(0))
-    label_smoothing: float = _option(0.0, _below_one)
-    accumulate: int = _option(1, _at_least(1))  # parts that a batch goes through the network in, one after the other
-    ema_decay: float | None = _option(None, _below_one)  # of the average of the weights, which then is what is evaluated
+    frobenius_decay: float = _option(0.0, at_least(0))
+    nuclear_decay: float = _option(0.0, at_least(0))
+    label_smoothing: float = _option(0.0, below_one)
+    accumulate: int = _option(1, at_least(1))  # parts that a batch goes through the network in, one after the other
+    ema_decay: float | None = _option(None, below_one)  # of the average of the weights, which then is what is evaluated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,12 +157,12 @@ class LowRankConfig:
 
     method: str = _option("kernel_projection", _one_of("none", *METHODS))
     scale: float | None = _option(0.25, _fraction)
-    rank: int | None = _option(None, _at_least(1))
+    rank: int | None = _option(None, at_least(1))
     scheme: str = "channel"
     activation: str = "relu"
     multiple_of: int = 1
     scale_of: str = "full_rank"
-    moment_batches: int = _option(0, _at_least(0))  # project for the inputs that layers have on so many batches of images
+    moment_batches: int = _option(0, at_least(0))  # project for the inputs that layers have on so many batches of images
     rules: tuple[dict, ...] = ()  # exceptions by path, in order: {"path": ..., and any of the keys above}
 
     def to_rules(self) -> tuple[Rule, ...]:
@@ -220,7 +209,7 @@ class EvalConfig:
     """Evaluation during training, on `dataset.eval_split`; the end of training is always evaluated."""
 
     every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))
-    batch_size: int = _option(512, _at_least(1))
+    batch_size: int = _option(512, at_least(1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +217,7 @@ class CheckpointConfig:
     """How often to save, and how many of the latest to keep besides the best."""
 
     every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))
-    keep: int = _option(2, _at_least(2))  # one to fall back on when the newest is damaged
+    keep: int = _option(2, at_least(2))  # one to fall back on when the newest is damaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +245,7 @@ class Config:
     """An experiment.  Exactly one of `steps` and `epochs` says how long it trains."""
 
     seed: int = _option(0, _between(0, 2**32 - 1))  # jax would drop the bits beyond
-    batch_size: int = _option(128, _at_least(1))
+    batch_size: int = _option(128, at_least(1))
     steps: int | None = _option(None, _between(1, 2**31 - 1))
     epochs: float | None = _option(None, _between(1e-9, 1e9))
     dataset: DatasetConfig = DatasetConfig()

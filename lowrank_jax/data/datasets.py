@@ -363,10 +363,8 @@ def _prepared(dataset: Dataset, data_dir: str | None):
     root, path = stored.folder(dataset.name, data_dir)
     try:
         with _explained(_remedy(dataset, path, root)):
-            builder = stored.open_builder(dataset.name, data_dir)
-    except ValueError as error:
-        if "File format" not in str(error):
-            raise
+            builder = stored.open_builder(dataset.name, data_dir, path)
+    except stored.OtherFormat:
         where = f" under {data_dir}" if data_dir else ""
         raise DataError(
             f"{dataset.name} is prepared{where}, but not as array_record; prepare it in another folder: {dataset.prepare}"

@@ -67,7 +67,7 @@ def _open(name: str, data_dir: str | None) -> Any:
     """TFDS's builder, which will build nothing where the folder is there, whatever is in it; so that has to be whole."""
     _, path = stored.folder(name, data_dir)
     try:
-        builder = stored.open_builder(name, data_dir)
+        builder = stored.open_builder(name, data_dir, path)
         if builder.is_prepared():
             stored.check_all(builder)
         return builder
@@ -75,9 +75,7 @@ def _open(name: str, data_dir: str | None) -> Any:
         raise SystemExit(f"{error}; delete {shlex.quote(str(path))}, then run this command again") from None
     except PermissionError as error:
         raise SystemExit(f"{error.filename}: {error.strerror}; let this user read it") from None
-    except ValueError as error:
-        if "File format" not in str(error):
-            raise
+    except stored.OtherFormat:
         raise SystemExit(f"{path} holds {name} in another format than array_record; choose another --data-dir") from None
 
 

@@ -12,6 +12,10 @@ class Damaged(Exception):
     """A part of what was prepared is missing or broken; the message says which.  TFDS itself would take it for complete."""
 
 
+class OtherFormat(Exception):
+    """It is prepared, and not as array_record."""
+
+
 def folder(name: str, data_dir: str | None) -> tuple[str, epath.Path]:
     """TFDS's data folder, and where in it the version is kept that it would prepare, whatever is there."""
     import tensorflow_datasets as tfds
@@ -23,18 +27,21 @@ def folder(name: str, data_dir: str | None) -> tuple[str, epath.Path]:
     return str(root), root / relative
 
 
-def open_builder(name: str, data_dir: str | None) -> Any:
+def open_builder(name: str, data_dir: str | None, path: epath.Path) -> Any:
     """TFDS's builder.
+
+    Args:
+      name, data_dir: of the data set.
+      path: its version's folder, from `folder`.
 
     Raises:
       Damaged: there is a folder, but nothing in it that says what it holds.
       PermissionError: it may not be read.
-      ValueError: it is in another format.
+      OtherFormat: see there.
     """
     import tensorflow_datasets as tfds
     from google.protobuf.json_format import ParseError
 
-    _, path = folder(name, data_dir)
     info = path / "dataset_info.json"
     may_read([path, info])
     if path.exists() and not info.exists():
@@ -45,6 +52,10 @@ def open_builder(name: str, data_dir: str | None) -> Any:
         if not info.exists():
             raise
         raise Damaged(f"{info} is damaged") from None
+    except ValueError as error:
+        if "File format" not in str(error):
+            raise
+        raise OtherFormat(str(error)) from None
 
 
 def shards(builder: Any, split: str) -> list[epath.Path]:

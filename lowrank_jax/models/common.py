@@ -1,9 +1,9 @@
 """What models of more than one family have in common."""
 
-import math
-
 import flax.linen as nn
 import jax
+
+from lowrank_jax.checks import Check
 
 
 def stochastic_depth(branch: jax.Array, rate: float, train: bool) -> jax.Array:
@@ -17,22 +17,16 @@ def stochastic_depth(branch: jax.Array, rate: float, train: bool) -> jax.Array:
     return nn.Dropout(rate, broadcast_dims=tuple(range(1, branch.ndim)), deterministic=not train)(branch)
 
 
-def check_settings(**settings: tuple[float, str]) -> None:
+def check_settings(**settings: tuple[float, Check]) -> None:
     """Refuses what no network can have.
 
     Args:
-      **settings: each with what it must be: "rate", in [0, 1), such as of dropout, that leaves something over; "above 0"; or
-        "at least 1".
+      **settings: each with its check.
 
     Raises:
-      ValueError: one line for each that is not.
+      ValueError: one line for each that fails.
     """
-    tests = {"rate": lambda x: 0 <= x < 1, "above 0": lambda x: 0 < x < math.inf, "at least 1": lambda x: 1 <= x < math.inf}
-    words = {"rate": "in [0, 1)"}
-    wrong = [
-        f"setting {name}: {value!r}; must be {words.get(kind, kind)}"
-        for name, (value, kind) in settings.items()
-        if not tests[kind](value)
-    ]
+    complaints = {name: check(value) for name, (value, check) in settings.items()}
+    wrong = [f"setting {name}: {settings[name][0]!r}; {complaint}" for name, complaint in complaints.items() if complaint]
     if wrong:
         raise ValueError("\n".join(wrong))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
+from lowrank_jax.checks import above, below_one
 from lowrank_jax.models.common import check_settings, stochastic_depth
 
 Padding = Literal["same", "symmetric"]
@@ -192,12 +193,12 @@ class EfficientNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, num_classes]`."""
         check_settings(
-            width=(self.width, "above 0"),
-            depth=(self.depth, "above 0"),
-            dropout=(self.dropout, "rate"),
-            drop_connect=(self.drop_connect, "rate"),
-            momentum=(self.momentum, "rate"),
-            epsilon=(self.epsilon, "above 0"),
+            width=(self.width, above(0)),
+            depth=(self.depth, above(0)),
+            dropout=(self.dropout, below_one),
+            drop_connect=(self.drop_connect, below_one),
+            momentum=(self.momentum, below_one),
+            epsilon=(self.epsilon, above(0)),
         )
         conv = functools.partial(_conv, padding=self.padding, dtype=self.dtype)
         norm = functools.partial(

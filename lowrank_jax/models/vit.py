@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.checks import at_least, below_one
 from lowrank_jax.models.common import check_settings, stochastic_depth
 
 xavier_uniform = nn.initializers.xavier_uniform()
@@ -97,8 +98,8 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, num_classes]`."""
-        sizes = {name: (getattr(self, name), "at least 1") for name in ("width", "depth", "heads", "patch", "mlp_ratio")}
-        rates = {name: (getattr(self, name), "rate") for name in ("dropout", "attention_dropout", "stochastic_depth")}
+        sizes = {name: (getattr(self, name), at_least(1)) for name in ("width", "depth", "heads", "patch", "mlp_ratio")}
+        rates = {name: (getattr(self, name), below_one) for name in ("dropout", "attention_dropout", "stochastic_depth")}
         check_settings(**sizes, **rates)
         x = nn.Dropout(self.dropout, deterministic=not train)(self._tokens(x))
         block = functools.partial(
