@@ -1,7 +1,7 @@
 """What an accelerator can do at best, by the name that jax has for it.
 
-Figures are of one jax device: of a chip, except on v2 and v3, and on v4 without megacore, where a device is one of the chip's two
-cores.  They are the makers' own, for products of bfloat16 with dense operands: Google's pages on the TPU generations
+Figures are of one jax device: of a chip, except on v3 and on v4 without megacore, where a device is one of the two cores of a
+chip.  They are the makers' own, for products of bfloat16 with dense operands: Google's pages on the TPU generations
 (docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e) and NVIDIA's data sheets of the A100 80GB and H100 SXM.
 """
 
