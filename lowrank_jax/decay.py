@@ -8,6 +8,7 @@ Nuclear decay: ½ λ (|U|_F² + |V|_F²) ≥ λ |UV|_*, the sum of singular valu
 weight decay on the factors, called by its effect.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -59,7 +60,7 @@ def _decayed(update: LowRankKernel, param: LowRankKernel, decay: float) -> LowRa
     u, v = param.matrices()
     du = jnp.matmul(u, _gram_v(param), precision="highest").reshape(param.u.shape)
     dv = jnp.matmul(_gram_u(param), v, precision="highest").reshape(param.v.shape)
-    return LowRankKernel(update.u + decay * du, update.v + decay * dv, param.rows)
+    return dataclasses.replace(update, u=update.u + decay * du, v=update.v + decay * dv)
 
 
 def _gram_u(kernel: LowRankKernel) -> jax.Array:

@@ -26,6 +26,7 @@ class KernelUse:
       refusal: why it cannot be factored; empty if it can.
       positions: at how many output positions the kernel is applied, over the whole traced batch.
       widened: the same for the first stage of the spatial scheme, which keeps the input's width.
+      inputs: how many elements the layer reads, over the whole traced batch.
     """
 
     module: str
@@ -34,6 +35,7 @@ class KernelUse:
     refusal: str
     positions: int = 0
     widened: int = 0
+    inputs: int = 0
 
     def view(self, scheme: str) -> MatrixView:
         """The kernel as a matrix.
@@ -55,8 +57,11 @@ class KernelUse:
 
     def factored_macs(self, view: MatrixView, rank: int) -> int:
         """Multiply-accumulates of both stages over the traced batch."""
-        first = self.widened if view.group > 1 else self.positions
-        return first * view.n * rank + self.positions * rank * view.m
+        return self.hidden_positions(view) * view.n * rank + self.positions * rank * view.m
+
+    def hidden_positions(self, view: MatrixView) -> int:
+        """At how many positions the first stage has outputs, over the traced batch."""
+        return self.widened if view.group > 1 else self.positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Call:
     output_size: int
     positions: int
     widened: int
+    inputs: int
 
 
 def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, KernelUse]]:
@@ -90,7 +96,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if not isinstance(y, jax.Array):
             return y
         x = args[0] if args else next(iter(call_kwargs.values()))
-        calls.append(Call(name, y.size, *_positions(uses[name], x, y)))
+        calls.append(Call(name, y.size, *_positions(uses[name], x, y), x.size))
         return checkpoint_name(y, f"{_MARK}{len(calls) - 1}")
 
     def init(inputs):
@@ -103,6 +109,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         call = calls[index]
         uses[call.name].positions += times * call.positions // call.output_size
         uses[call.name].widened += times * call.widened // call.output_size
+        uses[call.name].inputs += times * call.inputs // call.output_size
     variables = nn.meta.unbox(variables)
     own = named_leaves(variables.get("params", {}), is_leaf=is_low_rank)
     # Modules that another one applies by itself, outside the model's tree, have no parameters in it.

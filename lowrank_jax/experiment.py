@@ -12,12 +12,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from lowrank_jax import inputs, mixing, optim, state, step
+from lowrank_jax import chips, inputs, mixing, optim, state, step
 from lowrank_jax.config import ConfigError, make_plan
 from lowrank_jax.data.datasets import Dataset
+from lowrank_jax.execution import choose_execution
 from lowrank_jax.plans import Plan
 from lowrank_jax.schema import Config
-from lowrank_jax.sharding import batch_sharding, make_mesh, replicated, tree_shardings
+from lowrank_jax.sharding import batch_sharding, batch_shards, make_mesh, replicated, tree_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +140,9 @@ def build(config: Config, source: str = "config", devices: Sequence[Any] | None 
     Raises:
       ConfigError: the parts do not fit together.
     """
-    plan, dataset, model = make_plan(config), config.description, config.build_model()
+    dataset, model = config.description, config.build_model()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
+    plan = planned_for(mesh, config)
     settings = config.optim
     init_params = functools.partial(state.init_params, model, plan, blank_images(dataset), config.seed)
     params, _ = jax.eval_shape(init_params)
@@ -181,6 +183,14 @@ def build(config: Config, source: str = "config", devices: Sequence[Any] | None 
     init_state = functools.partial(state.init_state, model, plan, optimizer, blank_images(dataset), config.seed, ema=ema)
     shapes = jax.eval_shape(init_state)
     return Experiment(config, dataset, model, plan, make_optimizer, mesh, _placed(shapes, tree_shardings(shapes, mesh)))
+
+
+def planned_for(mesh: Mesh, config: Config) -> Plan:
+    """The config's plan, with the execution of every kernel chosen for the devices of a mesh."""
+    chip = chips.of_device(mesh.devices.flat[0])
+    part = batch_shards(mesh) * config.optim.accumulate
+    itemsize = jnp.dtype(config.model.dtype).itemsize
+    return choose_execution(make_plan(config), chip, batch=max(1, config.batch_size // part), itemsize=itemsize)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+Execution = Literal["factored", "merged"]
+
 SPATIAL_ROWS = (0, 2)  # window height and input channels; no other view of a convolution has these
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["u", "v"], meta_fields=["rows"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["u", "v"], meta_fields=["rows", "execution"])
 @dataclasses.dataclass(frozen=True)
 class LowRankKernel:
     """A kernel stored as the product of two factors; it takes the dense kernel's place in a parameter tree.
@@ -21,6 +23,8 @@ class LowRankKernel:
       v: `[*stack, r, *column_sizes]`, the rank and the sizes of the remaining axes.
       rows: which axes of the dense kernel are the rows of its matrix, not counting `stack`.  `(0,)` is a dense layer,
         `(0, 1, 2)` a convolution in the channel scheme, `(0, 2)` one in the spatial scheme.
+      execution: how its layer runs: `factored`, two thin products one after the other, or `merged`, the product UV first and
+        then the layer as it is (see `execution.choose_execution`).  The function and the gradients are the same.
 
     `stack` are the leading axes that `nn.scan` and `nn.vmap` add to the parameters of a repeated module.
     """
@@ -28,6 +32,7 @@ class LowRankKernel:
     u: jax.Array
     v: jax.Array
     rows: tuple[int, ...] = (0,)
+    execution: Execution = "factored"
 
     @property
     def rank(self) -> int:
@@ -61,10 +66,13 @@ class LowRankKernel:
 
     def merge(self) -> jax.Array:
         """The dense kernel, `[*stack, *kernel]` in the factors' dtype; the product is taken in float32 or better."""
-        u, v = self.matrices()
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        product = jnp.matmul(u.astype(wide), v.astype(wide), precision=jax.lax.Precision.HIGHEST)
-        return self.view.from_matrix(product).astype(self.dtype)
+        return self.product(wide, jax.lax.Precision.HIGHEST).astype(self.dtype)
+
+    def product(self, dtype: Any, precision: Any = None) -> jax.Array:
+        """The dense kernel, `[*stack, *kernel]`, computed in `dtype` as a layer would: for use inside of one."""
+        u, v = self.matrices()
+        return self.view.from_matrix(jnp.matmul(u.astype(dtype), v.astype(dtype), precision=precision))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +119,12 @@ class MatrixView:
         inverse = tuple(order.index(axis) for axis in range(len(order)))
         return split.transpose(self._behind(stack, inverse))
 
-    def from_factors(self, u: jax.Array, v: jax.Array) -> LowRankKernel:
+    def from_factors(self, u: jax.Array, v: jax.Array, execution: Execution = "factored") -> LowRankKernel:
         """`[*stack, n, r]` and `[*stack, r, m]` as the factor pair that stands for the kernel."""
         row_sizes = (self.shape[axis] for axis in self.rows)
         column_sizes = (self.shape[axis] for axis in self.columns)
         return LowRankKernel(
-            u.reshape(*u.shape[:-2], *row_sizes, u.shape[-1]), v.reshape(*v.shape[:-1], *column_sizes), self.rows
+            u.reshape(*u.shape[:-2], *row_sizes, u.shape[-1]), v.reshape(*v.shape[:-1], *column_sizes), self.rows, execution
         )
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""Layers on factored kernels: two thin linear operations in place of one, inside any Linen model or as modules of their own.
+"""Layers on factored kernels, inside any Linen model or as modules of their own: two thin linear operations in place of one, or
+the layer as it is on the factors' product, as the factor pair says (`LowRankKernel.execution`).
 
 Both stages are Flax layers themselves, so padding, dilation, precision and dtype promotion mean exactly what they mean there.
 """
@@ -8,11 +9,12 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from lowrank_jax import methods
 from lowrank_jax.activations import ActivationLike
 from lowrank_jax.discover import SUPPORTED
-from lowrank_jax.kernel import SPATIAL_ROWS, LowRankKernel, MatrixView, channel_view, dense_view, spatial_view
+from lowrank_jax.kernel import SPATIAL_ROWS, Execution, LowRankKernel, MatrixView, channel_view, dense_view, spatial_view
 
 Initializer = Callable[..., jax.Array]
 
@@ -21,7 +23,7 @@ def apply(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
     """`model.apply`, where any kernel in `variables["params"]` may be a `LowRankKernel`.
 
     Takes and returns what `model.apply` does (`rngs=`, `mutable=`, `method=`, ...).  A layer whose kernel is factored
-    computes `(x @ u) @ v` without forming the product; every other layer runs as its author wrote it.
+    computes `(x @ u) @ v`, or `x @ (u @ v)` if its execution is `merged`; every other layer runs as its author wrote it.
     """
     with nn.intercept_methods(_intercept):
         return model.apply(variables, *args, **kwargs)
@@ -53,10 +55,10 @@ def _intercept(next_fun, args, kwargs, context):
     if not isinstance(kernel, LowRankKernel):
         return next_fun(*args, **kwargs)
     x = args[0] if args else kwargs["inputs"]
-    return two_stages(module, kernel, module.get_variable("params", "bias"), x)
+    return run_layer(module, kernel, module.get_variable("params", "bias"), x)
 
 
-def two_stages(module: nn.Module, kernel: LowRankKernel, bias: Any, x: jax.Array) -> Any:
+def run_layer(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
     """What an `nn.Dense`, `nn.DenseGeneral` or `nn.Conv` computes from `x`, its kernel given as a factor pair.
 
     Args:
@@ -65,25 +67,39 @@ def two_stages(module: nn.Module, kernel: LowRankKernel, bias: Any, x: jax.Array
       bias: the layer's bias, or None if it has none.
       x: its input.
     """
-    first, u, second, v = _conv_stages(module, kernel) if isinstance(module, nn.Conv) else _dense_stages(module, kernel)
-    hidden = first.apply({"params": {"kernel": u}}, x)
-    return second.apply({"params": {"kernel": v} if bias is None else {"kernel": v, "bias": bias}}, hidden)
+    if kernel.execution == "merged":
+        return _merged(module, kernel, bias, x)
+    if not isinstance(module, nn.Conv):
+        return _dense_stages(module, kernel, bias, x)
+    stages = _spatial_stages if kernel.rows == SPATIAL_ROWS else _channel_stages
+    return stages(module, kernel, bias, x)
 
 
-def _dense_stages(module: Any, kernel: LowRankKernel):
+def _merged(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
+    """The layer as it is, on the product in the dtype that it computes in."""
+    dtype = jnp.result_type(x, kernel.dtype) if module.dtype is None else module.dtype
+    return _on(module.clone(name=None), kernel.product(dtype, module.precision), x, bias)
+
+
+def _on(layer: nn.Module, kernel: jax.Array, x: jax.Array, bias: Any = None) -> Any:
+    return layer.apply({"params": {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}}, x)
+
+
+def _dense_stages(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
     first = module.clone(features=kernel.rank, use_bias=False, name=None)
     second = module.clone(name=None)
     if isinstance(second, nn.DenseGeneral):
         second = second.clone(axis=-1)
-    return first, kernel.u, second, kernel.v
+    return _on(second, kernel.v, _on(first, kernel.u, x), bias)
 
 
-def _conv_stages(module: nn.Conv, kernel: LowRankKernel):
-    if kernel.rows == SPATIAL_ROWS:
-        return _spatial_stages(module, kernel)
-    first = module.clone(features=kernel.rank, use_bias=False, name=None)
-    # A dot product computes a 1x1 convolution with a much faster weight gradient on CPU.
-    second = nn.Dense(
+def _channel_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
+    """The window with r filters, then 1x1; a 1x1 stage is a product of matrices.
+
+    On CPU the weight gradient of such a product takes a fraction of a convolution's time, and with the axes before the channels
+    as one it needs no copy; the TPU's compiler makes the same of either.
+    """
+    product = nn.Dense(
         module.features,
         use_bias=module.use_bias,
         dtype=module.dtype,
@@ -91,23 +107,37 @@ def _conv_stages(module: nn.Conv, kernel: LowRankKernel):
         precision=module.precision,
         parent=None,
     )
+    narrow = {"features": kernel.rank, "use_bias": False}
     if _is_pointwise(module):
-        return second.clone(features=kernel.rank, use_bias=False), kernel.u.reshape(-1, kernel.rank), second, kernel.v
-    return first, kernel.u, second, kernel.v
+        x = _strided(module, x)
+        hidden = _on(product.clone(**narrow), kernel.u.reshape(-1, kernel.rank), x.reshape(-1, x.shape[-1]))
+    else:
+        x = _on(module.clone(**narrow, name=None), kernel.u, x)
+        hidden = x.reshape(-1, kernel.rank)
+    return _on(product, kernel.v, hidden, bias).reshape(*x.shape[:-1], module.features)
 
 
 def _is_pointwise(module: nn.Conv) -> bool:
-    size = (module.kernel_size,) if isinstance(module.kernel_size, int) else module.kernel_size
-    unit = (None, 1)
+    """Whether every output sees one input position."""
+    size = _window(module)
     return (
         all(k == 1 for k in size)
         and isinstance(module.padding, str)
-        and all(s in unit for s in _per_axis(module.strides, len(size)))
-        and all(s in unit for s in _per_axis(module.input_dilation, len(size)))
+        and all(s in (None, 1) for s in _per_axis(module.input_dilation, len(size)))
     )
 
 
-def _spatial_stages(module: nn.Conv, kernel: LowRankKernel):
+def _strided(module: nn.Conv, x: jax.Array) -> jax.Array:
+    """The input positions that a pointwise convolution sees."""
+    strides = _per_axis(module.strides, len(_window(module)))
+    return x[(..., *(slice(None, None, stride) for stride in strides), slice(None))]
+
+
+def _window(module: Any) -> tuple[int, ...]:
+    return (module.kernel_size,) if isinstance(module.kernel_size, int) else tuple(module.kernel_size)
+
+
+def _spatial_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
     """kh x 1 with r filters, then 1 x kw: strides, dilations and padding go to the stage that has their axis."""
     kh, kw = kernel.u.shape[0], kernel.v.shape[1]
     strides = _per_axis(module.strides, 2)
@@ -126,9 +156,8 @@ def _spatial_stages(module: nn.Conv, kernel: LowRankKernel):
             **changes,
         )
 
-    first = stage(0, (kh, 1), features=kernel.rank, use_bias=False)
-    second = stage(1, (1, kw))
-    return first, kernel.u[:, None], second, kernel.v.swapaxes(0, 1)[None]
+    hidden = _on(stage(0, (kh, 1), features=kernel.rank, use_bias=False), kernel.u[:, None], x)
+    return _on(stage(1, (1, kw)), kernel.v.swapaxes(0, 1)[None], hidden, bias)
 
 
 def _per_axis(setting: int | Sequence[int] | None, axes: int) -> tuple[int, ...]:
@@ -154,7 +183,7 @@ def _factored_kernel(key: jax.Array, dense_init: Initializer, view: MatrixView, 
     draw, project = jax.random.split(key)
     w = view.to_matrix(dense_init(draw, view.shape, layer.param_dtype))
     u, v = methods.factor(layer.method, project, w, layer.rank, activation=layer.activation, group=view.group)
-    return view.from_factors(u, v)
+    return view.from_factors(u, v, layer.execution)
 
 
 class LowRankDense(nn.Module):
@@ -168,6 +197,7 @@ class LowRankDense(nn.Module):
       use_bias, dtype, param_dtype, precision, kernel_init, bias_init: as in `nn.Dense`; `kernel_init` draws the dense kernel.
       method: how it is factored, a name in `methods.METHODS`.
       activation: what follows the layer, a name in `activations.ACTIVATIONS` or any elementwise function in jax.
+      execution: `factored` or `merged`, see `LowRankKernel`.
     """
 
     features: int
@@ -180,6 +210,7 @@ class LowRankDense(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
     method: str = "kernel_projection"
     activation: ActivationLike = "relu"
+    execution: Execution = "factored"
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -195,7 +226,7 @@ class LowRankDense(nn.Module):
             precision=self.precision,
             parent=None,
         )
-        return two_stages(plain, kernel, bias, inputs)
+        return run_layer(plain, kernel, bias, inputs)
 
 
 class LowRankConv(nn.Module):
@@ -212,6 +243,7 @@ class LowRankConv(nn.Module):
       scheme: `channel` (the whole window, then 1x1) or `spatial` (kh x 1, then 1 x kw; two-dimensional windows only).
       method: how the kernel is factored, a name in `methods.METHODS`.
       activation: what follows the layer, a name in `activations.ACTIVATIONS` or any elementwise function in jax.
+      execution: `factored` or `merged`, see `LowRankKernel`.
     """
 
     features: int
@@ -230,11 +262,12 @@ class LowRankConv(nn.Module):
     scheme: Literal["channel", "spatial"] = "channel"
     method: str = "kernel_projection"
     activation: ActivationLike = "relu"
+    execution: Execution = "factored"
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """`[batch, *space, c_in] -> [batch, *space', features]`."""
-        window = (self.kernel_size,) if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        window = _window(self)
         shape = (*window, inputs.shape[-1], self.features)
         view = channel_view(shape) if self.scheme == "channel" else spatial_view(shape)
         kernel = self.param("kernel", _factored_kernel, self.kernel_init, view, self)
@@ -252,4 +285,4 @@ class LowRankConv(nn.Module):
             precision=self.precision,
             parent=None,
         )
-        return two_stages(plain, kernel, bias, inputs)
+        return run_layer(plain, kernel, bias, inputs)

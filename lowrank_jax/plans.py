@@ -3,8 +3,23 @@
 import dataclasses
 import math
 
-from lowrank_jax.kernel import MatrixView
+from lowrank_jax.kernel import Execution, MatrixView
 from lowrank_jax.ranks import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """The activations around a kernel, an example.
+
+    Attributes:
+      inputs: elements that the layer reads.
+      positions: at which it has outputs.
+      hidden_positions: at which the first stage has, that runs on a factor.
+    """
+
+    inputs: int
+    positions: int
+    hidden_positions: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +35,8 @@ class PlannedKernel:
       note: why it stays dense; empty where it is factored.
       macs: multiply-accumulates of the dense kernel, an example.
       planned_macs: the same as planned.
+      traffic: what the layer reads and writes, where it is factored.
+      execution: how the layer will run, where it is factored and that is known.
     """
 
     name: str
@@ -30,6 +47,8 @@ class PlannedKernel:
     note: str
     macs: int
     planned_macs: int
+    traffic: "Traffic | None" = None
+    execution: Execution | None = None
 
     @property
     def params(self) -> int:
@@ -80,12 +99,12 @@ class Plan:
     def rows(self) -> list[list[str]]:
         """The table as text: a header, a row a kernel, a row for all other parameters and the total."""
         body = [_row(kernel) for kernel in self.kernels]
-        rest = ["(biases, norms, ...)", "", "-", "dense", count(self.other_params), "", ""]
+        rest = ["(biases, norms, ...)", "", "-", "dense", "", count(self.other_params), "", ""]
         total = [
-            "total", "", "", "",
+            "total", "", "", "", "",
             with_change(self.params, self.dense_params), with_change(self.macs, self.dense_macs), "",
         ]  # fmt: skip
-        return [["parameter", "shape", "rank", "method", "params", "MACs", "note"], *body, rest, total]
+        return [["parameter", "shape", "rank", "method", "execution", "params", "MACs", "note"], *body, rest, total]
 
     def __str__(self) -> str:
         return align(self.rows())
@@ -98,10 +117,17 @@ def _row(kernel: PlannedKernel) -> list[str]:
         "x".join(map(str, kernel.shape)),
         "-" if kernel.rank is None else str(kernel.rank),
         method,
+        _execution(kernel),
         with_change(kernel.planned_params, kernel.params),
         with_change(kernel.planned_macs, kernel.macs) if kernel.macs else "-",
         kernel.note,
     ]
+
+
+def _execution(kernel: PlannedKernel) -> str:
+    if kernel.rank is None or kernel.rule is None:
+        return ""
+    return kernel.execution or kernel.rule.execution
 
 
 def align(rows: list[list[str]]) -> str:

@@ -12,6 +12,7 @@ from lowrank_jax.paths import compile_pattern, did_you_mean
 
 SCHEMES = ("channel", "spatial")
 SCALE_OF = ("full_rank", "columns")
+EXECUTIONS = ("auto", "factored", "merged")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Rule:
       multiple_of: round the rank up to a multiple of this number.
       scale_of: `full_rank`, min(rows, columns) of the matrix; or `columns`, which in the spatial scheme is the convention
         round(scale * out * k) of Khodak et al. (ICLR 2021).
+      execution: how the layer runs: `factored`, two thin products one after the other; `merged`, the factors' product first
+        and then the layer as it is; or `auto`, whichever `execution.choose_execution` expects to be faster, `factored` until
+        it is asked.
 
     Raises:
       ValueError: a field is out of range or unknown, or both scale and rank are given.
@@ -43,6 +47,7 @@ class Rule:
     activation: activations.ActivationLike = "relu"
     multiple_of: int = 1
     scale_of: Literal["full_rank", "columns"] = "full_rank"
+    execution: Literal["auto", "factored", "merged"] = "auto"
 
     def __post_init__(self):
         if not isinstance(self.path, str):
@@ -69,6 +74,7 @@ class Rule:
         except ValueError as error:
             raise self._error(str(error)) from None
         self._check_name("scale_of", SCALE_OF)
+        self._check_name("execution", EXECUTIONS)
 
     def _check_name(self, field: str, known: Collection[str]) -> None:
         name = getattr(self, field)

@@ -162,6 +162,7 @@ class LowRankConfig:
     activation: str = "relu"
     multiple_of: int = 1
     scale_of: str = "full_rank"
+    execution: str = "auto"
     moment_batches: int = _option(0, at_least(0))  # project for the inputs that layers have on so many batches of images
     rules: tuple[dict, ...] = ()  # exceptions by path, in order: {"path": ..., and any of the keys above}
 
@@ -185,7 +186,7 @@ class LowRankConfig:
         return tuple(rules)
 
 
-_RULE_KEYS = ("method", "scale", "rank", "scheme", "activation", "multiple_of", "scale_of")
+_RULE_KEYS = ("method", "scale", "rank", "scheme", "activation", "multiple_of", "scale_of", "execution")
 
 
 def _to_rule(common: dict[str, Any], entry: dict[str, Any]) -> Rule:

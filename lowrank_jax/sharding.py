@@ -1,5 +1,6 @@
 """Where arrays live: a mesh of devices, and the part of every array that each of them holds."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lowrank_jax.kernel import LowRankKernel, is_low_rank
+from lowrank_jax.kernel import is_low_rank
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
@@ -36,6 +37,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """In how many parts a batch is cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a batch as part of a global array."""
     sharding = batch_sharding(mesh)
@@ -55,7 +61,7 @@ def tree_shardings(shapes: Any, mesh: Mesh) -> Any:
         rank_axis = len(node.stack)
         u = NamedSharding(mesh, _spec(node.u.shape, mesh, whole=node.u.ndim - 1))
         v = NamedSharding(mesh, _spec(node.v.shape, mesh, whole=rank_axis))
-        return LowRankKernel(u, v, node.rows)  # type: ignore[arg-type]
+        return dataclasses.replace(node, u=u, v=v)
 
     return jax.tree.map(place, shapes, is_leaf=is_low_rank)
 

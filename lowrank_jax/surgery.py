@@ -18,7 +18,7 @@ from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.layers import takes_factors
 from lowrank_jax.methods import METHODS, SAMPLED, Method
 from lowrank_jax.paths import did_you_mean, first_match, map_named, named_leaves
-from lowrank_jax.plans import Plan, PlannedKernel
+from lowrank_jax.plans import Plan, PlannedKernel, Traffic
 from lowrank_jax.ranks import Rule, wanted_rank
 
 
@@ -80,7 +80,7 @@ def _without_wrapped(model, inputs, kwargs, variables, kernels: list[PlannedKern
     wrapped = {kernel.name for kernel in factored if not runs_with([kernel])}
     note = "what wraps its layer does not run on factors"
     return [
-        dataclasses.replace(kernel, view=None, rank=None, note=note, planned_macs=kernel.macs)
+        dataclasses.replace(kernel, view=None, rank=None, note=note, planned_macs=kernel.macs, traffic=None)
         if kernel.name in wrapped
         else kernel
         for kernel in kernels
@@ -120,7 +120,9 @@ def _plan_kernel(name, shape, use, rule, index, batch) -> PlannedKernel:
     if rank * (view.n + view.m) >= view.n * view.m:
         return dense(note=f"rank {rank} would not be smaller")
     planned = use.factored_macs(view, rank) // batch
-    return PlannedKernel(name, tuple(shape), view, rank, rule, "", macs=macs, planned_macs=planned)
+    traffic = Traffic(use.inputs // batch, use.positions // batch, use.hidden_positions(view) // batch)
+    execution = None if rule.execution == "auto" else rule.execution
+    return PlannedKernel(name, tuple(shape), view, rank, rule, "", macs, planned, traffic, execution)
 
 
 def _check_ranks(rules: Sequence[Rule], kernels: list[PlannedKernel]) -> None:
@@ -247,7 +249,7 @@ def _unstacked(members: list[PlannedKernel], u: jax.Array, v: jax.Array) -> dict
         stack = kernel.shape[: len(kernel.shape) - len(kernel.view.shape)]
         end = start + math.prod(stack)
         u_k, v_k = (part[start:end].reshape(*stack, *part.shape[1:]) for part in (u, v))
-        factors[kernel.name] = kernel.view.from_factors(u_k, v_k)
+        factors[kernel.name] = kernel.view.from_factors(u_k, v_k, kernel.execution or "factored")
         start = end
     return factors
 

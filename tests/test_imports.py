@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 LIBRARY = {
-    "ablations", "activations", "approximation", "decay", "discover", "inputs", "kernel", "layers", "linalg", "methods",
-    "paths", "plans", "projection", "ranks", "subspaces", "surgery",
+    "ablations", "activations", "approximation", "chips", "decay", "discover", "execution", "inputs", "kernel", "layers",
+    "linalg", "methods", "paths", "plans", "projection", "ranks", "subspaces", "surgery",
 }  # fmt: skip
 ALLOWED = {"jax", "flax", "optax", "numpy"}
 
