@@ -96,8 +96,7 @@ def _dense_stages(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -
 def _channel_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
     """The window with r filters, then 1x1; a 1x1 stage is a product of matrices.
 
-    On CPU the weight gradient of such a product takes a fraction of a convolution's time, and with the axes before the channels
-    as one it needs no copy; the TPU's compiler makes the same of either.
+    On CPU the weight gradient of such a product takes a fraction of a convolution's time.
     """
     product = nn.Dense(
         module.features,
@@ -109,28 +108,24 @@ def _channel_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Ar
     )
     narrow = {"features": kernel.rank, "use_bias": False}
     if _is_pointwise(module):
-        x = _strided(module, x)
-        hidden = _on(product.clone(**narrow), kernel.u.reshape(-1, kernel.rank), x.reshape(-1, x.shape[-1]))
-    else:
-        x = _on(module.clone(**narrow, name=None), kernel.u, x)
-        hidden = x.reshape(-1, kernel.rank)
-    return _on(product, kernel.v, hidden, bias).reshape(*x.shape[:-1], module.features)
+        hidden = _on(product.clone(**narrow), kernel.u.reshape(-1, kernel.rank), x)
+        return _on(product, kernel.v, hidden, bias)
+    hidden = _on(module.clone(**narrow, name=None), kernel.u, x)
+    # With all positions on one axis CPUs need no copy for the weight gradient.  TPUs do not mind here, behind a window; between
+    # products they would lay every activation out anew.
+    return _on(product, kernel.v, hidden.reshape(-1, kernel.rank), bias).reshape(*hidden.shape[:-1], module.features)
 
 
 def _is_pointwise(module: nn.Conv) -> bool:
-    """Whether every output sees one input position."""
+    """Whether the convolution is a product of matrices."""
     size = _window(module)
+    unit = (None, 1)
     return (
         all(k == 1 for k in size)
         and isinstance(module.padding, str)
-        and all(s in (None, 1) for s in _per_axis(module.input_dilation, len(size)))
+        and all(s in unit for s in _per_axis(module.strides, len(size)))
+        and all(s in unit for s in _per_axis(module.input_dilation, len(size)))
     )
-
-
-def _strided(module: nn.Conv, x: jax.Array) -> jax.Array:
-    """The input positions that a pointwise convolution sees."""
-    strides = _per_axis(module.strides, len(_window(module)))
-    return x[(..., *(slice(None, None, stride) for stride in strides), slice(None))]
 
 
 def _window(module: Any) -> tuple[int, ...]:

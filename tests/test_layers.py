@@ -1,5 +1,7 @@
 """A factored layer against the same layer on the merged kernel."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,10 +24,12 @@ def factors(view, rank, seed=0):
 
 
 def assert_same(model, params, x, rtol=1e-5):
-    factored = lr.apply(model, {"params": params}, x)
-    merged = model.apply({"params": lr.merge(params)}, x)
-    assert factored.dtype == merged.dtype
-    np.testing.assert_allclose(factored, merged, rtol=rtol, atol=rtol * float(jnp.abs(merged).max()))
+    expected = model.apply({"params": lr.merge(params)}, x)
+    for execution in ("factored", "merged"):
+        kernel = dataclasses.replace(params["kernel"], execution=execution)
+        y = lr.apply(model, {"params": {**params, "kernel": kernel}}, x)
+        assert y.dtype == expected.dtype
+        np.testing.assert_allclose(y, expected, rtol=rtol, atol=rtol * float(jnp.abs(expected).max()))
 
 
 @given(
@@ -54,6 +58,7 @@ def test_convolutions_equal_the_merged_kernel(scheme, window, strides, dilation,
         (nn.Conv(6, (3, 3), padding=1, input_dilation=2, use_bias=False), (2, 5, 5, 4)),
         (nn.Conv(6, (3, 3), use_bias=False), (5, 5, 4)),
         (nn.Conv(6, (1, 1), padding="VALID", use_bias=False), (2, 3, 5, 5, 4)),
+        (nn.Conv(6, (1, 1), strides=(2, 3), use_bias=False), (2, 3, 6, 8, 4)),
     ],
 )
 def test_other_convolutions_equal_the_merged_kernel(conv, shape):
@@ -86,19 +91,26 @@ def test_full_rank_is_the_original_layer(scheme):
     np.testing.assert_allclose(factored, conv.apply(variables, x), rtol=1e-5, atol=1e-5)
 
 
-def test_low_precision_computes_in_low_precision():
+@pytest.mark.parametrize("execution", ["factored", "merged"])
+def test_low_precision_computes_in_low_precision(execution):
     layer = nn.Dense(6, dtype=jnp.bfloat16)
-    params = {"kernel": factors(dense_view((4, 6)), 2), "bias": jnp.zeros(6)}
-    assert lr.apply(layer, {"params": params}, jnp.ones((2, 4))).dtype == jnp.bfloat16
+    kernel = dataclasses.replace(factors(dense_view((4, 6)), 2), execution=execution)
+
+    def run(x):
+        return lr.apply(layer, {"params": {"kernel": kernel, "bias": jnp.zeros(6)}}, x)
+
+    products = [eqn for eqn in jax.make_jaxpr(run)(jnp.ones((2, 4))).eqns if eqn.primitive.name == "dot_general"]
+    assert [eqn.outvars[0].aval.dtype for eqn in products] == [jnp.bfloat16] * 2
 
 
-def test_the_product_is_never_formed():
+@pytest.mark.parametrize(("execution", "formed"), [("factored", False), ("merged", True)])
+def test_only_a_merged_kernel_forms_the_product(execution, formed):
     layer = nn.Dense(307, use_bias=False)
-    params = {"kernel": factors(dense_view((301, 307)), 2)}
+    kernel = dataclasses.replace(factors(dense_view((301, 307)), 2), execution=execution)
     jaxpr = jax.make_jaxpr(lambda p, x: jax.grad(lambda p: lr.apply(layer, {"params": p}, x).sum())(p))(
-        params, jnp.ones((2, 301))
+        {"kernel": kernel}, jnp.ones((2, 301))
     )
-    assert "301,307" not in str(jaxpr)
+    assert ("301,307" in str(jaxpr)) == formed
 
 
 class Classifier(nn.Module):
