@@ -15,9 +15,9 @@ from upath import UPath
 
 from lowrank_jax import config as configs
 
-# What may change between two starts of one experiment: where things are, how often they are written, how many devices, and
+# What may change between two starts of one experiment: where things are, what is written and how often, how many devices, and
 # how many images may be passed over, which no figure depends on as long as it is enough.
-_FREE = ("dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "log.", "mesh.")
+_FREE = ("dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "log.", "profile.", "mesh.")
 
 
 # Without these a config.json is something else's.
