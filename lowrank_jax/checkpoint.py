@@ -72,7 +72,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int = 2, read_only: bool = False):
-        self.directory = epath.Path(directory).resolve()  # orbax takes absolute paths only
+        path = epath.Path(directory)
+        # Orbax takes absolute paths only, and resolving a URL would put it below the current folder.
+        self.directory = path if "://" in str(path) else path.resolve()
         self._read_only = read_only
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a folder")

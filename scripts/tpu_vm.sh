@@ -255,7 +255,7 @@ ensure_ready() {
 
 check_reused() {
   local found
-  found=$(gcloud compute tpus tpu-vm list "${where[@]}" "--filter=name ~ /$name\$" '--format=value(acceleratorType)') || return
+  found=$(gcloud compute tpus tpu-vm list "${where[@]}" "--filter=name ~ /$name\$" '--format=value(acceleratorType.basename())') || return
   [ "$found" = "$type" ] || fail "$name is there and is a $found, not a $type; use another --name, or delete it first"
 }
 
@@ -321,9 +321,9 @@ echo "still running after 300 s" >&2; exit 1'
 pack() {
   local files='git ls-files -z --cached --others --exclude-standard'
   if [ -n "$dry_run" ]; then
-    echo "(cd $(quote "$root") && $files | tar --null -T - -czf $(quote "$1"))"
+    echo "(cd $(quote "$root") && $files | tar --ignore-failed-read --null -T - -czf $(quote "$1"))"
   else
-    (cd "$root" && $files | tar --null -T - -czf "$1")
+    (cd "$root" && $files | tar --ignore-failed-read --null -T - -czf "$1")
   fi
 }
 

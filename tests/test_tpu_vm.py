@@ -40,7 +40,7 @@ GCLOUD = """
     listed = tpu if what == "tpu-vm" else here / "request"
     if action == "list" and listed.exists():
         states = listed.read_text().split()
-        if flags["--format"] == "value(acceleratorType)":
+        if flags["--format"] == "value(acceleratorType.basename())":
             print("v5litepod-16")
         else:
             print(states[0])
