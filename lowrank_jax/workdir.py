@@ -47,12 +47,25 @@ class Workdir:
         Raises:
           WorkdirError: it belongs to another one, or cannot be written.
         """
+        self._check_bucket()
         self.check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", config)
         except OSError as error:
             raise WorkdirError(f"cannot write to {self.path}: {error.strerror or error}") from None
+
+    def _check_bucket(self) -> None:
+        """Raises WorkdirError for a bucket that is not there: TensorFlow would try to make a folder in it for ever."""
+        match = re.match(r"[a-z0-9+]+://[^/]*", str(self.path))
+        if not match:
+            return
+        try:
+            there = epath.Path(match[0]).exists()
+        except Exception as error:  # every kind of bucket has errors of its own
+            raise WorkdirError(f"cannot reach {match[0]}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        if not there:
+            raise WorkdirError(f"there is no bucket {match[0]}, or this account may not see it")
 
     @contextlib.contextmanager
     def locked(self, seconds: float = 10.0) -> Iterator[None]:

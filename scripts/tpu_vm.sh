@@ -40,7 +40,7 @@ delete: delete the TPU and its queued resource.
   --spot                  capacity that may be taken away
   --queued                ask by a queued resource and wait until it is granted
   --create-flag=FLAG      one more flag for creating, such as --create-flag=--internal-ips; may be repeated
-  --setup=COMMAND         shell line to run on every worker before each start, such as mounting the bucket with the data
+  --setup=COMMAND         shell line to run on every worker before each start, such as mounting a disk
   --restarts=N            how often a worker starts again what ended otherwise than by 0, 2 or 4; default: 20
   --recreate=N            how often `run` starts over, with a new TPU where the old one was taken away; default: 0
   --worker=N              of logs: follow that worker
@@ -50,8 +50,7 @@ delete: delete the TPU and its queued resource.
 
 examples:
   scripts/tpu_vm.sh --name=r50 --type=v5e-16 --zone=us-west4-a --spot --queued --recreate=10 \
-      --setup='sudo mkdir -p /data && sudo gcsfuse --implicit-dirs -o allow_other,ro BUCKET /data' \
-      -- train --config=configs/imagenet_resnet50.py --config.dataset.data_dir=/data --workdir=gs://BUCKET/r50
+      -- train --config=configs/imagenet_resnet50.py --config.dataset.data_dir=gs://BUCKET/tfds --workdir=gs://BUCKET/r50
   scripts/tpu_vm.sh logs --name=r50 --zone=us-west4-a --worker=0
   scripts/tpu_vm.sh delete --name=r50 --zone=us-west4-a
 USAGE
@@ -160,8 +159,7 @@ check_arguments() {
       --config) [ -f "$root/${value%%:*}" ] || fail "--config=$value: not a file of this checkout, which is what the workers get" ;;
       --workdir)
         workdir=$value
-        [[ $value =~ ^[a-z0-9]+://. && $value != file:* ]] ||
-          fail "--workdir=$value: the disk of a worker is gone with it and no other sees it; use a bucket, such as gs://BUCKET/NAME"
+        [[ $value == gs://* ]] || fail "--workdir=$value: has to be a bucket, such as gs://BUCKET/NAME: a worker's disk is gone with it"
         ;;
     esac
   done
@@ -272,7 +270,7 @@ set -e
 rm -rf "$src" && mkdir -p "$src" && tar -xzf "$HOME/lowrank_jax.tar.gz" -C "$src"
 python3 -m pip install --quiet --user --upgrade uv
 [ -x "$env/bin/python" ] || python3 -m uv venv --quiet --python 3.11 "$env"
-python3 -m uv pip install --quiet --python "$env/bin/python" -c "$src/constraints.txt" "$src[train,tpu]"'
+python3 -m uv pip install --quiet --python "$env/bin/python" -c "$src/constraints.txt" "$src[train,tpu,gcs]"'
 
 # A stop goes to the whole session; the shell that notes the exit status has to outlive it.
 start_command='set -e

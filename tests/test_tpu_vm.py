@@ -302,9 +302,9 @@ def test_delete_deletes_what_there_is(cloud):
         (["logs", *WHERE, "--worker=all"], "--worker=all: must be the number"),
         (["stop", *WHERE, "--", "train"], "stop takes no arguments"),
         ([*RUN, "--", "train", TRAIN[1]], "train needs --workdir"),
-        ([*RUN, "--", *TRAIN[:2], "--workdir=runs/a"], "--workdir=runs/a: the disk of a worker"),
-        ([*RUN, "--", *TRAIN[:2], "--workdir", "/runs"], "--workdir=/runs: the disk"),
-        ([*RUN, "--", *TRAIN[:2], "--workdir=file:///runs"], "--workdir=file:///runs: the disk"),
+        ([*RUN, "--", *TRAIN[:2], "--workdir=runs/a"], "--workdir=runs/a: has to be a bucket"),
+        ([*RUN, "--", *TRAIN[:2], "--workdir", "/runs"], "--workdir=/runs: has"),
+        ([*RUN, "--", *TRAIN[:2], "--workdir=file:///runs"], "--workdir=file:///runs: has"),
         ([*RUN, "--", "train", "--config=configs/x.py", TRAIN[2]], "--config=configs/x.py: not a file of this checkout"),
     ],
 )
