@@ -7,6 +7,7 @@ step stores a digest of each array, restoring compares them, and a damaged step 
 import contextlib
 import dataclasses
 import gc
+import importlib
 import json
 import logging
 import sys
@@ -72,7 +73,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int = 2, read_only: bool = False):
-        self.directory = epath.Path(directory).resolve()  # orbax takes absolute paths only
+        self.directory = _absolute(epath.Path(directory))  # orbax takes absolute paths only
         self._read_only = read_only
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a folder")
@@ -232,6 +233,17 @@ class Checkpoints:
             (self.directory / str(step)).rename(folder / (f"{step}-{copies}" if copies else str(step)))
         self._manager.close()
         self._manager = self._open()
+
+
+def _absolute(path: epath.Path) -> epath.Path:
+    if "://" not in str(path):
+        return path.resolve()
+    if str(path).startswith("gs://"):
+        try:
+            importlib.import_module("google.cloud.storage")  # orbax asks it what kind of bucket that is
+        except ImportError:
+            raise CheckpointError(f"{path}: checkpoints there need pip install 'lowrank_jax[gcs]'") from None
+    return path
 
 
 @contextlib.contextmanager

@@ -272,6 +272,9 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
         warmup = config.in_steps(config.optim.warmup)
         if config.total_steps >= 2**31:
             problems.append(f"epochs: {config.epochs:g}; more than 2^31 steps")
+        traced = config.profile.steps
+        if traced and traced[1] > config.total_steps:
+            problems.append(f"profile.steps: {traced}; beyond the training of {config.total_steps} steps")
         if warmup > config.total_steps:
             problems.append(f"optim.warmup: {warmup} steps; longer than the training of {config.total_steps} steps")
     return problems

@@ -73,6 +73,10 @@ def _area(value: tuple[float, float]) -> str | None:
     return None if 0 < value[0] <= value[1] <= 1 else "must be two fractions, from and to, in (0, 1]"
 
 
+def _window(value: tuple[int, int]) -> str | None:
+    return None if 1 <= value[0] <= value[1] else "must be the first and the last step to trace, counted from 1"
+
+
 def _axis_size(value: int) -> str | None:
     return None if value >= 1 or value == -1 else "must be at least 1, or -1 for all devices that are left"
 
@@ -229,6 +233,13 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """Which training steps are traced for TensorBoard's profiler: the first and the last of them."""
+
+    steps: tuple[int, int] | None = _option(None, _window)
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis of the mesh; one axis may be -1, which takes all that are left."""
 
@@ -256,6 +267,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
     mesh: MeshConfig = MeshConfig()
 
     def in_steps(self, duration: Duration) -> int:

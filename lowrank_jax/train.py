@@ -23,6 +23,7 @@ from lowrank_jax.evaluate import Interrupted, evaluate
 from lowrank_jax.plans import count
 from lowrank_jax.sharding import put_batch
 from lowrank_jax.state import TrainState
+from lowrank_jax.tracing import Tracer
 from lowrank_jax.workdir import Workdir, config_digest, flatten
 from lowrank_jax.writer import Writer, duration, progress_line
 
@@ -207,7 +208,8 @@ class _Loop:
         self.restore_or_init()
         self.compile()
         try:
-            self.advance_to_the_end()
+            with self.tracer:
+                self.advance_to_the_end()
         except datasets.DataError:
             self.save_before_giving_up()
             raise
@@ -249,6 +251,13 @@ class _Loop:
             self.train_step = self.experiment.compile_train_step()
             self.writer.say(f"compiled in {duration(time.perf_counter() - begin)}")
         self.window = Window(self.config.batch_size, self.step, self.rows)  # its clock starts here
+        self.tracer = Tracer(
+            self.config.profile.steps,
+            self.folder.path,
+            state=lambda: self.state,
+            paused=self.window.paused,
+            say=self.writer.say,
+        )
 
     def evaluate_if_due(self) -> None:
         due = self.step == self.total or (self.step > 0 and self.step % self.eval_every == 0)
@@ -319,8 +328,9 @@ class _Loop:
         self.saved = self.step
 
     def advance(self) -> None:
-        batch = put_batch(next(self.iterator), self.experiment.mesh)
-        self.state, metrics = self.train_step(self.state, batch)
+        with self.tracer.step(self.step + 1):
+            batch = put_batch(next(self.iterator), self.experiment.mesh)
+            self.state, metrics = self.train_step(self.state, batch)
         self.step, self.evaluated = self.step + 1, None
         self.window.add(self.step, metrics)
 

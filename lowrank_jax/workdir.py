@@ -15,10 +15,11 @@ from upath import UPath
 
 from lowrank_jax import config as configs
 
-# What may change between two starts of one experiment: where things are, how often they are written, how many devices, how
+# What may change between two starts of one experiment: where things are, what is written and how often, how many devices, how
 # layers run on them, and how many images may be passed over, which no figure depends on as long as it is enough.
 _FREE = (
-    "dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "log.", "lowrank.execution", "mesh.",
+    "dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "log.", "profile.", "lowrank.execution",
+    "mesh.",
 )  # fmt: skip
 
 
@@ -49,12 +50,25 @@ class Workdir:
         Raises:
           WorkdirError: it belongs to another one, or cannot be written.
         """
+        self._check_bucket()
         self.check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", config)
         except OSError as error:
             raise WorkdirError(f"cannot write to {self.path}: {error.strerror or error}") from None
+
+    def _check_bucket(self) -> None:
+        """Raises WorkdirError for a bucket that is not there: TensorFlow would try to make a folder in it for ever."""
+        match = re.match(r"[a-z0-9+]+://[^/]*", str(self.path))
+        if not match:
+            return
+        try:
+            there = epath.Path(match[0]).exists()
+        except Exception as error:  # every kind of bucket has errors of its own
+            raise WorkdirError(f"cannot reach {match[0]}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        if not there:
+            raise WorkdirError(f"there is no bucket {match[0]}, or this account may not see it")
 
     @contextlib.contextmanager
     def locked(self, seconds: float = 10.0) -> Iterator[None]:

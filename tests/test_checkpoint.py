@@ -1,6 +1,7 @@
 """Checkpoints that come back exactly, and damage that is noticed."""
 
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -223,3 +224,9 @@ def test_a_step_can_be_asked_for_by_its_number(tmp_path):
             checkpoints.restore_step(2, TARGET)
         shutil.rmtree(tmp_path / "c" / "3")
         assert checkpoints.restore_step(3, TARGET) is None
+
+
+def test_a_bucket_is_no_folder_here_and_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    with pytest.raises(CheckpointError, match=r"^gs://bucket/run/checkpoints: checkpoints there need pip install"):
+        Checkpoints("gs://bucket/run/checkpoints")

@@ -63,6 +63,12 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
         Workdir(tmp_path).read_config()
 
 
+def test_a_bucket_out_of_reach_is_an_error_not_a_wait(monkeypatch):
+    monkeypatch.setenv("EPATH_USE_TF", "false")  # which takes seconds to import, to say the same
+    with pytest.raises(WorkdirError, match="cannot reach az://bucket: "):
+        Workdir("az://bucket/run").claim(config())
+
+
 def test_metrics_beyond_the_resumed_step_are_forgotten(tmp_path):
     folder = Workdir(tmp_path)
     for step in (10, 20, 30):

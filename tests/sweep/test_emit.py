@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -274,3 +275,27 @@ def test_a_pod_has_no_local_work_directory(folder):
 @pytest.mark.parametrize("folder", ["gs://bucket/a", "s3://bucket", "az://a/b"])
 def test_any_remote_work_directory_will_do(folder):
     assert len(manifests([trial(folder=folder)])) == 1
+
+
+def test_the_explained_manifest_is_what_its_command_renders(repository):
+    explained = (repository / "deploy" / "jobset.yaml").read_text()
+    command = re.search(r"#   (lowrank sweep (?:.|\n)+?)\n#\n", explained)
+    assert command
+    words = shlex.split(command[1].replace("\\\n#", ""))
+    printed = subprocess.run(
+        [sys.executable, "-m", "lowrank_jax", *words[1:]], cwd=repository, check=True, capture_output=True, text=True
+    )
+    rendered = list(yaml.safe_load_all(printed.stdout))
+    assert len(rendered) == 3
+    assert yaml.safe_load(explained) == rendered[0]
+    # Every field that can be rendered is explained.
+    assert set(_paths(_JOBSET)) == set(_paths(rendered[0]))
+
+
+def _paths(tree, path=""):
+    """The dotted names of a schema's fields, or of those that a manifest has."""
+    if isinstance(tree, list):
+        tree = tree[0]
+    if not isinstance(tree, dict) or set(tree) == {str} or path.endswith(("labels", "annotations", "nodeSelector", "limits")):
+        return [path]
+    return [name for key, value in tree.items() for name in _paths(value, f"{path}.{key}")]
