@@ -1,0 +1,143 @@
+"""Writes docs/results/execution.md: how the choice between factored and merged kernels fares in whole networks, on TPUs.
+
+    python -m scripts.execution_table              # an hour of two cores; goes on where it was stopped
+    python -m scripts.execution_table --part=0/2   # every second one, for a second process to take the others
+
+Compiles the training step of three networks for three generations of TPU at several scales: dense, all kernels factored, all
+merged, and as the cost model chooses (`auto`).  The numbers are the compiler's estimates; they are kept in
+docs/results/execution.json.  Needs libtpu (pip install 'lowrank_jax[tpu-preflight]') and no TPU.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+
+from lowrank_jax import config as configs
+from lowrank_jax import experiment as experiments
+from lowrank_jax.plans import markdown_table
+from lowrank_jax.preflight import topology
+
+RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results"
+SCALES = (0.05, 0.25, 0.5)
+ARMS = ("factored", "merged", "auto")
+# Four chips, each with as many images as at the batch of the config on 16.
+SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+NETWORKS = {
+    "ResNet-50": ("configs/imagenet_resnet50_lowrank.py", {"batch_size": "256"}),
+    "EfficientNet-B0": ("configs/imagenet_efficientnet_lowrank.py", {"batch_size": "1024"}),
+    "ViT-B/16": ("configs/imagenet_vit_lowrank.py", {"batch_size": "256", "model.name": "vit_b16"}),
+}
+LIMIT = 1.02
+
+HEAD = """# Factored or merged: what the choice is worth on TPUs
+
+Estimates of the TPU's compiler for a whole training step, in milliseconds, on one of four chips: nothing ran. They are its sum
+over operations (`optimal_seconds`) at the lowest effort; `python -m scripts.execution_table` writes this page. Images a chip:
+ResNet-50 and ViT-B/16 64, EfficientNet-B0 256. `factored` and `merged` are the pure choices; `auto` is what `choose_execution`
+chooses kernel by kernel, by the cost model of [mathematics](../mathematics.md#10-what-a-layer-costs), and beside it stands how
+many kernels it runs factored. In brackets the ratio to the dense network.
+
+"""
+
+
+def key(network: str, chip: str, arm: str, scale: float) -> str:
+    return f"{network}/{chip}/{arm}/{scale:g}"
+
+
+def wanted() -> list[tuple[str, str, str, float]]:
+    pairs = [(network, chip) for chip in ("v5e", "v6e", "v4") for network in NETWORKS]
+    dense = [(network, chip, "dense", 0.0) for network, chip in pairs]
+    return dense + [(network, chip, arm, scale) for scale in SCALES for network, chip in pairs for arm in ARMS]
+
+
+def estimate(network: str, chip: str, arm: str, scale: float) -> dict[str, Any]:
+    """The compiler's estimate of a training step."""
+    file, changes = NETWORKS[network]
+    low_rank = {"lowrank.scale": str(scale), "lowrank.execution": arm} if arm != "dense" else {"lowrank.method": "none"}
+    given = configs.load(file)
+    for name, value in (changes | low_rank).items():
+        configs.override(given, name, value)
+    devices = topology(SLICES[chip])
+    experiment = experiments.build(configs.parse(given, devices=len(devices)), devices=devices)
+    compiled = experiment.lower_train_step().compile()
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    assert cost is not None and memory is not None
+    return {
+        "seconds": cost["optimal_seconds"],
+        "flops": cost["flops"],
+        "bytes": cost["bytes accessed"],
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "kernels": len(experiment.plan.factored),
+        "factored": sum(kernel.execution == "factored" for kernel in experiment.plan.factored),
+    }
+
+
+def note(name: str, found: dict[str, Any]) -> None:
+    """Adds a result to the file, beside another process that may do so too."""
+    with (RESULTS / "execution.json").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        known = {**read(file), name: found}
+        file.truncate(0)
+        file.write(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def read(file: Any) -> dict[str, Any]:
+    file.seek(0)
+    return json.loads(file.read() or "{}")
+
+
+def known() -> dict[str, Any]:
+    path = RESULTS / "execution.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def page(results: dict[str, Any]) -> str:
+    """The tables, and whether the choice keeps what it promises."""
+    text, worst = [], {"dense": 0.0, "factored": 0.0, "merged": 0.0}
+    for chip in SLICES:
+        rows = [["network", "scale", "dense", "factored", "merged", "auto", "kernels factored"]]
+        for network in NETWORKS:
+            dense = results.get(key(network, chip, "dense", 0.0))
+            for scale in SCALES:
+                arms = {arm: results.get(key(network, chip, arm, scale)) for arm in ARMS}
+                if dense is None or None in arms.values():
+                    continue
+                times = {"dense": dense["seconds"], **{arm: found["seconds"] for arm, found in arms.items()}}  # type: ignore[index]
+                worst = {arm: max(worst[arm], times["auto"] / times[arm]) for arm in worst}
+                cells = [f"{1e3 * times[arm]:.2f} ({times[arm] / times['dense']:.3f})" for arm in ARMS]
+                auto = arms["auto"]
+                assert auto is not None
+                chosen = f"{auto['factored']} of {auto['kernels']}"
+                rows.append([network, f"{scale:g}", f"{1e3 * times['dense']:.2f}", *cells, chosen])
+        text.append(f"## {chip}\n\n{markdown_table(rows)}\n")
+    figures = ", ".join(f"{ratio:.3f} of {arm}" for arm, ratio in worst.items())
+    verdict = "within" if max(worst.values()) <= LIMIT else "**not** within"
+    text.append(f"At worst `auto` is estimated at {figures}: {verdict} the 2 per cent that are asked of it.\n")
+    return HEAD + "\n".join(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default="0/1", help="I/N: take every N-th result, from the I-th on")
+    part, parts = (int(number) for number in parser.parse_args().part.split("/"))
+    jax.config.update("jax_optimization_level", "O0")
+    for case in wanted()[part::parts]:
+        if key(*case) in known():
+            continue
+        begin = time.process_time()
+        found = estimate(*case)
+        note(key(*case), found)
+        print(f"{key(*case)}: {1e3 * found['seconds']:.2f} ms ({time.process_time() - begin:.0f} CPU-s)", flush=True)
+    (RESULTS / "execution.md").write_text(page(known()))
+
+
+if __name__ == "__main__":
+    main()
