@@ -98,7 +98,7 @@ class Experiment:
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
-        return jitted.lower(self.shapes, self._batch_shapes(), *self._settings())
+        return jitted.lower(self.shapes, self._batch_shapes(self.config.batch_size), *self._settings())
 
     def _settings(self) -> tuple[np.uint32, np.float32]:
         return self._seed(), np.float32(self.config.peak_lr)
@@ -108,6 +108,13 @@ class Experiment:
 
     def jit_eval_step(self) -> Callable[..., step.Metrics]:
         return jax.jit(step.make_eval_step(self.model, self._normalizer()), out_shardings=replicated(self.mesh))
+
+    def lower_eval_step(self) -> jax.stages.Lowered:
+        """The evaluation step of training before it is compiled for the devices of the mesh, which need not be there."""
+        evaluated = self.shapes.variables()[""]
+        batch = self._batch_shapes(self.config.eval.batch_size)
+        batch["mask"] = jax.ShapeDtypeStruct(batch["label"].shape, jnp.float32, sharding=batch["label"].sharding)
+        return self.jit_eval_step().lower(evaluated["params"], evaluated["batch_stats"], batch)
 
     def _normalizer(self):
         return mixing.normalizer(self.dataset.mean, self.dataset.std)
@@ -123,8 +130,8 @@ class Experiment:
             cutmix=data.cutmix,
         )
 
-    def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        size, sharding = self.config.batch_size, batch_sharding(self.mesh)
+    def _batch_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        sharding = batch_sharding(self.mesh)
         return {
             "image": jax.ShapeDtypeStruct((size, *self.dataset.image_shape), jnp.uint8, sharding=sharding),
             "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding),
