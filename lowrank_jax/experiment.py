@@ -106,7 +106,7 @@ class Experiment:
     def _seed(self) -> np.uint32:
         return np.uint32(self.config.seed)
 
-    def jit_eval_step(self) -> Callable[..., step.Metrics]:
+    def jit_eval_step(self) -> jax.stages.Wrapped:
         return jax.jit(step.make_eval_step(self.model, self._normalizer()), out_shardings=replicated(self.mesh))
 
     def lower_eval_step(self) -> jax.stages.Lowered:

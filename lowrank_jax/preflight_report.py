@@ -1,0 +1,237 @@
+"""A preflight as text, as Markdown and as JSON."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lowrank_jax import preflight, slices
+from lowrank_jax.chips import Chip, of_device
+from lowrank_jax.estimates import Arm, Cache, Compiler, Wanted, check, grouped
+from lowrank_jax.plans import align, count, markdown_table
+
+Rows = list[list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The arms of a preflight, every group of them with the dense one first.
+
+    Attributes:
+      topology: such as "v5e:4x4".
+      chip: the roofline of one device.
+      devices: how many there are.
+      effort: of the compiler.
+      groups: the arms.
+    """
+
+    topology: str
+    chip: Chip
+    devices: int
+    effort: str
+    groups: tuple[tuple[Arm, ...], ...]
+
+    @property
+    def arms(self) -> list[Arm]:
+        return [arm for group in self.groups for arm in group]
+
+    @property
+    def fits(self) -> bool:
+        """Whether all that was asked for fits."""
+        return all(arm.fits(self.chip) for arm in self.arms if arm.wanted)
+
+    def __str__(self) -> str:
+        tables = [f"{title}\n{align(rows)}" for title, rows in self._tables()]
+        return "\n\n".join([self.headline(), *tables, "\n".join(self.notes())])
+
+    def markdown(self) -> str:
+        tables = [f"{title}\n\n{markdown_table(rows)}" for title, rows in self._tables()]
+        notes = "\n".join(f"* {note}" for note in self.notes())
+        return "\n\n".join([self.headline(), *tables, notes]) + "\n"
+
+    def headline(self) -> str:
+        name = self.topology.replace(":", " ")
+        sizes = sorted({arm.batch_size for arm in self.arms})
+        batches = ", ".join(f"global batch {size} ({size / self.devices:g} a {self._unit})" for size in sizes)
+        return f"TPU {name}, {self.devices} {self._unit}s, {batches}; compiler estimates, nothing ran"
+
+    def _tables(self) -> list[tuple[str, Rows]]:
+        gib = self.chip.usable / 2**30
+        return [
+            (f"Memory of a {self._unit}, of which a program can have {gib:.4g} GiB", self.memory_rows()),
+            (f"A training step on a {self._unit}", self.step_rows()),
+        ]
+
+    @property
+    def _unit(self) -> str:
+        return "core" if self.chip.kind == "TPU v3" else "chip"
+
+    def memory_rows(self) -> Rows:
+        """Parameters, factored kernels, and memory by program; ratios are to the dense twin."""
+        programs = list(self.arms[0].programs)
+        rows = [["arm", "parameters", "factored", "state", *programs, "largest"]]
+        for arm, dense in self._pairs():
+            cells = [_ratio(_memory, arm.peak_bytes(name), dense.peak_bytes(name)) for name in programs]
+            rows.append([
+                arm.name,
+                _ratio(_count, arm.params, dense.params),
+                f"{arm.factored} of {arm.kernels}",
+                _ratio(_memory, arm.state_bytes, dense.state_bytes),
+                *cells,
+                self._verdict(arm),
+            ])  # fmt: skip
+        return rows
+
+    def _verdict(self, arm: Arm) -> str:
+        share = f"{100 * arm.peak_bytes(arm.largest) / self.chip.usable:.0f} %"
+        return share if arm.fits(self.chip) else f"{share}, does not fit"
+
+    def step_rows(self) -> Rows:
+        """What a training step takes, and for how long at least."""
+        rows = [["arm", "FLOPs", "bytes", "FLOPs/byte", "waits for", "roofline", "compiler's time", "images/s", "collectives"]]
+        for arm, dense in self._pairs():
+            cost, twin = arm.step, dense.step or arm.step
+            if cost is None or twin is None:
+                rows.append([arm.name, *["-"] * (len(rows[0]) - 1)])
+                continue
+            bound = self.seconds(arm) or 0
+            own = "-" if cost.seconds is None else _ratio(_time, cost.seconds, twin.seconds)
+            rows.append([
+                arm.name,
+                _ratio(_flops, cost.flops, twin.flops),
+                _ratio(_bytes, cost.bytes, twin.bytes),
+                f"{cost.flops / cost.bytes:.0f}",
+                self.waits_for(cost.flops / cost.bytes),
+                _ratio(_time, bound, self.seconds(dense)),
+                own,
+                f"{arm.batch_size / bound:,.0f}",
+                _exchanged(cost.collectives, twin.collectives),
+            ])  # fmt: skip
+        return rows
+
+    def seconds(self, arm: Arm) -> float | None:
+        """The roofline's time of a training step."""
+        return arm.step and self.chip.seconds(arm.step.flops, arm.step.bytes)
+
+    def waits_for(self, intensity: float) -> str:
+        return "memory" if intensity < self.chip.balance else "products"
+
+    def notes(self) -> list[str]:
+        """What the tables cannot say of themselves."""
+        lines = [
+            f"In brackets: ratios to the dense twin. The {self._unit}'s roofline: {self.chip.flops / 1e12:.4g} TFLOP/s, "
+            f"{self.chip.bandwidth / 1e9:.4g} GB/s, so below {self.chip.balance:.0f} FLOPs a byte a program waits for memory. "
+            "Its time, from which the images/s follow, is a lower bound: nothing overlaps worse than perfectly, and what chips "
+            "exchange takes none.",
+            f"Compiled at effort {self.effort}; libtpu {preflight.versions()['libtpu']}.",
+        ]
+        doubts = {arm.name: arm.step.doubt for arm in self.arms if arm.step and arm.step.doubt}
+        lines += [f"{name}: no time of the compiler's: {doubt}." for name, doubt in doubts.items()]
+        for arm in self.arms:
+            if not arm.fits(self.chip):
+                wants = _memory(arm.peak_bytes(arm.largest))
+                lines.append(f"{arm.name} does not fit: its {arm.largest} wants {wants} of {_memory(self.chip.usable)}.")
+        return lines
+
+    def _pairs(self) -> Iterator[tuple[Arm, Arm]]:
+        """Every arm and its dense twin."""
+        for group in self.groups:
+            for arm in group:
+                yield arm, group[0]
+
+    def json(self) -> str:
+        arms = [self._object(arm, dense) for arm, dense in self._pairs()]
+        described = {
+            "note": "compiler estimates for one device, nothing ran",
+            "topology": self.topology,
+            "devices": self.devices,
+            "chip": dataclasses.asdict(self.chip),
+            "effort": self.effort,
+            "versions": preflight.versions(),
+            "fits": self.fits,
+            "arms": arms,
+        }
+        return json.dumps(described, indent=2) + "\n"
+
+    def _object(self, arm: Arm, dense: Arm) -> dict[str, Any]:
+        figures = self._figures(arm)
+        twin = self._figures(dense)
+        ratios = {name: value / other for name, value in figures.items() if value is not None and (other := twin[name])}
+        return {
+            "name": arm.name,
+            "dense_twin": dense.name,
+            "fits": arm.fits(self.chip),
+            **figures,
+            "ratio": ratios,
+            "kernels": arm.kernels,
+            "factored": arm.factored,
+            "batch_size": arm.batch_size,
+            "programs": {name: dataclasses.asdict(program) for name, program in arm.programs.items()},
+        }
+
+    def _figures(self, arm: Arm) -> dict[str, float | None]:
+        cost, seconds = arm.step, self.seconds(arm)
+        return {
+            "params": arm.params,
+            "state_bytes": arm.state_bytes,
+            "peak_bytes": arm.peak_bytes(arm.largest),
+            "flops": cost and cost.flops,
+            "bytes": cost and cost.bytes,
+            "roofline_seconds": seconds,
+            "compiler_seconds": cost and cost.seconds,
+            "images_per_second": seconds and arm.batch_size / seconds,
+            "collective_bytes": cost and sum(cost.collectives.values()),
+        }
+
+
+def run(wanted: list[Wanted], topology: str, *, source: str, effort: str, cache: Cache, say: Callable[[str], None]) -> Report:
+    """Estimates networks and their dense twins.
+
+    Raises:
+      PreflightError, ConfigError: it cannot be done; the message says why.
+    """
+    devices = preflight.topology(topology)
+    chip = of_device(devices[0])
+    assert chip is not None, f"{slices.parse(topology).generation} is not in the table of chips"
+    judged = [Wanted(arm.name, check(arm.config, source, len(devices))) for arm in wanted]
+    compiler = Compiler(topology, devices, chip, effort, cache, say)
+    groups = []
+    for group in grouped(judged):
+        dense = compiler.estimate(group.dense, asked=group.wanted)
+        groups.append((dense, *(compiler.estimate(arm, asked=True) for arm in group.others)))
+    return Report(topology, chip, len(devices), effort, tuple(groups))
+
+
+def _ratio(text: Callable[[float], str], value: float, dense: float | None) -> str:
+    return text(value) + (f" ({value / dense:.2f})" if dense and value != dense else "")
+
+
+def _count(value: float) -> str:
+    return count(round(value))
+
+
+def _memory(value: float) -> str:
+    return f"{value / 2**30:.3g} GiB" if value >= 2**30 else f"{value / 2**20:.3g} MiB"
+
+
+def _flops(value: float) -> str:
+    return _scaled(value, "")
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, "B")
+
+
+def _scaled(value: float, unit: str) -> str:
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
+
+
+def _exchanged(kinds: dict[str, int], dense: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {_ratio(_bytes, value, dense.get(kind))}" for kind, value in kinds.items()) or "none"
