@@ -300,7 +300,6 @@ def _preflight(args: argparse.Namespace) -> int:
     from lowrank_jax import estimates, preflight_report
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine may be in use, and is not what is asked about
-    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for absent devices cannot be read back
     if args.json:
         pathlib.Path(args.json).touch()  # rather now than after the compilations
     report = preflight_report.run(

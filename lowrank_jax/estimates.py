@@ -183,7 +183,7 @@ class Compiler:
         )  # fmt: skip
 
     def _program(self, label: str, lowered: jax.stages.Lowered) -> Program:
-        key = self._key(lowered)
+        key = self.key(lowered)
         program = self.cache.get(key)
         if program is not None:
             self.say(f"{label}: known from an earlier preflight")
@@ -197,7 +197,7 @@ class Compiler:
         self.say(f"{label}: {program.compile_seconds:.0f} s of CPU time")
         return program
 
-    def _key(self, lowered: jax.stages.Lowered) -> str:
+    def key(self, lowered: jax.stages.Lowered) -> str:
         """Of everything that the answer depends on.  The program itself, rather than the config that it was made from: it
         knows of every setting, of the code and of the libraries, and making it takes seconds where compiling takes minutes."""
         flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}

@@ -1,12 +1,13 @@
 """What a program will take of a TPU, from the TPU's own compiler; no TPU is needed, and nothing runs."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -118,15 +119,12 @@ def compile_program(lowered: jax.stages.Lowered, chip: Chip, effort: str = "fast
     Raises:
       PreflightError: it does not compile, for another reason than memory.
     """
-    level = jax.config.values["jax_optimization_level"]
-    jax.config.update("jax_optimization_level", EFFORTS[effort])
     begin = time.process_time()
     try:
-        compiled = lowered.compile()
+        with _compiling(effort):
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return Program(_wanted_bytes(str(error)), None, time.process_time() - begin)
-    finally:
-        jax.config.update("jax_optimization_level", level)
     seconds = time.process_time() - begin
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     assert memory is not None and cost is not None and text is not None
@@ -134,6 +132,20 @@ def compile_program(lowered: jax.stages.Lowered, chip: Chip, effort: str = "fast
     believed, doubt = believable_seconds(estimate, text.count('custom_call_target="ConcatBitcast"'), flops, chip)
     found = Cost(flops, cost["bytes accessed"], believed, doubt, collectives(text))
     return Program(memory.peak_memory_in_bytes, found, seconds)
+
+
+@contextlib.contextmanager
+def _compiling(effort: str) -> Iterator[None]:
+    # jax's compilation cache would store what it cannot read back without the device.
+    changes = {"jax_optimization_level": EFFORTS[effort], "jax_persistent_cache_min_compile_time_secs": math.inf}
+    before = {name: jax.config.values[name] for name in changes}
+    try:
+        for name, value in changes.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def _wanted_bytes(message: str) -> int:
