@@ -1,7 +1,7 @@
 """What an accelerator can do at best, by the name that jax has for it.
 
-Figures are of one jax device: of a chip, except on v2 and v3, and on v4 without megacore, where a device is one of the chip's
-two cores.  They are the makers' own, for products of bfloat16 with dense operands: Google's pages on the TPU generations
+Figures are of one jax device: of a chip, except on v2 and v3, and on v4 without megacore, where a device is one of the chip's two
+cores.  They are the makers' own, for products of bfloat16 with dense operands: Google's pages on the TPU generations
 (docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e) and NVIDIA's data sheets of the A100 80GB and H100 SXM.
 """
 
@@ -20,8 +20,7 @@ class Chip:
       kind: `jax.Device.device_kind`, or its beginning.
       flops: bfloat16 multiplications and additions a second.
       bandwidth: bytes a second to and from its memory.
-      memory: its bytes.
-      usable: what of it the compiler lets a program have; of TPUs, as libtpu 0.0.42 states when it refuses one.
+      memory: its bytes; for TPUs the ones that a program can have are some per cent fewer.
     """
 
     name: str
@@ -29,17 +28,10 @@ class Chip:
     flops: float
     bandwidth: float
     memory: int
-    usable: int
 
     def half(self) -> "Chip":
         """One of two cores that share the chip."""
-        memory, usable = self.memory // 2, self.usable // 2
-        return dataclasses.replace(self, flops=self.flops / 2, bandwidth=self.bandwidth / 2, memory=memory, usable=usable)
-
-    @property
-    def balance(self) -> float:
-        """FLOPs a byte: a program with fewer waits for the memory."""
-        return self.flops / self.bandwidth
+        return dataclasses.replace(self, flops=self.flops / 2, bandwidth=self.bandwidth / 2, memory=self.memory // 2)
 
     def seconds(self, flops: float, bytes_: float) -> float:
         """The roofline's time: that of the products or that of the memory, whichever is longer."""
@@ -51,14 +43,14 @@ _GIB = 2**30
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v3", "TPU v3", 123e12, 900e9, 32 * _GIB, int(30.96 * _GIB)),
-        Chip("v4", "TPU v4", 275e12, 1200e9, 32 * _GIB, int(30.75 * _GIB)),
-        Chip("v5e", "TPU v5 lite", 197e12, 819e9, 16 * _GIB, int(15.75 * _GIB)),
-        Chip("v5p", "TPU v5", 459e12, 2765e9, int(95.74 * _GIB), int(95.74 * _GIB)),  # its page says 95 GB
-        Chip("v6e", "TPU v6 lite", 918e12, 1638e9, 32 * _GIB, int(31.25 * _GIB)),
-        Chip("a100", "NVIDIA A100", 312e12, 2039e9, 80 * _GIB, 80 * _GIB),
-        Chip("h100", "NVIDIA H100", 989e12, 3350e9, 80 * _GIB, 80 * _GIB),
-        Chip("h200", "NVIDIA H200", 989e12, 4800e9, 141 * _GIB, 141 * _GIB),
+        Chip("v3", "TPU v3", 123e12, 900e9, 32 * _GIB),
+        Chip("v4", "TPU v4", 275e12, 1200e9, 32 * _GIB),
+        Chip("v5e", "TPU v5 lite", 197e12, 819e9, 16 * _GIB),
+        Chip("v5p", "TPU v5", 459e12, 2765e9, 95_000_000_000),
+        Chip("v6e", "TPU v6 lite", 918e12, 1638e9, 32 * _GIB),
+        Chip("a100", "NVIDIA A100", 312e12, 2039e9, 80 * _GIB),
+        Chip("h100", "NVIDIA H100", 989e12, 3350e9, 80 * _GIB),
+        Chip("h200", "NVIDIA H200", 989e12, 4800e9, 141 * _GIB),
     )
 }
 

@@ -31,6 +31,7 @@ class Arm:
       dense: whether no kernel is factored.
       wanted: whether it was asked for, or only is what others are compared with.
       batch_size: of training, over all devices.
+      parts: that the batch goes through the network in, one after the other.
       params: of the network.
       kernels, factored: how many kernels it has, and how many of them run as two products.
       state_bytes: parameters, statistics, the optimiser's state and averages, as they lie on one device.
@@ -42,6 +43,7 @@ class Arm:
     dense: bool
     wanted: bool
     batch_size: int
+    parts: int
     params: int
     kernels: int
     factored: int
@@ -58,9 +60,10 @@ class Arm:
         """The program that takes the most memory."""
         return max(self.programs, key=self.peak_bytes)
 
-    def fits(self, chip: Chip) -> bool:
+    def fits(self, usable: int) -> bool:
+        """Whether so many bytes suffice."""
         refused = any(program.cost is None for program in self.programs.values())
-        return not refused and self.peak_bytes(self.largest) <= chip.usable
+        return not refused and self.peak_bytes(self.largest) <= usable
 
     @property
     def step(self) -> Cost | None:
@@ -174,12 +177,15 @@ class Compiler:
         found = {
             name: self._program(f"{wanted.name}: {name}", lowered) for name, lowered in preflight.programs(experiment).items()
         }
-        plan, state = experiment.plan, _device_bytes(experiment.shapes)
+        parts = wanted.config.optim.accumulate
+        found[TRAIN] = in_parts(found[TRAIN], parts)
+        plan, state = experiment.plan, device_bytes(experiment.shapes)
         # Averages of the weights are evaluated in their place, where there are any.
-        beside = {EVALUATE: state - _device_bytes(experiment.shapes.variables()[""])}
+        beside = {EVALUATE: state - device_bytes(experiment.shapes.variables()[""])}
+        factored = sum(getattr(kernel, "execution", None) != "merged" for kernel in plan.factored)
         return Arm(
-            wanted.name, wanted.dense, asked, wanted.config.batch_size, plan.params,
-            len(plan.kernels), len(plan.factored), state, beside, found,
+            wanted.name, wanted.dense, asked, wanted.config.batch_size, parts, plan.params,
+            len(plan.kernels), factored, state, beside, found,
         )  # fmt: skip
 
     def _program(self, label: str, lowered: jax.stages.Lowered) -> Program:
@@ -205,6 +211,20 @@ class Compiler:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
+def in_parts(program: Program, parts: int) -> Program:
+    """A training step whose loop over parts of the batch the compiler has counted once, as all loops.
+
+    The update, which is outside of the loop, is counted too often: some per cent of the bytes.
+    """
+    cost = program.cost
+    if cost is None or parts == 1:
+        return program
+    seconds = cost.seconds and parts * cost.seconds
+    return dataclasses.replace(
+        program, cost=dataclasses.replace(cost, flops=parts * cost.flops, bytes=parts * cost.bytes, seconds=seconds)
+    )
+
+
 @functools.cache
 def _own_code() -> str:
     """A digest of the modules that read the compiler's answers."""
@@ -212,7 +232,7 @@ def _own_code() -> str:
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in ("preflight.py", "collectives.py"))).hexdigest()
 
 
-def _device_bytes(shapes: Any) -> int:
+def device_bytes(shapes: Any) -> int:
     """What arrays take on one device, from their shapes and shardings."""
     leaves: Iterable[Any] = jax.tree.leaves(shapes)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

@@ -21,6 +21,9 @@ EXTRA = "pip install 'lowrank_jax[tpu-preflight]'"
 EFFORTS = {"fast": "O0", "full": "UNKNOWN"}
 """Of the compiler, by what `jax_optimization_level` calls them."""
 
+# GiB of a device's memory that the compiler lets a program have, as libtpu 0.0.42 states them when it refuses one.
+_USABLE = {"v3": 15.48, "v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -95,6 +98,11 @@ def _require_compiler() -> None:
         import libtpu as libtpu  # type: ignore[import-not-found]
     except ImportError:
         raise PreflightError(f"libtpu, which holds the TPU's compiler, is not installed: {EXTRA}") from None
+
+
+def usable_bytes(topology: str) -> int:
+    """What of a device's memory a program can have."""
+    return int(_USABLE[slices.parse(topology).generation] * 2**30)
 
 
 def versions() -> dict[str, str]:

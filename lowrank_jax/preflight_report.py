@@ -9,6 +9,7 @@ from lowrank_jax import preflight, slices
 from lowrank_jax.chips import Chip, of_device
 from lowrank_jax.estimates import Arm, Cache, Compiler, Wanted, check, grouped
 from lowrank_jax.plans import align, count, markdown_table
+from lowrank_jax.preflight import Cost
 
 Rows = list[list[str]]
 
@@ -36,9 +37,14 @@ class Report:
         return [arm for group in self.groups for arm in group]
 
     @property
+    def usable(self) -> int:
+        """Bytes of a device's memory that a program can have."""
+        return preflight.usable_bytes(self.topology)
+
+    @property
     def fits(self) -> bool:
         """Whether all that was asked for fits."""
-        return all(arm.fits(self.chip) for arm in self.arms if arm.wanted)
+        return all(arm.fits(self.usable) for arm in self.arms if arm.wanted)
 
     def __str__(self) -> str:
         tables = [f"{title}\n{align(rows)}" for title, rows in self._tables()]
@@ -56,7 +62,7 @@ class Report:
         return f"TPU {name}, {self.devices} {self._unit}s, {batches}; compiler estimates, nothing ran"
 
     def _tables(self) -> list[tuple[str, Rows]]:
-        gib = self.chip.usable / 2**30
+        gib = self.usable / 2**30
         return [
             (f"Memory of a {self._unit}, of which a program can have {gib:.4g} GiB", self.memory_rows()),
             (f"A training step on a {self._unit}", self.step_rows()),
@@ -69,7 +75,7 @@ class Report:
     def memory_rows(self) -> Rows:
         """Parameters, factored kernels, and memory by program; ratios are to the dense twin."""
         programs = list(self.arms[0].programs)
-        rows = [["arm", "parameters", "factored", "state", *programs, "largest"]]
+        rows = [["arm", "parameters", "run factored", "state", *programs, "largest"]]
         for arm, dense in self._pairs():
             cells = [_ratio(_memory, arm.peak_bytes(name), dense.peak_bytes(name)) for name in programs]
             rows.append([
@@ -83,8 +89,8 @@ class Report:
         return rows
 
     def _verdict(self, arm: Arm) -> str:
-        share = f"{100 * arm.peak_bytes(arm.largest) / self.chip.usable:.0f} %"
-        return share if arm.fits(self.chip) else f"{share}, does not fit"
+        share = f"{100 * arm.peak_bytes(arm.largest) / self.usable:.0f} %"
+        return share if arm.fits(self.usable) else f"{share}, does not fit"
 
     def step_rows(self) -> Rows:
         """What a training step takes, and for how long at least."""
@@ -101,7 +107,7 @@ class Report:
                 _ratio(_flops, cost.flops, twin.flops),
                 _ratio(_bytes, cost.bytes, twin.bytes),
                 f"{cost.flops / cost.bytes:.0f}",
-                self.waits_for(cost.flops / cost.bytes),
+                self.waits_for(cost),
                 _ratio(_time, bound, self.seconds(dense)),
                 own,
                 f"{arm.batch_size / bound:,.0f}",
@@ -113,24 +119,29 @@ class Report:
         """The roofline's time of a training step."""
         return arm.step and self.chip.seconds(arm.step.flops, arm.step.bytes)
 
-    def waits_for(self, intensity: float) -> str:
-        return "memory" if intensity < self.chip.balance else "products"
+    def waits_for(self, cost: Cost) -> str:
+        return "memory" if self.chip.seconds(0, cost.bytes) > self.chip.seconds(cost.flops, 0) else "products"
 
     def notes(self) -> list[str]:
         """What the tables cannot say of themselves."""
         lines = [
-            f"In brackets: ratios to the dense twin. The {self._unit}'s roofline: {self.chip.flops / 1e12:.4g} TFLOP/s, "
-            f"{self.chip.bandwidth / 1e9:.4g} GB/s, so below {self.chip.balance:.0f} FLOPs a byte a program waits for memory. "
-            "Its time, from which the images/s follow, is a lower bound: nothing overlaps worse than perfectly, and what chips "
-            "exchange takes none.",
-            f"Compiled at effort {self.effort}; libtpu {preflight.versions()['libtpu']}.",
+            "In brackets: ratios to the dense twin.",
+            f"Roofline: {self.chip.flops / 1e12:.4g} TFLOP/s and {self.chip.bandwidth / 1e9:.4g} GB/s a {self._unit}, even at "
+            f"{self.chip.flops / self.chip.bandwidth:.0f} FLOPs a byte; products and memory are taken to overlap perfectly, "
+            "and exchanges between devices to take no time. The images/s, of all devices, follow from it.",
+            f"Collectives: bytes of the arrays that are summed or gathered. Compiled at effort {self.effort} by libtpu "
+            f"{preflight.versions()['libtpu']}.",
         ]
+        if any(arm.parts > 1 for arm in self.arms):
+            lines.append(
+                "optim.accumulate: FLOPs, bytes and times are those of one part and the update, as often as there are parts."
+            )
         doubts = {arm.name: arm.step.doubt for arm in self.arms if arm.step and arm.step.doubt}
         lines += [f"{name}: no time of the compiler's: {doubt}." for name, doubt in doubts.items()]
         for arm in self.arms:
-            if not arm.fits(self.chip):
+            if not arm.fits(self.usable):
                 wants = _memory(arm.peak_bytes(arm.largest))
-                lines.append(f"{arm.name} does not fit: its {arm.largest} wants {wants} of {_memory(self.chip.usable)}.")
+                lines.append(f"{arm.name} does not fit: its {arm.largest} wants {wants} of {_memory(self.usable)}.")
         return lines
 
     def _pairs(self) -> Iterator[tuple[Arm, Arm]]:
@@ -160,7 +171,7 @@ class Report:
         return {
             "name": arm.name,
             "dense_twin": dense.name,
-            "fits": arm.fits(self.chip),
+            "fits": arm.fits(self.usable),
             **figures,
             "ratio": ratios,
             "kernels": arm.kernels,

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 
 import jax
 import pytest
@@ -7,8 +8,8 @@ from lowrank_jax import estimates
 from lowrank_jax import experiment as experiments
 from lowrank_jax.chips import CHIPS
 from lowrank_jax.config import ConfigError
-from lowrank_jax.estimates import Arm, Cache, Compiler, Wanted, grouped
-from lowrank_jax.preflight import Cost, Program, programs
+from lowrank_jax.estimates import Arm, Cache, Compiler, Wanted, grouped, in_parts
+from lowrank_jax.preflight import Cost, Program, compile_program, programs, topology
 from lowrank_jax.preflight_report import Report
 from tests import running
 
@@ -31,9 +32,23 @@ def test_what_was_compiled_is_remembered_by_the_program(tmp_path):
     first = compiler.estimate(Wanted("a", running.config(**SMALL)), asked=True)
     assert sum("compiling" in line for line in said) == 3
     said.clear()
+    # Parameters and momentum in float32, two counters; of which evaluation reads the parameters.
+    assert first.state_bytes == 4 * (2 * first.params + 2) and first.beside == {"evaluation": 4 * (first.params + 2)}
+    assert first.peak_bytes("evaluation") == first.programs["evaluation"].peak_bytes + first.beside["evaluation"]
     # Learning rate and seed are arguments of the programs.
     again = compiler.estimate(Wanted("a", running.config(**SMALL, seed=3, optim__lr=0.3)), asked=True)
     assert again == first and len(said) == 3 and all("known from an earlier preflight" in line for line in said)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_batch_in_parts_takes_as_many_products_as_a_whole_one():
+    """The compiler counts the body of a loop once, whose length TPUs do not state."""
+    devices, costs = topology("v5e:2x4"), []
+    for parts in (1, 4):
+        experiment = experiments.build(running.config(**SMALL, batch_size=1024, optim__accumulate=parts), devices=devices)
+        costs.append(in_parts(compile_program(experiment.lower_train_step(), V5E), parts).cost)
+    assert costs[1].flops == pytest.approx(costs[0].flops, rel=0.1)
+    assert costs[1].collectives["all-reduce"] > 3 * 4 * experiment.plan.params  # gradients are exchanged after each part
 
 
 @pytest.mark.parametrize(
@@ -76,17 +91,9 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(tmp_path):
     assert Cache(None).get("whole") is None
 
 
-def test_state_that_a_program_does_not_touch_counts_too(tmp_path):
-    arm = compiler_of(tmp_path).estimate(Wanted("a", running.config(**SMALL)), asked=True)
-    # Parameters and momentum in float32, two counters.
-    assert arm.state_bytes == 4 * (2 * arm.params + 2)
-    assert arm.beside == {"evaluation": 4 * (arm.params + 2)}
-    assert arm.peak_bytes("evaluation") == arm.programs["evaluation"].peak_bytes + arm.beside["evaluation"]
-
-
-def test_state_is_counted_as_it_lies_on_one_device(tmp_path):
+def test_state_is_counted_as_it_lies_on_one_device():
     whole, parts = (
-        compiler_of(tmp_path).estimate(Wanted("a", running.config(**SMALL, **mesh)), asked=True).state_bytes
+        estimates.device_bytes(experiments.build(running.config(**SMALL, **mesh)).shapes)
         for mesh in ({}, {"mesh__data": 2, "mesh__fsdp": 4})
     )
     assert whole / 4 < parts < whole / 2  # the number of classes is not a multiple of four
@@ -109,7 +116,7 @@ def test_every_arm_has_a_dense_twin():
 def arm(name, *, wanted=True, dense=False, peak=GIB, flops=1e12, seconds=0.02, refused=False, beside=0):
     cost = None if refused else Cost(flops, 1e10, seconds, "" if seconds else "it has none", {"all-reduce": 4000})
     programs = {"training step": Program(peak, cost, 1.0), "evaluation": Program(GIB // 4, cost, 1.0)}
-    return Arm(name, dense, wanted, 1024, 1000, 5, 0 if dense else 4, GIB // 2, {"evaluation": beside}, programs)
+    return Arm(name, dense, wanted, 1024, 1, 1000, 5, 0 if dense else 4, GIB // 2, {"evaluation": beside}, programs)
 
 
 def report(*arms):
