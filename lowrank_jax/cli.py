@@ -99,7 +99,8 @@ Has the TPU's compiler say what the training step, the evaluation and the initia
 of the dense twin (lowrank.method=none) would.  No TPU is needed, pip install 'lowrank_jax[tpu-preflight]' is; nothing runs, and
 all figures are the compiler's estimates.  Slices are named by their generation, v3, v4, v5e, v5p or v6e, and their topology.
 
---effort=fast has the FLOPs of full, the memory within some per cent, and more bytes; full takes minutes for each program.
+--effort=fast has the FLOPs of full, the memory within some per cent, its bytes and times are those of a
+program that is optimised less. full takes minutes for each program.
 
 {_OVERRIDES}
 
@@ -307,7 +308,7 @@ def _preflight(args: argparse.Namespace) -> int:
         args.topology,
         source=args.config,
         effort=args.effort,
-        cache=estimates.Cache(None if args.no_cache else _cache_home() / "preflight"),
+        cache=estimates.Cache(None if args.no_cache else cache_home() / "preflight"),
         say=_complain,
     )
     print(report)
@@ -537,9 +538,10 @@ def _quieten() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     logging.set_verbosity(logging.ERROR)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # jax has read its environment by now, so it has to be told
-        jax.config.update("jax_compilation_cache_dir", str(_cache_home() / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def _cache_home() -> pathlib.Path:
+def cache_home() -> pathlib.Path:
+    """Where the project keeps what can be made again."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "lowrank_jax"

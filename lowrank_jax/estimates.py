@@ -175,7 +175,7 @@ class Compiler:
         """
         experiment = experiments.build(wanted.config, wanted.name, self.devices)
         found = {
-            name: self._program(f"{wanted.name}: {name}", lowered) for name, lowered in preflight.programs(experiment).items()
+            name: self.program(f"{wanted.name}: {name}", lowered) for name, lowered in preflight.programs(experiment).items()
         }
         parts = wanted.config.optim.accumulate
         found[TRAIN] = in_parts(found[TRAIN], parts)
@@ -188,7 +188,8 @@ class Compiler:
             len(plan.kernels), factored, state, beside, found,
         )  # fmt: skip
 
-    def _program(self, label: str, lowered: jax.stages.Lowered) -> Program:
+    def program(self, label: str, lowered: jax.stages.Lowered) -> Program:
+        """What the compiler says of one program, or said earlier; `label` is what progress calls it."""
         key = self.key(lowered)
         program = self.cache.get(key)
         if program is not None:

@@ -77,12 +77,12 @@ class Report:
         programs = list(self.arms[0].programs)
         rows = [["arm", "parameters", "run factored", "state", *programs, "largest"]]
         for arm, dense in self._pairs():
-            cells = [_ratio(_memory, arm.peak_bytes(name), dense.peak_bytes(name)) for name in programs]
+            cells = [ratio(memory, arm.peak_bytes(name), dense.peak_bytes(name)) for name in programs]
             rows.append([
                 arm.name,
-                _ratio(_count, arm.params, dense.params),
+                ratio(_count, arm.params, dense.params),
                 f"{arm.factored} of {arm.kernels}",
-                _ratio(_memory, arm.state_bytes, dense.state_bytes),
+                ratio(memory, arm.state_bytes, dense.state_bytes),
                 *cells,
                 self._verdict(arm),
             ])  # fmt: skip
@@ -101,17 +101,17 @@ class Report:
                 rows.append([arm.name, *["-"] * (len(rows[0]) - 1)])
                 continue
             bound = self.seconds(arm) or 0
-            own = "-" if cost.seconds is None else _ratio(_time, cost.seconds, twin.seconds)
+            own = "-" if cost.seconds is None else ratio(time, cost.seconds, twin.seconds)
             rows.append([
                 arm.name,
-                _ratio(_flops, cost.flops, twin.flops),
-                _ratio(_bytes, cost.bytes, twin.bytes),
+                ratio(flops, cost.flops, twin.flops),
+                ratio(moved, cost.bytes, twin.bytes),
                 f"{cost.flops / cost.bytes:.0f}",
                 self.waits_for(cost),
-                _ratio(_time, bound, self.seconds(dense)),
+                ratio(time, bound, self.seconds(dense)),
                 own,
                 f"{arm.batch_size / bound:,.0f}",
-                _exchanged(cost.collectives, twin.collectives),
+                exchanged(cost.collectives, twin.collectives),
             ])  # fmt: skip
         return rows
 
@@ -140,8 +140,8 @@ class Report:
         lines += [f"{name}: no time of the compiler's: {doubt}." for name, doubt in doubts.items()]
         for arm in self.arms:
             if not arm.fits(self.usable):
-                wants = _memory(arm.peak_bytes(arm.largest))
-                lines.append(f"{arm.name} does not fit: its {arm.largest} wants {wants} of {_memory(self.usable)}.")
+                wants = memory(arm.peak_bytes(arm.largest))
+                lines.append(f"{arm.name} does not fit: its {arm.largest} wants {wants} of {memory(self.usable)}.")
         return lines
 
     def _pairs(self) -> Iterator[tuple[Arm, Arm]]:
@@ -213,7 +213,8 @@ def run(wanted: list[Wanted], topology: str, *, source: str, effort: str, cache:
     return Report(topology, chip, len(devices), effort, tuple(groups))
 
 
-def _ratio(text: Callable[[float], str], value: float, dense: float | None) -> str:
+def ratio(text: Callable[[float], str], value: float, dense: float | None) -> str:
+    """A figure, and in brackets what it is to the dense one, where they differ."""
     return text(value) + (f" ({value / dense:.2f})" if dense and value != dense else "")
 
 
@@ -221,15 +222,17 @@ def _count(value: float) -> str:
     return count(round(value))
 
 
-def _memory(value: float) -> str:
+def memory(value: float) -> str:
+    """Bytes that lie somewhere, in powers of 1024."""
     return f"{value / 2**30:.3g} GiB" if value >= 2**30 else f"{value / 2**20:.3g} MiB"
 
 
-def _flops(value: float) -> str:
+def flops(value: float) -> str:
     return _scaled(value, "")
 
 
-def _bytes(value: float) -> str:
+def moved(value: float) -> str:
+    """Bytes that go somewhere, in powers of 1000, as bandwidths are."""
     return _scaled(value, "B")
 
 
@@ -240,9 +243,10 @@ def _scaled(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
-def _time(seconds: float) -> str:
+def time(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
 
 
-def _exchanged(kinds: dict[str, int], dense: dict[str, int]) -> str:
-    return ", ".join(f"{kind} {_ratio(_bytes, value, dense.get(kind))}" for kind, value in kinds.items()) or "none"
+def exchanged(kinds: dict[str, int], dense: dict[str, int]) -> str:
+    """Collectives by kind."""
+    return ", ".join(f"{kind} {ratio(moved, value, dense.get(kind))}" for kind, value in kinds.items()) or "none"

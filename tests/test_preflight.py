@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import sys
 
 import jax
@@ -105,3 +106,46 @@ def test_a_compiler_that_fails_for_another_reason_is_no_lack_of_memory():
 
     with pytest.raises(PreflightError, match=r"the compiler gives up: INTERNAL: something broke$"):
         compile_program(Lowered(), V5E)
+
+
+def preflight(*arguments, **changes):
+    """Runs the command on a small network."""
+    changes = {"lowrank__rules": (), "model__kwargs": {"widths": (16,)}, **changes}
+    settings = {key: value for key, value in running.settings(epochs=None, **changes).items() if value != "swept"}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    file = running.ROOT / "configs" / "digits_resnet.py"
+    result = running.run([sys.executable, "-m", "lowrank_jax", "preflight", f"--config={file}", *flags, *arguments])
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
+def test_the_command_compiles_remembers_and_says_what_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = preflight("--topology=v5e:2x2", f"--json={tmp_path / 'out.json'}")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("TPU v5e 2x2, 4 chips, global batch 32 (8 a chip); compiler estimates, nothing ran")
+    assert first.stderr.count("compiling") == 6
+    written = json.loads((tmp_path / "out.json").read_text())
+    dense, low = written["arms"]
+    assert (dense["name"], low["name"], low["dense_twin"]) == ("dense twin", "scale=0.25", "dense twin") and written["fits"]
+    assert 0 < low["ratio"]["flops"] < 1 and low["programs"]["training step"]["cost"]["collectives"]["all-reduce"] > 0
+
+    # 2**28 images of 64 bytes, and what is made of them, are more than a chip has; the smaller batch is known by now.
+    second = preflight("--topology=v5e:2x2", "--sweep=batch_size=32,1073741824", batch_size="swept")
+    assert second.returncode == 3, second.stderr
+    assert "batch_size=1073741824 does not fit: its training step wants" in second.stdout
+    assert all("1073741824" in line for line in second.stderr.splitlines() if "compiling" in line)
+    assert "batch_size=32: training step: known from an earlier preflight" in second.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology=v5e:4x5"], "v5e has no topology '4x5'; did you mean 4x"),
+        (["--topology=v5e:4x4", "--sweep=lowrank.scael=0.1"], "lowrank.scael: unknown key; did you mean lowrank.scale?"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_do(arguments, message):
+    result = preflight(*arguments)
+    assert result.returncode == 2 and message in result.stderr
