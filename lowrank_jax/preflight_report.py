@@ -7,6 +7,7 @@ from typing import Any
 
 from lowrank_jax import preflight, slices
 from lowrank_jax.chips import Chip, of_device
+from lowrank_jax.config import ConfigError
 from lowrank_jax.estimates import Arm, Cache, Compiler, Wanted, check, grouped
 from lowrank_jax.plans import align, count, markdown_table
 from lowrank_jax.preflight import Cost
@@ -204,13 +205,26 @@ def run(wanted: list[Wanted], topology: str, *, source: str, effort: str, cache:
     devices = preflight.topology(topology)
     chip = of_device(devices[0])
     assert chip is not None, f"{slices.parse(topology).generation} is not in the table of chips"
-    judged = [Wanted(arm.name, check(arm.config, source, len(devices))) for arm in wanted]
+    judged = _judged(wanted, source, len(devices))
     compiler = Compiler(topology, devices, chip, effort, cache, say)
     groups = []
     for group in grouped(judged):
         dense = compiler.estimate(group.dense, asked=group.wanted)
         groups.append((dense, *(compiler.estimate(arm, asked=True) for arm in group.others)))
     return Report(topology, chip, len(devices), effort, tuple(groups))
+
+
+def _judged(wanted: list[Wanted], source: str, devices: int) -> list[Wanted]:
+    """The arms judged for so many devices, or ConfigError with all that is wrong."""
+    judged, problems = [], {}
+    for arm in wanted:
+        try:
+            judged.append(Wanted(arm.name, check(arm.config, source, devices)))
+        except ConfigError as error:
+            problems.update({problem: arm.name for problem in error.problems if problem not in problems})
+    if problems:
+        raise ConfigError(source, [f"{problem}   (in {name})" for problem, name in problems.items()])
+    return judged
 
 
 def ratio(text: Callable[[float], str], value: float, dense: float | None) -> str:

@@ -10,7 +10,7 @@ from lowrank_jax.chips import CHIPS
 from lowrank_jax.config import ConfigError
 from lowrank_jax.estimates import Arm, Cache, Compiler, Wanted, grouped, in_parts
 from lowrank_jax.preflight import Cost, Program, compile_program, programs, topology
-from lowrank_jax.preflight_report import Report
+from lowrank_jax.preflight_report import Report, run
 from tests import running
 
 V5E = CHIPS["v5e"]
@@ -150,6 +150,10 @@ def test_what_does_not_fit_is_said(changes, message):
     assert report(twin, arm("low")).fits and "twin does not fit" in str(report(twin, arm("low")))
 
 
-def test_a_config_is_judged_for_the_devices_of_the_slice():
-    with pytest.raises(ConfigError, match="batch_size: 32; must be a multiple of the 64 devices"):
-        estimates.check(running.config(), "config", 64)
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_arms_are_judged_for_the_devices_of_the_slice():
+    arms = [Wanted("a", running.config()), Wanted("b", running.config(batch_size=40))]
+    with pytest.raises(ConfigError) as caught:
+        run(arms, "v5e:8x8", source="config", effort="fast", cache=Cache(None), say=lambda line: None)
+    assert [problem.split("; must")[0] for problem in caught.value.problems] == ["batch_size: 32", "batch_size: 40"]
+    assert caught.value.problems[1].endswith("(in b)")

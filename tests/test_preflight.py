@@ -143,6 +143,7 @@ def test_the_command_compiles_remembers_and_says_what_does_not_fit(tmp_path, mon
     ("arguments", "message"),
     [
         (["--topology=v5e:4x5"], "v5e has no topology '4x5'; did you mean 4x"),
+        # Before the compiler is looked for.
         (["--topology=v5e:4x4", "--sweep=lowrank.scael=0.1"], "lowrank.scael: unknown key; did you mean lowrank.scale?"),
     ],
 )
