@@ -6,7 +6,7 @@ at a batch of 1024, with Nesterov's momentum, a cosine schedule and label smooth
     scripts/prepare_imagenet.sh MANUAL_DIR DATA_DIR          # once
     lowrank train --config=configs/imagenet_resnet50.py --config.dataset.data_dir=DATA_DIR --workdir=gs://bucket/resnet50
 
-Hardware: a TPU slice of 8 chips or more, such as v5e:4x4; the TPU compiler's estimate of its memory is in docs/footprints.md.
+Hardware: a TPU slice of 8 chips or more, such as v5e:4x4; the TPU compiler's estimates are in docs/results/preflight.md.
 Expected time: not yet measured; Flax's ImageNet example states 2.1 hours on TPU v3-32 for 100 epochs.
 Expected number: not yet measured here.  Recipes like this one state 76.54 % top-1 (Flax's ImageNet example, batch 1024, 100
 epochs) and 76.2-76.4 % (dm-haiku's, batch 1024).

@@ -9,7 +9,7 @@ identity, and at magnitude 10 always raises colour, contrast, brightness and sha
     scripts/prepare_imagenet.sh MANUAL_DIR DATA_DIR          # once
     lowrank train --config=configs/imagenet_vit_lowrank.py --config.dataset.data_dir=DATA_DIR --workdir=gs://bucket/vit
 
-Hardware: a TPU slice of 8 chips or more; what a chip needs is in docs/footprints.md.
+Hardware: a TPU slice of 8 chips or more; what a chip needs is in docs/results/preflight.md.
 Expected time: not yet measured; big_vision states 6-7 hours on TPU v3-8 for the dense network.
 Expected number: not yet measured.  big_vision states 76.5 % top-1 for the dense network, with a hidden layer in the head, on
 99 % of the training split (configs/vit_s16_i1k.py there).

@@ -1,4 +1,4 @@
-"""The command line: `lowrank train | evaluate | sweep | report | overview | init-report`."""
+"""The command line: `lowrank train | evaluate | sweep | report | overview | preflight | init-report`."""
 
 import argparse
 import dataclasses
@@ -17,16 +17,18 @@ import jax
 from absl import logging
 
 if TYPE_CHECKING:
+    from lowrank_jax.estimates import Wanted
     from lowrank_jax.evaluate import Evaluator
     from lowrank_jax.sweep.launch import Engine
     from lowrank_jax.sweep.trials import Sweep
 
-FAILED, BAD_INPUT, DIVERGED, INTERRUPTED, KILLED = 1, 2, 4, 75, 130
+FAILED, BAD_INPUT, DOES_NOT_FIT, DIVERGED, INTERRUPTED, KILLED = 1, 2, 3, 4, 75, 130
 
 _STATUS = f"""exit status:
   0  done
   {FAILED}  some trials of a sweep did not succeed
   {BAD_INPUT}  a config, command line, file, work directory or data set that cannot be used
+  {DOES_NOT_FIT}  preflight: it does not fit into the memory of the chips
   {DIVERGED}  the loss or the gradient is not finite
   {INTERRUPTED}  stopped by SIGTERM or Ctrl-C after saving; the same command continues
   {KILLED}  stopped by Ctrl-C before there was anything to save, or by a second one"""
@@ -88,6 +90,22 @@ _OVERVIEW = f"""examples:
 
 Touches no data and computes nothing. {_OVERRIDES}"""
 
+_PREFLIGHT = f"""examples:
+  lowrank preflight --config=configs/imagenet_resnet50_lowrank.py --topology=v5e:4x4
+  lowrank preflight --config=configs/imagenet_vit_lowrank.py --topology=v4:2x2x2 --sweep='lowrank.scale=0.05,0.1,0.25'
+  lowrank preflight --config=configs/imagenet_resnet50.py --topology=v6e:16x16 --config.batch_size=16384 --effort=full
+
+Has the TPU's compiler say what the training step, the evaluation and the initialiser would take of a chip, beside what those
+of the dense twin (lowrank.method=none) would.  No TPU is needed, pip install 'lowrank_jax[tpu-preflight]' is; nothing runs, and
+all figures are the compiler's estimates.  Slices are named by their generation, v3, v4, v5e, v5p or v6e, and their topology.
+
+--effort=fast has the FLOPs of full, the memory within some per cent, its bytes and times are those of a
+program that is optimised less. full takes minutes for each program.
+
+{_OVERRIDES}
+
+{_STATUS}"""
+
 _INIT_REPORT = f"""examples:
   lowrank init-report --config=configs/digits_resnet.py --out=runs/init_digits
   lowrank init-report --config=configs/digits_resnet.py --images=data --seeds=3 --config.lowrank.moment_batches=2
@@ -114,12 +132,13 @@ def _run(args: argparse.Namespace) -> int:
     from lowrank_jax.checkpoint import CheckpointError
     from lowrank_jax.config import ConfigError
     from lowrank_jax.data.datasets import DataError
+    from lowrank_jax.preflight import PreflightError
     from lowrank_jax.train import Diverged
     from lowrank_jax.workdir import WorkdirError
 
     try:
         return args.command(args)
-    except (ConfigError, WorkdirError, DataError, CheckpointError) as error:
+    except (ConfigError, WorkdirError, DataError, CheckpointError, PreflightError) as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
     except OSError as error:  # no such folder, no permission, no space left
@@ -278,6 +297,41 @@ def _overview(args: argparse.Namespace) -> int:
     return 0
 
 
+def _preflight(args: argparse.Namespace) -> int:
+    from lowrank_jax import estimates, preflight_report
+
+    jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine may be in use, and is not what is asked about
+    if args.json:
+        pathlib.Path(args.json).touch()  # rather now than after the compilations
+    report = preflight_report.run(
+        _wanted(args),
+        args.topology,
+        source=args.config,
+        effort=args.effort,
+        cache=estimates.Cache(None if args.no_cache else cache_home() / "preflight"),
+        say=_complain,
+    )
+    print(report)
+    if args.json:
+        pathlib.Path(args.json).write_text(report.json())
+    return 0 if report.fits else DOES_NOT_FIT
+
+
+def _wanted(args: argparse.Namespace) -> "list[Wanted]":
+    from lowrank_jax import config as configs
+    from lowrank_jax.estimates import Wanted
+    from lowrank_jax.sweep import trials
+
+    if args.sweep:
+        sweep = trials.expand(args.config, args.overrides, args.sweep, "preflight")
+        return [Wanted(trial.name, trial.config) for trial in sweep.first]
+    source, loaded = _load(args)
+    config = configs.parse(loaded, source=source)
+    low = config.lowrank
+    size = f"scale={low.scale:g}" if low.scale is not None else f"rank={low.rank}"
+    return [Wanted("dense" if low.method == "none" else size, config)]
+
+
 def _init_report(args: argparse.Namespace) -> int:
     from lowrank_jax import config as configs
     from lowrank_jax import init_report
@@ -411,6 +465,14 @@ def _parser() -> argparse.ArgumentParser:
     overview = add("overview", _overview, "Show every kernel with its rank, or why it stays dense.", _OVERVIEW)
     overview.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
 
+    flight = add("preflight", _preflight, "Estimate what training takes of a TPU slice, without one.", _PREFLIGHT)
+    flight.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
+    flight.add_argument("--topology", required=True, metavar="SLICE", help="such as v5e:4x4 or v4:2x2x2")
+    flight.add_argument("--sweep", metavar="TEXT", help="arms that differ in a few settings; see lowrank sweep --help")
+    flight.add_argument("--effort", choices=("fast", "full"), default="fast", help="of the compiler; default: fast")
+    flight.add_argument("--json", metavar="FILE", help="write the numbers here too")
+    flight.add_argument("--no-cache", action="store_true", help="compile again what has been compiled before")
+
     init = add("init-report", _init_report, "Compare initialisations of a network, without training it.", _INIT_REPORT)
     init.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
     init.add_argument("--out", default="runs/init_report", type=_not_empty, help="path of the report, without suffix")
@@ -476,6 +538,10 @@ def _quieten() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     logging.set_verbosity(logging.ERROR)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # jax has read its environment by now, so it has to be told
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "lowrank_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def cache_home() -> pathlib.Path:
+    """Where the project keeps what can be made again."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "lowrank_jax"

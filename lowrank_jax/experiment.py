@@ -49,8 +49,16 @@ class Experiment:
           batches: what the layers' second moments are taken from when `lowrank.moment_batches` asks for any.
         """
         moments = self._second_moments(batches) if self.config.lowrank.moment_batches else None
+        return self._jit_init()(self._seed(), moments)
+
+    def lower_init(self) -> jax.stages.Lowered:
+        """The initialiser before it is compiled for the devices of the mesh, which need not be there."""
+        moments = inputs.moment_shapes(self.plan) if self.config.lowrank.moment_batches else None
+        return self._jit_init().lower(self._seed(), moments)
+
+    def _jit_init(self) -> Any:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        return jax.jit(self._init_state, out_shardings=shardings)(self._seed(), moments)
+        return jax.jit(self._init_state, out_shardings=shardings)
 
     def _init_state(self, seed: Any, moments: dict[str, jax.Array] | None) -> state.TrainState:
         _, optimizer = self.make_optimizer(self.config.peak_lr)
@@ -91,7 +99,7 @@ class Experiment:
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
-        return jitted.lower(self.shapes, self._batch_shapes(), *self._settings())
+        return jitted.lower(self.shapes, self._batch_shapes(self.config.batch_size), *self._settings())
 
     def _settings(self) -> tuple[np.uint32, np.float32]:
         return self._seed(), np.float32(self.config.peak_lr)
@@ -99,8 +107,15 @@ class Experiment:
     def _seed(self) -> np.uint32:
         return np.uint32(self.config.seed)
 
-    def jit_eval_step(self) -> Callable[..., step.Metrics]:
+    def jit_eval_step(self) -> jax.stages.Wrapped:
         return jax.jit(step.make_eval_step(self.model, self._normalizer()), out_shardings=replicated(self.mesh))
+
+    def lower_eval_step(self) -> jax.stages.Lowered:
+        """The evaluation step of training before it is compiled for the devices of the mesh, which need not be there."""
+        evaluated = self.shapes.variables()[""]
+        batch = self._batch_shapes(self.config.eval.batch_size)
+        batch["mask"] = jax.ShapeDtypeStruct(batch["label"].shape, jnp.float32, sharding=batch["label"].sharding)
+        return self.jit_eval_step().lower(evaluated["params"], evaluated["batch_stats"], batch)
 
     def _normalizer(self):
         return mixing.normalizer(self.dataset.mean, self.dataset.std)
@@ -116,8 +131,8 @@ class Experiment:
             cutmix=data.cutmix,
         )
 
-    def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        size, sharding = self.config.batch_size, batch_sharding(self.mesh)
+    def _batch_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        sharding = batch_sharding(self.mesh)
         return {
             "image": jax.ShapeDtypeStruct((size, *self.dataset.image_shape), jnp.uint8, sharding=sharding),
             "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding),

@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from lowrank_jax import slices
 from lowrank_jax.cli import BAD_INPUT, DIVERGED, INTERRUPTED
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.slices import Slice
 from lowrank_jax.sweep.trials import Trial
 
 TRIAL, SWEEP = "lowrank-jax/trial", "lowrank-jax/sweep"
@@ -46,69 +47,28 @@ def shell(trials: Sequence[Trial]) -> str:
     return "\n".join([*head, *(shlex.join(["lowrank", *trial.command]) for trial in trials), ""])
 
 
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """A TPU slice as GKE sees it.
-
-    Attributes:
-      accelerator: value of the node label cloud.google.com/gke-tpu-accelerator.
-      topology: of the chips, such as 4x4; value of the node label cloud.google.com/gke-tpu-topology.
-      hosts: virtual machines, which are nodes.
-      chips_per_host: all chips of a node; a pod has to ask for all of them.
-    """
-
-    accelerator: str
-    topology: str
-    hosts: int
-    chips_per_host: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Generation:
-    accelerator: str
-    topologies: tuple[str, ...]
-    most_chips: int = 0  # of boxes of cubes of 64 chips, which are topologies too where this is not 0
-
-    def has(self, topology: str) -> bool:
-        sides = [int(side) for side in topology.split("x")]
-        box = len(sides) == 3 and sides == sorted(sides) and not any(side % 4 for side in sides)
-        return topology in self.topologies or (box and math.prod(sides) <= self.most_chips)
-
-
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-_GENERATIONS = {
-    "v4": _Generation("tpu-v4-podslice", _SOLID, most_chips=4096),
-    "v5e": _Generation("tpu-v5-lite-podslice", _FLAT),
-    "v5p": _Generation("tpu-v5p-slice", _SOLID, most_chips=6144),
-    "v6e": _Generation("tpu-v6e-slice", _FLAT),
+# Values of the node label cloud.google.com/gke-tpu-accelerator.
+_ACCELERATORS = {
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
 }
 
 
 def parse_tpu(text: str) -> Slice:
-    """Reads `v5e:4x4`, `v4:2x2x2`, `v5p:2x2x1`, `v6e:2x4`.
-
-    Nodes have four chips, except where all of a v5e's or v6e's fit on one: 1x1 and 2x4.  GKE has 2x4 on two nodes of four chips
-    too (machine types ending in -4t): that is `v5e:2x4/4`.  From 4x4x4 on, v4 and v5p have all boxes whose sides are multiples
-    of four, the shortest first.
+    """A slice that GKE has; see `slices.parse`.
 
     Raises:
       ValueError: there is no such slice.
     """
-    match = re.fullmatch(r"([^:/]+):([1-9]\d*(?:x[1-9]\d*)+)(/4)?", text)
-    if not match:
-        raise ValueError(f"tpu: {text!r}; write a generation and a topology, such as v5e:4x4")
-    name, topology, halved = match.groups()
-    if name not in _GENERATIONS:
-        raise ValueError(f"tpu: unknown generation {name!r}{did_you_mean(name, _GENERATIONS)}")
-    generation = _GENERATIONS[name]
-    if not generation.has(topology):
-        raise ValueError(f"tpu: {name} has no topology {topology!r}{did_you_mean(topology, generation.topologies)}")
-    if halved and topology != "2x4":
-        raise ValueError(f"tpu: {text!r}; /4 is for 2x4, of which GKE has two kinds, alone")
-    chips = math.prod(int(side) for side in topology.split("x"))
-    per_host = {"1x1": 1, "2x4": 4 if halved else 8}.get(topology, 4)
-    return Slice(generation.accelerator, topology, chips // per_host, per_host)
+    try:
+        slice_ = slices.parse(text)
+        if slice_.generation not in _ACCELERATORS:
+            raise ValueError(f"{slice_.generation} is not for JobSets; {', '.join(_ACCELERATORS)} are")
+    except ValueError as error:
+        raise ValueError(f"tpu: {error}") from None
+    return slice_
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +201,7 @@ def _job(trial: Trial, cluster: Cluster, slice_: Slice) -> dict[str, Any]:
 
 def _pod(trial: Trial, cluster: Cluster, slice_: Slice) -> dict[str, Any]:
     nodes = {
-        "cloud.google.com/gke-tpu-accelerator": slice_.accelerator,
+        "cloud.google.com/gke-tpu-accelerator": _ACCELERATORS[slice_.generation],
         "cloud.google.com/gke-tpu-topology": slice_.topology,
     }
     if cluster.spot:
