@@ -48,8 +48,16 @@ class Experiment:
           batches: what the layers' second moments are taken from when `lowrank.moment_batches` asks for any.
         """
         moments = self._second_moments(batches) if self.config.lowrank.moment_batches else None
+        return self._jit_init()(self._seed(), moments)
+
+    def lower_init(self) -> jax.stages.Lowered:
+        """The initialiser before it is compiled for the devices of the mesh, which need not be there."""
+        moments = inputs.moment_shapes(self.plan) if self.config.lowrank.moment_batches else None
+        return self._jit_init().lower(self._seed(), moments)
+
+    def _jit_init(self) -> Any:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        return jax.jit(self._init_state, out_shardings=shardings)(self._seed(), moments)
+        return jax.jit(self._init_state, out_shardings=shardings)
 
     def _init_state(self, seed: Any, moments: dict[str, jax.Array] | None) -> state.TrainState:
         _, optimizer = self.make_optimizer(self.config.peak_lr)

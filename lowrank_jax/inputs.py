@@ -67,6 +67,16 @@ def second_moments(
     return _not_empty(means, plan)
 
 
+def moment_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `second_moments` returns, as shapes."""
+    shapes = {}
+    for kernel in plan.factored:
+        assert kernel.view is not None
+        stack = kernel.shape[: len(kernel.shape) - len(kernel.view.shape)]
+        shapes[kernel.name] = jax.ShapeDtypeStruct((*stack, kernel.view.n, kernel.view.n), jnp.float32)
+    return shapes
+
+
 def samples(
     model: nn.Module,
     variables: Any,
