@@ -15,27 +15,9 @@ import optax
 from lowrank_jax import activations, linalg, projection
 from lowrank_jax.activations import ActivationLike
 from lowrank_jax.linalg import Pair
+from lowrank_jax.stacks import Stack
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 1000, 256, 0.01
-
-
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """Kernels of one shape that are factored alike.
-
-    Attributes:
-      keys: a key for each, `[k]`.
-      w: their matrices, `[k, n, m]`.
-      rank, activation, group: as in `projection.kernel_projection`.
-      inputs: samples of what each layer is fed, `[k, samples, group, n]`; None for Gaussian inputs.
-    """
-
-    keys: jax.Array
-    w: jax.Array
-    rank: int
-    activation: ActivationLike = "relu"
-    group: int = 1
-    inputs: jax.Array | None = None
 
 
 def function_approximation(
@@ -104,9 +86,7 @@ def approximate(stacks: Sequence[Stack], *, steps: int = STEPS, batch_size: int 
       For every stack u `[k, n, rank]` and v `[k, rank, m]`.
     """
     kernels = [stack.w.astype(linalg.wide(stack.w.dtype)) for stack in stacks]
-    spectral = [
-        jax.lax.map(lambda w, r=stack.rank: projection.spectral(w, r), w) for stack, w in zip(stacks, kernels, strict=True)
-    ]
+    spectral = projection.spectral_stacks([dataclasses.replace(stack, w=w) for stack, w in zip(stacks, kernels, strict=True)])
     # Factors in units of their own size: a step of Adam is then the same fraction of every one of them.
     sizes = jax.tree.map(lambda factor: jnp.sqrt(jnp.mean(factor**2, axis=(1, 2), keepdims=True)), spectral)
     start = jax.tree.map(lambda factor, size: factor / jnp.where(size > 0, size, 1), spectral, sizes)
@@ -129,7 +109,8 @@ def approximate(stacks: Sequence[Stack], *, steps: int = STEPS, batch_size: int 
         return (optax.apply_updates(params, updates), state), None
 
     (params, _), _ = jax.lax.scan(advance, (start, adam.init(start)), jnp.arange(steps))
-    balanced = [jax.lax.map(lambda pair: linalg.rebalance(*pair), pair) for pair in factors(params)]
+    us, vs = zip(*factors(params), strict=True)
+    balanced = linalg.rebalance(us, vs)
     return [(u.astype(stack.w.dtype), v.astype(stack.w.dtype)) for stack, (u, v) in zip(stacks, balanced, strict=True)]
 
 

@@ -2,11 +2,16 @@
 
 import functools
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
+from jax.scipy.linalg import solve_triangular
+
+from lowrank_jax.stacks import in_few_shapes
 
 Pair = tuple[jax.Array, jax.Array]  # u [n, r] and v [r, m]
 
@@ -29,8 +34,63 @@ def gram_eigenvectors(w: jax.Array) -> jax.Array:
     A program of its own: where singular values repeat, rounding decides on the vectors, and all that asks has to get the same.
     """
     w = jax.lax.optimization_barrier(w.astype(wide(w.dtype)) / unit(w))
-    gram = jax.lax.optimization_barrier(w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w)
-    return jnp.linalg.eigh(gram)[1][:, ::-1]
+    return eigenvectors([jax.lax.optimization_barrier(gram(w[None]))])[0][0]
+
+
+def gram(w: jax.Array) -> jax.Array:
+    """The smaller Gram matrix of every W, `[k, n, m] -> [k, p, p]`."""
+    return w @ w.mT if w.shape[1] <= w.shape[2] else w.mT @ w
+
+
+def eigenvectors(grams: Sequence[jax.Array], sizes: Sequence[np.ndarray] | None = None) -> list[jax.Array]:
+    """The eigenvectors of Gram matrices, stacks `[k, p, p]` of any sizes, by falling eigenvalue; those of padding come last.
+
+    Args:
+      grams, sizes: as in `stacks.in_few_shapes`.
+    """
+
+    def below(gram: jax.Array) -> jax.Array:
+        """An eigenvalue for the padding: under all rounding, and no more than the matrix has of its own."""
+        mean = jnp.trace(gram) / len(gram)
+        return -jnp.where(mean > 0, mean, 1)
+
+    return in_few_shapes(lambda gram: _eigh(gram)[1][:, ::-1], grams, below, sizes)
+
+
+def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`jnp.linalg.eigh`, but for a TPU.
+
+    There it divides matrices of more than 256 rows by polar decompositions, which take the compiler 50 to 120 seconds a size;
+    the rotations by Jacobi that it has for smaller ones take two at any size.
+    """
+
+    def jacobi(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+        vectors, values = jax.lax.linalg.eigh(gram, implementation=jax.lax.linalg.EighImplementation.JACOBI)
+        return values, vectors
+
+    return jax.lax.platform_dependent(gram, tpu=jacobi, default=lambda gram: tuple(jnp.linalg.eigh(gram)))
+
+
+def orthonormalizers(grams: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+    """From YᵀY, stacks `[k, r, r]` of any sizes: T, with orthonormal columns in YT, and its inverse; both upper triangular.
+
+    By Cholesky's decomposition.  The columns are measured in their own lengths, so they may be of any size as long as they are
+    not nearly dependent; those that are, or are zero, lead to columns of YT shorter than one.
+    """
+
+    def one(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+        squares = jnp.diagonal(gram)
+        length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+        eye = jnp.eye(len(gram), dtype=gram.dtype)
+        cosines = gram / length / length[:, None] + jnp.diag((squares <= 0).astype(gram.dtype))
+        shift = _SHIFT * jnp.finfo(gram.dtype).eps * np.sqrt(len(gram))  # beyond the decomposition's rounding
+        lower = jnp.linalg.cholesky((cosines + shift * eye) / (1 + shift))
+        return (solve_triangular(lower, eye, lower=True) / length).T, lower.T * length
+
+    return in_few_shapes(one, grams, lambda gram: jnp.ones((), gram.dtype))
+
+
+_SHIFT = 4.0
 
 
 def leading_directions(w: jax.Array, vectors: jax.Array, rank: int) -> jax.Array:
@@ -61,15 +121,45 @@ def orthonormal(basis: jax.Array) -> jax.Array:
 
 def balance(q: jax.Array, c: jax.Array) -> Pair:
     """QC, with orthonormal Q `[n, r]` and any C `[r, m]`, as factors of equal Gram matrices; O(r² m)."""
-    p, s, bt = jnp.linalg.svd(c, full_matrices=False)
-    root = jnp.sqrt(s)
-    return q @ (p * root), root[:, None] * bt
+    [(turn, v)] = balancers([c[None]])
+    return q @ turn[0], v[0]
 
 
-def rebalance(u: jax.Array, v: jax.Array) -> Pair:
-    """The same product, from factors of equal Gram matrices; O((n + m) r²)."""
-    q, r = jnp.linalg.qr(u)
-    return balance(q, r @ v)
+def balancers(coordinates: Sequence[jax.Array], ranks: Sequence[np.ndarray] | None = None) -> list[Pair]:
+    """For stacks of C, `[k, r, m]` of any sizes: T `[k, r, r]` and V `[k, r, m]` with TV = C and TᵀT = VVᵀ.
+
+    T is P √S and V is √S⁻¹ PᵀC with the singular vectors P and values S of C, P by C's Gram matrix and S measured on PᵀC.
+    So TV is C to rounding; singular values below 1e-3 of the largest one are balanced as a whole, not one by one.
+
+    Args:
+      coordinates: the stacks.
+      ranks: of every stack `[k]`, where its matrices are padded with zero rows: what they are without.
+    """
+    turns = eigenvectors([c @ c.mT for c in coordinates], ranks)
+    balanced = []
+    for p, c in zip(turns, coordinates, strict=True):
+        rows = p.mT @ c
+        half = root(lengths(rows.mT, 1))
+        balanced.append((p * half[:, None], ratio(rows, half[..., None])))
+    return balanced
+
+
+def rebalance(us: Sequence[jax.Array], vs: Sequence[jax.Array]) -> list[Pair]:
+    """The same products, from factors of equal Gram matrices; stacks `[k, n, r]` and `[k, r, m]` of any sizes."""
+    sizes = [(units(u), units(v)) for u, v in zip(us, vs, strict=True)]
+    us, vs = ([part / unit[i] for part, unit in zip(parts, sizes, strict=True)] for i, parts in enumerate((us, vs)))
+    bases = orthonormalizers([u.mT @ u for u in us])
+    turns = balancers([back @ v for (_, back), v in zip(bases, vs, strict=True)])
+    scales = [jnp.sqrt(a) * jnp.sqrt(b) for a, b in sizes]
+    return [
+        (scale * (u @ (basis @ turn)), scale * v)
+        for u, (basis, _), (turn, v), scale in zip(us, bases, turns, scales, strict=True)
+    ]
+
+
+def units(stack: jax.Array) -> jax.Array:
+    """`[k, 1, 1]`, the unit of every matrix."""
+    return jax.vmap(unit)(stack)[:, None, None]
 
 
 RIDGE = 0.01  # of the mean eigenvalue: less is rounding and chance, of a moment taken from a few batches
@@ -92,13 +182,18 @@ def unit(*matrices: jax.Array) -> jax.Array:
 
 
 def grouped(w: jax.Array, group: int) -> jax.Array:
-    """`[n, group * outputs] -> [n, group, outputs]`."""
-    return w.reshape(w.shape[0], group, -1)
+    """`[..., n, group * outputs] -> [..., n, group, outputs]`."""
+    return w.reshape(*w.shape[:-1], group, -1)
 
 
 def lengths(w: jax.Array, group: int) -> jax.Array:
-    """The Euclidean length of every output's columns, `[outputs]`; its gradient at zero is zero."""
-    squares = jnp.sum(grouped(w, group) ** 2, axis=(0, 1))
+    """The Euclidean length of every output's columns, `[..., outputs]`; its gradient at zero is zero."""
+    squares = jnp.sum(grouped(w, group) ** 2, axis=(-3, -2))
+    return root(squares)
+
+
+def root(squares: jax.Array) -> jax.Array:
+    """The square root; its gradient at zero is zero."""
     positive = squares > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from lowrank_jax import ablations, activations, approximation, linalg, projection
+from lowrank_jax import ablations, activations, approximation, leading, linalg, projection
 from lowrank_jax.activations import ActivationLike
-from lowrank_jax.approximation import Stack
 from lowrank_jax.linalg import Pair
 from lowrank_jax.paths import did_you_mean
+from lowrank_jax.stacks import Stack
 
 # All kernels that are to be factored by a method, in stacks of one shape; for every stack u [k, n, rank] and v [k, rank, m].
 Method = Callable[[Sequence[Stack]], list[Pair]]
@@ -33,12 +33,12 @@ def _projection(subspace: str, normalized: bool = False) -> Method:
 SAMPLED = "function_approximation"  # the method that can be given samples of the layers' inputs
 
 METHODS: dict[str, Method] = {
-    "kernel_projection": _projection("top"),
+    "kernel_projection": leading.project,
     "kernel_projection_search": _projection("search"),
     "kernel_projection_refine": _projection("refine"),
     SAMPLED: approximation.approximate,
-    "spectral": _one_by_one(lambda stack, key, w: projection.spectral(w, stack.rank)),
-    "norm_preserving": _projection("top", normalized=True),
+    "spectral": projection.spectral_stacks,
+    "norm_preserving": functools.partial(leading.project, normalized=True),
     "norm_preserving_refine": _projection("refine", normalized=True),
     "spectral_global_scale": _one_by_one(
         lambda stack, key, w: ablations.spectral_global_scale(w, stack.rank, activation=stack.activation, group=stack.group)

@@ -11,15 +11,19 @@ Where several columns feed one output, as in the spatial scheme for convolutions
 output j % (m // group), and lengths and angles are those of an output's columns taken together.
 """
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import activations, linalg, subspaces
+from lowrank_jax import activations, leading, linalg, subspaces
 from lowrank_jax.activations import Activation, ActivationLike
+from lowrank_jax.leading import measure
 from lowrank_jax.linalg import Pair, grouped, lengths, ratio, wide
 from lowrank_jax.paths import did_you_mean
+from lowrank_jax.stacks import Stack
 from lowrank_jax.subspaces import SUBSPACES
 
 
@@ -44,11 +48,14 @@ def spectral(w: jax.Array, rank: int) -> Pair:
 
 
 @functools.partial(jax.jit, static_argnames="rank")
-@linalg.highest_precision
 def _spectral(w: jax.Array, vectors: jax.Array, rank: int) -> Pair:
-    a, s, bt = linalg.truncated_svd(w, vectors, rank)
-    root = jnp.sqrt(s)
-    return (a * root).astype(w.dtype), (root[:, None] * bt).astype(w.dtype)
+    return _on_leading(w, vectors, rank, activations.get("identity"), False, 1)
+
+
+def spectral_stacks(stacks: Sequence[Stack]) -> list[Pair]:
+    """`spectral` of many kernels at once: for every stack u `[k, n, rank]` and v `[k, rank, m]`."""
+    # To the identity the length that projecting gives is the best one.
+    return leading.project([dataclasses.replace(stack, activation="identity", group=1) for stack in stacks])
 
 
 def kernel_projection(
@@ -93,7 +100,15 @@ def kernel_projection(
 def _kernel_projection(
     w: jax.Array, vectors: jax.Array, rank: int, act: Activation, subspace: str, normalized: bool, group: int
 ) -> Pair:
-    return _on_subspace(w, _subspace(w, vectors, rank, subspace, act, normalized, group), act, normalized, group)
+    if subspace == "top":
+        return _on_leading(w, vectors, rank, act, normalized, group)
+    return _on_subspace(w, _searched(w, vectors, rank, subspace, act, normalized, group), act, normalized, group)
+
+
+def _on_leading(w: jax.Array, vectors: jax.Array, rank: int, act: Activation, normalized: bool, group: int) -> Pair:
+    stack = Stack(None, w[None], rank, act, group)
+    [(u, v)] = leading.project([stack], normalized=normalized, vectors=[vectors[None]])
+    return u[0], v[0]
 
 
 def on_subspace(
@@ -127,40 +142,23 @@ def on_subspace(
 @functools.partial(jax.jit, static_argnames=("act", "normalized", "group"))
 @linalg.highest_precision
 def _on_subspace(w: jax.Array, q: jax.Array, act: Activation, normalized: bool, group: int) -> Pair:
-    unit = linalg.unit(w)
-    relative = w.astype(wide(w.dtype)) / unit
-    length = lengths(relative, group)
-    coordinates = q.T @ relative
-    projected = lengths(coordinates, group)
-    measure = _measure(act, unit)
-    best = length if normalized else act.best_length(length * measure, jnp.minimum(ratio(projected, length), 1)) / measure
-    first_axis = jnp.zeros_like(coordinates).at[0, : len(length)].set(1)
-    direction = jnp.where(
-        jnp.tile(projected == 0, group), first_axis, coordinates / jnp.tile(jnp.where(projected == 0, 1, projected), group)
-    )
-    u, v = linalg.balance(q, direction * jnp.tile(best, group))
-    root = jnp.sqrt(unit)
-    return (root * u).astype(w.dtype), (root * v).astype(w.dtype)
+    [batch] = leading.batches([Stack(None, w[None], q.shape[1], act, group)])
+    coordinates = leading.at_best_lengths([batch], [(q.T @ batch.w[0])[None]], normalized)
+    [(turn, v)] = linalg.balancers(coordinates)
+    [(u, v)] = batch.unpadded(q @ turn, v).values()
+    return u[0], v[0]
 
 
-def _measure(act: Activation, unit: jax.Array) -> jax.Array:
-    """In what to tell an activation lengths that were measured in `unit`: to a homogeneous one all units are the same."""
-    return jnp.ones_like(unit) if isinstance(act, activations.Homogeneous) else unit
-
-
-def _subspace(
+def _searched(
     w: jax.Array, vectors: jax.Array, rank: int, name: str, act: Activation, normalized: bool, group: int
 ) -> jax.Array:
-    """Orthonormal Q `[n, rank]`."""
+    """Orthonormal Q `[n, rank]`, by `search` or `refine`."""
     unit = linalg.unit(w)
-    relative = w.astype(wide(w.dtype)) / unit
-    if name == "top":
-        return linalg.leading_directions(relative, vectors, rank)
-    relative = jax.lax.stop_gradient(relative)
+    relative = jax.lax.stop_gradient(w.astype(wide(w.dtype)) / unit)
     q = linalg.leading_directions(relative, jax.lax.stop_gradient(vectors), min(w.shape))
     coordinates = q.T @ relative
     length = lengths(coordinates, group)
-    loss = _loss(act, length * _measure(act, unit), normalized)
+    loss = _loss(act, length * measure(act, unit), normalized)
     chosen = subspaces.search(jnp.sum(grouped(coordinates**2, group), axis=1), length, rank, loss)
     if name == "search":
         return q[:, chosen]
@@ -228,5 +226,6 @@ def _risk(w: jax.Array, y: jax.Array, act: Activation, group: int) -> tuple[jax.
     w, y = w.astype(dtype) / unit, y.astype(dtype) / unit
     a, b = lengths(w, group), lengths(y, group)
     rho = jnp.clip(ratio(jnp.sum(grouped(w * y, group), axis=(0, 1)), a * b), -1, 1)
-    measure = _measure(act, unit)
-    return jnp.sum(act.risk(a * measure, b * measure, rho)), unit / measure
+    scale = measure(act, unit)
+
+    return jnp.sum(act.risk(a * scale, b * scale, rho)), unit / scale

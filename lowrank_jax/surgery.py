@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from lowrank_jax import discover, linalg
-from lowrank_jax.approximation import Stack
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.layers import takes_factors
 from lowrank_jax.methods import METHODS, SAMPLED, Method
 from lowrank_jax.paths import did_you_mean, first_match, map_named, named_leaves
 from lowrank_jax.plans import Plan, PlannedKernel
 from lowrank_jax.ranks import Rule, wanted_rank
+from lowrank_jax.stacks import Stack
 
 
 def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], **kwargs: Any) -> Plan:
@@ -197,11 +197,9 @@ def _data_aware(
     pairs = method(
         [dataclasses.replace(stack, w=root @ stack.w.astype(root.dtype)) for stack, root in zip(stacks, roots, strict=True)]
     )
-    balanced = []
-    for stack, root, (u, v) in zip(stacks, roots, pairs, strict=True):
-        u, v = jax.lax.map(lambda pair: linalg.rebalance(*pair), (solve_triangular(root, u), v))
-        balanced.append((u.astype(stack.w.dtype), v.astype(stack.w.dtype)))
-    return balanced
+    us = [jax.lax.map(lambda pair: solve_triangular(*pair), (root, u)) for root, (u, _) in zip(roots, pairs, strict=True)]
+    balanced = linalg.rebalance(us, [v for _, v in pairs])
+    return [(u.astype(stack.w.dtype), v.astype(stack.w.dtype)) for stack, (u, v) in zip(stacks, balanced, strict=True)]
 
 
 def _roots(moments: Any, n: int) -> jax.Array:

@@ -6,7 +6,7 @@ import sys
 
 LIBRARY = {
     "ablations", "activations", "approximation", "decay", "discover", "inputs", "kernel", "layers", "linalg", "methods",
-    "paths", "plans", "projection", "ranks", "subspaces", "surgery",
+    "paths", "plans", "projection", "ranks", "subspaces", "surgery", "stacks", "leading",
 }  # fmt: skip
 ALLOWED = {"jax", "flax", "optax", "numpy"}
 
