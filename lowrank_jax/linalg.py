@@ -71,26 +71,26 @@ def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.platform_dependent(gram, tpu=jacobi, default=lambda gram: tuple(jnp.linalg.eigh(gram)))
 
 
-def orthonormalizers(grams: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+def orthonormalizers(grams: Sequence[jax.Array]) -> list[Pair]:
     """From YᵀY, stacks `[k, r, r]` of any sizes: T, with orthonormal columns in YT, and its inverse; both upper triangular.
 
-    By Cholesky's decomposition.  The columns are measured in their own lengths, so they may be of any size as long as they are
-    not nearly dependent; those that are, or are zero, lead to columns of YT shorter than one.
+    By Cholesky's decomposition, the columns measured in their own lengths.  Columns that are rounding next to the others span
+    nothing, and what they become is zero; those that nearly depend on the others come out shorter than one.
     """
 
-    def one(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(gram: jax.Array) -> Pair:
+        eps = jnp.finfo(gram.dtype).eps
         squares = jnp.diagonal(gram)
-        length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+        spans = squares > (16 * eps) ** 2 * jnp.sum(squares)
+        length = jnp.sqrt(jnp.where(spans, squares, 1))
         eye = jnp.eye(len(gram), dtype=gram.dtype)
-        cosines = gram / length / length[:, None] + jnp.diag((squares <= 0).astype(gram.dtype))
-        shift = _SHIFT * jnp.finfo(gram.dtype).eps * np.sqrt(len(gram))  # beyond the decomposition's rounding
+        cosines = jnp.where(spans & spans[:, None], gram / length / length[:, None], eye)
+        shift = eps * len(gram)  # above the rounding of the decomposition, which must not fail
         lower = jnp.linalg.cholesky((cosines + shift * eye) / (1 + shift))
-        return (solve_triangular(lower, eye, lower=True) / length).T, lower.T * length
+        basis = (solve_triangular(lower, eye, lower=True) / length).T
+        return jnp.where(spans, basis, 0), lower.T * length
 
-    return in_few_shapes(one, grams, lambda gram: jnp.ones((), gram.dtype))
-
-
-_SHIFT = 4.0
+    return in_few_shapes(one, grams, lambda gram: jnp.zeros((), gram.dtype))
 
 
 def leading_directions(w: jax.Array, vectors: jax.Array, rank: int) -> jax.Array:
@@ -128,26 +128,56 @@ def balance(q: jax.Array, c: jax.Array) -> Pair:
 def balancers(coordinates: Sequence[jax.Array], ranks: Sequence[np.ndarray] | None = None) -> list[Pair]:
     """For stacks of C, `[k, r, m]` of any sizes: T `[k, r, r]` and V `[k, r, m]` with TV = C and TᵀT = VVᵀ.
 
-    T is P √S and V is √S⁻¹ PᵀC with the singular vectors P and values S of C, P by C's Gram matrix and S measured on PᵀC.
-    So TV is C to rounding; singular values below 1e-3 of the largest one are balanced as a whole, not one by one.
+    T is P √S and V is √S⁻¹ PᵀC with the singular vectors P and values S of C, so TV is C to rounding.  P comes from the Gram
+    matrix of C, which holds singular values down to 1e-3 of the largest; a second one for those below 1e-2 sees to the rest.
 
     Args:
       coordinates: the stacks.
       ranks: of every stack `[k]`, where its matrices are padded with zero rows: what they are without.
     """
-    turns = eigenvectors([c @ c.mT for c in coordinates], ranks)
+    first = eigenvectors([c @ c.mT for c in coordinates], ranks)
+    rows = [p.mT @ c for p, c in zip(first, coordinates, strict=True)]
+    tilts, rest = zip(*(_small_rows(part @ part.mT) for part in rows), strict=True) if rows else ((), ())
+    second = [tilt @ p for tilt, p in zip(tilts, eigenvectors(rest, ranks), strict=True)]
     balanced = []
-    for p, c in zip(turns, coordinates, strict=True):
-        rows = p.mT @ c
-        half = root(lengths(rows.mT, 1))
-        balanced.append((p * half[:, None], ratio(rows, half[..., None])))
+    for p, q, part in zip(first, second, rows, strict=True):
+        part = q.mT @ part
+        half = root(lengths(part.mT, 1))
+        balanced.append(((p @ q) * half[:, None], ratio(part, half[..., None])))
     return balanced
+
+
+_SMALL = 1e-2
+
+
+def _small_rows(gram: jax.Array) -> Pair:
+    """What the eigenvectors of C's Gram matrix leave to be done, from the Gram matrix `[k, r, r]` of the rows that they make.
+
+    These are orthogonal to rounding of the largest one; of the small ones that may be all.
+
+    Returns:
+      A rotation `[k, r, r]` that takes out of small rows what they have of large ones, an angle of rounding; and the Gram
+      matrix of the small rows after it, with eigenvalues above all of its own, in order, in the places of the large ones.
+    """
+    squares, r = jnp.diagonal(gram, axis1=1, axis2=2), gram.shape[1]
+    large = squares > _SMALL**2 * jnp.max(squares, axis=1, keepdims=True)
+    both = large[:, :, None] & ~large[:, None]
+    angle = jnp.where(both, ratio(gram, squares[:, :, None]), 0)
+    tilt = jnp.eye(r, dtype=gram.dtype) - angle + angle.mT
+    small = jnp.where(large[:, :, None] | large[:, None], 0, tilt.mT @ gram @ tilt)
+    bound = jax.lax.stop_gradient(jnp.max(jnp.sum(jnp.abs(small), axis=2), axis=1, keepdims=True))
+    places = jnp.where(large, jnp.where(bound > 0, bound, 1) * (2 - np.arange(r) / r), 0)
+    return tilt, small + jax.vmap(jnp.diag)(places)
 
 
 def rebalance(us: Sequence[jax.Array], vs: Sequence[jax.Array]) -> list[Pair]:
     """The same products, from factors of equal Gram matrices; stacks `[k, n, r]` and `[k, r, m]` of any sizes."""
     sizes = [(units(u), units(v)) for u, v in zip(us, vs, strict=True)]
     us, vs = ([part / unit[i] for part, unit in zip(parts, sizes, strict=True)] for i, parts in enumerate((us, vs)))
+    # Columns of U of one length: a short one may well have a long row of V.
+    columns = [lengths(u, 1)[:, None] for u in us]
+    us = [ratio(u, column) for u, column in zip(us, columns, strict=True)]
+    vs = [v * column.mT for v, column in zip(vs, columns, strict=True)]
     bases = orthonormalizers([u.mT @ u for u in us])
     turns = balancers([back @ v for (_, back), v in zip(bases, vs, strict=True)])
     scales = [jnp.sqrt(a) * jnp.sqrt(b) for a, b in sizes]

@@ -15,9 +15,10 @@ from upath import UPath
 
 from lowrank_jax import config as configs
 
-# What may change between two starts of one experiment: where things are, how often they are written, how many devices, and
-# how many images may be passed over, which no figure depends on as long as it is enough.
-_FREE = ("dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "log.", "mesh.")
+# What may change between two starts of one experiment: where things are, how often they are written, how many devices, what
+# decomposes the first state, of which a start that goes on makes none and others differ by rounding, and how many images may
+# be passed over, which no figure depends on as long as it is enough.
+_FREE = ("dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "init.", "log.", "mesh.")
 
 
 # Without these a config.json is something else's.
