@@ -134,4 +134,5 @@ def _relative_loss(stack: Stack, w: jax.Array, pair: Pair, step: jax.Array, batc
         wanted, got = layer(x, w), layer(x @ u, v)
         return linalg.ratio(jnp.sum((wanted - got) ** 2), jnp.sum((wanted - fn(jnp.zeros((), w.dtype))) ** 2))
 
+    assert stack.keys is not None
     return jax.vmap(one)(stack.keys, w, *pair, stack.inputs)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from lowrank_jax import chips, inputs, mixing, optim, state, step
@@ -43,32 +44,57 @@ class Experiment:
     shapes: state.TrainState
 
     def init(self, batches: Iterable[dict[str, jax.Array]] = ()) -> state.TrainState:
-        """The state before the first step: drawn, decomposed and laid out in one program on the devices.
+        """The state before the first step, drawn on the devices and laid out over them; `init.svd` says what decomposes it.
 
         Args:
           batches: what the layers' second moments are taken from when `lowrank.moment_batches` asks for any.
+
+        Raises:
+          ConfigError: jax has no CPU device for `init.svd="host"`.
         """
         moments = self._second_moments(batches) if self.config.lowrank.moment_batches else None
+        if self.config.init.svd == "host":
+            return self._init_by_host(moments)
         return self._jit_init()(self._seed(), moments)
 
     def lower_init(self) -> jax.stages.Lowered:
-        """The initialiser before it is compiled for the devices of the mesh, which need not be there."""
+        """What `init` has the devices of the mesh, which need not be there, draw and decompose; before it is compiled."""
+        if self.config.init.svd == "host":
+            return self._jit_draw().lower(self._seed())
         moments = inputs.moment_shapes(self.plan) if self.config.lowrank.moment_batches else None
         return self._jit_init().lower(self._seed(), moments)
 
     def _jit_init(self) -> Any:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        return jax.jit(self._init_state, out_shardings=shardings)
+        def init_state(seed: Any, moments: dict[str, jax.Array] | None) -> state.TrainState:
+            return self._fresh(*state.init_params(self.model, self.plan, blank_images(self.dataset), seed, moments))
 
-    def _init_state(self, seed: Any, moments: dict[str, jax.Array] | None) -> state.TrainState:
+        return jax.jit(init_state, out_shardings=self._shardings())
+
+    def _jit_draw(self) -> Any:
+        """Of the dense network, on every device."""
+        draw = functools.partial(state.init_dense, self.model, blank_images(self.dataset))
+        return jax.jit(draw, out_shardings=replicated(self.mesh))
+
+    def _fresh(self, params: Any, batch_stats: Any) -> state.TrainState:
         _, optimizer = self.make_optimizer(self.config.peak_lr)
-        ema = bool(self.shapes.ema)
-        return state.init_state(self.model, self.plan, optimizer, blank_images(self.dataset), seed, moments, ema=ema)
+        return state.fresh_state(params, batch_stats, optimizer, ema=bool(self.shapes.ema))
+
+    def _shardings(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+
+    def _init_by_host(self, moments: dict[str, jax.Array] | None) -> state.TrainState:
+        variables = _on_host(self._jit_draw()(self._seed()))
+        # Moments of a batch that several processes read are on the devices of all of them.
+        moments = moments and _on_host(jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(moments))
+        with jax.default_device(_cpu()):
+            parts = _on_host(state.factorized(variables, self.plan, self._seed(), moments))
+        if jax.process_count() > 1:  # hosts of two kinds may round differently, and every replica has to be the same
+            parts = multihost_utils.broadcast_one_to_all(parts)
+        return jax.jit(self._fresh, out_shardings=self._shardings())(*parts)
 
     def _second_moments(self, batches: Iterable[dict[str, jax.Array]]) -> dict[str, jax.Array]:
         """Of the layers' inputs in the dense network as it is drawn, every BatchNorm on its batch's own statistics."""
-        draw = functools.partial(state.init_dense, self.model, blank_images(self.dataset))
-        variables = jax.jit(draw, out_shardings=replicated(self.mesh))(self._seed())
+        variables = self._jit_draw()(self._seed())
         normalize = jax.jit(self._normalizer())
         images = (normalize(batch["image"]) for batch in batches)
         dropout = {"dropout": state.key(self.config.seed, "dropout")}
@@ -97,8 +123,7 @@ class Experiment:
             )
             return update(state, batch)
 
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(self._shardings(), replicated(self.mesh)))
         return jitted.lower(self.shapes, self._batch_shapes(self.config.batch_size), *self._settings())
 
     def _settings(self) -> tuple[np.uint32, np.float32]:
@@ -137,6 +162,23 @@ class Experiment:
             "image": jax.ShapeDtypeStruct((size, *self.dataset.image_shape), jnp.uint8, sharding=sharding),
             "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding),
         }
+
+
+def _on_host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def _cpu() -> Any:
+    """This process's CPU as a device.
+
+    Raises:
+      ConfigError: jax was told to do without.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        hint = f'"host" takes jax\'s CPU device: unset JAX_PLATFORMS or add cpu to it ({str(error).splitlines()[0]})'
+        raise ConfigError("config", [f"init.svd: {hint}"]) from error
 
 
 def blank_images(dataset: Dataset) -> jax.Array:

@@ -16,6 +16,7 @@ from lowrank_jax.activations import Activation
 from lowrank_jax.linalg import Pair, lengths, ratio, wide
 from lowrank_jax.stacks import Group, Stack, groups, split, stacked
 
+_SLACK = 0.5  # as in `stacks.groups`: products cost little next to the decompositions
 _OUTPUTS = 2**14  # whose best lengths are sought at a time, where that takes a series for each
 
 
@@ -76,7 +77,7 @@ def batches(stacks: Sequence[Stack]) -> list[Batch]:
     kinds = list(dict.fromkeys(stack.activation for stack in stacks))
     shapes = [(*stack.w.shape[1:], stack.rank) for stack in stacks]
     made = []
-    for group in groups(shapes, [len(stack.w) for stack in stacks], _work, [_alike(stack) for stack in stacks]):
+    for group in groups(shapes, [len(stack.w) for stack in stacks], _work, [_alike(stack) for stack in stacks], _SLACK):
         # Sorted by activation, so that those of one lie side by side.
         order = tuple(sorted(group.members, key=lambda i: kinds.index(stacks[i].activation)))
         group = Group(group.shape[:2], order)
@@ -118,11 +119,11 @@ def project(stacks: Sequence[Stack], *, normalized: bool = False, vectors: Seque
     coordinates = []
     for part, image, basis in zip(parts, images, bases, strict=True):
         c = image.mT @ part.w
-        coordinates.append(c if basis is None else basis.mT @ c)
-    balanced = linalg.balancers(at_best_lengths(parts, coordinates, normalized), [part.ranks for part in parts])
+        coordinates.append(c if part.is_wide else basis.mT @ c)
+    balanced = linalg.balancers(at_best_lengths(parts, coordinates, normalized), bases, [part.ranks for part in parts])
     pairs: dict[int, Pair] = {}
-    for part, image, basis, (turn, v) in zip(parts, images, bases, balanced, strict=True):
-        pairs |= part.unpadded(image @ (turn if basis is None else basis @ turn), v)
+    for part, image, (turn, v) in zip(parts, images, balanced, strict=True):
+        pairs |= part.unpadded(image @ turn, v)
     return [pairs[i] for i in range(len(stacks))]
 
 
@@ -133,11 +134,16 @@ def _images(part: Batch, vectors: jax.Array) -> jax.Array:
     return leading if part.is_wide else part.w @ leading
 
 
-def _orthonormalizers(parts: Sequence[Batch], images: Sequence[jax.Array]) -> list[jax.Array | None]:
-    """What makes the images orthonormal; eigenvectors are, their images under W are only nearly orthogonal."""
+def _orthonormalizers(parts: Sequence[Batch], images: Sequence[jax.Array]) -> list[jax.Array]:
+    """What makes the images orthonormal, `[k, r, r]`; eigenvectors are, their images under W are only nearly orthogonal."""
     tall = [image for part, image in zip(parts, images, strict=True) if not part.is_wide]
     made = iter(linalg.orthonormalizers([image.mT @ image for image in tall]))
-    return [None if part.is_wide else next(made)[0] for part in parts]
+
+    def unchanged(image: jax.Array) -> jax.Array:
+        k, _, r = image.shape
+        return jnp.broadcast_to(jnp.eye(r, dtype=image.dtype), (k, r, r))
+
+    return [unchanged(image) if part.is_wide else next(made)[0] for part, image in zip(parts, images, strict=True)]
 
 
 def at_best_lengths(parts: Sequence[Batch], coordinates: Sequence[jax.Array], normalized: bool) -> list[jax.Array]:

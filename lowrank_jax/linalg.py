@@ -48,13 +48,14 @@ def eigenvectors(grams: Sequence[jax.Array], sizes: Sequence[np.ndarray] | None 
     Args:
       grams, sizes: as in `stacks.in_few_shapes`.
     """
+    return in_few_shapes(_eigenvectors, grams, sizes=sizes)
 
-    def below(gram: jax.Array) -> jax.Array:
-        """An eigenvalue for the padding: under all rounding, and no more than the matrix has of its own."""
-        mean = jnp.trace(gram) / len(gram)
-        return -jnp.where(mean > 0, mean, 1)
 
-    return in_few_shapes(lambda gram: _eigh(gram)[1][:, ::-1], grams, below, sizes)
+def _eigenvectors(size: jax.Array, gram: jax.Array) -> jax.Array:
+    # The padding gets an eigenvalue under all rounding, which does not outweigh the matrix: it stays apart and sorts last.
+    mean = jnp.trace(gram) / len(gram)
+    padding = jnp.arange(len(gram)) >= size
+    return _eigh(gram - jnp.diag(jnp.where(padding, jnp.where(mean > 0, mean, 1), 0)))[1][:, ::-1]
 
 
 def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -71,26 +72,26 @@ def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.platform_dependent(gram, tpu=jacobi, default=lambda gram: tuple(jnp.linalg.eigh(gram)))
 
 
-def orthonormalizers(grams: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+def orthonormalizers(grams: Sequence[jax.Array]) -> list[Pair]:
     """From YᵀY, stacks `[k, r, r]` of any sizes: T, with orthonormal columns in YT, and its inverse; both upper triangular.
 
-    By Cholesky's decomposition.  The columns are measured in their own lengths, so they may be of any size as long as they are
-    not nearly dependent; those that are, or are zero, lead to columns of YT shorter than one.
+    By Cholesky's decomposition, the columns measured in their own lengths.  Columns that are rounding next to the others span
+    nothing, and what they become is zero; those that nearly depend on the others come out shorter than one.
     """
 
-    def one(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(_: jax.Array, gram: jax.Array) -> Pair:
+        eps = jnp.finfo(gram.dtype).eps
         squares = jnp.diagonal(gram)
-        length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+        spans = squares > (16 * eps) ** 2 * jnp.sum(squares)
+        length = jnp.sqrt(jnp.where(spans, squares, 1))
         eye = jnp.eye(len(gram), dtype=gram.dtype)
-        cosines = gram / length / length[:, None] + jnp.diag((squares <= 0).astype(gram.dtype))
-        shift = _SHIFT * jnp.finfo(gram.dtype).eps * np.sqrt(len(gram))  # beyond the decomposition's rounding
+        cosines = jnp.where(spans & spans[:, None], gram / length / length[:, None], eye)
+        shift = eps * len(gram)  # above the rounding of the decomposition, which must not fail
         lower = jnp.linalg.cholesky((cosines + shift * eye) / (1 + shift))
-        return (solve_triangular(lower, eye, lower=True) / length).T, lower.T * length
+        basis = (solve_triangular(lower, eye, lower=True) / length).T
+        return jnp.where(spans, basis, 0), lower.T * length
 
-    return in_few_shapes(one, grams, lambda gram: jnp.ones((), gram.dtype))
-
-
-_SHIFT = 4.0
+    return in_few_shapes(one, grams)
 
 
 def leading_directions(w: jax.Array, vectors: jax.Array, rank: int) -> jax.Array:
@@ -121,40 +122,74 @@ def orthonormal(basis: jax.Array) -> jax.Array:
 
 def balance(q: jax.Array, c: jax.Array) -> Pair:
     """QC, with orthonormal Q `[n, r]` and any C `[r, m]`, as factors of equal Gram matrices; O(r² m)."""
-    [(turn, v)] = balancers([c[None]])
+    [(turn, v)] = balancers([c[None]], [jnp.eye(len(c), dtype=c.dtype)[None]])
     return q @ turn[0], v[0]
 
 
-def balancers(coordinates: Sequence[jax.Array], ranks: Sequence[np.ndarray] | None = None) -> list[Pair]:
-    """For stacks of C, `[k, r, m]` of any sizes: T `[k, r, r]` and V `[k, r, m]` with TV = C and TᵀT = VVᵀ.
+def balancers(
+    coordinates: Sequence[jax.Array], bases: Sequence[jax.Array], ranks: Sequence[np.ndarray] | None = None
+) -> list[Pair]:
+    """For stacks of B `[k, r, r]` and C `[k, r, m]` of any sizes: T `[k, r, r]` and V `[k, r, m]`, so that TV = BC.
 
-    T is P √S and V is √S⁻¹ PᵀC with the singular vectors P and values S of C, P by C's Gram matrix and S measured on PᵀC.
-    So TV is C to rounding; singular values below 1e-3 of the largest one are balanced as a whole, not one by one.
+    T is B P √S and V is √S⁻¹ PᵀC with the singular vectors P and values S of C.  So where YB is orthonormal, YT and V are
+    factors of equal Gram matrices, and their product is YBC to rounding.  P comes from the Gram matrix of C, which holds
+    singular values down to 1e-3 of the largest one; a second one of those below 1e-2 sees to the rest.
 
     Args:
-      coordinates: the stacks.
+      coordinates, bases: C and B.
       ranks: of every stack `[k]`, where its matrices are padded with zero rows: what they are without.
     """
-    turns = eigenvectors([c @ c.mT for c in coordinates], ranks)
+    first = eigenvectors([c @ c.mT for c in coordinates], ranks)
+    rows = [p.mT @ c for p, c in zip(first, coordinates, strict=True)]
+
+    def second(rank: jax.Array, gram: jax.Array, p: jax.Array, basis: jax.Array) -> Pair:
+        tilt, rest = _small_rows(gram)
+        turn = tilt @ _eigenvectors(rank, rest)
+        return turn, basis @ (p @ turn)
+
+    turns = in_few_shapes(second, [part @ part.mT for part in rows], first, bases, sizes=ranks)
     balanced = []
-    for p, c in zip(turns, coordinates, strict=True):
-        rows = p.mT @ c
-        half = root(lengths(rows.mT, 1))
-        balanced.append((p * half[:, None], ratio(rows, half[..., None])))
+    for part, (turn, basis) in zip(rows, turns, strict=True):
+        part = turn.mT @ part
+        half = root(lengths(part.mT, 1))
+        balanced.append((basis * half[:, None], ratio(part, half[..., None])))
     return balanced
+
+
+_SMALL = 1e-2
+
+
+def _small_rows(gram: jax.Array) -> Pair:
+    """What the eigenvectors of C's Gram matrix leave to be done, from the Gram matrix `[r, r]` of the rows that they make.
+
+    These are orthogonal to rounding of the largest one; of the small ones that may be all.
+
+    Returns:
+      A rotation `[r, r]` that takes out of small rows what they have of large ones, an angle of rounding; and the Gram matrix
+      of the small rows after it, with eigenvalues above all of its own, in order, in the places of the large ones.
+    """
+    squares, r = jnp.diagonal(gram), len(gram)
+    large = squares > _SMALL**2 * jnp.max(squares)
+    angle = jnp.where(large[:, None] & ~large, ratio(gram, squares[:, None]), 0)
+    tilt = jnp.eye(r, dtype=gram.dtype) - angle + angle.T
+    small = jnp.where(large[:, None] | large, 0, tilt.T @ gram @ tilt)
+    bound = jax.lax.stop_gradient(jnp.max(jnp.sum(jnp.abs(small), axis=1)))
+    places = jnp.where(large, jnp.where(bound > 0, bound, 1) * (2 - jnp.arange(r) / r), 0)
+    return tilt, small + jnp.diag(places.astype(gram.dtype))
 
 
 def rebalance(us: Sequence[jax.Array], vs: Sequence[jax.Array]) -> list[Pair]:
     """The same products, from factors of equal Gram matrices; stacks `[k, n, r]` and `[k, r, m]` of any sizes."""
     sizes = [(units(u), units(v)) for u, v in zip(us, vs, strict=True)]
     us, vs = ([part / unit[i] for part, unit in zip(parts, sizes, strict=True)] for i, parts in enumerate((us, vs)))
+    # Columns of U of one length: a short one may well have a long row of V.
+    columns = [lengths(u, 1)[:, None] for u in us]
+    us = [ratio(u, column) for u, column in zip(us, columns, strict=True)]
+    vs = [v * column.mT for v, column in zip(vs, columns, strict=True)]
     bases = orthonormalizers([u.mT @ u for u in us])
-    turns = balancers([back @ v for (_, back), v in zip(bases, vs, strict=True)])
+    turns = balancers([back @ v for (_, back), v in zip(bases, vs, strict=True)], [basis for basis, _ in bases])
     scales = [jnp.sqrt(a) * jnp.sqrt(b) for a, b in sizes]
-    return [
-        (scale * (u @ (basis @ turn)), scale * v)
-        for u, (basis, _), (turn, v), scale in zip(us, bases, turns, scales, strict=True)
-    ]
+    return [(scale * (u @ turn), scale * v) for u, (turn, v), scale in zip(us, turns, scales, strict=True)]
 
 
 def units(stack: jax.Array) -> jax.Array:

@@ -144,8 +144,8 @@ def on_subspace(
 def _on_subspace(w: jax.Array, q: jax.Array, act: Activation, normalized: bool, group: int) -> Pair:
     [batch] = leading.batches([Stack(None, w[None], q.shape[1], act, group)])
     coordinates = leading.at_best_lengths([batch], [(q.T @ batch.w[0])[None]], normalized)
-    [(turn, v)] = linalg.balancers(coordinates)
-    [(u, v)] = batch.unpadded(q @ turn, v).values()
+    u, v = linalg.balance(q, coordinates[0][0])
+    [(u, v)] = batch.unpadded(u[None], v[None]).values()
     return u[0], v[0]
 
 

@@ -210,6 +210,15 @@ def _to_rule(common: dict[str, Any], entry: dict[str, Any]) -> Rule:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """How the state before the first step is made."""
+
+    svd: str = _option(
+        "device", _one_of("device", "host")
+    )  # what decomposes the kernels; the host's factors differ by rounding
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation during training, on `dataset.eval_split`; the end of training is always evaluated."""
 
@@ -264,6 +273,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     lowrank: LowRankConfig = LowRankConfig()
+    init: InitConfig = InitConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -16,8 +16,7 @@ from lowrank_jax.activations import ActivationLike
 
 Shape = tuple[int, ...]
 
-SLACK = 0.25  # of the work that there is: so much more of it padding may cause
-FREE = 2e7  # multiply-accumulates that may be added in any case: milliseconds on any machine
+FREE = 2e7  # multiply-accumulates: milliseconds on any machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +52,20 @@ class Group:
 
 
 def groups(
-    shapes: Sequence[Shape], counts: Sequence[int], work: Callable[[Shape], float], alike: Sequence[Hashable] | None = None
+    shapes: Sequence[Shape],
+    counts: Sequence[int],
+    work: Callable[[Shape], float],
+    alike: Sequence[Hashable] | None = None,
+    slack: float = 0.25,
 ) -> list[Group]:
-    """As few shapes as a quarter more work buys; which they are depends on the shapes alone, not on the platform.
+    """As few shapes as some more work buys; which they are depends on the shapes alone, not on the platform.
 
     Args:
       shapes: of the elements of every stack.
       counts: how many elements every stack has.
       work: multiply-accumulates for an element of a shape; growing with every axis.
       alike: only stacks for which this is equal may share a shape.
+      slack: how much more, of the work that there is without padding; `FREE` may be added in any case.
     """
     keys = [(shape, alike[i] if alike else None) for i, shape in enumerate(shapes)]
     found: dict[Hashable, list[int]] = {}
@@ -77,7 +81,7 @@ def groups(
         both = Group(tuple(map(max, one.shape, other.shape)), tuple(sorted(one.members + other.members)))
         return total(both) - total(one) - total(other), both
 
-    left = SLACK * sum(map(total, merged)) + FREE
+    left = slack * sum(map(total, merged)) + FREE
     while True:
         pairs = [pair for pair in itertools.combinations(merged, 2) if _may_join(pair, keys)]
         if not pairs:
@@ -110,39 +114,29 @@ def split(array: jax.Array, group: Group, counts: Sequence[int] | Mapping[int, i
     return [array[end - counts[i] : end] for i, end in zip(group.members, ends, strict=True)]
 
 
-def in_few_shapes(
-    fn: Callable[[jax.Array], Any],
-    stacks: Sequence[jax.Array],
-    corner: Callable[[jax.Array], jax.Array],
-    sizes: Sequence[np.ndarray] | None = None,
-) -> list[Any]:
-    """`fn` of square matrices of many sizes, compiled for few and mapped over the matrices of a size.
+def in_few_shapes(fn: Callable[..., Any], *stacks: Sequence[jax.Array], sizes: Sequence[np.ndarray] | None = None) -> list[Any]:
+    """A function of square matrices of many sizes, compiled for few of them and mapped over the matrices of a size.
 
     Args:
-      fn: of a matrix `[p, p]`, arrays `[p, p]`.  What it makes of the leading block of a block-diagonal matrix must be what it
-        makes of the block alone.
-      stacks: each `[k, p, p]`.
-      corner: of a matrix before it is padded, what to put on the diagonal beyond it.
-      sizes: of every stack `[k]`, where its matrices are padded with zeros already: what they are without.
+      fn: `(size, *matrices)` to matrices, all `[p, p]`; `size` says how many rows are no padding.  Of matrices that are zero
+        beyond them it has to make, up to there, what it makes of the leading blocks alone.
+      *stacks: for every matrix that `fn` takes, stacks `[k, p, p]` of any sizes.
+      sizes: of every stack `[k]`, where its matrices are padded already: how many rows are none.
 
     Returns:
-      What `fn` makes of every stack.
+      What `fn` makes of every stack, `[k, p, p]`.
     """
-    counts = [len(stack) for stack in stacks]
+    first = stacks[0]
+    counts, shapes = [len(stack) for stack in first], [stack.shape[1:] for stack in first]
     if sizes is None:
-        sizes = [np.full(len(stack), stack.shape[1]) for stack in stacks]
-    shapes = [stack.shape[1:] for stack in stacks]
-    results: list[Any] = [None] * len(stacks)
-    for group in groups(shapes, counts, lambda shape: float(shape[0]) ** 3, [stack.dtype for stack in stacks]):
-        matrices = stacked(stacks, group)
-        beyond = np.arange(group.shape[0]) >= np.concatenate([sizes[i] for i in group.members])[:, None]
-        if beyond.any():
-            diagonal = jnp.where(beyond, jax.vmap(corner)(matrices)[:, None], 0)
-            matrices += jax.vmap(jnp.diag)(diagonal)
-        made = jax.lax.map(fn, matrices)
-        parts = [split(leaf, group, counts) for leaf in jax.tree.leaves(made)]
-        for position, i in enumerate(group.members):
-            rows, columns = shapes[i]
-            leaves = [part[position][:, :rows, :columns] for part in parts]
-            results[i] = jax.tree.unflatten(jax.tree.structure(made), leaves)
+        sizes = [np.full(len(stack), stack.shape[1]) for stack in first]
+    results: list[Any] = [None] * len(first)
+    for group in groups(shapes, counts, lambda shape: float(shape[0]) ** 3, [stack.dtype for stack in first]):
+        operands = [stacked(arrays, group) for arrays in stacks]
+        rows = jnp.asarray(np.concatenate([sizes[i] for i in group.members]))
+        made = jax.lax.map(lambda operands: fn(*operands), (rows, *operands))
+        parts = jax.tree.map(lambda leaf, group=group: split(leaf, group, counts), made)
+        outer, inner = jax.tree.structure(made), jax.tree.structure([0] * len(group.members))
+        for i, part in zip(group.members, jax.tree.transpose(outer, inner, parts), strict=True):
+            results[i] = jax.tree.map(lambda leaf, i=i: leaf[:, : shapes[i][0], : shapes[i][1]], part)
     return results

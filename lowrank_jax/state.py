@@ -68,7 +68,11 @@ def init_params(
       seed: of the run, a whole number or a uint32 scalar.
       moments: of the layers' inputs, for a data-aware factorisation.
     """
-    variables = init_dense(model, images, seed)
+    return factorized(init_dense(model, images, seed), plan, seed, moments)
+
+
+def factorized(variables: Any, plan: Plan, seed: Any, moments: dict[str, jax.Array] | None = None) -> tuple[Any, Any]:
+    """`init_params` from variables that are drawn already."""
     params = factorize(variables["params"], plan, key=key(seed, "factorize"), moments=moments)
     return params, variables.get("batch_stats", {})
 
@@ -85,5 +89,10 @@ def init_state(
 ) -> TrainState:
     """A state before its first step, arguments as in `init_params`; made to run under `jit`, decompositions included."""
     params, batch_stats = init_params(model, plan, images, seed, moments)
+    return fresh_state(params, batch_stats, optimizer, ema=ema)
+
+
+def fresh_state(params: Any, batch_stats: Any, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    """A state before its first step, from its parameters."""
     average = {"params": params, "batch_stats": batch_stats} if ema else {}
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), average)

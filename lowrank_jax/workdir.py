@@ -16,10 +16,11 @@ from upath import UPath
 from lowrank_jax import config as configs
 
 # What may change between two starts of one experiment: where things are, what is written and how often, how many devices, how
-# layers run on them, and how many images may be passed over, which no figure depends on as long as it is enough.
+# layers run on them, what decomposes their kernels, and how many images may be passed over, which no figure depends on as long
+# as it is enough.
 _FREE = (
-    "dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "log.", "profile.", "lowrank.execution",
-    "mesh.",
+    "dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "init.", "log.", "profile.",
+    "lowrank.execution", "mesh.",
 )  # fmt: skip
 
 
