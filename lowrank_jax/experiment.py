@@ -17,7 +17,7 @@ from lowrank_jax.config import ConfigError, make_plan
 from lowrank_jax.data.datasets import Dataset
 from lowrank_jax.plans import Plan
 from lowrank_jax.schema import Config
-from lowrank_jax.sharding import batch_sharding, make_mesh, replicated, tree_shardings
+from lowrank_jax.sharding import absent_mesh, batch_sharding, gathered, make_mesh, replicated, state_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Experiment:
       dataset: what is known of its data beforehand.
       model, plan: the network, and which of its kernels are factored.
       make_optimizer: the schedule and the optimiser of a learning rate, which may be traced.
-      mesh: the devices.
+      mesh: the devices; abstract where they need not be there.
       shapes: a TrainState of `jax.ShapeDtypeStruct`s with their shardings.
     """
 
@@ -48,8 +48,7 @@ class Experiment:
           batches: what the layers' second moments are taken from when `lowrank.moment_batches` asks for any.
         """
         moments = self._second_moments(batches) if self.config.lowrank.moment_batches else None
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        return jax.jit(self._init_state, out_shardings=shardings)(self._seed(), moments)
+        return jax.jit(self._init_state, out_shardings=self._shardings())(self._seed(), moments)
 
     def _init_state(self, seed: Any, moments: dict[str, jax.Array] | None) -> state.TrainState:
         _, optimizer = self.make_optimizer(self.config.peak_lr)
@@ -85,11 +84,11 @@ class Experiment:
                 accumulate=settings.accumulate,
                 ema_decay=settings.ema_decay,
                 seed=seed,
+                gather=self._gather,
             )
             return update(state, batch)
 
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(self._shardings(), replicated(self.mesh)))
         return jitted.lower(self.shapes, self._batch_shapes(), *self._settings())
 
     def _settings(self) -> tuple[np.uint32, np.float32]:
@@ -99,7 +98,20 @@ class Experiment:
         return np.uint32(self.config.seed)
 
     def jit_eval_step(self) -> Callable[..., step.Metrics]:
-        return jax.jit(step.make_eval_step(self.model, self._normalizer()), out_shardings=replicated(self.mesh))
+        eval_step = step.make_eval_step(self.model, self._normalizer(), gather=self._gather)
+        return jax.jit(eval_step, out_shardings=replicated(self.mesh))
+
+    def _gather(self, params: Any) -> Any:
+        """Parameters as a step computes with them: what the fsdp axis cuts is put together on every device.
+
+        Left to itself the TPU's compiler cuts the convolutions instead and passes slices of kernels around (CHANGELOG.md).
+        """
+        if self.mesh.shape["fsdp"] == 1:  # an evaluation step may serve networks of other ranks
+            return params
+        return jax.lax.with_sharding_constraint(params, gathered(self._shardings().params))
+
+    def _shardings(self) -> state.TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
 
     def _normalizer(self):
         return mixing.normalizer(self.dataset.mean, self.dataset.std)
@@ -128,19 +140,19 @@ def blank_images(dataset: Dataset) -> jax.Array:
     return jnp.zeros((1, *dataset.image_shape), jnp.float32)
 
 
-def build(config: Config, source: str = "config", devices: Sequence[Any] | None = None) -> Experiment:
+def build(config: Config, source: str = "config", devices: Sequence[Any] | int | None = None) -> Experiment:
     """Puts an experiment together; nothing is computed and no data is touched.
 
     Args:
       config: the experiment.
       source: what to call it in messages.
-      devices: of the mesh, by default all of this machine's.
+      devices: of the mesh, by default all of this machine's; a number for some that need not be there, to see the layout.
 
     Raises:
       ConfigError: the parts do not fit together.
     """
     plan, dataset, model = make_plan(config), config.description, config.build_model()
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
+    mesh = _mesh(config, devices)
     settings = config.optim
     init_params = functools.partial(state.init_params, model, plan, blank_images(dataset), config.seed)
     params, _ = jax.eval_shape(init_params)
@@ -180,7 +192,17 @@ def build(config: Config, source: str = "config", devices: Sequence[Any] | None 
     ema = settings.ema_decay is not None
     init_state = functools.partial(state.init_state, model, plan, optimizer, blank_images(dataset), config.seed, ema=ema)
     shapes = jax.eval_shape(init_state)
-    return Experiment(config, dataset, model, plan, make_optimizer, mesh, _placed(shapes, tree_shardings(shapes, mesh)))
+    try:
+        shardings = state_shardings(shapes, mesh, config.mesh.to_rules())
+    except ValueError as error:
+        raise ConfigError(source, [f"mesh.rules: {line}" for line in str(error).splitlines()]) from error
+    return Experiment(config, dataset, model, plan, make_optimizer, mesh, _placed(shapes, shardings))
+
+
+def _mesh(config: Config, devices: Sequence[Any] | int | None) -> Mesh:
+    if isinstance(devices, int):
+        return absent_mesh(**config.mesh.sizes(devices))
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:
