@@ -25,7 +25,7 @@ from lowrank_jax.data import datasets
 from lowrank_jax.paths import did_you_mean
 from lowrank_jax.plans import Plan
 from lowrank_jax.schema import Config, DatasetConfig, Duration
-from lowrank_jax.sharding import AXES, rule_problems
+from lowrank_jax.sharding import AXES, read_rules, rule_problems
 
 
 class ConfigError(Exception):
@@ -420,15 +420,13 @@ def _mesh_rule_problems(config: Config, devices: int | None) -> list[str]:
     """What of the sharding rules does not fit the network, or the mesh as far as it is known."""
     if not config.mesh.rules:
         return []
-    try:
-        rules = config.mesh.to_rules()
-    except ValueError as error:
-        return [f"mesh.rules: {line}" for line in str(error).splitlines()]
+    rules, problems = read_rules(config.mesh.rules)
     sizes = config.mesh.sizes(devices) if devices else {axis: getattr(config.mesh, axis) for axis in AXES}
     known = {axis: size for axis, size in sizes.items() if size != -1}
     model = config.build_model()
     variables = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images_like(config))
-    return [f"mesh.rules: {problem}" for problem in rule_problems(rules, nn.meta.unbox(variables["params"]), known)]
+    problems += rule_problems(rules, nn.meta.unbox(variables["params"]), known)
+    return [f"mesh.rules: {problem}" for problem in problems]
 
 
 def _mesh_problems(config: Config, devices: int) -> list[str]:

@@ -241,9 +241,13 @@ class MeshConfig:
         """Devices along each axis, of so many in all."""
         return dict(zip(AXES, mesh_sizes(devices, self.data, self.fsdp, self.model), strict=True))
 
+    @property
+    def least_devices(self) -> int:
+        """So many that an axis of all devices that are left has one."""
+        return math.prod(size for size in (self.data, self.fsdp, self.model) if size != -1)
+
     def to_rules(self) -> tuple[ShardingRule, ...]:
-        """Raises ValueError, one line a problem, if they are not valid for any network."""
-        return read_rules(self.rules)
+        return read_rules(self.rules)[0]  # `config` has reported what is wrong with them
 
 
 def _positive(duration: Duration) -> str | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,8 @@ from lowrank_jax.paths import compile_pattern, did_you_mean, first_match, map_na
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
-# Outer first: what is left when the fsdp parts are gathered is one piece, the model axis' part.
-_ONE_AXIS = ("model", "fsdp")
+# Of one array axis; outer first: once the fsdp parts are gathered, a device holds one piece, the model axis' part.
+_TOGETHER = ("model", "fsdp")
 
 Entry = tuple[str, ...]
 """The mesh axes that cut one axis of an array, outer first; empty for none."""
@@ -73,47 +73,48 @@ class ShardingRule:
     spec: tuple[Entry, ...]
 
 
-def read_rules(given: Sequence[Mapping[str, Any]]) -> tuple[ShardingRule, ...]:
-    """Rules as a config has them: `{"path": ".*/kernel", "spec": (None, "fsdp", ("model", "data"))}`.
+def read_rules(given: Sequence[Mapping[str, Any]]) -> tuple[tuple[ShardingRule, ...], list[str]]:
+    """Rules as a config has them, `{"path": ".*/kernel", "spec": (None, "fsdp", ("model", "data"))}`, and what is wrong with them.
 
-    Raises:
-      ValueError: some are none, one line a problem; what holds for any mesh and network is checked.
+    A spec that cannot be read is taken for an empty one, so that the rest can still be judged.
     """
     rules, problems = [], []
     for entry in given:
+        problems += [
+            f"rule {dict(entry)}: unknown key {key!r}{did_you_mean(str(key), ('path', 'spec'))}"
+            for key in entry
+            if key not in ("path", "spec")
+        ]
+        path, spec = entry.get("path"), entry.get("spec")
+        if not isinstance(path, str) or not isinstance(spec, list | tuple):
+            example = '{"path": "head/kernel", "spec": ("fsdp", None)}'
+            problems.append(f"rule {dict(entry)}: needs a path and a spec, such as {example}")
+            continue
         try:
-            rules.append(_read_rule(entry))
+            compile_pattern(path)
         except ValueError as error:
             problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return tuple(rules)
+            continue
+        try:
+            rules.append(ShardingRule(path, _read_spec(path, spec)))
+        except ValueError as error:
+            problems.append(str(error))
+            rules.append(ShardingRule(path, ()))
+    return tuple(rules), problems
 
 
-def _read_rule(given: Mapping[str, Any]) -> ShardingRule:
-    for key in given:
-        if key not in ("path", "spec"):
-            raise ValueError(f"rule {dict(given)}: unknown key {key!r}{did_you_mean(str(key), ('path', 'spec'))}")
-    path, spec = given.get("path"), given.get("spec")
-    if not isinstance(path, str) or not isinstance(spec, list | tuple):
-        raise ValueError(f'rule {dict(given)}: needs a path and a spec: {{"path": "head/kernel", "spec": ("fsdp", None)}}')
-    compile_pattern(path)
-    entries = tuple(_read_entry(path, entry) for entry in spec)
+def _read_spec(path: str, spec: Sequence[Any]) -> tuple[Entry, ...]:
+    entries = tuple(() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in spec)
+    for entry in entries:
+        if not isinstance(entry, list | tuple):
+            raise ValueError(f"rule {path!r}: {entry!r} is neither None, nor a mesh axis, nor a tuple of them")
     names = [name for entry in entries for name in entry]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise ValueError(f"rule {path!r}: mesh axis {twice!r} is named twice; it can cut an array only once")
-    return ShardingRule(path, entries)
-
-
-def _read_entry(path: str, entry: Any) -> Entry:
-    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-    if not isinstance(names, list | tuple):
-        raise ValueError(f"rule {path!r}: {entry!r} is neither None, nor a mesh axis, nor a tuple of them")
     for name in names:
         if name not in AXES:
             raise ValueError(f"rule {path!r}: there is no mesh axis {name!r}{did_you_mean(str(name), AXES)}")
-    return tuple(names)
+        if names.count(name) > 1:
+            raise ValueError(f"rule {path!r}: mesh axis {name!r} is named twice; it can cut an array only once")
+    return tuple(map(tuple, entries))
 
 
 def rule_problems(rules: Sequence[ShardingRule], params: Any, sizes: Mapping[str, int]) -> list[str]:
@@ -142,7 +143,7 @@ def _misfit(spec: tuple[Entry, ...], shape: tuple[int, ...], sizes: Mapping[str,
     if len(spec) != len(shape):
         return f"has {len(shape)} axes, the spec {len(spec)}"
     for axis, (entry, size) in enumerate(zip(spec, shape, strict=True)):
-        parts = math.prod(sizes.get(name, 1) for name in entry)
+        parts = _parts(entry, sizes)
         if size % parts:
             return f"cannot be cut into {parts} parts along axis {axis} by {' and '.join(entry)}"
     return None
@@ -187,8 +188,8 @@ def param_specs(params: Any, sizes: Mapping[str, int], rules: Sequence[ShardingR
             specs[name] = _automatic(leaf.shape, sizes) if spec is None else _partition(spec, sizes)
         elif spec is None:
             depth = len(leaf.stack)
-            specs[f"{name}/u"] = _long_side(leaf.u.shape, range(depth, leaf.u.ndim - 1), sizes)
-            specs[f"{name}/v"] = _long_side(leaf.v.shape, range(depth + 1, leaf.v.ndim), sizes)
+            specs[f"{name}/u"] = _automatic(leaf.u.shape, sizes, range(depth, leaf.u.ndim - 1))
+            specs[f"{name}/v"] = _automatic(leaf.v.shape, sizes, range(depth + 1, leaf.v.ndim))
         else:
             specs[f"{name}/u"], specs[f"{name}/v"] = _split(spec, leaf, sizes)
     return specs
@@ -210,26 +211,22 @@ def _partition(spec: Sequence[Entry], sizes: Mapping[str, int]) -> PartitionSpec
     return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in cutting))
 
 
-def _long_side(shape: tuple[int, ...], axes: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
-    """Cuts the longest of some axes by as much of the mesh as divides it."""
+def _automatic(shape: tuple[int, ...], sizes: Mapping[str, int], axes: Iterable[int] | None = None) -> PartitionSpec:
+    """Cuts the longest of some axes, by default of all, by as much of the mesh as divides it, the next one by what is left.
+
+    The fsdp axis leaves arrays of one axis alone: they weigh nothing, and each would have to be gathered.
+    """
     spec: list[Entry] = [()] * len(shape)
-    for axis in sorted(axes, key=lambda axis: -shape[axis]):
-        used = {name for entry in spec for name in entry}
-        for names in (_ONE_AXIS, ("fsdp",), ("model",)):
-            if not used & set(names) and shape[axis] % math.prod(sizes[name] for name in names) == 0:
-                spec[axis] = names
-                break
+    left = _TOGETHER if len(shape) > 1 else ("model",)
+    for axis in sorted(range(len(shape)) if axes is None else axes, key=lambda axis: -shape[axis]):
+        candidates = (left, *((name,) for name in left))
+        spec[axis] = next((names for names in candidates if shape[axis] % _parts(names, sizes) == 0), ())
+        left = tuple(name for name in left if name not in spec[axis])
     return _partition(spec, sizes)
 
 
-def _automatic(shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """Of an array that is no factor: the fsdp axis cuts its longest axis that it divides, the model axis the longest left."""
-    spec: list[Entry] = [()] * len(shape)
-    for name in ("fsdp", "model"):
-        free = [axis for axis in range(len(shape)) if not spec[axis] and shape[axis] % sizes[name] == 0]
-        if sizes[name] > 1 and free:
-            spec[max(free, key=lambda axis: shape[axis])] = (name,)
-    return _partition(spec, sizes)
+def _parts(names: Entry, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes.get(name, 1) for name in names)
 
 
 def bytes_per_device(shapes: Any) -> int:
