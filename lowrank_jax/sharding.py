@@ -74,7 +74,7 @@ class ShardingRule:
 
 
 def read_rules(given: Sequence[Mapping[str, Any]]) -> tuple[tuple[ShardingRule, ...], list[str]]:
-    """Rules as a config has them, `{"path": ".*/kernel", "spec": (None, "fsdp", ("model", "data"))}`, and what is wrong with them.
+    """Rules as a config has them, `{"path": "head/kernel", "spec": ("fsdp", None)}`, and what is wrong with them.
 
     A spec that cannot be read is taken for an empty one, so that the rest can still be judged.
     """

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lowrank_jax import experiment as experiments
+from lowrank_jax.checkpoint import Checkpoints
 from lowrank_jax.collectives import collectives
 from lowrank_jax.config import ConfigError
 from lowrank_jax.kernel import LowRankKernel
@@ -231,6 +232,19 @@ def test_every_mesh_trains_as_one_device_does(net, mesh, rules, of_one_device):
     assert (bytes_per_device(experiment.shapes) < bytes_per_device(alone(net).shapes)) == (mesh != (8, 1, 1))
     # Sums in another order: float32's rounding of 6e-8, grown by four steps and by BatchNorm's division.
     np.testing.assert_allclose(train(experiment, state), expected, rtol=1e-5)
+
+
+def test_a_checkpoint_is_restored_to_another_mesh_and_other_rules(of_one_device, tmp_path):
+    state, _ = of_one_device("mlp")
+    saved, restored = build("mlp", (2, 2, 2), mesh__rules=RULES["mlp"]), build("mlp", (1, 8, 1))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, saved.shapes)), {})
+        checkpoints.wait()
+        back = checkpoints.restore(restored.shapes)
+    assert back is not None
+    jax.tree.map(np.testing.assert_array_equal, back.state, state)
+    jax.tree.map(lambda ours, shape: np.testing.assert_(ours.sharding == shape.sharding), back.state, restored.shapes)
+    assert back.state.params["dense1"]["kernel"].u.sharding.spec == PartitionSpec("fsdp", None)
 
 
 def test_a_step_sums_no_more_than_the_parameters_weigh():
