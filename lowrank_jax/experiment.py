@@ -102,13 +102,15 @@ class Experiment:
         return jax.jit(eval_step, out_shardings=replicated(self.mesh))
 
     def _gather(self, params: Any) -> Any:
-        """Parameters as a step computes with them: what the fsdp axis cuts is put together on every device.
+        """Parameters as a step computes with them: what cuts a batch does not cut them.
 
         Left to itself the TPU's compiler cuts the convolutions instead and passes slices of kernels around (CHANGELOG.md).
         """
-        if self.mesh.shape["fsdp"] == 1:  # an evaluation step may serve networks of other ranks
+        stored = self._shardings().params
+        computed = gathered(stored)
+        if computed == stored:  # an evaluation step may then serve networks of other ranks
             return params
-        return jax.lax.with_sharding_constraint(params, gathered(self._shardings().params))
+        return jax.lax.with_sharding_constraint(params, computed)
 
     def _shardings(self) -> state.TrainState:
         return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)

@@ -235,11 +235,13 @@ def bytes_per_device(shapes: Any) -> int:
 
 
 def gathered(shardings: Any) -> Any:
-    """The same without the fsdp axis: how parameters lie while a step computes with them."""
+    """The same uncut along the axes that cut a batch: how parameters lie while a step computes with them."""
 
-    def without(entry: Any) -> Any:
+    def without(entry: Any) -> Entry:
         names = () if entry is None else (entry,) if isinstance(entry, str) else entry
-        left = tuple(name for name in names if name != "fsdp")
-        return left[0] if len(left) == 1 else left or None
+        return tuple(name for name in names if name not in BATCH_AXES)
 
-    return jax.tree.map(lambda sharding: NamedSharding(sharding.mesh, PartitionSpec(*map(without, sharding.spec))), shardings)
+    def gather(sharding: NamedSharding) -> NamedSharding:
+        return NamedSharding(sharding.mesh, _partition(tuple(map(without, sharding.spec)), sharding.mesh.shape))
+
+    return jax.tree.map(gather, shardings)

@@ -191,14 +191,17 @@ def train(experiment, state):
     step, evaluate = experiment.compile_train_step(), experiment.jit_eval_step()
     rng, size, seen = np.random.default_rng(0), experiment.config.batch_size, []
     state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, experiment.shapes))
-    for _ in range(4):
+
+    def batch():
         images = rng.integers(0, 256, (size, 8, 8, 1)).astype(np.uint8)
-        batch = put_batch({"image": images, "label": rng.integers(0, 10, size).astype(np.int32)}, experiment.mesh)
-        state, metrics = step(state, batch)
+        return {"image": images, "label": rng.integers(0, 10, size).astype(np.int32)}
+
+    for _ in range(4):
+        state, metrics = step(state, put_batch(batch(), experiment.mesh))
         seen += [float(metrics["loss"]), float(metrics["grad_norm"])]
-    mask = put_batch({"mask": np.ones(size, np.float32)}, experiment.mesh)
+    examples = put_batch({**batch(), "mask": np.ones(size, np.float32)}, experiment.mesh)
     averages = state.variables()[""]
-    return [*seen, float(evaluate(averages["params"], averages["batch_stats"], {**batch, **mask})["loss"])]
+    return [*seen, float(evaluate(averages["params"], averages["batch_stats"], examples)["loss"])]
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +262,10 @@ def test_a_step_sums_no_more_than_the_parameters_weigh():
         assert weights[arm] <= sums[arm] <= weights[arm] + statistics
         assert set(found) <= {"collective-permute"}  # mixup's neighbours
     assert sums["spectral"] / sums["none"] < 1.2 * weights["spectral"] / weights["none"]
+
+
+def test_a_step_gathers_what_the_fsdp_axis_cuts_once_and_moves_nothing_else():
+    experiment = build("conv", (1, 8, 1), dataset__mixup=0.0)
+    found = collectives(str(experiment.lower_train_step().compile().as_text()))
+    cut = sum(4 * leaf.size for leaf in jax.tree.leaves(experiment.shapes.params) if any(leaf.sharding.spec))
+    assert set(found) == {"all-gather", "all-reduce"} and found["all-gather"] == cut > 0
