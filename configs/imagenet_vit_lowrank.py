@@ -44,6 +44,12 @@ def get_config():
         {"path": "(embed|head)/kernel", "method": "none"},
         {"path": ".*/mlp/fc1/kernel", "activation": "gelu"},
     )
+    # Heads stay whole: by itself the model axis would cut every head, whose scores would then have to be summed.
+    config.mesh.rules = (
+        {"path": ".*/attention/(query|key|value)/kernel", "spec": ("fsdp", "model", None)},
+        {"path": ".*/attention/(query|key|value)/bias", "spec": ("model", None)},
+        {"path": ".*/attention/out/kernel", "spec": ("model", None, "fsdp")},
+    )
     config.eval.batch_size = 1024
     config.log.every = "100 steps"
     return config.lock()

@@ -87,8 +87,9 @@ _REPORT = """examples:
 _OVERVIEW = f"""examples:
   lowrank overview --config=configs/digits_resnet.py
   lowrank overview --config=configs/fashion_mnist_resnet.py --config.lowrank.scale=0.1
+  lowrank overview --config=configs/imagenet_resnet50_lowrank.py --config.mesh.fsdp=4 --devices=16
 
-Touches no data and computes nothing. {_OVERRIDES}"""
+Touches no data, computes nothing and needs none of the devices. {_OVERRIDES}"""
 
 _PREFLIGHT = f"""examples:
   lowrank preflight --config=configs/imagenet_resnet50_lowrank.py --topology=v5e:4x4
@@ -291,9 +292,12 @@ def _report(args: argparse.Namespace) -> int:
 
 def _overview(args: argparse.Namespace) -> int:
     from lowrank_jax import config as configs
+    from lowrank_jax.overview import overview
 
+    jax.config.update("jax_platforms", "cpu")  # not even to look at: another process may hold the accelerators
     source, loaded = _load(args)
-    print(configs.make_plan(configs.parse(loaded, source=source)))
+    devices = args.devices or configs.parse(loaded, source=source).mesh.least_devices
+    print(overview(configs.parse(loaded, source=source, devices=devices), devices, source))
     return 0
 
 
@@ -462,8 +466,13 @@ def _parser() -> argparse.ArgumentParser:
         help="shown at its best by validation; default: optim.lr",
     )
 
-    overview = add("overview", _overview, "Show every kernel with its rank, or why it stays dense.", _OVERVIEW)
+    overview = add(
+        "overview", _overview, "Show every kernel with its rank, or why it stays dense, and what each device holds.", _OVERVIEW
+    )
     overview.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
+    overview.add_argument(
+        "--devices", type=_count, metavar="N", help="show what each of N devices holds; default: the fewest that the mesh takes"
+    )
 
     flight = add("preflight", _preflight, "Estimate what training takes of a TPU slice, without one.", _PREFLIGHT)
     flight.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")

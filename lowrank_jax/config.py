@@ -25,6 +25,7 @@ from lowrank_jax.data import datasets
 from lowrank_jax.paths import did_you_mean
 from lowrank_jax.plans import Plan
 from lowrank_jax.schema import Config, DatasetConfig, Duration
+from lowrank_jax.sharding import AXES, read_rules, rule_problems
 
 
 class ConfigError(Exception):
@@ -244,7 +245,10 @@ def _relations(config: Config, devices: int | None, wrong: set[str]) -> list[str
     if not parts and not any(key.startswith(("dataset.", "model.", "lowrank.")) for key in wrong):
         parts = _plan_problems(config)
     problems += parts
-    problems += _mesh_problems(config, devices) if devices else []
+    mesh = _mesh_problems(config, devices) if devices else []
+    problems += mesh
+    if not mesh and not problems and not any(key.startswith(("dataset.", "model", "mesh.")) for key in wrong):
+        problems += _mesh_rule_problems(config, devices)
     return problems
 
 
@@ -415,8 +419,21 @@ def _rule_problems(config: Config, wrong: set[str]) -> list[str]:
     return []
 
 
+def _mesh_rule_problems(config: Config, devices: int | None) -> list[str]:
+    """What of the sharding rules does not fit the network, or the mesh as far as it is known."""
+    if not config.mesh.rules:
+        return []
+    rules, problems = read_rules(config.mesh.rules)
+    sizes = config.mesh.sizes(devices) if devices else {axis: getattr(config.mesh, axis) for axis in AXES}
+    known = {axis: size for axis, size in sizes.items() if size != -1}
+    model = config.build_model()
+    variables = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images_like(config))
+    problems += rule_problems(rules, nn.meta.unbox(variables["params"]), known)
+    return [f"mesh.rules: {problem}" for problem in problems]
+
+
 def _mesh_problems(config: Config, devices: int) -> list[str]:
-    axes = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "model")}
+    axes = {axis: getattr(config.mesh, axis) for axis in AXES}
     fixed = math.prod(size for size in axes.values() if size != -1)
     free = [axis for axis, size in axes.items() if size == -1]
     if len(free) > 1:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from lowrank_jax import chips, inputs, mixing, optim, state, step
 from lowrank_jax.config import ConfigError, make_plan
@@ -19,7 +19,15 @@ from lowrank_jax.data.datasets import Dataset
 from lowrank_jax.execution import choose_execution
 from lowrank_jax.plans import Plan
 from lowrank_jax.schema import Config
-from lowrank_jax.sharding import batch_sharding, batch_shards, make_mesh, replicated, tree_shardings
+from lowrank_jax.sharding import (
+    absent_mesh,
+    batch_sharding,
+    batch_shards,
+    gathered,
+    make_mesh,
+    replicated,
+    state_shardings,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Experiment:
       dataset: what is known of its data beforehand.
       model, plan: the network, and which of its kernels are factored.
       make_optimizer: the schedule and the optimiser of a learning rate, which may be traced.
-      mesh: the devices.
+      mesh: the devices; abstract where they need not be there.
       shapes: a TrainState of `jax.ShapeDtypeStruct`s with their shardings.
     """
 
@@ -120,6 +128,7 @@ class Experiment:
                 accumulate=settings.accumulate,
                 ema_decay=settings.ema_decay,
                 seed=seed,
+                gather=self._gather,
             )
             return update(state, batch)
 
@@ -133,7 +142,19 @@ class Experiment:
         return np.uint32(self.config.seed)
 
     def jit_eval_step(self) -> jax.stages.Wrapped:
-        return jax.jit(step.make_eval_step(self.model, self._normalizer()), out_shardings=replicated(self.mesh))
+        eval_step = step.make_eval_step(self.model, self._normalizer(), gather=self._gather)
+        return jax.jit(eval_step, out_shardings=replicated(self.mesh))
+
+    def _gather(self, params: Any) -> Any:
+        """Parameters as a step computes with them: what cuts a batch does not cut them.
+
+        Left to itself the TPU's compiler cuts the convolutions instead and passes slices of kernels around (CHANGELOG.md).
+        """
+        stored = self._shardings().params
+        computed = gathered(stored)
+        if computed == stored:  # an evaluation step may then serve networks of other ranks
+            return params
+        return jax.lax.with_sharding_constraint(params, computed)
 
     def lower_eval_step(self) -> jax.stages.Lowered:
         """The evaluation step of training before it is compiled for the devices of the mesh, which need not be there."""
@@ -186,19 +207,19 @@ def blank_images(dataset: Dataset) -> jax.Array:
     return jnp.zeros((1, *dataset.image_shape), jnp.float32)
 
 
-def build(config: Config, source: str = "config", devices: Sequence[Any] | None = None) -> Experiment:
+def build(config: Config, source: str = "config", devices: Sequence[Any] | int | None = None) -> Experiment:
     """Puts an experiment together; nothing is computed and no data is touched.
 
     Args:
       config: the experiment.
       source: what to call it in messages.
-      devices: of the mesh, by default all of this machine's.
+      devices: of the mesh, by default all of this machine's; a number for some that need not be there, to see the layout.
 
     Raises:
       ConfigError: the parts do not fit together.
     """
     dataset, model = config.description, config.build_model()
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
+    mesh = _mesh(config, devices)
     plan = planned_for(mesh, config)
     settings = config.optim
     init_params = functools.partial(state.init_params, model, plan, blank_images(dataset), config.seed)
@@ -239,11 +260,23 @@ def build(config: Config, source: str = "config", devices: Sequence[Any] | None 
     ema = settings.ema_decay is not None
     init_state = functools.partial(state.init_state, model, plan, optimizer, blank_images(dataset), config.seed, ema=ema)
     shapes = jax.eval_shape(init_state)
-    return Experiment(config, dataset, model, plan, make_optimizer, mesh, _placed(shapes, tree_shardings(shapes, mesh)))
+    try:
+        shardings = state_shardings(shapes, mesh, config.mesh.to_rules())
+    except ValueError as error:
+        raise ConfigError(source, [f"mesh.rules: {line}" for line in str(error).splitlines()]) from error
+    return Experiment(config, dataset, model, plan, make_optimizer, mesh, _placed(shapes, shardings))
 
 
-def planned_for(mesh: Mesh, config: Config) -> Plan:
-    """The config's plan, with the execution of every kernel chosen for the devices of a mesh."""
+def _mesh(config: Config, devices: Sequence[Any] | int | None) -> Mesh:
+    if isinstance(devices, int):
+        return absent_mesh(**config.mesh.sizes(devices))
+    return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
+
+
+def planned_for(mesh: Mesh | AbstractMesh, config: Config) -> Plan:
+    """The config's plan, with the execution of every kernel chosen for the devices of a mesh, if there are any."""
+    if isinstance(mesh, AbstractMesh):
+        return make_plan(config)
     chip = chips.of_device(mesh.devices.flat[0])
     part = batch_shards(mesh) * config.optim.accumulate
     itemsize = jnp.dtype(config.model.dtype).itemsize

@@ -15,6 +15,7 @@ from lowrank_jax.data.augment import Augmentation
 from lowrank_jax.methods import METHODS
 from lowrank_jax.paths import compile_pattern, did_you_mean
 from lowrank_jax.ranks import Rule
+from lowrank_jax.sharding import AXES, ShardingRule, mesh_sizes, read_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +256,19 @@ class MeshConfig:
     data: int = _option(-1, _axis_size)
     fsdp: int = _option(1, _axis_size)
     model: int = _option(1, _axis_size)
+    rules: tuple[dict, ...] = ()  # exceptions from the automatic sharding, in order: {"path": ..., "spec": ...}
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Devices along each axis, of so many in all."""
+        return dict(zip(AXES, mesh_sizes(devices, self.data, self.fsdp, self.model), strict=True))
+
+    @property
+    def least_devices(self) -> int:
+        """So many that an axis of all devices that are left has one."""
+        return math.prod(size for size in (self.data, self.fsdp, self.model) if size != -1)
+
+    def to_rules(self) -> tuple[ShardingRule, ...]:
+        return read_rules(self.rules)[0]  # `config` has reported what is wrong with them
 
 
 def _positive(duration: Duration) -> str | None:

@@ -13,6 +13,7 @@ from lowrank_jax.mixing import Mixing, Normalize
 from lowrank_jax.state import TrainState, key
 
 Metrics = dict[str, jax.Array]
+Gather = Callable[[Any], Any]
 
 
 def make_train_step(
@@ -24,6 +25,7 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float | None = None,
     seed: Any = 0,
+    gather: Gather = lambda params: params,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """A function `(state, batch) -> (state, metrics)`.
 
@@ -37,9 +39,11 @@ def make_train_step(
         mean over them.  BatchNorm normalises each part by itself, and devices exchange gradients after each.
       ema_decay: of the running average of parameters and BatchNorm statistics in `state.ema`; None for none.
       seed: of the run.
+      gather: lays the parameters out as the network computes with them.
     """
 
     def loss_fn(params: Any, state: TrainState, batch: dict[str, jax.Array]):
+        params = gather(params)
         part = batch["place"][0]
         images, targets = mixing(jax.random.fold_in(key(seed, "mixing", state.step), part), batch["image"], batch["label"])
         logits, updates = apply(
@@ -85,11 +89,13 @@ def moved_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
     return optax.incremental_update(new, average, 1 - jnp.minimum(decay, young))
 
 
-def make_eval_step(model: nn.Module, normalize: Normalize) -> Callable[[Any, Any, dict[str, jax.Array]], Metrics]:
-    """A function `(params, batch_stats, batch) -> sums` over the examples whose mask is 1."""
+def make_eval_step(
+    model: nn.Module, normalize: Normalize, *, gather: Gather = lambda params: params
+) -> Callable[[Any, Any, dict[str, jax.Array]], Metrics]:
+    """A function `(params, batch_stats, batch) -> sums` over the examples whose mask is 1; `gather` as in training."""
 
     def eval_step(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> Metrics:
-        variables = {"params": params, "batch_stats": batch_stats}
+        variables = {"params": gather(params), "batch_stats": batch_stats}
         logits = apply(model, variables, normalize(batch["image"]), train=False).astype(jnp.float32)
         label, mask = batch["label"], batch["mask"]
         place = rank_of_label(logits, label)

@@ -20,6 +20,7 @@ from lowrank_jax.config import Config, to_dict
 from lowrank_jax.data import datasets
 from lowrank_jax.data.pipeline import Shard, TrainBatches, train_iterator
 from lowrank_jax.evaluate import Interrupted, evaluate
+from lowrank_jax.overview import describe
 from lowrank_jax.plans import count
 from lowrank_jax.sharding import put_batch
 from lowrank_jax.state import TrainState
@@ -158,7 +159,7 @@ def train(
     folder.claim(to_dict(config))
     with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
         folder.forget_failure()
-        folder.write_text("overview.txt", f"{experiment.plan}\n")
+        folder.write_text("overview.txt", f"{describe(experiment)}\n")
         with Writer(folder) as writer, Checkpoints(folder.checkpoints, keep=config.checkpoint.keep) as checkpoints:
             writer.say(_headline(experiment))
             writer.show_settings(flatten(to_dict(config)))

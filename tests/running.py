@@ -39,10 +39,15 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 def config(**changes: Any) -> configs.Config:
     """The tiny experiment, parsed for the devices of this process."""
+    return parsed(devices=8, **changes)
+
+
+def parsed(*, devices: int, **changes: Any) -> configs.Config:
+    """The tiny experiment, parsed for so many devices."""
     given = configs.default()
     for key, value in settings(**changes).items():
         configs.override(given, key, str(value))
-    return configs.parse(given, devices=8)
+    return configs.parse(given, devices=devices)
 
 
 def command(workdir: pathlib.Path, name: str = "train", **changes: Any) -> list[str]:

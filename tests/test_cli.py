@@ -1,6 +1,7 @@
 """The command line as a user meets it: real processes, exit statuses, no tracebacks."""
 
 import json
+import re
 import signal
 import sys
 
@@ -93,6 +94,16 @@ def test_overview_names_every_kernel_without_touching_data(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "stage1/block1/conv1/kernel" in result.stdout and "kept dense by rule 1" in result.stdout
     assert not (tmp_path / "none").exists()
+
+
+def test_overview_shows_a_mesh_that_is_not_there():
+    axes = ("--config.mesh.fsdp=2", "--config.mesh.model=2")
+    sixteen = lowrank("overview", CONFIG, *axes, "--devices=16")
+    assert sixteen.returncode == 0, sixteen.stderr
+    assert "mesh data 4 x fsdp 2 x model 2" in sixteen.stdout
+    assert re.search(r"stage1/block1/conv1/kernel/u +3x3x16x4 +-, -, model\*fsdp, - +3x3x4x4 +576", sixteen.stdout)
+    three = lowrank("overview", CONFIG, *axes, "--devices=3")
+    assert three.returncode == 2 and "a mesh of -1x2x2 does not fit 3 devices" in three.stderr
 
 
 def test_a_wrong_config_gets_all_its_problems_and_status_2(tmp_path):

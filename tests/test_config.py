@@ -168,6 +168,10 @@ def test_each_problem_has_one_clear_line(overrides, message):
         ({"mesh__data": "3"}, "a mesh of 3x1x1 does not fit 8 devices"),
         ({"mesh__fsdp": "-1"}, "mesh.fsdp: -1, and so is mesh.data"),
         ({"batch_size": "12"}, "batch_size: 12; must be a multiple of the 8 devices"),
+        (
+            {"mesh__rules": "({'path': 'head/bias', 'spec': ('data',)},)"},
+            "mesh.rules: rule 'head/bias': head/bias [10] cannot be cut into 8 parts along axis 0 by data",
+        ),
     ],
 )
 def test_the_mesh_is_held_against_the_devices(overrides, message):

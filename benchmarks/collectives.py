@@ -1,0 +1,65 @@
+"""What eight TPU chips send each other in a training step of ResNet-50: factored, dense, and what the parameters weigh.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.collectives
+
+From the programs that the TPU's compiler makes for v5e:2x4 at its lowest effort; nothing runs, and no TPU is needed.
+"""
+
+import pathlib
+
+import jax
+
+from lowrank_jax import config as configs
+from lowrank_jax import experiment as experiments
+from lowrank_jax import preflight
+from lowrank_jax.collectives import collectives
+from lowrank_jax.plans import align
+from lowrank_jax.sharding import bytes_per_device
+
+CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "imagenet_resnet50_lowrank.py"
+ARMS = {"dense": {"lowrank.method": "none"}, **{str(scale): {"lowrank.scale": scale} for scale in (0.05, 0.1, 0.25, 0.5)}}
+# The data axis for all arms, the others for two of them: a compilation takes most of a minute.
+MESHES = {"data": tuple(ARMS), "fsdp": ("dense", "0.1"), "model": ("dense", "0.1")}
+MB = 1e6
+
+
+def main() -> None:
+    devices = preflight.topology("v5e:2x4")
+    jax.config.update("jax_optimization_level", "O0")
+    rows = [
+        [
+            "all devices on",
+            "scale",
+            "parameters MB",
+            "BatchNorm MB",
+            "all-reduce MB",
+            "all-gather MB",
+            "others MB",
+            "all / dense",
+        ]
+    ]
+    for axis, arms in MESHES.items():
+        dense = None
+        for arm in arms:
+            experiment = build(axis, arm, devices)
+            found = collectives(str(experiment.lower_train_step().compile().as_text()))
+            total = sum(found.values())
+            dense = dense or total
+            shapes = experiment.shapes
+            whole = 4 * experiment.plan.params
+            sizes = [whole, bytes_per_device(shapes.batch_stats), found.pop("all-reduce", 0), found.pop("all-gather", 0)]
+            rows.append([axis, arm, *(f"{size / MB:.1f}" for size in (*sizes, sum(found.values()))), f"{total / dense:.3f}"])
+            print(align(rows).splitlines()[-1], flush=True)
+    print(align(rows))
+
+
+def build(axis: str, arm: str, devices) -> experiments.Experiment:
+    loaded = configs.load(str(CONFIG))
+    mesh = {f"mesh.{name}": len(devices) if name == axis else 1 for name in MESHES}
+    for key, value in {**ARMS[arm], **mesh}.items():
+        configs.override(loaded, key, str(value))
+    return experiments.build(configs.parse(loaded, devices=len(devices)), devices=devices)
+
+
+if __name__ == "__main__":
+    main()
