@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from lowrank_jax import inputs, mixing, optim, state, step
+from lowrank_jax import inputs, mixing, optim, state, step, votes
 from lowrank_jax.config import ConfigError, make_plan
 from lowrank_jax.data.datasets import Dataset
 from lowrank_jax.plans import Plan
@@ -86,7 +86,9 @@ class Experiment:
                 ema_decay=settings.ema_decay,
                 seed=seed,
             )
-            return update(state, batch)
+            batch, word = votes.split(batch)
+            state, metrics = update(state, batch)
+            return state, {**metrics, **word}
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
@@ -99,7 +101,13 @@ class Experiment:
         return np.uint32(self.config.seed)
 
     def jit_eval_step(self) -> Callable[..., step.Metrics]:
-        return jax.jit(step.make_eval_step(self.model, self._normalizer()), out_shardings=replicated(self.mesh))
+        eval_step = step.make_eval_step(self.model, self._normalizer())
+
+        def step_with_word(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> step.Metrics:
+            batch, word = votes.split(batch)
+            return {**eval_step(params, batch_stats, batch), **word}
+
+        return jax.jit(step_with_word, out_shardings=replicated(self.mesh))
 
     def _normalizer(self):
         return mixing.normalizer(self.dataset.mean, self.dataset.std)
@@ -120,6 +128,7 @@ class Experiment:
         return {
             "image": jax.ShapeDtypeStruct((size, *self.dataset.image_shape), jnp.uint8, sharding=sharding),
             "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding),
+            **votes.batch_shapes(self.mesh),
         }
 
 
