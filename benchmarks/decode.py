@@ -25,7 +25,7 @@ import numpy as np
 
 from lowrank_jax.data import crops, datasets
 from lowrank_jax.data.augment import Augmentation
-from lowrank_jax.data.pipeline import TrainBatches, EvalBatches, Feed
+from lowrank_jax.data.pipeline import EvalBatches, Feed, TrainBatches
 from lowrank_jax.data.prepare import prepare
 from tests.imagenet_files import jpeg, natural_images, write_archives
 

@@ -68,11 +68,11 @@ class _LatestAndBest(managers.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one work directory.
 
-    Where a run has several processes, all of them call every method; each writes and reads its own part of every array, and they
-    agree on what can be used.
+    Where a run has several processes, all of them call every method; each writes and reads its own part of every array, and
+    they agree on what can be used.
 
     Args:
-      directory: where they are; made on the first save.
+      directory: where they are; made if need be.
       keep: how many of the latest to keep besides the best by top-1.
       read_only: for evaluation: nothing is written or moved.
     """
@@ -86,6 +86,7 @@ class Checkpoints:
             preservation_policy=_LatestAndBest(keep, self.best),
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
+            create=False,  # orbax refuses to, where barriers are the coordinator's
             multiprocessing_options=_together(),
         )
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone())
@@ -93,6 +94,9 @@ class Checkpoints:
         self._scores = self._read_scores()
 
     def _open(self) -> ocp.CheckpointManager:
+        if not self._read_only and jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        gather("opened")
         return ocp.CheckpointManager(self.directory, options=self._options)
 
     def steps(self) -> list[int]:

@@ -1,5 +1,6 @@
 """Several processes as one run: how they find each other, tell each other things, and end together."""
 
+import atexit
 import contextlib
 import dataclasses
 import itertools
@@ -19,6 +20,7 @@ from jax._src import distributed as _jax_distributed  # its client of the coordi
 _FAILURE = "lowrank/failure"
 _DAY = 24 * 60 * 60 * 1000  # in ms: a process that is lost ends the others by its missing heartbeat, not by a timeout
 _ENDING = 10.0  # seconds until a process that failed ends without the others
+_LOOK = 1000  # ms between two looks at whether the run is over
 _TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _rounds = itertools.count()
 
@@ -68,8 +70,8 @@ class Cluster:
 def start(cluster: Cluster) -> None:
     """Joins this process to the others of its run; it has to come before any use of the devices.
 
-    Without flags jax looks for a cluster in the environment (TPU slices, GKE, Slurm, Open MPI); where it finds none, or one of a
-    single task, the process is alone, as it is with `processes=1`.
+    Without flags jax looks for a cluster in the environment (TPU slices, GKE, Slurm, Open MPI); where it finds none, or one of
+    a single task, the process is alone, as it is with `processes=1`.
 
     Raises:
       ClusterError: the others cannot be found.
@@ -102,7 +104,11 @@ def start(cluster: Cluster) -> None:
     # jax's own handler would keep SIGTERM from ending a process that has nothing to save yet.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if several():
-        threading.Thread(target=_watch, daemon=True).start()
+        over = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(over,), daemon=True)
+        watcher.start()
+        # Where Python ends while a thread is in jax's hands, it aborts.  What is registered last runs first, before jax leaves.
+        atexit.register(lambda: (over.set(), watcher.join()))
 
 
 def several() -> bool:
@@ -136,16 +142,15 @@ def end_with_the_others(status: int) -> NoReturn:
     _exit(status, "another process failed and did not say why")
 
 
-def _watch() -> None:
+def _watch(over: threading.Event) -> None:
     """Ends this process when another has failed: the main thread may be waiting for that one's part of a computation."""
     client, process = _state().client, _state().process_id
-    while True:
-        try:
-            failure = json.loads(client.blocking_key_value_get(_FAILURE, _DAY))
-            break
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                return  # the run is over
+    failure = None
+    while not over.is_set() and failure is None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # not in this time
+            failure = json.loads(client.blocking_key_value_get(_FAILURE, _LOOK))
+    if failure is None:
+        return
     if process:
         client.key_value_set(f"{_FAILURE}/heard/{process}", "")
         _exit(failure["status"])
@@ -185,11 +190,11 @@ def _deadline(cluster: Cluster) -> Iterator[None]:
 
 
 def _absence(cluster: Cluster) -> str:
-    alone = "" if cluster.coordinator else " A cluster was detected; --processes=1 goes without."
     if cluster.process and not _answers(cluster.coordinator):
         return f"no coordinator at {cluster.coordinator} within {cluster.patience} s: is process 0 running there?"
-    of = f"of {cluster.processes} " if cluster.processes else ""
-    return f"not all {of}processes have come within {cluster.patience} s: start every one of them, with the same coordinator.{alone}"
+    if cluster.coordinator:
+        return f"not all of {cluster.processes} processes came within {cluster.patience} s: start each, with one --coordinator"
+    return f"not all processes of the cluster came within {cluster.patience} s: start each, or give --processes=1 to go without"
 
 
 def _answers(address: str | None) -> bool:

@@ -3,7 +3,7 @@ import pytest
 
 from lowrank_jax.data.augment import Augmentation, augment, crop_shifted
 from lowrank_jax.data.datasets import Arrays
-from lowrank_jax.data.pipeline import Shard, TrainBatches, EvalBatches, Feed
+from lowrank_jax.data.pipeline import EvalBatches, Feed, Shard, TrainBatches
 
 SIZE = 50
 VARIED = Augmentation(flip=True, crop_padding=2)

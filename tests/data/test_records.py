@@ -13,7 +13,7 @@ from PIL import Image
 from lowrank_jax.data import datasets
 from lowrank_jax.data.augment import Augmentation
 from lowrank_jax.data.datasets import DataError, Decoding, describe, load
-from lowrank_jax.data.pipeline import Shard, TrainBatches, EvalBatches, Feed
+from lowrank_jax.data.pipeline import EvalBatches, Feed, Shard, TrainBatches
 from lowrank_jax.data.prepare import prepare
 from tests.imagenet_files import WORDNET_IDS, jpeg, names, natural_images, write_archives
 from tests.running import ROOT
