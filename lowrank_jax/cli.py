@@ -128,10 +128,18 @@ def _run(args: argparse.Namespace) -> int:
         return _failed(DIVERGED, str(error))
     except OtherFailed:
         end_with_the_others(FAILED)
-    except Exception:
-        if several():  # the others must not wait for this process
-            return _failed(FAILED, traceback.format_exc())
-        raise
+    except Exception as error:
+        if not several():
+            raise
+        return _failed(FAILED, _accident(error))  # the others must not wait for this process
+
+
+def _accident(error: Exception) -> str:
+    """What became of one of several processes."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        what = (str(error) or "unknown").splitlines()[0]
+        return f"lowrank: the devices failed: {what}. If a process was lost, the same command on each goes on from the last save."
+    return "".join(traceback.format_exception(error))
 
 
 def _failed(status: int, message: str) -> int:

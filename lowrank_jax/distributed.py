@@ -20,6 +20,7 @@ from jax._src import distributed as _jax_distributed  # its client of the coordi
 _FAILURE = "lowrank/failure"
 _DAY = 24 * 60 * 60 * 1000  # in ms: a process that is lost ends the others by its missing heartbeat, not by a timeout
 _ENDING = 10.0  # seconds until a process that failed ends without the others
+_HEARING = 2.0  # seconds for the others to hear of a failure
 _LOOK = 1000  # ms between two looks at whether the run is over
 _TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _rounds = itertools.count()
@@ -157,7 +158,7 @@ def _watch(over: threading.Event) -> None:
     who = f"process {failure['process']}: " if failure["process"] else ""
     print(f"{who}{failure['message']}", file=sys.stderr)
     # With this process the coordinator ends, and the others are aborted if they have not heard by then.
-    end = time.monotonic() + _ENDING / 2
+    end = time.monotonic() + _HEARING
     while time.monotonic() < end and len(client.key_value_dir_get(f"{_FAILURE}/heard")) < _state().num_processes - 1:
         time.sleep(0.05)
     time.sleep(0.2)
