@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 FAILED, BAD_INPUT, DIVERGED, INTERRUPTED, KILLED = 1, 2, 4, 75, 130
 
+_HOSTS = ("coordinator", "processes", "process", "heartbeat", "patience")
+
 _STATUS = f"""exit status:
   0  done
   {FAILED}  some trials of a sweep did not succeed
@@ -138,7 +140,9 @@ def _accident(error: Exception) -> str:
     """What became of one of several processes."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         what = (str(error) or "unknown").splitlines()[0]
-        return f"lowrank: the devices failed: {what}. If a process was lost, the same command on each goes on from the last save."
+        return (
+            f"lowrank: the devices failed: {what}. If a process was lost, the same command on each goes on from the last save."
+        )
     return "".join(traceback.format_exception(error))
 
 
@@ -164,22 +168,25 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from lowrank_jax.evaluate import Evaluator, evaluate_all
 
-    _join(args)
+    if not args.watch:
+        _join(args)
     evaluator = Evaluator(split=args.split, data_dir=args.data_dir, dataset=args.dataset, max_undecodable=args.max_undecodable)
     workdirs = list(dict.fromkeys(args.workdir))
     if args.watch:
         return _watch(args, workdirs, evaluator)
-    if args.json:
+    first = jax.process_index() == 0
+    if args.json and first:
         pathlib.Path(args.json).touch()  # rather now than after the evaluation
     if len(workdirs) == 1:
         result = evaluator.evaluate(workdirs[0], args.step)
-        print(result.table())
+        if first:
+            print(result.table())
         done, text = [result], result.json()
     else:
-        done = evaluate_all(workdirs, evaluator, args.step, say=_say, complain=_complain)
+        done = evaluate_all(workdirs, evaluator, args.step, say=_say if first else _hush, complain=_complain)
         objects = [{"workdir": workdir, **dataclasses.asdict(result)} for workdir, result in done.items()]
         text = json.dumps(objects, indent=2) + "\n"
-    if args.json:
+    if args.json and first:
         pathlib.Path(args.json).write_text(text)
     return 0 if len(done) == len(workdirs) else BAD_INPUT
 
@@ -188,6 +195,8 @@ def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator"
     from lowrank_jax.config import ConfigError
     from lowrank_jax.watch import watch
 
+    if flags := _given(args, _HOSTS):
+        raise ConfigError("--watch", [f"it is one process: leave out {' '.join(f'--{flag}' for flag in flags)}"])
     if args.json or args.step != "latest":
         raise ConfigError("--watch", ["it evaluates every checkpoint into a file of its own: leave out --step and --json"])
     outcome = watch(workdirs, evaluator, poll=args.poll, say=_say, complain=_complain)
@@ -199,12 +208,15 @@ def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator"
 def _join(args: argparse.Namespace) -> None:
     from lowrank_jax import distributed
 
-    given = _given(args, ("coordinator", "processes", "process", "heartbeat", "patience"))
-    distributed.start(distributed.Cluster(**given))
+    distributed.start(distributed.Cluster(**_given(args, _HOSTS)))
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def _hush(text: str) -> None:
+    """For what another process says."""
 
 
 def _complain(text: str) -> None:

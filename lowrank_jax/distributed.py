@@ -20,6 +20,7 @@ from jax._src import distributed as _jax_distributed  # its client of the coordi
 _FAILURE = "lowrank/failure"
 _DAY = 24 * 60 * 60 * 1000  # in ms: a process that is lost ends the others by its missing heartbeat, not by a timeout
 _ENDING = 10.0  # seconds until a process that failed ends without the others
+_PRECEDENCE = 2000  # ms that the other processes wait for process 0 to speak
 _HEARING = 2.0  # seconds for the others to hear of a failure
 _LOOK = 1000  # ms between two looks at whether the run is over
 _TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
@@ -129,10 +130,16 @@ def gather(text: str) -> list[str]:
 
 
 def end_all(status: int, message: str) -> NoReturn:
-    """Ends every process of the run with this status.  Process 0 says why; of several failures, the first that it hears of."""
-    failure = json.dumps({"status": status, "process": _state().process_id, "message": message})
+    """Ends every process of the run with this status; process 0 says why.
+
+    Of what befalls several of them the first to speak has its say, and process 0 goes before the others.
+    """
+    client, process = _state().client, _state().process_id
+    if process:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.blocking_key_value_get(_FAILURE, _PRECEDENCE)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
-        _state().client.key_value_set(_FAILURE, failure)
+        client.key_value_set(_FAILURE, json.dumps({"status": status, "process": process, "message": message}))
     time.sleep(_ENDING)  # _watch ends this process
     _exit(status, message)
 
@@ -191,21 +198,12 @@ def _deadline(cluster: Cluster) -> Iterator[None]:
 
 
 def _absence(cluster: Cluster) -> str:
-    if cluster.process and not _answers(cluster.coordinator):
-        return f"no coordinator at {cluster.coordinator} within {cluster.patience} s: is process 0 running there?"
-    if cluster.coordinator:
-        return f"not all of {cluster.processes} processes came within {cluster.patience} s: start each, with one --coordinator"
-    return f"not all processes of the cluster came within {cluster.patience} s: start each, or give --processes=1 to go without"
-
-
-def _answers(address: str | None) -> bool:
-    assert address is not None
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-    except OSError:
-        return False
-    return True
+    if cluster.coordinator is None:
+        return f"not all processes of the cluster came within {cluster.patience} s: start each, or go without: --processes=1"
+    return (
+        f"not all of {cluster.processes} processes met at {cluster.coordinator} within {cluster.patience} s:"
+        " start each of them, with the address at which process 0 listens as --coordinator"
+    )
 
 
 def _check_free(address: str | None) -> None:

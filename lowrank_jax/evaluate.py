@@ -14,7 +14,7 @@ from lowrank_jax.checkpoint import CheckpointError, Checkpoints, Restored
 from lowrank_jax.data import datasets
 from lowrank_jax.data.datasets import DataError, Split
 from lowrank_jax.data.pipeline import EvalBatches, shard_of
-from lowrank_jax.distributed import OtherFailed
+from lowrank_jax.distributed import OtherFailed, several
 from lowrank_jax.paths import did_you_mean
 from lowrank_jax.plans import align, count
 from lowrank_jax.schema import Config, MeshConfig
@@ -331,6 +331,8 @@ def evaluate_all(
         try:
             done[workdir] = evaluator.evaluate(workdir, step)
         except UNUSABLE as error:
+            if several():  # the others may be in the middle of it
+                raise
             complain(complaint(workdir, error))
             continue
         for warning in done[workdir].warnings():

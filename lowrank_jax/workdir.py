@@ -53,10 +53,11 @@ class Workdir:
         Raises:
           WorkdirError: it belongs to another one, or cannot be written.
         """
+        if not self._active:
+            return
         self.check(config)
         try:
-            if self._active:
-                self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", config)
         except OSError as error:
             raise WorkdirError(f"cannot write to {self.path}: {error.strerror or error}") from None
