@@ -100,9 +100,7 @@ def start(cluster: Cluster) -> None:
                 return  # there is no cluster
             raise ClusterError(f"{error} Give --coordinator, --processes and --process.") from None
         except Exception as error:
-            raise ClusterError(
-                f"a cluster was detected, but not its processes: {error}. --processes=1 goes without."
-            ) from error
+            raise ClusterError(f"the other processes cannot be joined: {error}. --processes=1 goes without them.") from error
     # jax's own handler would keep SIGTERM from ending a process that has nothing to save yet.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if several():
@@ -125,7 +123,7 @@ def gather(text: str) -> list[str]:
     client, key = _state().client, f"lowrank/gather/{next(_rounds)}"
     client.key_value_set(f"{key}/{_state().process_id}", text)
     client.wait_at_barrier(key, _DAY)
-    texts = {int(name.rpartition("/")[2]): value for name, value in client.key_value_dir_get(key)}
+    texts = {int(name.rpartition("/")[2]): value for name, value in client.key_value_dir_get(f"{key}/")}
     return [texts[process] for process in sorted(texts)]
 
 
@@ -160,13 +158,14 @@ def _watch(over: threading.Event) -> None:
     if failure is None:
         return
     if process:
-        client.key_value_set(f"{_FAILURE}/heard/{process}", "")
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has ended
+            client.key_value_set(f"{_FAILURE}/heard/{process}", "")
         _exit(failure["status"])
     who = f"process {failure['process']}: " if failure["process"] else ""
     print(f"{who}{failure['message']}", file=sys.stderr)
     # With this process the coordinator ends, and the others are aborted if they have not heard by then.
     end = time.monotonic() + _HEARING
-    while time.monotonic() < end and len(client.key_value_dir_get(f"{_FAILURE}/heard")) < _state().num_processes - 1:
+    while time.monotonic() < end and len(client.key_value_dir_get(f"{_FAILURE}/heard/")) < _state().num_processes - 1:
         time.sleep(0.05)
     time.sleep(0.2)
     _exit(failure["status"])

@@ -131,6 +131,15 @@ def test_too_many_of_them_end_the_run_by_name(small_imagenet):
             pass
 
 
+def test_a_batch_that_cannot_be_read_is_known_of_before_its_turn(small_imagenet):
+    train = opened(small_imagenet, "train", max_undecodable=0)
+    feed, known = Feed(TrainBatches(train, 4, 64, 0, VARIED), ahead=3), []
+    with pytest.raises(DataError):
+        for _ in feed:
+            known.append(feed.error is not None)
+    assert known[-3:] == [True] * 3 and not any(known[:-3])
+
+
 def test_where_nothing_is_prepared_the_command_is_named(small_imagenet, tmp_path):
     command = rf"scripts/prepare_imagenet.sh MANUAL_DIR {tmp_path}"
     with pytest.raises(DataError, match=rf"imagenet2012 is not prepared under {tmp_path}; run: {command}"):
