@@ -25,7 +25,7 @@ import numpy as np
 
 from lowrank_jax.data import crops, datasets
 from lowrank_jax.data.augment import Augmentation
-from lowrank_jax.data.pipeline import TrainBatches, eval_batches, train_iterator
+from lowrank_jax.data.pipeline import EvalBatches, Feed, TrainBatches
 from lowrank_jax.data.prepare import prepare
 from tests.imagenet_files import jpeg, natural_images, write_archives
 
@@ -34,12 +34,12 @@ AREA = (0.08, 1.0)
 
 
 def our_training(split: datasets.Split) -> None:
-    for _ in train_iterator(TrainBatches(split, BATCH, IMAGES // BATCH, 0, Augmentation(AREA, flip=True))):
+    for _ in Feed(TrainBatches(split, BATCH, IMAGES // BATCH, 0, Augmentation(AREA, flip=True))):
         pass
 
 
 def our_evaluation(split: datasets.Split) -> None:
-    for _ in eval_batches(split, BATCH):
+    for _ in EvalBatches(split, BATCH):
         pass
 
 

@@ -67,7 +67,7 @@ def main() -> None:
             loop = train._Loop(experiment, data, folder, writer, checkpoints, stop)
             loop.restore_or_init()
             loop.compile()
-            state, batch = experiment.init(), put_batch(next(loop.iterator), experiment.mesh)
+            state, batch = experiment.init(), put_batch(next(loop.feed), experiment.mesh)
             pairs = []
             for _ in range(PAIRS + 1):
                 seconds, state = bare_turn(loop.train_step, state, batch)

@@ -17,13 +17,16 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
 from lowrank_jax.digest import digests
+from lowrank_jax.distributed import gather, several
 
 _SCORES = "scores.json"
+_GONE = "gone"
 _STRAGGLERS = 0.1  # seconds for the reads beside one that failed to end, while nobody listens to their complaints
 
 
@@ -66,8 +69,11 @@ class _LatestAndBest(managers.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one work directory.
 
+    Where a run has several processes, all of them call every method; each writes and reads its own part of every array, and
+    they agree on what can be used.
+
     Args:
-      directory: where they are; made on the first save.
+      directory: where they are; made if need be.
       keep: how many of the latest to keep besides the best by top-1.
       read_only: for evaluation: nothing is written or moved.
     """
@@ -81,11 +87,17 @@ class Checkpoints:
             preservation_policy=_LatestAndBest(keep, self.best),
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
+            create=False,  # orbax refuses to, where barriers are the coordinator's
+            multiprocessing_options=_together(),
         )
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone())
         self._manager = self._open()
         self._scores = self._read_scores()
 
     def _open(self) -> ocp.CheckpointManager:
+        if not self._read_only and jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        gather("opened")
         return ocp.CheckpointManager(self.directory, options=self._options)
 
     def steps(self) -> list[int]:
@@ -104,6 +116,8 @@ class Checkpoints:
     def note_score(self, step: int, top1: float) -> None:
         """Notes the evaluation of a step, which may be saved before or after."""
         self._scores[step] = top1
+        if jax.process_index():
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         partial = self.directory / f".{_SCORES}.partial"
         partial.write_text(json.dumps(_seal({str(step): score for step, score in self._scores.items()})))
@@ -122,8 +136,7 @@ class Checkpoints:
     def _read_record(self, step: int) -> dict[str, Any] | None:
         with _quiet_failure():
             try:
-                items: Any = self._manager.restore(step, args=ocp.args.Composite(info=ocp.args.JsonRestore()))
-                return _unseal(items.info)
+                return _unseal(self._read_items(step, info=ocp.args.JsonRestore()).info)
             except Exception:  # restoring the step will say what is wrong with it
                 return None
 
@@ -151,7 +164,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Waits for what is being written."""
+        """Waits for what is being written; not with the others when this process has failed, who know nothing of it."""
+        if exception[0] and several():
+            return
+        self._reader.close()
         with contextlib.nullcontext() if exception[0] else self._reporting():
             self._manager.close()
 
@@ -166,18 +182,18 @@ class Checkpoints:
           CheckpointError: there are steps, and none is good.
         """
         damaged: dict[int, str] = {}
-        steps = self.steps()
+        steps = self._agreed_steps()
         while steps:
             step = steps.pop()
             attempt = self._attempt(step, target)
             if isinstance(attempt, Restored):
                 self._set_aside(list(damaged))
                 return dataclasses.replace(attempt, damaged=damaged)
-            if self._is_there(step):
+            if attempt != _GONE:
                 damaged[step] = attempt
             else:  # deleted by a run that is still training: it has newer ones by now
                 self._manager.reload()
-                damaged, steps = {}, self.steps()
+                damaged, steps = {}, self._agreed_steps()
         if damaged:
             reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
             raise CheckpointError(f"{self.directory}: no checkpoint can be used\n{reasons}")
@@ -192,45 +208,59 @@ class Checkpoints:
         attempt = self._attempt(step, target)
         if isinstance(attempt, Restored):
             return attempt
-        if self._is_there(step):
+        if attempt != _GONE:
             raise CheckpointError(f"checkpoint {step} is damaged: {attempt}")
         return None
 
-    def _is_there(self, step: int) -> bool:
-        return (self.directory / str(step)).exists()
+    def _agreed_steps(self) -> list[int]:
+        """Those that the first process sees: a run that is still training may delete some between two looks."""
+        return json.loads(gather(json.dumps(self.steps()))[0])
 
     def _attempt(self, step: int, target: Any) -> Restored | str:
-        """The step, or why it cannot be used."""
+        """The step, or why it cannot be used: because it is gone, or what is wrong with some process's part."""
+        result = self._try(step, target)
+        reasons = [reason for reason in gather(result if isinstance(result, str) else "") if reason]
+        if _GONE in reasons:
+            return _GONE
+        if reasons or isinstance(result, str):
+            return reasons[0]
+        # All processes have their parts, so all can take part in this.
+        for name, digest in digests(result.state).items():
+            if result.info["digests"].get(name) != digest:
+                return f"digest of {name} differs"
+        return result
+
+    def _try(self, step: int, target: Any) -> Restored | str:
         with _quiet_failure():
             try:
-                state, info = self._read(step, target)
-                return Restored(step, state, info, {})
+                return self._read(step, target)
             except (PermissionError, MemoryError):  # the step may well be good
                 raise
             except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
                 reason = _first_line(error)
             time.sleep(_STRAGGLERS)
-        return reason
+        return reason if (self.directory / str(step)).exists() else _GONE
 
-    def _read(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
+    def _read(self, step: int, target: Any) -> Restored:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         state_args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
-        items: Any = self._manager.restore(step, args=ocp.args.Composite(state=state_args, info=ocp.args.JsonRestore()))
-        body = _unseal(items.info)
-        for name, digest in digests(items.state).items():
-            if body["digests"].get(name) != digest:
-                raise ValueError(f"digest of {name} differs")
-        return items.state, body
+        items = self._read_items(step, state=state_args, info=ocp.args.JsonRestore())
+        return Restored(step, items.state, _unseal(items.info), {})
+
+    def _read_items(self, step: int, **items: Any) -> Any:
+        return self._reader.restore(self.directory / str(step), args=ocp.args.Composite(**items))
 
     def _set_aside(self, steps: list[int]) -> None:
         """Moves damaged steps out of the way of the saves to come; nothing is deleted."""
         if self._read_only or not steps:
             return
-        folder = self.directory.parent / "damaged"
-        folder.mkdir(parents=True, exist_ok=True)
-        for step in steps:
-            copies = sum(1 for other in folder.iterdir() if other.name.split("-")[0] == str(step))
-            (self.directory / str(step)).rename(folder / (f"{step}-{copies}" if copies else str(step)))
+        if jax.process_index() == 0:
+            folder = self.directory.parent / "damaged"
+            folder.mkdir(parents=True, exist_ok=True)
+            for step in steps:
+                copies = sum(1 for other in folder.iterdir() if other.name.split("-")[0] == str(step))
+                (self.directory / str(step)).rename(folder / (f"{step}-{copies}" if copies else str(step)))
+        gather("moved")
         self._manager.close()
         self._manager = self._open()
 
@@ -244,6 +274,18 @@ def _absolute(path: epath.Path) -> epath.Path:
         except ImportError:
             raise CheckpointError(f"{path}: checkpoints there need pip install 'lowrank_jax[gcs]'") from None
     return path
+
+
+def _together() -> ocp.options.MultiprocessingOptions:
+    """Barriers of the coordinator's instead of computations on the devices, which other threads' would get in the way of."""
+    everyone = set(range(jax.process_count())) if several() else None
+    return ocp.options.MultiprocessingOptions(active_processes=everyone)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """No barriers: nobody waits for a process whose part is damaged."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"read{own}")
 
 
 @contextlib.contextmanager

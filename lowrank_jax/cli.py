@@ -10,6 +10,7 @@ import pathlib
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from lowrank_jax.sweep.trials import Sweep
 
 FAILED, BAD_INPUT, DOES_NOT_FIT, DIVERGED, INTERRUPTED, KILLED = 1, 2, 3, 4, 75, 130
+
+_HOSTS = ("coordinator", "processes", "process", "heartbeat", "patience")
 
 _STATUS = f"""exit status:
   0  done
@@ -125,35 +128,58 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         sys.exit(_run(args))
     except KeyboardInterrupt:
-        print("lowrank: interrupted", file=sys.stderr)
-        sys.exit(KILLED)
+        sys.exit(_failed(KILLED, "lowrank: interrupted"))
 
 
 def _run(args: argparse.Namespace) -> int:
     from lowrank_jax.checkpoint import CheckpointError
     from lowrank_jax.config import ConfigError
     from lowrank_jax.data.datasets import DataError
+    from lowrank_jax.distributed import ClusterError, OtherFailed, end_with_the_others, several
     from lowrank_jax.preflight import PreflightError
     from lowrank_jax.train import Diverged
     from lowrank_jax.workdir import WorkdirError
 
     try:
         return args.command(args)
-    except (ConfigError, WorkdirError, DataError, CheckpointError, PreflightError) as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
+    except (ConfigError, WorkdirError, DataError, CheckpointError, ClusterError, PreflightError) as error:
+        return _failed(BAD_INPUT, str(error))
     except OSError as error:  # no such folder, no permission, no space left
-        print(f"lowrank: {error.filename or 'input or output'}: {error.strerror or error}", file=sys.stderr)
-        return BAD_INPUT
+        return _failed(BAD_INPUT, f"lowrank: {error.filename or 'input or output'}: {error.strerror or error}")
     except Diverged as error:
-        print(error, file=sys.stderr)
-        return DIVERGED
+        return _failed(DIVERGED, str(error))
+    except OtherFailed:
+        end_with_the_others(FAILED)
+    except Exception as error:
+        if not several():
+            raise
+        return _failed(FAILED, _accident(error))  # the others must not wait for this process
+
+
+def _accident(error: Exception) -> str:
+    """What became of one of several processes."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        what = (str(error) or "unknown").splitlines()[0]
+        return (
+            f"lowrank: the devices failed: {what}. If a process was lost, the same command on each goes on from the last save."
+        )
+    return "".join(traceback.format_exception(error))
+
+
+def _failed(status: int, message: str) -> int:
+    from lowrank_jax.distributed import end_all, several
+
+    if several():
+        end_all(status, message)
+    print(message, file=sys.stderr)
+    return status
 
 
 def _train(args: argparse.Namespace) -> int:
     from lowrank_jax import config as configs
     from lowrank_jax.train import train
 
+    _join(args)
     source, loaded = _load(args)
     config = configs.parse(loaded, source=source, devices=jax.device_count())
     return INTERRUPTED if train(config, args.workdir, source=source).interrupted else 0
@@ -162,21 +188,25 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from lowrank_jax.evaluate import Evaluator, evaluate_all
 
+    if not args.watch:
+        _join(args)
     evaluator = Evaluator(split=args.split, data_dir=args.data_dir, dataset=args.dataset, max_undecodable=args.max_undecodable)
     workdirs = list(dict.fromkeys(args.workdir))
     if args.watch:
         return _watch(args, workdirs, evaluator)
-    if args.json:
+    first = jax.process_index() == 0
+    if args.json and first:
         pathlib.Path(args.json).touch()  # rather now than after the evaluation
     if len(workdirs) == 1:
         result = evaluator.evaluate(workdirs[0], args.step)
-        print(result.table())
+        if first:
+            print(result.table())
         done, text = [result], result.json()
     else:
-        done = evaluate_all(workdirs, evaluator, args.step, say=_say, complain=_complain)
+        done = evaluate_all(workdirs, evaluator, args.step, say=_say if first else _hush, complain=_complain)
         objects = [{"workdir": workdir, **dataclasses.asdict(result)} for workdir, result in done.items()]
         text = json.dumps(objects, indent=2) + "\n"
-    if args.json:
+    if args.json and first:
         pathlib.Path(args.json).write_text(text)
     return 0 if len(done) == len(workdirs) else BAD_INPUT
 
@@ -185,6 +215,8 @@ def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator"
     from lowrank_jax.config import ConfigError
     from lowrank_jax.watch import watch
 
+    if flags := _given(args, _HOSTS):
+        raise ConfigError("--watch", [f"it is one process: leave out {' '.join(f'--{flag}' for flag in flags)}"])
     if args.json or args.step != "latest":
         raise ConfigError("--watch", ["it evaluates every checkpoint into a file of its own: leave out --step and --json"])
     outcome = watch(workdirs, evaluator, poll=args.poll, say=_say, complain=_complain)
@@ -193,8 +225,18 @@ def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator"
     return BAD_INPUT if outcome.failed else 0
 
 
+def _join(args: argparse.Namespace) -> None:
+    from lowrank_jax import distributed
+
+    distributed.start(distributed.Cluster(**_given(args, _HOSTS)))
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def _hush(text: str) -> None:
+    """For what another process says."""
 
 
 def _complain(text: str) -> None:
@@ -407,6 +449,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
     train.add_argument("--workdir", required=True, type=_not_empty, help="folder of the run, local or remote (gs://...)")
 
+    _add_hosts(train)
+
     evaluate = add("evaluate", _evaluate, "Evaluate a checkpoint on every example of a split.", _EVALUATE)
     evaluate.add_argument(
         "--workdir", required=True, type=_not_empty, nargs="+", action="extend", metavar="DIR", help="folders of runs"
@@ -421,6 +465,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="write the numbers here too")
     evaluate.add_argument("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")
     evaluate.add_argument("--poll", type=_seconds, default=10.0, metavar="SECONDS", help="between two looks; default: 10")
+    _add_hosts(evaluate)
 
     sweep = add("sweep", _sweep, "Train many runs that differ in a few settings.", _SWEEP)
     sweep.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
@@ -491,6 +536,19 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--images", metavar="KIND", help="what logits are computed from: noise (default) or data")
     init.add_argument("--batch-size", type=_count, metavar="N", help="of those images; default: 16")
     return parser
+
+
+def _add_hosts(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "several hosts", "The same command on each; TPU slices, GKE, Slurm and Open MPI are detected and need no flags."
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, as the others reach it")
+    group.add_argument("--processes", type=_count, metavar="N", help="how many there are; 1: alone, whatever is detected")
+    group.add_argument("--process", type=_whole, metavar="I", help="which of them this is, from 0")
+    group.add_argument(
+        "--heartbeat", type=_count, metavar="SECONDS", help="until the others end when one was lost; default: 100"
+    )
+    group.add_argument("--patience", type=_count, metavar="SECONDS", help="to wait for the others at the start; default: 300")
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -13,12 +13,14 @@ from lowrank_jax import experiment as experiments
 from lowrank_jax.checkpoint import CheckpointError, Checkpoints, Restored
 from lowrank_jax.data import datasets
 from lowrank_jax.data.datasets import DataError, Split
-from lowrank_jax.data.pipeline import Shard, eval_batches
+from lowrank_jax.data.pipeline import EvalBatches, shard_of
+from lowrank_jax.distributed import OtherFailed, several
 from lowrank_jax.paths import did_you_mean
 from lowrank_jax.plans import align, count
 from lowrank_jax.schema import Config, MeshConfig
 from lowrank_jax.sharding import put_batch
 from lowrank_jax.state import evaluated_variables
+from lowrank_jax.votes import FAIL, STOP, Votes
 from lowrank_jax.workdir import Workdir, WorkdirError
 
 UNUSABLE = (configs.ConfigError, WorkdirError, DataError, CheckpointError, OSError)
@@ -54,22 +56,35 @@ def evaluate(
 
     Raises:
       DataError: more images do not decode than `dataset.max_undecodable` allows.
-      Interrupted: `stop_requested` became true on the way.
+      Interrupted: `stop_requested` became true on the way, in this process or another.
+      OtherFailed: another process could not read its part.
     """
-    shard = Shard(jax.process_index(), jax.process_count())
+    batches, votes = EvalBatches(examples, batch_size, shard_of(mesh)), Votes(mesh, stop_requested)
+    reader, failure = iter(batches), None
     sums: list[dict[str, dict[str, jax.Array]]] = []
-    for batch in eval_batches(examples, batch_size, shard):
-        if stop_requested():
+    for _ in range(len(batches)):
+        if votes.outcome == STOP:
             raise Interrupted
-        placed = put_batch(batch, mesh)
-        sums.append({name: eval_step(part["params"], part["batch_stats"], placed) for name, part in variables.items()})
+        if votes.outcome == FAIL:
+            break
+        try:
+            batch = batches.blank() if failure else next(reader)
+        except DataError as error:
+            if not votes.shared:
+                raise
+            batch, failure = batches.blank(), error  # the others count on this process until they know
+        placed = votes.cast(put_batch(batch, mesh), failed=failure is not None)
+        results = votes.count(*(eval_step(part["params"], part["batch_stats"], placed) for part in variables.values()))
+        sums.append(dict(zip(variables, results, strict=True)))
         if len(sums) > 2:  # never far ahead of the devices
             jax.block_until_ready(sums[-3])
+    if votes.settle() == FAIL:
+        raise failure or OtherFailed
     parts = jax.device_get(sums)
-    return {name: _means([part[name] for part in parts], examples, shard) for name in variables}
+    return {name: _means([part[name] for part in parts], examples, votes.shared) for name in variables}
 
 
-def _means(sums: list[dict[str, Any]], examples: Split, shard: Shard) -> dict[str, float]:
+def _means(sums: list[dict[str, Any]], examples: Split, shared: bool) -> dict[str, float]:
     """From the sums of every batch to means over what could be read."""
     # In float64 on the host: a float32 sum over 50,000 losses would lose digits.
     totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
@@ -77,7 +92,7 @@ def _means(sums: list[dict[str, Any]], examples: Split, shard: Shard) -> dict[st
     skipped = len(examples) - seen
     # Other processes know of their own undecodable images only.
     known = len(examples.undecodable)
-    assert skipped == known or (shard.count > 1 and skipped > known), f"evaluated {seen} of {len(examples)} examples"
+    assert skipped == known or (shared and skipped > known), f"evaluated {seen} of {len(examples)} examples"
     if not seen:
         raise DataError("none of the images that were to be evaluated decodes")
     means = {name: total / seen for name, total in totals.items()}
@@ -316,6 +331,8 @@ def evaluate_all(
         try:
             done[workdir] = evaluator.evaluate(workdir, step)
         except UNUSABLE as error:
+            if several():  # the others may be in the middle of it
+                raise
             complain(complaint(workdir, error))
             continue
         for warning in done[workdir].warnings():

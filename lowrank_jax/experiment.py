@@ -13,7 +13,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from lowrank_jax import chips, inputs, mixing, optim, state, step
+from lowrank_jax import chips, inputs, mixing, optim, state, step, votes
 from lowrank_jax.config import ConfigError, make_plan
 from lowrank_jax.data.datasets import Dataset
 from lowrank_jax.execution import choose_execution
@@ -130,7 +130,9 @@ class Experiment:
                 seed=seed,
                 gather=self._gather,
             )
-            return update(state, batch)
+            batch, word = votes.split(batch)
+            state, metrics = update(state, batch)
+            return state, {**metrics, **word}
 
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(self._shardings(), replicated(self.mesh)))
         return jitted.lower(self.shapes, self._batch_shapes(self.config.batch_size), *self._settings())
@@ -143,7 +145,12 @@ class Experiment:
 
     def jit_eval_step(self) -> jax.stages.Wrapped:
         eval_step = step.make_eval_step(self.model, self._normalizer(), gather=self._gather)
-        return jax.jit(eval_step, out_shardings=replicated(self.mesh))
+
+        def step_with_word(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> step.Metrics:
+            batch, word = votes.split(batch)
+            return {**eval_step(params, batch_stats, batch), **word}
+
+        return jax.jit(step_with_word, out_shardings=replicated(self.mesh))
 
     def _gather(self, params: Any) -> Any:
         """Parameters as a step computes with them: what cuts a batch does not cut them.
@@ -182,6 +189,7 @@ class Experiment:
         return {
             "image": jax.ShapeDtypeStruct((size, *self.dataset.image_shape), jnp.uint8, sharding=sharding),
             "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding),
+            **votes.batch_shapes(self.mesh),
         }
 
 

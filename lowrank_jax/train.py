@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import json
 import platform
 import signal
 import threading
@@ -18,14 +19,16 @@ from lowrank_jax import experiment as experiments
 from lowrank_jax.checkpoint import Checkpoints
 from lowrank_jax.config import Config, to_dict
 from lowrank_jax.data import datasets
-from lowrank_jax.data.pipeline import Shard, TrainBatches, train_iterator
+from lowrank_jax.data.pipeline import Feed, TrainBatches, shard_of
+from lowrank_jax.distributed import OtherFailed, gather
 from lowrank_jax.evaluate import Interrupted, evaluate
 from lowrank_jax.overview import describe
 from lowrank_jax.plans import count
 from lowrank_jax.sharding import put_batch
 from lowrank_jax.state import TrainState
 from lowrank_jax.tracing import Tracer
-from lowrank_jax.workdir import Workdir, config_digest, flatten
+from lowrank_jax.votes import FAIL, GO_ON, LAG, Votes
+from lowrank_jax.workdir import Workdir, WorkdirError, config_digest, flatten
 from lowrank_jax.writer import Writer, duration, progress_line
 
 OnEvaluation = Callable[[int, dict[str, dict[str, float]]], None]
@@ -138,6 +141,8 @@ def train(
 ) -> Run:
     """Trains until the end or until stopped; started again on the same work directory, it goes on exactly.
 
+    Where a run has several processes, all of them call this; they stop together, whichever of them is asked to.
+
     Args:
       config: the experiment.
       workdir: its folder, local or remote.
@@ -148,6 +153,7 @@ def train(
     Raises:
       ConfigError, WorkdirError, DataError, CheckpointError: it cannot start; the message says why.
       Diverged: it cannot go on.
+      OtherFailed: another process of the run cannot.
     """
     experiment = experiments.build(config, source)
     data = {
@@ -155,9 +161,10 @@ def train(
         for kind in ("train", "eval", "valid")
         if (split := getattr(config.dataset, f"{kind}_split"))
     }
-    folder = Workdir(workdir)
+    folder = Workdir(workdir, active=jax.process_index() == 0)
     folder.claim(to_dict(config))
-    with folder.locked() if jax.process_index() == 0 else contextlib.nullcontext():
+    _agree(to_dict(config), folder)
+    with folder.locked():
         folder.forget_failure()
         folder.write_text("overview.txt", f"{describe(experiment)}\n")
         with Writer(folder) as writer, Checkpoints(folder.checkpoints, keep=config.checkpoint.keep) as checkpoints:
@@ -192,15 +199,18 @@ class _Loop:
         self.eval_every = max(1, config.in_steps(config.eval.every))
         self.save_every = max(1, config.in_steps(config.checkpoint.every))
         self.log_every = max(1, config.in_steps(config.log.every))
+        self.votes = Votes(experiment.mesh, lambda: self.stop.requested)
         self.batches = TrainBatches(
             data["train"],
             config.batch_size,
             self.total,
             config.seed,
             config.dataset.to_augmentation(),
-            Shard(jax.process_index(), jax.process_count()),
+            shard_of(experiment.mesh),
         )
-        self.iterator = train_iterator(self.batches)
+        # The others hear of a batch that cannot be read while there still are batches for the steps until then.
+        self.feed = Feed(self.batches, ahead=LAG + 1 if self.votes.shared else 0)
+        self.interrupted = False  # in an evaluation
         self.logged: dict[int, dict[str, float]] = {}
         self.evals: dict[int, dict[str, float]] = {}
         self.begin = time.perf_counter()
@@ -211,20 +221,29 @@ class _Loop:
         try:
             with self.tracer:
                 self.advance_to_the_end()
-        except datasets.DataError:
+        except (datasets.DataError, OtherFailed):
             self.save_before_giving_up()
             raise
         return self.finish()
 
     def advance_to_the_end(self) -> None:
+        self.feed.fill()
+        if any(gather("failed" if self.feed.error else "")):
+            raise self.feed.error or OtherFailed
         while True:
             with self.window.paused():
                 self.evaluate_if_due()  # the state as it is, before it changes
                 self.save_if_due()  # before the iterator moves on
-            if self.step == self.total or self.stop.requested:
+            if self.step == self.total or self.stopping():
                 break
             self.advance()
             self.log_if_due()
+        if self.votes.outcome == FAIL:
+            raise self.feed.error or OtherFailed
+
+    def stopping(self) -> bool:
+        """The same in all processes at the same step."""
+        return self.interrupted or self.votes.outcome != GO_ON
 
     def restore_or_init(self) -> None:
         restored = self.checkpoints.restore(self.experiment.shapes)
@@ -240,7 +259,7 @@ class _Loop:
         self.state, self.step, self.saved = restored.state, restored.step, restored.step
         self.evaluated, self.seconds_before = restored.info.get("evaluated"), restored.info["seconds"]
         self.rows = restored.info["window"]
-        self.iterator.set_state(restored.info["data"])
+        self.feed.set_state(restored.info["data"])
         self.folder.forget_metrics_after(self.step, evaluated=self.evaluated is not None)
         self.writer.say(f"resuming {self.folder.path} from step {self.step} (data, randomness and optimiser included)")
 
@@ -272,6 +291,7 @@ class _Loop:
                 for suffix, metrics in self.evaluate(kind).items()
             }
         except Interrupted:
+            self.interrupted = True
             return
         for metrics in evaluated.values():
             if not np.isfinite(metrics["loss"]):
@@ -306,20 +326,20 @@ class _Loop:
     def save_if_due(self) -> None:
         regular = self.step == self.total or (self.step > 0 and self.step % self.save_every == 0)
         improved = self.evaluated is not None and self.improved
-        if self.saved != self.step and (regular or improved or self.stop.requested):
+        if self.saved != self.step and (regular or improved or self.stopping()):
             self.save()
 
     def save_before_giving_up(self) -> None:
         """The data cannot be read any further, but the state is sound: once that is seen to, the same command goes on."""
-        alone = jax.process_count() == 1  # the others know nothing of it, and all have to save together
-        if alone and self.step and self.saved != self.step:
-            self.save()
+        if self.step:
+            if self.saved != self.step:
+                self.save()
             self.checkpoints.wait()
             self.writer.say(f"saved step {self.step} to {self.folder.path}; the same command continues it")
 
     def save(self) -> None:
         info = {
-            "data": self.iterator.get_state(),
+            "data": self.feed.get_state(),
             "evaluated": self.evaluated,
             "score": score(self.evaluated) if self.evaluated else None,
             "seconds": self.seconds(),
@@ -330,8 +350,9 @@ class _Loop:
 
     def advance(self) -> None:
         with self.tracer.step(self.step + 1):
-            batch = put_batch(next(self.iterator), self.experiment.mesh)
+            batch = self.votes.cast(put_batch(next(self.feed), self.experiment.mesh), failed=self.feed.error is not None)
             self.state, metrics = self.train_step(self.state, batch)
+        [metrics] = self.votes.count(metrics)
         self.step, self.evaluated = self.step + 1, None
         self.window.add(self.step, metrics)
 
@@ -378,6 +399,21 @@ class _Loop:
     def seconds(self) -> float:
         """Wall time of the run so far, earlier processes included."""
         return self.seconds_before + time.perf_counter() - self.begin
+
+
+def _agree(config: dict[str, Any], folder: Workdir) -> None:
+    """Sees to it that all processes have one experiment and one work directory.
+
+    Raises:
+      WorkdirError: they have not.
+    """
+    ours = {key: value for key, value in flatten(config).items() if key != "dataset.data_dir"}
+    first, *others = [json.loads(text) for text in gather(json.dumps(ours))]
+    for process, theirs in enumerate(others, start=1):
+        different = [f"{key} is {theirs.get(key)}, not {first[key]}" for key in first if theirs.get(key) != first[key]]
+        if different:
+            raise WorkdirError(f"process {process} was given other settings than process 0: {'; '.join(different)}")
+    folder.check_shared()
 
 
 def score(evaluated: dict[str, dict[str, float]]) -> float:

@@ -34,9 +34,15 @@ class WorkdirError(Exception):
 
 
 class Workdir:
-    """A folder, local or remote, that holds one experiment."""
+    """A folder, local or remote, that holds one experiment.
 
-    def __init__(self, path: epath.PathLike):
+    Args:
+      path: where it is.
+      active: whether anything is written; not by all but the first of a run's processes.
+    """
+
+    def __init__(self, path: epath.PathLike, *, active: bool = True):
+        self._active = active
         # Where training can write, epath can read; a report may be read from anywhere that fsspec reaches.
         other = re.match(r"[a-z0-9+]+://", str(path)) and not str(path).startswith(_EPATH)
         self.path: Any = UPath(str(path)) if other else epath.Path(path)
@@ -51,6 +57,8 @@ class Workdir:
         Raises:
           WorkdirError: it belongs to another one, or cannot be written.
         """
+        if not self._active:
+            return
         self._check_bucket()
         self.check(config)
         try:
@@ -78,7 +86,7 @@ class Workdir:
         Raises:
           WorkdirError: another one was still at it after so many seconds, which a process that is ending may take.
         """
-        if "://" in str(self.path):
+        if "://" in str(self.path) or not self._active:
             yield
             return
         with (self.path / ".lock").open("w") as file:
@@ -101,6 +109,14 @@ class Workdir:
                     f"{self.path} belongs to another experiment: {'; '.join(differences)}."
                     " Use a new --workdir, or the old values."
                 )
+
+    def check_shared(self) -> None:
+        """Raises WorkdirError if this is not the folder that the first process of the run has claimed."""
+        if not (self.path / "config.json").exists():
+            raise WorkdirError(
+                f"{self.path} is not the folder that process 0 writes to: all processes need the same --workdir, on a shared"
+                " file system or in a bucket"
+            )
 
     def read_config(self) -> dict[str, Any]:
         """The config that the experiment was started with; settings that are younger than it have their defaults.
@@ -138,6 +154,8 @@ class Workdir:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file whole or not at all."""
+        if not self._active:
+            return
         partial = self.path / f".{name}.partial"
         partial.write_text(text)
         partial.replace(self.path / name)
@@ -153,7 +171,8 @@ class Workdir:
 
     def forget_failure(self) -> None:
         """The run is given another try."""
-        (self.path / "failure.json").unlink(missing_ok=True)
+        if self._active:
+            (self.path / "failure.json").unlink(missing_ok=True)
 
     def append_line(self, name: str, line: dict[str, Any]) -> None:
         """One object a line, as in metrics.jsonl."""

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -69,6 +70,24 @@ def start(arguments: list[str], *, devices: int = 1) -> subprocess.Popen[str]:
     return subprocess.Popen(
         arguments, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
     )
+
+
+def start_all(arguments: list[str], processes: int) -> list[subprocess.Popen[str]]:
+    """Starts a command as several processes of one run on loopback, each with one device: with two a process jax has hung."""
+    flags = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}"]
+    return [start([*arguments, *flags, f"--process={process}"]) for process in range(processes)]
+
+
+def wait_all(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What each of them said until it ended; what is not said by jax itself."""
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    return ["".join(line for line in said.splitlines(keepends=True) if "[Gloo]" not in line) for said in outputs]
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
 
 
 def environment(devices: int) -> dict[str, str]:

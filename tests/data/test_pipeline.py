@@ -3,7 +3,7 @@ import pytest
 
 from lowrank_jax.data.augment import Augmentation, augment, crop_shifted
 from lowrank_jax.data.datasets import Arrays
-from lowrank_jax.data.pipeline import Shard, TrainBatches, eval_batches, train_iterator
+from lowrank_jax.data.pipeline import EvalBatches, Feed, Shard, TrainBatches
 
 SIZE = 50
 VARIED = Augmentation(flip=True, crop_padding=2)
@@ -27,12 +27,12 @@ def test_every_epoch_holds_every_example_once_in_its_own_order(arrays):
 
 def test_the_iterator_goes_on_where_its_state_says(arrays):
     batches = TrainBatches(arrays, 16, 100, 3, VARIED)
-    first = train_iterator(batches)
+    first = Feed(batches)
     for _ in range(7):
         next(first)
     state = first.get_state()
     expected = [next(first) for _ in range(5)]
-    second = train_iterator(batches)
+    second = Feed(batches)
     second.set_state(state)
     for batch in expected:
         again = next(second)
@@ -42,7 +42,7 @@ def test_the_iterator_goes_on_where_its_state_says(arrays):
 
 def test_shards_together_are_the_batch(arrays):
     whole = TrainBatches(arrays, 16, 100, 3, VARIED)
-    parts = [TrainBatches(arrays, 16, 100, 3, VARIED, Shard(i, 4)) for i in range(4)]
+    parts = [TrainBatches(arrays, 16, 100, 3, VARIED, Shard((i,), 4)) for i in range(4)]
     for step in (0, 3, 17):
         for name in ("image", "label"):
             np.testing.assert_array_equal(np.concatenate([part[step][name] for part in parts]), whole[step][name])
@@ -81,7 +81,7 @@ def test_evaluation_meets_every_example_once_whatever_the_batch_size(arrays, bat
     batch_size *= count
     seen = []
     for index in range(count):
-        for batch in eval_batches(arrays, batch_size, Shard(index, count)):
+        for batch in EvalBatches(arrays, batch_size, Shard((index,), count)):
             assert len(batch["label"]) == batch_size // count
             seen += list(batch["label"][batch["mask"] > 0])
     assert sorted(seen) == list(range(SIZE))

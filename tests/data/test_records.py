@@ -13,7 +13,7 @@ from PIL import Image
 from lowrank_jax.data import datasets
 from lowrank_jax.data.augment import Augmentation
 from lowrank_jax.data.datasets import DataError, Decoding, describe, load
-from lowrank_jax.data.pipeline import Shard, TrainBatches, eval_batches, train_iterator
+from lowrank_jax.data.pipeline import EvalBatches, Feed, Shard, TrainBatches
 from lowrank_jax.data.prepare import prepare
 from tests.imagenet_files import WORDNET_IDS, jpeg, names, natural_images, write_archives
 from tests.running import ROOT
@@ -54,8 +54,8 @@ def test_an_example_has_the_same_pixels_in_any_batch_on_any_process_ahead_of_tim
     whole = TrainBatches(train, 16, 12, 3, VARIED)
     expected = [whole[i] for i in range(12)]  # three epochs
     small = TrainBatches(train, 4, 48, 3, VARIED)
-    parts = [TrainBatches(train, 16, 12, 3, VARIED, Shard(i, 4)) for i in range(4)]
-    ahead = train_iterator(whole)
+    parts = [TrainBatches(train, 16, 12, 3, VARIED, Shard((i,), 4)) for i in range(4)]
+    ahead = Feed(whole)
     for i, batch in enumerate(expected):
         again = [
             next(ahead),
@@ -76,12 +76,12 @@ def joined(batches):
 
 def test_the_iterator_goes_on_where_its_state_says(small_imagenet):
     batches = TrainBatches(opened(small_imagenet, "train"), 8, 100, 3, VARIED)
-    first = train_iterator(batches)
+    first = Feed(batches)
     for _ in range(5):
         next(first)
     state = first.get_state()
     expected = [next(first) for _ in range(6)]
-    second = train_iterator(batches)
+    second = Feed(batches)
     next(second)  # it has read ahead by then
     second.set_state(state)
     for batch in expected:
@@ -105,7 +105,7 @@ def test_evaluation_meets_every_image_that_decodes_once(small_imagenet, batch_si
     expected = sorted(image.tobytes() for image, mask in zip(everything["image"], everything["mask"], strict=True) if mask)
     seen = []
     for index in range(count):
-        for batch in eval_batches(validation, batch_size * count, Shard(index, count)):
+        for batch in EvalBatches(validation, batch_size * count, Shard((index,), count)):
             assert len(batch["image"]) == batch_size
             seen += [image.tobytes() for image, mask in zip(batch["image"], batch["mask"], strict=True) if mask]
     assert sorted(seen) == expected and len(seen) == small_imagenet.validation - 1
@@ -127,8 +127,17 @@ def test_an_image_that_does_not_decode_is_named_once_and_the_next_one_takes_its_
 def test_too_many_of_them_end_the_run_by_name(small_imagenet):
     train = opened(small_imagenet, "train", max_undecodable=0)
     with pytest.raises(DataError, match=r"1 images do not decode, dataset.max_undecodable=0 may: n01443537_3.JPEG\. Raise"):
-        for _ in train_iterator(TrainBatches(train, 16, 8, 0, VARIED)):
+        for _ in Feed(TrainBatches(train, 16, 8, 0, VARIED)):
             pass
+
+
+def test_a_batch_that_cannot_be_read_is_known_of_before_its_turn(small_imagenet):
+    train = opened(small_imagenet, "train", max_undecodable=0)
+    feed, known = Feed(TrainBatches(train, 4, 64, 0, VARIED), ahead=3), []
+    with pytest.raises(DataError):
+        for _ in feed:
+            known.append(feed.error is not None)
+    assert known[-3:] == [True] * 3 and not any(known[:-3])
 
 
 def test_where_nothing_is_prepared_the_command_is_named(small_imagenet, tmp_path):

@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Starts a command again whenever it ends before its time, which `lowrank train` then goes on from its last save.
+set -u
+
+usage() {
+  cat <<'EOF'
+usage: scripts/supervise.sh [--processes=N] [--restarts=N] [--pause=SECONDS] [--grace=SECONDS] [--] COMMAND...
+
+Runs COMMAND until it ends with status 0, or with one that would only come again: 2 (something that cannot be used) or
+4 (diverged). SIGTERM and Ctrl-C are passed on, and then nothing is started again. On several hosts, run it on each of them,
+with a --patience of COMMAND that gives a lost host the time to come back.
+
+  --processes=N      N processes on this machine as one run: each gets --coordinator, --processes and --process
+  --restarts=N       so many at most; default: 20
+  --pause=SECONDS    before each; default: 10
+  --grace=SECONDS    for the other processes to end by themselves when one has failed, before they are killed; default: 10
+
+  scripts/supervise.sh lowrank train --config=configs/digits_resnet.py --workdir=runs/a
+  scripts/supervise.sh --processes=4 lowrank train --config=configs/digits_resnet.py --workdir=runs/b
+
+It ends with the status of the command.
+EOF
+}
+
+refuse() {
+  echo "supervise: $1 (--help says more)" >&2
+  exit 2
+}
+
+whole() {  # NAME VALUE
+  [[ $2 =~ ^[0-9]+$ ]] || refuse "--$1: '$2' must be a whole number"
+}
+
+processes=1 restarts=20 pause=10 grace=10
+while [ $# -gt 0 ]; do
+  case $1 in
+    --help) usage; exit 0 ;;
+    --processes=*) processes=${1#*=}; whole processes "$processes" ;;
+    --restarts=*) restarts=${1#*=}; whole restarts "$restarts" ;;
+    --pause=*) pause=${1#*=}; whole pause "$pause" ;;
+    --grace=*) grace=${1#*=}; whole grace "$grace" ;;
+    --) shift; break ;;
+    --*) refuse "unknown option $1" ;;
+    *) break ;;
+  esac
+  shift
+done
+[ $# -gt 0 ] || refuse "no command"
+[ "$processes" -gt 0 ] || refuse "--processes: must be at least 1"
+
+set -m  # children in groups of their own: Ctrl-C reaches them through this script alone
+stopping=
+declare -A running=()  # process ids as keys
+
+pass_on() {  # SIGNAL
+  stopping=yes
+  for pid in "${!running[@]}"; do kill -"$1" "$pid" 2>/dev/null; done
+}
+trap 'pass_on TERM' TERM
+trap 'pass_on INT' INT
+
+free_port() {
+  local port
+  while :; do
+    port=$((20000 + RANDOM % 12000))
+    (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+  done
+  echo "$port"
+}
+
+start() {
+  local i port
+  running=()
+  if [ "$processes" -eq 1 ]; then
+    "$@" &
+    running[$!]=
+    return
+  fi
+  port=$(free_port)
+  for ((i = 0; i < processes; i++)); do
+    "$@" --coordinator="127.0.0.1:$port" --processes="$processes" --process="$i" &
+    running[$!]=
+  done
+}
+
+# The status of a round: the first failure's, but 2 and 4 before others, and 75 only where nothing failed.
+note() {  # STATUS
+  case $1 in
+    0) ;;
+    2 | 4) [[ $status =~ ^(2|4)$ ]] || status=$1 ;;
+    75) [ "$status" -ne 0 ] || status=75 ;;
+    *) [[ $status =~ ^(0|75)$ ]] && status=$1 ;;
+  esac
+}
+
+finish() {  # waits for all; what has to be killed does not count
+  local pid code deadline='' killed=
+  while [ ${#running[@]} -gt 0 ]; do
+    for pid in "${!running[@]}"; do
+      kill -0 "$pid" 2>/dev/null && continue
+      wait "$pid"
+      code=$?
+      [ "$killed" ] || note "$code"
+      unset "running[$pid]"
+    done
+    [[ $status =~ ^(0|75)$ ]] || : "${deadline:=$((SECONDS + grace))}"
+    if [ "$deadline" ] && [ ! "$killed" ] && [ "$SECONDS" -gt "$deadline" ]; then
+      killed=yes
+      for pid in "${!running[@]}"; do kill -KILL "$pid" 2>/dev/null; done
+    fi
+    sleep 0.2
+  done
+}
+
+for ((round = 0; ; round++)); do
+  status=0
+  start "$@"
+  [ ! "$stopping" ] || pass_on TERM  # it came while they started
+  finish
+  if [ "$stopping" ] || [[ $status =~ ^(0|2|4)$ ]]; then exit "$status"; fi
+  if [ "$round" -ge "$restarts" ]; then
+    echo "supervise: ended with status $status; $restarts restarts are used up" >&2
+    exit "$status"
+  fi
+  echo "supervise: ended with status $status; restart $((round + 1)) of $restarts in $pause s" >&2
+  for ((waited = 0; waited < pause * 5; waited++)); do
+    [ ! "$stopping" ] || exit "$status"
+    sleep 0.2
+  done
+done
