@@ -182,7 +182,7 @@ class Compiler:
         plan, state = experiment.plan, device_bytes(experiment.shapes)
         # Averages of the weights are evaluated in their place, where there are any.
         beside = {EVALUATE: state - device_bytes(experiment.shapes.variables()[""])}
-        factored = sum(getattr(kernel, "execution", None) != "merged" for kernel in plan.factored)
+        factored = sum(kernel.execution != "merged" for kernel in plan.factored)
         return Arm(
             wanted.name, wanted.dense, asked, wanted.config.batch_size, parts, plan.params,
             len(plan.kernels), factored, state, beside, found,
