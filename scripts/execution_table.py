@@ -67,6 +67,10 @@ def estimate(network: str, chip: str, arm: str, scale: float) -> dict[str, Any]:
         configs.override(given, name, value)
     devices = topology(SLICES[chip])
     experiment = experiments.build(configs.parse(given, devices=len(devices)), devices=devices)
+    executions = {kernel.execution for kernel in experiment.plan.factored}
+    pure = next(iter(executions)) if len(executions) == 1 else None
+    if arm == "auto" and pure is not None and key(network, chip, pure, scale) in known():
+        return known()[key(network, chip, pure, scale)]  # the same program
     compiled = experiment.lower_train_step().compile()
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     assert cost is not None and memory is not None
