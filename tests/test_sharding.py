@@ -186,11 +186,17 @@ def alone(net):
     return experiments.build(running.config(**NETS[net]), devices=jax.devices()[:1])
 
 
-def train(experiment, state):
+def lay_out(arrays, experiment):
+    """The state of an experiment from the arrays of another one's."""
+    shapes, structure = jax.tree.flatten(experiment.shapes)
+    return structure.unflatten(jax.device_put(arrays, [leaf.sharding for leaf in shapes]))
+
+
+def train(experiment, arrays):
     """Losses and norms of gradients of some steps, then the loss of an evaluation."""
     step, evaluate = experiment.compile_train_step(), experiment.jit_eval_step()
     rng, size, seen = np.random.default_rng(0), experiment.config.batch_size, []
-    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, experiment.shapes))
+    state = lay_out(arrays, experiment)
 
     def batch():
         images = rng.integers(0, 256, (size, 8, 8, 1)).astype(np.uint8)
@@ -206,13 +212,13 @@ def train(experiment, state):
 
 @pytest.fixture(scope="module")
 def of_one_device():
-    """By network: its first state, and what it sees in training on one device."""
+    """By network: the arrays of its first state, and what it sees in training on one device."""
 
     @functools.cache
     def trained(net):
         experiment = alone(net)
-        state = jax.device_get(experiment.init())
-        return state, train(experiment, state)
+        arrays = jax.device_get(jax.tree.leaves(experiment.init()))
+        return arrays, train(experiment, arrays)
 
     return trained
 
@@ -230,23 +236,24 @@ def of_one_device():
     ],
 )
 def test_every_mesh_trains_as_one_device_does(net, mesh, rules, of_one_device):
-    state, expected = of_one_device(net)
+    arrays, expected = of_one_device(net)
     experiment = build(net, mesh, mesh__rules=rules)
     assert (bytes_per_device(experiment.shapes) < bytes_per_device(alone(net).shapes)) == (mesh != (8, 1, 1))
     # Sums in another order: float32's rounding of 6e-8, grown by four steps and by BatchNorm's division.
-    np.testing.assert_allclose(train(experiment, state), expected, rtol=1e-5)
+    np.testing.assert_allclose(train(experiment, arrays), expected, rtol=1e-5)
 
 
 def test_a_checkpoint_is_restored_to_another_mesh_and_other_rules(of_one_device, tmp_path):
-    state, _ = of_one_device("mlp")
+    arrays, _ = of_one_device("mlp")
     saved, restored = build("mlp", (2, 2, 2), mesh__rules=RULES["mlp"]), build("mlp", (1, 8, 1))
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, saved.shapes)), {})
+        checkpoints.save(1, lay_out(arrays, saved), {})
         checkpoints.wait()
         back = checkpoints.restore(restored.shapes)
     assert back is not None
-    jax.tree.map(np.testing.assert_array_equal, back.state, state)
-    jax.tree.map(lambda ours, shape: np.testing.assert_(ours.sharding == shape.sharding), back.state, restored.shapes)
+    for ours, array, shape in zip(jax.tree.leaves(back.state), arrays, jax.tree.leaves(restored.shapes), strict=True):
+        np.testing.assert_array_equal(ours, array)
+        assert ours.sharding == shape.sharding
     assert back.state.params["dense1"]["kernel"].u.sharding.spec == PartitionSpec("fsdp", None)
 
 
