@@ -124,8 +124,8 @@ class Report:
         lines = [
             "In brackets: ratios to the dense twin.",
             f"Roofline: {self.chip.flops / 1e12:.4g} TFLOP/s and {self.chip.bandwidth / 1e9:.4g} GB/s a {self._unit}, even at "
-            f"{self.chip.flops / self.chip.bandwidth:.0f} FLOPs a byte; products and memory are taken to overlap, and exchanges "
-            "between devices to take no time. It is a lower bound, and the images/s, of all devices, an upper one.",
+            f"{self.chip.flops / self.chip.bandwidth:.0f} FLOPs a byte; products and memory are taken to overlap, and "
+            "exchanges between devices to take no time. It is a lower bound, and the images/s, of all devices, an upper one.",
             f"Collectives: bytes of the arrays that are summed or gathered. Compiled at effort {self.effort} by libtpu "
             f"{preflight.versions()['libtpu']}.",
         ]
