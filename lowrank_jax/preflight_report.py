@@ -1,4 +1,4 @@
-"""A preflight as text, as Markdown and as JSON."""
+"""A preflight as text and as JSON."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from lowrank_jax import preflight, slices
 from lowrank_jax.chips import Chip, of_device
 from lowrank_jax.config import ConfigError
 from lowrank_jax.estimates import Arm, Cache, Compiler, Wanted, check, grouped
-from lowrank_jax.plans import align, count, markdown_table
+from lowrank_jax.plans import align, count
 from lowrank_jax.preflight import Cost
 
 Rows = list[list[str]]
@@ -51,16 +51,12 @@ class Report:
         tables = [f"{title}\n{align(rows)}" for title, rows in self._tables()]
         return "\n\n".join([self.headline(), *tables, "\n".join(self.notes())])
 
-    def markdown(self) -> str:
-        tables = [f"{title}\n\n{markdown_table(rows)}" for title, rows in self._tables()]
-        notes = "\n".join(f"* {note}" for note in self.notes())
-        return "\n\n".join([self.headline(), *tables, notes]) + "\n"
-
     def headline(self) -> str:
         name = self.topology.replace(":", " ")
         sizes = sorted({arm.batch_size for arm in self.arms})
         batches = ", ".join(f"global batch {size} ({size / self.devices:g} a {self._unit})" for size in sizes)
-        return f"TPU {name}, {self.devices} {self._unit}s, {batches}; compiler estimates, nothing ran"
+        units = f"{self.devices} {self._unit}{'s' if self.devices > 1 else ''}"
+        return f"TPU {name}, {units}, {batches}; compiler estimates, nothing ran"
 
     def _tables(self) -> list[tuple[str, Rows]]:
         gib = self.usable / 2**30
@@ -101,7 +97,7 @@ class Report:
             if cost is None or twin is None:
                 rows.append([arm.name, *["-"] * (len(rows[0]) - 1)])
                 continue
-            bound = self.seconds(arm) or 0
+            bound = roofline_seconds(cost, self.chip)
             own = "-" if cost.seconds is None else ratio(time, cost.seconds, twin.seconds)
             rows.append([
                 arm.name,
@@ -118,18 +114,18 @@ class Report:
 
     def seconds(self, arm: Arm) -> float | None:
         """The roofline's time of a training step."""
-        return arm.step and self.chip.seconds(arm.step.flops, arm.step.bytes)
+        return arm.step and roofline_seconds(arm.step, self.chip)
 
     def waits_for(self, cost: Cost) -> str:
-        return "memory" if self.chip.seconds(0, cost.bytes) > self.chip.seconds(cost.flops, 0) else "products"
+        return "memory" if cost.bytes / self.chip.bandwidth > cost.flops / self.chip.flops else "products"
 
     def notes(self) -> list[str]:
         """What the tables cannot say of themselves."""
         lines = [
             "In brackets: ratios to the dense twin.",
             f"Roofline: {self.chip.flops / 1e12:.4g} TFLOP/s and {self.chip.bandwidth / 1e9:.4g} GB/s a {self._unit}, even at "
-            f"{self.chip.flops / self.chip.bandwidth:.0f} FLOPs a byte; products and memory are taken to overlap perfectly, "
-            "and exchanges between devices to take no time. The images/s, of all devices, follow from it.",
+            f"{self.chip.flops / self.chip.bandwidth:.0f} FLOPs a byte; products and memory are taken to overlap, and "
+            "exchanges between devices to take no time. It is a lower bound, and the images/s, of all devices, an upper one.",
             f"Collectives: bytes of the arrays that are summed or gathered. Compiled at effort {self.effort} by libtpu "
             f"{preflight.versions()['libtpu']}.",
         ]
@@ -212,6 +208,11 @@ def run(wanted: list[Wanted], topology: str, *, source: str, effort: str, cache:
         dense = compiler.estimate(group.dense, asked=group.wanted)
         groups.append((dense, *(compiler.estimate(arm, asked=True) for arm in group.others)))
     return Report(topology, chip, len(devices), effort, tuple(groups))
+
+
+def roofline_seconds(cost: Cost, chip: Chip) -> float:
+    """How long a program takes at least, at what the chip's maker states."""
+    return max(cost.flops / chip.flops, cost.bytes / chip.bandwidth)
 
 
 def _judged(wanted: list[Wanted], source: str, devices: int) -> list[Wanted]:

@@ -18,7 +18,7 @@ from lowrank_jax.cli import cache_home
 from lowrank_jax.estimates import Cache, Compiler, Wanted
 from lowrank_jax.plans import count, markdown_table
 from lowrank_jax.preflight import Program
-from lowrank_jax.preflight_report import Report, exchanged, flops, memory, moved, ratio, time
+from lowrank_jax.preflight_report import Report, exchanged, flops, memory, moved, ratio, roofline_seconds, time
 from lowrank_jax.schema import Config
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "results" / "preflight.md"
@@ -172,7 +172,7 @@ def sizes(slices: Slices) -> str:
             assert program.cost is not None, f"{file} {scale} does not fit"
             values = (
                 built.plan.params, built.plan.macs, estimates.device_bytes(built.shapes), program.peak_bytes,
-                program.cost.flops, chip.seconds(program.cost.flops, program.cost.bytes),
+                program.cost.flops, roofline_seconds(program.cost, chip),
             )  # fmt: skip
             dense = dense or values
             shown = (_counted, _counted, memory, memory, flops, time)
