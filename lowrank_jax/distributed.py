@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed as _jax_distributed  # its client of the coordinator has no public name
+from jax._src import xla_bridge
 
 _FAILURE = "lowrank/failure"
 _DAY = 24 * 60 * 60 * 1000  # in ms: a process that is lost ends the others by its missing heartbeat, not by a timeout
@@ -73,7 +74,7 @@ def start(cluster: Cluster) -> None:
     """Joins this process to the others of its run; it has to come before any use of the devices.
 
     Without flags jax looks for a cluster in the environment (TPU slices, GKE, Slurm, Open MPI); where it finds none, or one of
-    a single task, the process is alone, as it is with `processes=1`.
+    a single task, the process is alone, as it is with `processes=1`, and stays as it is where its devices are in use already.
 
     Raises:
       ClusterError: the others cannot be found.
@@ -81,7 +82,8 @@ def start(cluster: Cluster) -> None:
     if problems := cluster.problems():
         raise ClusterError("\n".join(problems))
     detected = cluster.coordinator is None
-    if cluster.processes == 1 or (detected and any(os.environ.get(name) == "1" for name in _TASKS)):
+    single = any(os.environ.get(name) == "1" for name in _TASKS)
+    if cluster.processes == 1 or (detected and (single or xla_bridge.backends_are_initialized())):
         return
     if cluster.process == 0:
         _check_free(cluster.coordinator)
