@@ -38,6 +38,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.projections
 	$(BIN)/python -m benchmarks.sweep_overhead
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.execution
 
 clean:
 	rm -rf .venv runs
