@@ -16,7 +16,6 @@ from lowrank_jax.activations import Activation
 from lowrank_jax.linalg import Pair, lengths, ratio, wide
 from lowrank_jax.stacks import Group, Stack, groups, split, stacked
 
-_SLACK = 0.5  # as in `stacks.groups`: products cost little next to the decompositions
 _OUTPUTS = 2**14  # whose best lengths are sought at a time, where that takes a series for each
 
 
@@ -77,7 +76,7 @@ def batches(stacks: Sequence[Stack]) -> list[Batch]:
     kinds = list(dict.fromkeys(stack.activation for stack in stacks))
     shapes = [(*stack.w.shape[1:], stack.rank) for stack in stacks]
     made = []
-    for group in groups(shapes, [len(stack.w) for stack in stacks], _work, [_alike(stack) for stack in stacks], _SLACK):
+    for group in groups(shapes, [len(stack.w) for stack in stacks], _work, [_alike(stack) for stack in stacks]):
         # Sorted by activation, so that those of one lie side by side.
         order = tuple(sorted(group.members, key=lambda i: kinds.index(stacks[i].activation)))
         group = Group(group.shape[:2], order)
