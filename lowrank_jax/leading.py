@@ -165,7 +165,7 @@ def at_best_lengths(parts: Sequence[Batch], coordinates: Sequence[jax.Array], no
 def _best_lengths(parts: Sequence[Batch], whole: Sequence[jax.Array], kept: Sequence[jax.Array]) -> list[jax.Array]:
     """`[k, outputs]` for every part; all outputs in front of one activation are asked for together."""
     runs = [(act, i, run) for i, part in enumerate(parts) for act, run in part.runs()]
-    found: list[list[jax.Array]] = [[] for _ in parts]
+    found: list[dict[int, jax.Array]] = [{} for _ in parts]  # by where a run starts
     for act in dict.fromkeys(act for act, _, _ in runs):
         mine = [(i, run) for other, i, run in runs if other is act]
         units = [jnp.broadcast_to(measure(act, parts[i].unit[run, 0]), whole[i][run].shape) for i, run in mine]
@@ -174,9 +174,9 @@ def _best_lengths(parts: Sequence[Batch], whole: Sequence[jax.Array], kept: Sequ
         best, start = _best_length(act, length * unit, cosine) / unit, 0
         for i, run in mine:
             shape = whole[i][run].shape
-            found[i].append(best[start : start + shape[0] * shape[1]].reshape(shape))
+            found[i][run.start] = best[start : start + shape[0] * shape[1]].reshape(shape)
             start += shape[0] * shape[1]
-    return [jnp.concatenate(pieces) for pieces in found]
+    return [jnp.concatenate([pieces[start] for start in sorted(pieces)]) for pieces in found]
 
 
 def _flat(arrays: Sequence[jax.Array]) -> jax.Array:

@@ -31,6 +31,18 @@ def test_a_stack_is_its_matrices_one_by_one(method):
     np.testing.assert_allclose(u[1] @ v[1], one @ other, atol=1e-4)
 
 
+def test_kernels_of_other_shapes_ranks_and_activations_change_nothing():
+    """The first two are padded to one shape; the last is too large for that, and is done first."""
+    described = [((8, 9), 3, "gelu"), ((8, 10), 4, "relu"), ((420, 420), 3, "relu")]
+    stacks = [
+        Stack(None, jax.random.normal(jax.random.key(rank), (1, *shape)), rank, activation)
+        for shape, rank, activation in described
+    ]
+    for stack, (u, v) in zip(stacks, METHODS["kernel_projection"](stacks), strict=True):
+        one, other = methods.factor("kernel_projection", jax.random.key(0), stack.w[0], stack.rank, activation=stack.activation)
+        np.testing.assert_allclose(u[0] @ v[0], one @ other, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_factors_are_decided_by_the_key(method):
     first, again, other = (methods.factor(method, jax.random.key(k), W, 2)[0] for k in (1, 1, 2))
