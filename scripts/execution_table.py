@@ -55,7 +55,8 @@ def key(network: str, chip: str, arm: str, scale: float) -> str:
 def wanted() -> list[tuple[str, str, str, float]]:
     pairs = [(network, chip) for chip in ("v5e", "v6e", "v4") for network in NETWORKS]
     dense = [(network, chip, "dense", 0.0) for network, chip in pairs]
-    return dense + [(network, chip, arm, scale) for scale in SCALES for network, chip in pairs for arm in ARMS]
+    ends_first = sorted(SCALES, key=lambda scale: -abs(scale - 0.25))
+    return dense + [(network, chip, arm, scale) for scale in ends_first for network, chip in pairs for arm in ARMS]
 
 
 def estimate(network: str, chip: str, arm: str, scale: float) -> dict[str, Any]:

@@ -36,11 +36,10 @@ SHARE = 64  # images a chip, on slices of 4, 16, 64 and 256
 GROWING = (("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"), ("v4:2x2x1", "v4:2x2x4", "v4:4x4x4", "v4:4x8x8"))
 
 SIZED_ON = "v5e:4x4"
-SCALES = ("0.05", "0.1", "0.25", "0.5")
+SCALES = ("0.05", "0.25")
 SIZED = {
     "configs/imagenet_resnet50_lowrank.py": SCALES,
     "configs/imagenet_efficientnet_lowrank.py:b0": SCALES,
-    "configs/imagenet_efficientnet_lowrank.py:b4": ("0.25",),
     "configs/imagenet_vit_lowrank.py": SCALES,
 }
 
