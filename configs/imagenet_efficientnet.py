@@ -7,9 +7,9 @@ weights with 0.9999.
     scripts/prepare_imagenet.sh MANUAL_DIR DATA_DIR          # once
     lowrank train --config=configs/imagenet_efficientnet.py:b0 --config.dataset.data_dir=DATA_DIR --workdir=gs://bucket/b0
 
-Hardware: TPU slices; what a chip needs for B0 and B4 is in docs/results/preflight.md.  Larger variants take more chips, or a
-smaller batch (`--config.batch_size=1024`, which keeps the rate per image), or the batch in parts
-(`--config.optim.accumulate=4`); `lowrank preflight` tells.
+Hardware: TPU slices; what a chip needs for B0 is in docs/results/preflight.md, and `lowrank preflight` tells it of the others.
+Larger variants take more chips, or a smaller batch (`--config.batch_size=1024`, which keeps the rate per image), or the batch
+in parts (`--config.optim.accumulate=4`).
 Expected time: not yet measured.
 Expected number: not yet measured here.  Published for B0: 77.1 % top-1 with AutoAugment (arXiv 1905.11946); mmclassification
 (readthedocs, papers/efficientnet) states 76.74 % for the published weights that were trained without it.

@@ -129,7 +129,7 @@ def test_the_command_compiles_remembers_and_says_what_does_not_fit(tmp_path, mon
     written = json.loads((tmp_path / "out.json").read_text())
     dense, low = written["arms"]
     assert (dense["name"], low["name"], low["dense_twin"]) == ("dense twin", "scale=0.25", "dense twin") and written["fits"]
-    assert 0 < low["ratio"]["flops"] < 1 and low["programs"]["training step"]["cost"]["collectives"]["all-reduce"] > 0
+    assert 0 < low["ratio"]["state_bytes"] < 1 and low["programs"]["training step"]["cost"]["collectives"]["all-reduce"] > 0
 
     # 2**28 images of 64 bytes, and what is made of them, are more than a chip has; the smaller batch is known by now.
     second = preflight("--topology=v5e:2x2", "--sweep=batch_size=32,1073741824", batch_size="swept")
