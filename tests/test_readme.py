@@ -6,15 +6,18 @@ import jax
 
 from lowrank_jax.config import legal_keys
 from lowrank_jax.kernel import is_low_rank
+from lowrank_jax.paths import named_leaves
 
 
 def test_the_python_runs_as_written(repository):
-    first, moments = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
+    first, execution, moments = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
     names = {}
     exec(first, names)
     plain = names["params"]
+    exec(execution, names)
+    assert all(kernel.execution for kernel in names["plan"].factored)
     exec(moments, names)
-    assert jax.tree.structure(names["params"]) == jax.tree.structure(plain)
+    assert named_leaves(names["params"]).keys() == named_leaves(plain).keys()
     factored = [leaf for leaf in jax.tree.leaves(names["params"], is_leaf=is_low_rank) if is_low_rank(leaf)]
     assert len(factored) == 2
     assert jax.tree.map(lambda x: x.shape, names["dense"]) == jax.tree.map(lambda x: x.shape, names["variables"]["params"])
