@@ -10,6 +10,7 @@ the risk of y in place of w is K(s, s, 1) + K(t, t, 1) - 2 K(s, t, rho), and the
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -162,7 +163,7 @@ def minimise(loss: Function, high: jax.Array) -> jax.Array:
       loss: `[...] -> [...]`, each element a function of its own t.
       high: the ends of the intervals, `[...]`.
     """
-    points, sections, golden = 16, 24, (np.sqrt(5) - 1) / 2
+    points, sections, golden = 16, 24, (math.sqrt(5) - 1) / 2
     values = jax.lax.map(lambda i: loss(high * i / points), jnp.arange(points + 1, dtype=high.dtype))
     best = jnp.argmin(values, axis=0)
 

@@ -64,7 +64,7 @@ CHIPS = {
 
 
 def of_device(device: Any) -> Chip | None:
-    """The entry of a `jax.Device`, which need not be there; None for what is not in the table, CPUs among them."""
+    """The entry of a `jax.Device`, which need not be there; None for what is not in the table."""
     kind = device.device_kind
     found = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
     if not found:

@@ -90,12 +90,12 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A dense network, and low-rank ones that differ from it in their factors alone.
+    """A dense network, and others that differ from it in their factors alone, or in what no program depends on.
 
     Attributes:
       dense: what the others are compared with.
       wanted: whether it was asked for.
-      others: the low-rank ones.
+      others: the low-rank ones first.
     """
 
     dense: Wanted
@@ -111,7 +111,7 @@ def grouped(arms: Sequence[Wanted]) -> list[Group]:
     groups = []
     for members in twins.values():
         asked = [arm for arm in members if arm.dense]
-        others = tuple(arm for arm in members if not arm.dense)
+        others = (*(arm for arm in members if not arm.dense), *asked[1:])
         name = "dense twin" if len(twins) == 1 else f"dense twin of {members[0].name}"
         dense = asked[0] if asked else Wanted(name, _dense_twin(members[0].config))
         groups.append(Group(dense, bool(asked), others))
@@ -200,7 +200,10 @@ class Compiler:
             program = preflight.compile_program(lowered, self.chip, self.effort)
         except PreflightError as error:
             raise PreflightError(f"{label}: {error}") from None
-        self.cache.put(key, program)
+        try:
+            self.cache.put(key, program)
+        except OSError as error:  # minutes of work, that need not be lost for it
+            self.say(f"{label}: cannot be remembered: {error.filename}: {error.strerror}")
         self.say(f"{label}: {program.compile_seconds:.0f} s of CPU time")
         return program
 

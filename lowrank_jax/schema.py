@@ -216,7 +216,7 @@ class InitConfig:
 
     svd: str = _option(
         "device", _one_of("device", "host")
-    )  # what decomposes the kernels; the host's factors differ by rounding
+    )  # what decomposes the kernels; the host's products UV differ by rounding
 
 
 @dataclasses.dataclass(frozen=True)

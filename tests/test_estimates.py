@@ -113,6 +113,19 @@ def test_every_arm_has_a_dense_twin():
     assert one.dense.config.model == arms["a"].model
 
 
+def test_no_dense_arm_that_was_asked_for_is_left_out():
+    dense = [Wanted(f"seed={seed}", running.config(lowrank__method="none", seed=seed)) for seed in (1, 2)]
+    (group,) = grouped([*dense, Wanted("low", running.config(seed=1))])
+    assert (group.dense.name, group.wanted, [arm.name for arm in group.others]) == ("seed=1", True, ["low", "seed=2"])
+
+
+def test_an_answer_that_cannot_be_kept_is_given_all_the_same(tmp_path):
+    (tmp_path / "file").write_text("")
+    said = []
+    program = compiler_of(tmp_path / "file" / "folder", said.append).program("sum", jax.jit(lambda x: x + 1).lower(1.0))
+    assert program.cost is not None and any("cannot be remembered" in line for line in said)
+
+
 def arm(name, *, wanted=True, dense=False, peak=GIB, flops=1e12, seconds=0.02, refused=False, beside=0):
     cost = None if refused else Cost(flops, 1e10, seconds, "" if seconds else "it has none", {"all-reduce": 4000})
     programs = {"training step": Program(peak, cost, 1.0), "evaluation": Program(GIB // 4, cost, 1.0)}
