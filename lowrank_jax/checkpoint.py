@@ -285,7 +285,7 @@ def _together() -> ocp.options.MultiprocessingOptions:
 
 
 def _barrier() -> Callable[..., None]:
-    """Orbax's own, but for a save that fails in this process: orbax would have that wait for the others, and hide it so long."""
+    """Orbax's own, but for a save that fails in this process, which orbax would hide while it waits for the others."""
     wait, caller = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count()))), threading.current_thread()
 
     def sync(*, key: str, timeout_ms: int) -> None:
