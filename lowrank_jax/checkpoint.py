@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -89,6 +90,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=False,  # orbax refuses to, where barriers are the coordinator's
             multiprocessing_options=_together(),
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()) if several() else None,
         )
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone())
         self._manager = self._open()
@@ -280,6 +282,19 @@ def _together() -> ocp.options.MultiprocessingOptions:
     """Barriers of the coordinator's instead of computations on the devices, which other threads' would get in the way of."""
     everyone = set(range(jax.process_count())) if several() else None
     return ocp.options.MultiprocessingOptions(active_processes=everyone)
+
+
+def _barrier() -> Callable[..., None]:
+    """Orbax's own, but for a save that fails in this process, which orbax would hide while it waits for the others."""
+    wait, caller = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count()))), threading.current_thread()
+
+    def sync(*, key: str, timeout_ms: int) -> None:
+        failure = sys.exc_info()[1]  # what orbax's thread is about to end with; the caller may be handling one of its own
+        if failure and threading.current_thread() is not caller:
+            raise failure
+        wait(key=key, timeout_ms=timeout_ms)
+
+    return sync
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

@@ -57,8 +57,11 @@ class Tracer:
 
     def __exit__(self, *exception: Any) -> None:
         """Writes what was traced when the run ends within the steps, stopped or failed."""
-        if self._done:
-            self._stop(wait=exception[0] is None)  # what a failed step was to compute may never come
+        if not self._done:
+            return
+        failed = exception[0] is not None
+        with contextlib.suppress(OSError) if failed else contextlib.nullcontext():  # the run's own failure is the one to tell
+            self._stop(wait=not failed)  # what a failed step was to compute may never come
 
     def _start(self) -> None:
         jax.block_until_ready(self._state())  # the steps before are not part of the trace

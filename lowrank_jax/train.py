@@ -162,8 +162,10 @@ def train(
         if (split := getattr(config.dataset, f"{kind}_split"))
     }
     folder = Workdir(workdir, active=jax.process_index() == 0)
+    _agree(to_dict(config))
     folder.claim(to_dict(config))
-    _agree(to_dict(config), folder)
+    gather("claimed")
+    folder.check_shared()
     with folder.locked():
         folder.forget_failure()
         folder.write_text("overview.txt", f"{describe(experiment)}\n")
@@ -175,6 +177,7 @@ def train(
                     return _Loop(experiment, data, folder, writer, checkpoints, stop, on_evaluation).run()
                 except Diverged as error:
                     folder.note_failure(diverged=True, reason=str(error))
+                    checkpoints.wait()  # all processes come here, and what the message calls the last good one is on its way
                     raise
 
 
@@ -401,8 +404,8 @@ class _Loop:
         return self.seconds_before + time.perf_counter() - self.begin
 
 
-def _agree(config: dict[str, Any], folder: Workdir) -> None:
-    """Sees to it that all processes have one experiment and one work directory.
+def _agree(config: dict[str, Any]) -> None:
+    """Sees to it that all processes have one experiment.
 
     Raises:
       WorkdirError: they have not.
@@ -413,7 +416,6 @@ def _agree(config: dict[str, Any], folder: Workdir) -> None:
         different = [f"{key} is {theirs.get(key)}, not {first[key]}" for key in first if theirs.get(key) != first[key]]
         if different:
             raise WorkdirError(f"process {process} was given other settings than process 0: {'; '.join(different)}")
-    folder.check_shared()
 
 
 def score(evaluated: dict[str, dict[str, float]]) -> float:

@@ -6,8 +6,8 @@ usage() {
   cat <<'EOF'
 usage: scripts/supervise.sh [--processes=N] [--restarts=N] [--pause=SECONDS] [--grace=SECONDS] [--] COMMAND...
 
-Runs COMMAND until it ends with status 0, or with one that would only come again: 2 (something that cannot be used) or
-4 (diverged). SIGTERM and Ctrl-C are passed on, and then nothing is started again. On several hosts, run it on each of them,
+Runs COMMAND until it ends with status 0, or with one that would only come again: 2 (something that cannot be used),
+4 (diverged), 126 or 127 (it cannot be run). SIGTERM and Ctrl-C are passed on, and then nothing is started again. On several hosts, run it on each of them,
 with a --patience of COMMAND that gives a lost host the time to come back.
 
   --processes=N      N processes on this machine as one run: each gets --coordinator, --processes and --process
@@ -28,7 +28,7 @@ refuse() {
 }
 
 whole() {  # NAME VALUE
-  [[ $2 =~ ^[0-9]+$ ]] || refuse "--$1: '$2' must be a whole number"
+  [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] || refuse "--$1: '$2' must be a whole number"
 }
 
 processes=1 restarts=20 pause=10 grace=10
@@ -56,7 +56,7 @@ pass_on() {  # SIGNAL
   stopping=yes
   for pid in "${!running[@]}"; do kill -"$1" "$pid" 2>/dev/null; done
 }
-trap 'pass_on TERM' TERM
+trap 'pass_on TERM' TERM HUP  # a terminal that closes would leave them without this script
 trap 'pass_on INT' INT
 
 free_port() {
@@ -117,7 +117,7 @@ for ((round = 0; ; round++)); do
   start "$@"
   [ ! "$stopping" ] || pass_on TERM  # it came while they started
   finish
-  if [ "$stopping" ] || [[ $status =~ ^(0|2|4)$ ]]; then exit "$status"; fi
+  if [ "$stopping" ] || [[ $status =~ ^(0|2|4|126|127)$ ]]; then exit "$status"; fi
   if [ "$round" -ge "$restarts" ]; then
     echo "supervise: ended with status $status; $restarts restarts are used up" >&2
     exit "$status"

@@ -63,10 +63,11 @@ fail() {
 
 # A word as any POSIX shell reads it back; the workers' shell gets what this prints, and so does whoever pastes a dry run.
 quote() {
+  local mark="'" escaped="'\\''" # named, since the bash of macOS takes backslashes in a replacement for its own
   if [[ $1 =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
     printf '%s' "$1"
   else
-    printf "'%s'" "${1//\'/\'\\\'\'}"
+    printf "'%s'" "${1//$mark/$escaped}"
   fi
 }
 
@@ -121,8 +122,8 @@ check_options() {
   [ ${#missing[@]} -eq 0 ] || fail "$action needs ${missing[*]}"
   [[ $name =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] || fail "--name=$name: lower-case letters, digits and hyphens, a letter first"
   [[ $zone =~ ^[a-z]+(-[a-z]+)+[0-9]+-[a-z]$ ]] || fail "--zone=$zone: a zone, such as us-west4-a"
-  [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts: must be a whole number"
-  [[ $recreate =~ ^[0-9]+$ ]] || fail "--recreate=$recreate: must be a whole number"
+  [[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || fail "--restarts=$restarts: must be a whole number"
+  [[ $recreate =~ ^(0|[1-9][0-9]*)$ ]] || fail "--recreate=$recreate: must be a whole number"
   [[ -z $worker || $worker =~ ^[0-9]+$ ]] || fail "--worker=$worker: must be the number of a worker"
   [ -z "$worker" ] || [ "$action" = logs ] || fail "--worker: only with logs"
   if [ "$action" != run ]; then

@@ -111,10 +111,13 @@ def test_a_killed_process_ends_all_and_the_relaunched_ones_go_on_exactly(alone, 
 
 def test_a_loss_that_is_not_finite_ends_all_with_one_message(tmp_path):
     flaw = {"optim__lr": 1e30, "optim__warmup": "0 steps", "model__kwargs": {"widths": (8,)}, "log__every": "1 step"}
-    done = running.run([str(SUPERVISE), "--processes=2", *running.command(tmp_path, **flaw)])
+    command = running.command(tmp_path, **flaw, checkpoint__every="1 step")
+    done = running.run([str(SUPERVISE), "--processes=2", *command])
     assert done.returncode == 4, done.stderr
     assert done.stderr.count("Lower optim.lr or set optim.clip_norm") == 1 and "restart" not in done.stderr
     assert json.loads((tmp_path / "failure.json").read_text())["status"] == "diverged"
+    last_good = done.stderr.split("Last good checkpoint: ")[1].split(".")[0]
+    assert (tmp_path / "checkpoints" / last_good).is_dir()  # it was still being written
 
 
 def test_an_image_that_one_process_cannot_read_saves_and_ends_all(small_imagenet, tmp_path):
@@ -128,6 +131,35 @@ def test_an_image_that_one_process_cannot_read_saves_and_ends_all(small_imagenet
     assert sum(said.count("Raise the limit") for said in outputs) == 1 and "Traceback" not in "".join(outputs)
     assert f"saved step 6 to {tmp_path}; the same command continues it" in outputs[0]
     assert (tmp_path / "checkpoints" / "6").is_dir()
+
+
+def test_a_process_that_cannot_write_its_part_of_a_checkpoint_ends_all(tmp_path):
+    no_files = 'case $* in *--process=1*) ulimit -f 0 ;; esac; exec "$@"'
+    processes = running.start_all(["bash", "-c", no_files, "bash", *running.command(tmp_path)], 2)
+    outputs = running.wait_all(processes)
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert "process 1: " in outputs[0] and "a checkpoint could not be written" in outputs[0]
+    assert not (tmp_path / "checkpoints" / "10").exists()
+
+
+def test_processes_of_different_settings_leave_the_work_directory_alone(tmp_path):
+    seeds = 'case $* in *--process=1*) set -- "$@" --config.seed=1 ;; esac; exec "$@"'
+    processes = running.start_all(["bash", "-c", seeds, "bash", *running.command(tmp_path / "run")], 2)
+    first, _ = running.wait_all(processes)
+    assert [process.returncode for process in processes] == [2, 2], first
+    assert "process 1 was given other settings than process 0: seed is 1, not 0" in first
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--processes=08", "--restarts=x", "--pause=09", "--grace=-1"])
+def test_the_supervisor_refuses_what_is_no_number(option):
+    done = running.run([str(SUPERVISE), option, "true"])
+    assert done.returncode == 2 and "must be a whole number" in done.stderr
+
+
+def test_the_supervisor_starts_nothing_again_that_cannot_be_run():
+    done = running.run([str(SUPERVISE), "--pause=0", "no-such-command"])
+    assert done.returncode == 127 and "restart" not in done.stderr
 
 
 @pytest.mark.parametrize(

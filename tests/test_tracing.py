@@ -70,6 +70,12 @@ def test_a_run_that_fails_within_the_steps_leaves_its_trace_and_its_reason(tmp_p
     assert steps_of(file)[0] == 1
 
 
+def test_a_trace_that_cannot_be_written_does_not_hide_why_the_run_failed(tmp_path):
+    (tmp_path / "plugins").write_text("in the way")
+    with pytest.raises(Diverged, match="at step"):
+        train(running.config(optim__lr=1e30, optim__warmup=0, profile__steps=(1, 40), **SETTINGS), str(tmp_path))
+
+
 def test_tracing_does_not_count_as_training_time(tmp_path, monkeypatch):
     slow = jax.profiler.stop_trace
 
