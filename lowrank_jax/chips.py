@@ -20,7 +20,7 @@ class Chip:
       kind: `jax.Device.device_kind`, or its beginning.
       flops: bfloat16 multiplications and additions a second.
       bandwidth: bytes a second to and from its memory.
-      memory: its bytes; for TPUs the ones that a program can have are some per cent fewer.
+      memory: its bytes, as stated; what a program can have of a TPU's is in `preflight`.
       reached: the fractions of `flops` and `bandwidth` that the device's own compiler reckons with; of TPUs `python -m
         scripts.calibrate_chips` prints them.  Ones where there is nothing to ask.
       tile: rows and columns of the tiles in which arrays are stored, which small axes do not fill; None for none.

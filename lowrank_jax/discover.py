@@ -138,6 +138,8 @@ def _refusal(module: nn.Module) -> str:
         return "depthwise convolution" if depthwise else f"grouped convolution ({module.feature_group_count} groups)"
     if isinstance(module, nn.Conv) and module.mask is not None:
         return "masked convolution"
+    if isinstance(module, nn.Conv) and (module.conv_general_dilated or module.conv_general_dilated_cls):
+        return "convolves in its own way"  # which the 1x1 stage, a product, would not
     return ""
 
 
