@@ -189,6 +189,7 @@ class Own(nn.Dense):
         (nn.ConvTranspose(8, (3, 3)), "ConvTranspose is not nn.Dense, nn.DenseGeneral or nn.Conv"),
         (nn.ConvLocal(8, (3, 3)), "ConvLocal is not nn.Dense, nn.DenseGeneral or nn.Conv"),
         (nn.Conv(8, (3, 3), mask=np.ones((3, 3, 8, 8))), "masked convolution"),
+        (nn.Conv(8, (3, 3), conv_general_dilated=jax.lax.conv_general_dilated), "convolves in its own way"),
         (nn.DenseGeneral(8, batch_dims=0), "one kernel for each batch index"),
     ],
 )
@@ -300,9 +301,3 @@ def test_kernels_that_are_not_finite_are_named(zoo):
     broken = {**params, "shared": {**params["shared"], "kernel": params["shared"]["kernel"].at[0, 0].set(jnp.nan)}}
     with pytest.raises(ValueError, match="kernels with elements that are not finite: shared/kernel"):
         lr.factorize(broken, plan, key=KEY)
-
-
-def test_a_convolution_that_computes_in_its_own_way_stays_dense():
-    conv = nn.Conv(16, (3, 3), conv_general_dilated=jax.lax.conv_general_dilated)
-    (kernel,) = lr.plan(conv, jnp.zeros((1, 8, 8, 16)), [lr.Rule(".*", rank=2)]).kernels
-    assert (kernel.rank, kernel.note) == (None, "convolves in its own way")
