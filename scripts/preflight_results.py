@@ -61,6 +61,8 @@ scripts.preflight_results` writes this page. Ratios in brackets are to the dense
 the CPU time that the compiler took for all programs of both arms.
 """
 
+STOPPED = "\n**Not complete:** the command was stopped here; given again, it goes on.\n"
+
 
 class Slices:
     """The compilers of slices by name and effort, all with the one cache of the command line."""
@@ -204,9 +206,9 @@ def main() -> None:
     parts = [*(functools.partial(shipped, file=file) for file in CONFIGS), weak_scaling, sizes, efforts]
     page = HEAD.format(**preflight.versions())
     try:
-        for part in parts:
+        for i, part in enumerate(parts):
             page += f"\n{part(slices)}"
-            PAGE.write_text(page)
+            PAGE.write_text(page if i + 1 == len(parts) else page + STOPPED)
     except (preflight.PreflightError, config.ConfigError) as error:
         sys.exit(str(error))
 
