@@ -14,8 +14,9 @@ import numpy as np
 from lowrank_jax import activations, linalg
 from lowrank_jax.activations import Activation
 from lowrank_jax.linalg import Pair, lengths, ratio, wide
-from lowrank_jax.stacks import Group, Stack, groups, split, stacked
+from lowrank_jax.stacks import Group, Stack, groups, padded, split, stacked
 
+_SLACK = 0.3  # as in `stacks.groups`: products with factors cost little next to Gram matrices and their decompositions
 _OUTPUTS = 2**14  # whose best lengths are sought at a time, where that takes a series for each
 
 
@@ -46,11 +47,6 @@ class Batch:
         """`[k]`."""
         return np.repeat([stack.rank for stack in self.members], [len(stack.w) for stack in self.members])
 
-    @property
-    def sides(self) -> np.ndarray:
-        """The shorter sides of the matrices without padding, `[k]`."""
-        return np.repeat([min(stack.w.shape[1:]) for stack in self.members], [len(stack.w) for stack in self.members])
-
     def runs(self) -> list[tuple[Activation, slice]]:
         """Which matrices are followed by which activation."""
         found, start = [], 0
@@ -73,23 +69,24 @@ class Batch:
 
 def batches(stacks: Sequence[Stack]) -> list[Batch]:
     """Stacks in few shapes."""
+    units = [linalg.units(stack.w) for stack in stacks]
+    relative = [stack.w.astype(wide(stack.w.dtype)) / unit for stack, unit in zip(stacks, units, strict=True)]
     kinds = list(dict.fromkeys(stack.activation for stack in stacks))
     shapes = [(*stack.w.shape[1:], stack.rank) for stack in stacks]
     made = []
-    for group in groups(shapes, [len(stack.w) for stack in stacks], _work, [_alike(stack) for stack in stacks]):
+    for group in groups(shapes, [len(stack.w) for stack in stacks], _work, [_alike(stack) for stack in stacks], _SLACK):
         # Sorted by activation, so that those of one lie side by side.
         order = tuple(sorted(group.members, key=lambda i: kinds.index(stacks[i].activation)))
         group = Group(group.shape[:2], order)
         members = tuple(stacks[i] for i in order)
-        w = stacked([stack.w.astype(wide(stack.w.dtype)) for stack in stacks], group)
-        unit = linalg.units(w)
-        made.append(Batch(w / unit, unit, members[0].group, members, group))
+        unit = jnp.concatenate([units[i] for i in order])
+        made.append(Batch(stacked(relative, group), unit, members[0].group, members, group))
     return made
 
 
 def _work(shape: tuple[int, ...]) -> float:
     n, m, rank = shape
-    return float(n * m) * (min(n, m) + 4 * rank)
+    return float(n * m) * rank
 
 
 def _alike(stack: Stack) -> tuple:
@@ -112,8 +109,8 @@ def project(stacks: Sequence[Stack], *, normalized: bool = False, vectors: Seque
     """
     parts = batches(stacks)
     if vectors is None:
-        vectors = linalg.eigenvectors([linalg.gram(part.w) for part in parts], [part.sides for part in parts])
-    images = [_images(part, of_part) for part, of_part in zip(parts, vectors, strict=True)]
+        vectors = linalg.gram_eigenvectors_of_all([stack.w for stack in stacks])
+    images = [_images(part, vectors) for part in parts]
     bases = _orthonormalizers(parts, images)
     coordinates = []
     for part, image, basis in zip(parts, images, bases, strict=True):
@@ -126,10 +123,11 @@ def project(stacks: Sequence[Stack], *, normalized: bool = False, vectors: Seque
     return [pairs[i] for i in range(len(stacks))]
 
 
-def _images(part: Batch, vectors: jax.Array) -> jax.Array:
+def _images(part: Batch, vectors: Sequence[jax.Array]) -> jax.Array:
     """What spans the leading left singular directions, `[k, n, rank]`; zero where a rank is padded."""
-    rank = part.ranks.max()
-    leading = jnp.where(np.arange(rank) < part.ranks[:, None, None], vectors[:, :, :rank], 0)
+    side = min(part.w.shape[1:])
+    cut = [vectors[i][:, :, : stack.rank] for i, stack in zip(part.group.members, part.members, strict=True)]
+    leading = jnp.concatenate([padded(each, (side, part.ranks.max())) for each in cut])
     return leading if part.is_wide else part.w @ leading
 
 

@@ -16,8 +16,7 @@ from lowrank_jax.activations import ActivationLike
 
 Shape = tuple[int, ...]
 
-SLACK = 0.1  # more work, of that without padding, for fewer shapes
-FREE = 2e7  # multiply-accumulates more that any number of shapes may take: milliseconds on any machine
+FREE = 2e7  # multiply-accumulates: milliseconds on any machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +56,16 @@ def groups(
     counts: Sequence[int],
     work: Callable[[Shape], float],
     alike: Sequence[Hashable] | None = None,
+    slack: float = 0.1,
 ) -> list[Group]:
-    """As few shapes as a tenth more work buys; which they are depends on the shapes alone, not on the platform.
+    """As few shapes as some more work buys; which they are depends on the shapes alone, not on the platform.
 
     Args:
       shapes: of the elements of every stack.
       counts: how many elements every stack has.
       work: multiply-accumulates for an element of a shape; growing with every axis.
       alike: only stacks for which this is equal may share a shape.
+      slack: how much more, of the work that there is without padding; `FREE` may be added in any case.
     """
     keys = [(shape, alike[i] if alike else None) for i, shape in enumerate(shapes)]
     found: dict[Hashable, list[int]] = {}
@@ -80,7 +81,7 @@ def groups(
         both = Group(tuple(map(max, one.shape, other.shape)), tuple(sorted(one.members + other.members)))
         return total(both) - total(one) - total(other), both
 
-    left = SLACK * sum(map(total, merged)) + FREE
+    left = slack * sum(map(total, merged)) + FREE
     while True:
         pairs = [pair for pair in itertools.combinations(merged, 2) if _may_join(pair, keys)]
         if not pairs:
