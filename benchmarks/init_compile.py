@@ -2,7 +2,7 @@
 
     python -m benchmarks.init_compile [CONFIG] [--effort=default] [--topology=v5e:2x2]
 
-CONFIG is a file, by default configs/imagenet_resnet50_lowrank.py.  No TPU is needed and nothing runs: the figures are CPU-seconds
+CONFIG is a file, by default configs/imagenet_resnet50_lowrank.py.  No TPU is needed, nothing runs: the figures are CPU-seconds
 of this machine and counts of decompositions in the program.  At default effort it takes minutes.
 """
 
