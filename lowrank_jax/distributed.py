@@ -164,7 +164,7 @@ def _watch(over: threading.Event) -> None:
             client.key_value_set(f"{_FAILURE}/heard/{process}", "")
         _exit(failure["status"])
     who = f"process {failure['process']}: " if failure["process"] else ""
-    print(f"{who}{failure['message']}", file=sys.stderr)
+    _say(f"{who}{failure['message']}")
     # With this process the coordinator ends, and the others are aborted if they have not heard by then.
     end = time.monotonic() + _HEARING
     while time.monotonic() < end and len(client.key_value_dir_get(f"{_FAILURE}/heard/")) < _state().num_processes - 1:
@@ -176,10 +176,16 @@ def _watch(over: threading.Event) -> None:
 def _exit(status: int, message: str = "") -> NoReturn:
     """Without waiting for the others, as an ordinary end does."""
     if message:
-        print(message, file=sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        _say(message)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(status)
+
+
+def _say(message: str) -> None:
+    """To whoever still listens: a closed terminal or pipe must not keep the process from ending."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

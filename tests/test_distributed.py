@@ -5,6 +5,7 @@ import os
 import pathlib
 import signal
 import socket
+import sys
 
 import numpy as np
 import pytest
@@ -194,3 +195,8 @@ def test_one_process_is_alone_whatever_its_environment_says(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "nowhere.invalid:1")
     start(Cluster(processes=1))
     assert not several() and gather("me") == ["me"]
+
+
+def test_a_process_ends_with_its_status_though_nobody_listens():
+    code = "import os; from lowrank_jax.distributed import _exit; r, w = os.pipe(); os.close(r); os.dup2(w, 2); _exit(4, 'why')"
+    assert running.run([sys.executable, "-c", code]).returncode == 4
