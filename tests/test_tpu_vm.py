@@ -226,7 +226,11 @@ def test_a_run_creates_installs_starts_everywhere_and_follows(cloud):
     cloud.todo("4")
     assert cloud.run(*RUN, "--recreate=3", "--", *TRAIN).returncode == 4
     assert cloud.actions()[5:] == ["scp", "ssh", "ssh", "ssh"]
-    status = cloud.run("status", *WHERE)
+    for _ in range(60):  # the run ends with worker 0, and worker 1 may need a moment more
+        status = cloud.run("status", *WHERE)
+        if status.stdout.count("ended with 4") == 2:
+            break
+        time.sleep(0.5)
     assert status.stdout.startswith("r50: TPU READY, request")
     assert status.stdout.count("ended with 4") == 2 and "lowrank train --config=configs/digits_resnet.py" in status.stdout
     logs = cloud.run("logs", *WHERE).stdout
