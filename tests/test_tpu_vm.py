@@ -226,11 +226,10 @@ def test_a_run_creates_installs_starts_everywhere_and_follows(cloud):
     cloud.todo("4")
     assert cloud.run(*RUN, "--recreate=3", "--", *TRAIN).returncode == 4
     assert cloud.actions()[5:] == ["scp", "ssh", "ssh", "ssh"]
-    for _ in range(60):  # the run ends with worker 0, and worker 1 may need a moment more
-        status = cloud.run("status", *WHERE)
-        if status.stdout.count("ended with 4") == 2:
-            break
+    status, deadline = cloud.run("status", *WHERE), time.monotonic() + 60
+    while status.stdout.count("ended with 4") < 2 and time.monotonic() < deadline:  # worker 1 may need a moment more
         time.sleep(0.5)
+        status = cloud.run("status", *WHERE)
     assert status.stdout.startswith("r50: TPU READY, request")
     assert status.stdout.count("ended with 4") == 2 and "lowrank train --config=configs/digits_resnet.py" in status.stdout
     logs = cloud.run("logs", *WHERE).stdout
