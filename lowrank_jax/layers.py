@@ -10,11 +10,13 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
-from lowrank_jax import methods
+from lowrank_jax import methods, windows
 from lowrank_jax.activations import ActivationLike
 from lowrank_jax.discover import SUPPORTED
 from lowrank_jax.kernel import SPATIAL_ROWS, Execution, LowRankKernel, MatrixView, channel_view, dense_view, spatial_view
+from lowrank_jax.windows import per_axis
 
 Initializer = Callable[..., jax.Array]
 
@@ -78,7 +80,12 @@ def run_layer(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> ja
 def _merged(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
     """The layer as it is, on the product in the dtype that it computes in."""
     dtype = jnp.result_type(x, kernel.dtype) if module.dtype is None else module.dtype
-    return _on(module.clone(name=None), kernel.product(dtype, module.precision), x, bias)
+    product = kernel.product(dtype, module.precision)
+    if not isinstance(module, nn.Conv):
+        return _on(module.clone(name=None), product, x, bias)
+    x, product, bias = promote_dtype(x, product, bias, dtype=module.dtype)
+    y = windows.convolve(module, product, x)
+    return y if bias is None else y + bias
 
 
 def _on(layer: nn.Module, kernel: jax.Array, x: jax.Array, bias: Any = None) -> Any:
@@ -110,7 +117,7 @@ def _channel_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Ar
     if _is_pointwise(module):
         hidden = _on(product.clone(**narrow), kernel.u.reshape(-1, kernel.rank), x)
         return _on(product, kernel.v, hidden, bias)
-    hidden = _on(module.clone(**narrow, name=None), kernel.u, x)
+    hidden = windows.convolve(module.clone(**narrow, name=None), kernel.u, x)
     # With all positions on one axis CPUs need no copy for the weight gradient.  TPUs do not mind here, behind a window; between
     # products they would lay every activation out anew.
     return _on(product, kernel.v, hidden.reshape(-1, kernel.rank), bias).reshape(*hidden.shape[:-1], module.features)
@@ -123,8 +130,8 @@ def _is_pointwise(module: nn.Conv) -> bool:
     return (
         all(k == 1 for k in size)
         and isinstance(module.padding, str)
-        and all(s in unit for s in _per_axis(module.strides, len(size)))
-        and all(s in unit for s in _per_axis(module.input_dilation, len(size)))
+        and all(s in unit for s in per_axis(module.strides, len(size)))
+        and all(s in unit for s in per_axis(module.input_dilation, len(size)))
     )
 
 
@@ -135,10 +142,10 @@ def _window(module: Any) -> tuple[int, ...]:
 def _spatial_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
     """kh x 1 with r filters, then 1 x kw: strides, dilations and padding go to the stage that has their axis."""
     kh, kw = kernel.u.shape[0], kernel.v.shape[1]
-    strides = _per_axis(module.strides, 2)
-    dilation = _per_axis(module.kernel_dilation, 2)
-    input_dilation = _per_axis(module.input_dilation, 2)
-    padding = _padding_per_axis(module.padding)
+    strides = per_axis(module.strides, 2)
+    dilation = per_axis(module.kernel_dilation, 2)
+    input_dilation = per_axis(module.input_dilation, 2)
+    padding = _paddingper_axis(module.padding)
 
     def stage(axis: int, size: tuple[int, int], **changes: Any) -> nn.Conv:
         return module.clone(
@@ -151,21 +158,15 @@ def _spatial_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Ar
             **changes,
         )
 
-    hidden = _on(stage(0, (kh, 1), features=kernel.rank, use_bias=False), kernel.u[:, None], x)
+    hidden = windows.convolve(stage(0, (kh, 1), features=kernel.rank), kernel.u[:, None], x)
     return _on(stage(1, (1, kw)), kernel.v.swapaxes(0, 1)[None], hidden, bias)
-
-
-def _per_axis(setting: int | Sequence[int] | None, axes: int) -> tuple[int, ...]:
-    if setting is None or isinstance(setting, int):
-        return (setting or 1,) * axes
-    return tuple(setting)
 
 
 def _only(axis: int, setting: tuple[int, ...]) -> tuple[int, int]:
     return (setting[0], 1) if axis == 0 else (1, setting[1])
 
 
-def _padding_per_axis(padding: Any) -> tuple[Any, Any]:
+def _paddingper_axis(padding: Any) -> tuple[Any, Any]:
     """Padding for the two stages.  Named paddings pad nothing along an axis of window size one."""
     if isinstance(padding, str):
         return padding, padding

@@ -1,0 +1,119 @@
+"""Convolutions whose gradients are products of matrices on CPU.
+
+There XLA takes the gradient of a kernel as a convolution over the batch, for which it first lays the input and the output's
+gradient out anew, and computes the input itself anew where a normalisation or an activation made it.  With few filters, as the
+first stage of a factored kernel has, it is quicker to write the output's gradient once for every place of the window, side by
+side, and to multiply that with the input as it lies, and with the kernel.
+
+All of this follows from the derivative alone: the convolution itself is XLA's, and so is everything on other devices.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from flax.linen.linear import canonicalize_padding
+from jax.custom_derivatives import SymbolicZero
+
+Place = tuple[int, ...]  # one number for every axis of the window
+
+_WIDEST = 5  # times the input's channels; with more, writing that array takes as long as XLA's way does
+
+
+def convolve(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """What `conv` computes from x `[batch, *space, c]` with a kernel `[*window, c, filters]`, without its bias."""
+    conv = conv.clone(use_bias=False, name=None)
+    x, kernel = promote_dtype(x, kernel, dtype=conv.dtype)
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return conv.apply({"params": {"kernel": kernel}}, x)  # type: ignore[return-value]
+
+    if not _has_products(conv, kernel, x):
+        return plain(x, kernel)
+
+    def products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _products(conv, kernel, x)
+
+    def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(x, kernel, cpu=products, default=plain)
+
+    @jax.custom_jvp
+    def convolved(x, kernel):
+        return plain(x, kernel)
+
+    def tangent(primals, tangents):
+        (x, kernel), (dx, dkernel) = primals, tangents
+        terms = [(dx, kernel)] if not isinstance(dx, SymbolicZero) else []
+        terms += [(x, dkernel)] if not isinstance(dkernel, SymbolicZero) else []
+        return convolved(x, kernel), functools.reduce(jnp.add, (linear(*term) for term in terms))
+
+    convolved.defjvp(tangent, symbolic_zeros=True)
+    return convolved(x, kernel)
+
+
+def per_axis(setting: int | Sequence[int] | None, axes: int) -> tuple[int, ...]:
+    """A layer's strides or dilations, one for every axis of its window."""
+    return (setting or 1,) * axes if setting is None or isinstance(setting, int) else tuple(setting)
+
+
+def _has_products(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> bool:
+    *window, channels, filters = kernel.shape
+    axes = len(window)
+    return (
+        x.ndim == axes + 2
+        and conv.mask is None
+        and conv.feature_group_count == 1
+        and per_axis(conv.input_dilation, axes) == (1,) * axes
+        and (not isinstance(conv.padding, str) or conv.padding in ("SAME", "VALID"))
+        and math.prod(window) * filters <= _WIDEST * channels
+    )
+
+
+def _products(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """The convolution as products with all places of the window, which are then shifted to where they belong, and summed.
+
+    It is the transpose of this that is wanted: the output's gradient is shifted, and multiplied.
+    """
+    *window, channels, filters = kernel.shape
+    size, pads, strides, dilation = _geometry(conv, window, x.shape[1:-1])
+    total = jnp.zeros((len(x), *size, filters), x.dtype)
+    for phase, places in _phases(window, pads, strides, dilation).items():
+        part = x[(slice(None), *(slice(start, None, stride) for start, stride in zip(phase, strides, strict=True)))]
+        if not part.size:  # padding alone
+            continue
+        flat = jnp.stack([kernel[place] for place in places], axis=1).reshape(channels, -1)
+        product = jnp.dot(part.reshape(-1, channels), flat, precision=conv.precision).reshape(*part.shape[:-1], -1)
+        images = jax.lax.split(product, [filters] * len(places), axis=product.ndim - 1)
+        for image, shifts in zip(images, places.values(), strict=True):
+            ends = [new - old + shift for new, old, shift in zip(size, part.shape[1:-1], shifts, strict=True)]
+            edges = [(-shift, end, 0) for shift, end in zip(shifts, ends, strict=True)]
+            total += jax.lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    return total
+
+
+def _geometry(conv: nn.Conv, window: Sequence[int], space: Sequence[int]) -> tuple[Place, list[tuple[int, int]], Place, Place]:
+    """The output's size, the padding, strides and dilations, for every axis."""
+    strides, dilation = per_axis(conv.strides, len(window)), per_axis(conv.kernel_dilation, len(window))
+    reach = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+    padding = canonicalize_padding(conv.padding, len(window))
+    pads = list(jax.lax.padtype_to_pads(space, reach, strides, padding) if isinstance(padding, str) else padding)
+    covered = [n + lo + hi - r for n, (lo, hi), r in zip(space, pads, reach, strict=True)]
+    return tuple(c // s + 1 for c, s in zip(covered, strides, strict=True)), pads, strides, dilation
+
+
+def _phases(
+    window: Sequence[int], pads: Sequence[tuple[int, int]], strides: Place, dilation: Place
+) -> dict[Place, dict[Place, Place]]:
+    """With strides s every place of the window reads one in s positions: from which first one on, the phase, and how far its
+    reading is shifted among them; by phase and place."""
+    found: dict[Place, dict[Place, Place]] = {}
+    for place in itertools.product(*map(range, window)):
+        offsets = [i * d - lo for i, d, (lo, _) in zip(place, dilation, pads, strict=True)]
+        phase = tuple(offset % stride for offset, stride in zip(offsets, strides, strict=True))
+        found.setdefault(phase, {})[place] = tuple(offset // stride for offset, stride in zip(offsets, strides, strict=True))
+    return found
