@@ -347,19 +347,25 @@ def _preflight(args: argparse.Namespace) -> int:
     from lowrank_jax import estimates, preflight_report
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine may be in use, and is not what is asked about
+    part = pathlib.Path(f"{args.json}.part")
     if args.json:
-        pathlib.Path(args.json).touch()  # rather now than after the compilations
-    report = preflight_report.run(
-        _wanted(args),
-        args.topology,
-        source=args.config,
-        effort=args.effort,
-        cache=estimates.Cache(None if args.no_cache else cache_home() / "preflight"),
-        say=_complain,
-    )
-    print(report)
-    if args.json:
-        pathlib.Path(args.json).write_text(report.json())
+        part.touch()  # what cannot be written is found out now, rather than after the compilations
+    try:
+        report = preflight_report.run(
+            _wanted(args),
+            args.topology,
+            source=args.config,
+            effort=args.effort,
+            cache=estimates.Cache(None if args.no_cache else cache_home() / "preflight"),
+            say=_complain,
+        )
+        print(report)
+        if args.json:
+            part.write_text(report.json())
+            part.replace(args.json)
+    finally:
+        if args.json:
+            part.unlink(missing_ok=True)
     return 0 if report.fits else DOES_NOT_FIT
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,10 +17,8 @@ from lowrank_jax import config as configs
 from lowrank_jax import experiment as experiments
 from lowrank_jax import preflight
 from lowrank_jax.chips import Chip
-from lowrank_jax.preflight import Cost, PreflightError, Program
+from lowrank_jax.preflight import EVALUATE, INITIALISE, TRAIN, Cost, PreflightError, Program
 from lowrank_jax.schema import Config, LowRankConfig
-
-TRAIN, EVALUATE = "training step", "evaluation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +134,8 @@ class Cache:
             return None
         try:
             read = json.loads((self._folder / f"{key}.json").read_text())
-            return Program(read["peak_bytes"], read["cost"] and Cost(**read["cost"]), read["compile_seconds"])
+            cost = read["cost"] and Cost(**read["cost"])
+            return Program(int(read["peak_bytes"]), cost, float(read["compile_seconds"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -167,29 +167,34 @@ class Compiler:
     cache: Cache
     say: Callable[[str], None]
 
-    def estimate(self, wanted: Wanted, *, asked: bool) -> Arm:
-        """What the compiler says of a network's programs.
+    def estimates(self, arms: Sequence[tuple[Wanted, bool]]) -> list[Arm]:
+        """What the compiler says of networks' programs, as many of them at a time as there are cores.
+
+        Args:
+          arms: with every network whether it was asked for.
 
         Raises:
           PreflightError, ConfigError: one does not compile, for another reason than memory; the parts do not fit together.
         """
-        experiment = experiments.build(wanted.config, wanted.name, self.devices)
-        found = {
-            name: self.program(f"{wanted.name}: {name}", lowered) for name, lowered in preflight.programs(experiment).items()
-        }
-        parts = wanted.config.optim.accumulate
-        found[TRAIN] = in_parts(found[TRAIN], parts)
-        plan, state = experiment.plan, device_bytes(experiment.shapes)
-        # Averages of the weights are evaluated in their place, where there are any.
-        beside = {EVALUATE: state - device_bytes(experiment.shapes.variables()[""])}
-        factored = sum(kernel.execution != "merged" for kernel in plan.factored)
-        return Arm(
-            wanted.name, wanted.dense, asked, wanted.config.batch_size, parts, plan.params,
-            len(plan.kernels), factored, state, beside, found,
-        )  # fmt: skip
+        built = [experiments.build(wanted.config, wanted.name, self.devices) for wanted, _ in arms]
+        with preflight.compiling(self.effort), ThreadPoolExecutor(_cores()) as pool:
+            started: list[dict[str, Future[Program]]] = [{} for _ in arms]
+            for name in (TRAIN, INITIALISE, EVALUATE):  # the longest first
+                for futures, (wanted, _), experiment in zip(started, arms, built, strict=True):
+                    lower = preflight.programs(experiment)[name]
+                    futures[name] = pool.submit(self.program, f"{wanted.name}: {name}", lower)
+            try:
+                return [
+                    _arm(wanted, asked, experiment, {name: futures[name].result() for name in (TRAIN, EVALUATE, INITIALISE)})
+                    for (wanted, asked), experiment, futures in zip(arms, built, started, strict=True)
+                ]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
-    def program(self, label: str, lowered: jax.stages.Lowered) -> Program:
+    def program(self, label: str, lower: Callable[[], jax.stages.Lowered]) -> Program:
         """What the compiler says of one program, or said earlier; `label` is what progress calls it."""
+        lowered = lower()
         key = self.key(lowered)
         program = self.cache.get(key)
         if program is not None:
@@ -204,7 +209,7 @@ class Compiler:
             self.cache.put(key, program)
         except OSError as error:  # minutes of work, that need not be lost for it
             self.say(f"{label}: cannot be remembered: {error.filename}: {error.strerror}")
-        self.say(f"{label}: {program.compile_seconds:.0f} s of CPU time")
+        self.say(f"{label}: {program.compile_seconds:.0f} s")
         return program
 
     def key(self, lowered: jax.stages.Lowered) -> str:
@@ -213,6 +218,30 @@ class Compiler:
         flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
         parts = [lowered.as_text(), self.topology, repr(self.chip), self.effort, preflight.versions(), flags, _own_code()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _cores() -> int:
+    """Of this machine, that there is the memory for: a compilation takes some gigabytes."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+def _arm(wanted: Wanted, asked: bool, experiment: experiments.Experiment, programs: dict[str, Program]) -> Arm:
+    parts = wanted.config.optim.accumulate
+    plan, state = experiment.plan, device_bytes(experiment.shapes)
+    return Arm(
+        name=wanted.name,
+        dense=wanted.dense,
+        wanted=asked,
+        batch_size=wanted.config.batch_size,
+        parts=parts,
+        params=plan.params,
+        kernels=len(plan.kernels),
+        factored=sum(kernel.execution != "merged" for kernel in plan.factored),
+        state_bytes=state,
+        # Averages of the weights are evaluated in their place, where there are any.
+        beside={EVALUATE: state - device_bytes(experiment.shapes.variables()[""])},
+        programs={**programs, TRAIN: in_parts(programs[TRAIN], parts)},
+    )
 
 
 def in_parts(program: Program, parts: int) -> Program:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 from lowrank_jax.chips import Chip
-from lowrank_jax.kernel import Execution
+from lowrank_jax.kernel import SPATIAL_ROWS, Execution
 from lowrank_jax.plans import Plan, PlannedKernel
 
 Operation = tuple[float, float]  # FLOPs, and bytes to and from memory
@@ -66,11 +66,13 @@ def _factored(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int) -> S
     h = _stored(batch * traffic.hidden_positions * rank, rank, chip, batch, itemsize)
     first = 2 * batch * traffic.hidden_positions * view.n * rank
     second = 2 * batch * traffic.positions * rank * view.m
+    # At rank 1 the second product multiplies elements, which is done anew wherever the output is read, rather than stored.
+    output = h if rank == 1 and view.rows != SPATIAL_ROWS else y
     return [
         (first, x + h),
-        (second, h + y),
-        (second, h + 2 * y),  # of V
-        (second, 2 * y + h),  # of the activation between
+        (second, h + output),
+        (second, h + y + output),  # of V
+        (second, y + output + h),  # of the activation between
         (first, x + h),  # of U
         (first, h + 2 * x),  # of the input
     ]
@@ -112,7 +114,7 @@ def _stored(elements: int, channels: int, chip: Chip, batch: int, itemsize: int)
     TPUs store arrays in tiles of 8 x 128 elements, and their compiler lays one of the two axes, batch or channels, along the
     long side, as fits better.  What fills up a tile is moved too.
     """
-    if chip.tile is None:
+    if chip.tile is None or channels == 1:  # of an axis of one nothing is laid along a tile
         return elements * itemsize
     rows, columns = chip.tile
     fill = min(

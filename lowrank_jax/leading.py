@@ -14,10 +14,9 @@ import numpy as np
 from lowrank_jax import activations, linalg
 from lowrank_jax.activations import Activation
 from lowrank_jax.linalg import Pair, lengths, ratio, wide
-from lowrank_jax.stacks import Group, Stack, groups, padded, split, stacked
+from lowrank_jax.stacks import FREE_IN_PRODUCTS, Group, Stack, groups, padded, split, stacked
 
-_SLACK = 0.3  # as in `stacks.groups`: products with factors cost little next to Gram matrices and their decompositions
-_OUTPUTS = 2**14  # whose best lengths are sought at a time, where that takes a series for each
+_OUTPUTS = 2**11  # whose best lengths are sought at a time, where that takes a series for each; a TPU's compiler minds how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,8 @@ def batches(stacks: Sequence[Stack]) -> list[Batch]:
     kinds = list(dict.fromkeys(stack.activation for stack in stacks))
     shapes = [(*stack.w.shape[1:], stack.rank) for stack in stacks]
     made = []
-    for group in groups(shapes, [len(stack.w) for stack in stacks], _work, [_alike(stack) for stack in stacks], _SLACK):
+    counts, alike = [len(stack.w) for stack in stacks], [_alike(stack) for stack in stacks]
+    for group in groups(shapes, counts, _work, alike, FREE_IN_PRODUCTS):
         # Sorted by activation, so that those of one lie side by side.
         order = tuple(sorted(group.members, key=lambda i: kinds.index(stacks[i].activation)))
         group = Group(group.shape[:2], order)

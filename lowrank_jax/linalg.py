@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.scipy.linalg import solve_triangular
 
-from lowrank_jax.stacks import groups, in_few_shapes, split, stacked
+from lowrank_jax.stacks import FREE_IN_PRODUCTS, groups, in_few_shapes, split, stacked
 
 Pair = tuple[jax.Array, jax.Array]  # u [n, r] and v [r, m]
 
@@ -47,7 +47,8 @@ def gram_eigenvectors_of_all(ws: Sequence[jax.Array]) -> list[jax.Array]:
     ws = [w.astype(wide(w.dtype)) / units(w) for w in ws]  # compiled once with whatever else needs them
     counts, shapes = [len(w) for w in ws], [w.shape[1:] for w in ws]
     grams: list[Any] = [None] * len(ws)
-    for group in groups(shapes, counts, _gram_work, [(n <= m, w.dtype) for (n, m), w in zip(shapes, ws, strict=True)]):
+    alike = [(n <= m, w.dtype) for (n, m), w in zip(shapes, ws, strict=True)]
+    for group in groups(shapes, counts, _gram_work, alike, FREE_IN_PRODUCTS):
         for i, part in zip(group.members, split(gram(stacked(ws, group)), group, counts), strict=True):
             grams[i] = part[:, : min(shapes[i]), : min(shapes[i])]
     return eigenvectors(grams)

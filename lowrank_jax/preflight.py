@@ -7,7 +7,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -57,7 +57,7 @@ class Program:
     Attributes:
       peak_bytes: memory at its worst moment, arguments and results included; where the compiler refused, what it asked for.
       cost: None where the compiler refused because the memory does not suffice.
-      compile_seconds: of CPU time.
+      compile_seconds: that it took the compiler, which uses one core for a program.
     """
 
     peak_bytes: int
@@ -85,7 +85,7 @@ def topology(name: str) -> Sequence[Any]:
         name = f"{slice_.generation}:{slice_.topology}"
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds, **megacore).devices
     except Exception as error:  # libtpu has no error type of its own
-        raise PreflightError(f"topology {name!r}: {str(error).splitlines()[0]}") from None
+        raise PreflightError(f"topology {name!r}: {first_line(error)}") from None
 
 
 def _require_compiler() -> None:
@@ -110,13 +110,12 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "lowrank_jax")}
 
 
-def programs(experiment: Experiment) -> dict[str, jax.stages.Lowered]:
-    """All that a run executes on its devices, lowered."""
-    return {
-        "training step": experiment.lower_train_step(),
-        "evaluation": experiment.lower_eval_step(),
-        "initialiser": experiment.lower_init(),
-    }
+TRAIN, EVALUATE, INITIALISE = "training step", "evaluation", "initialiser"
+
+
+def programs(experiment: Experiment) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """All that a run executes on its devices, and what lowers it."""
+    return {TRAIN: experiment.lower_train_step, EVALUATE: experiment.lower_eval_step, INITIALISE: experiment.lower_init}
 
 
 def compile_program(lowered: jax.stages.Lowered, chip: Chip, effort: str = "fast") -> Program:
@@ -127,13 +126,13 @@ def compile_program(lowered: jax.stages.Lowered, chip: Chip, effort: str = "fast
     Raises:
       PreflightError: it does not compile, for another reason than memory.
     """
-    begin = time.process_time()
+    begin = time.perf_counter()
     try:
-        with _compiling(effort):
+        with compiling(effort):
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return Program(_wanted_bytes(str(error)), None, time.process_time() - begin)
-    seconds = time.process_time() - begin
+        return Program(_wanted_bytes(str(error)), None, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     assert memory is not None and cost is not None and text is not None
     flops, estimate = cost["flops"], cost.get("optimal_seconds", math.nan)
@@ -143,7 +142,8 @@ def compile_program(lowered: jax.stages.Lowered, chip: Chip, effort: str = "fast
 
 
 @contextlib.contextmanager
-def _compiling(effort: str) -> Iterator[None]:
+def compiling(effort: str) -> Iterator[None]:
+    """What holds while programs are compiled; of all threads, so that one has to be around several that compile at a time."""
     # jax's compilation cache would store what it cannot read back without the device.
     changes = {"jax_optimization_level": EFFORTS[effort], "jax_persistent_cache_min_compile_time_secs": math.inf}
     before = {name: jax.config.values[name] for name in changes}
@@ -156,6 +156,11 @@ def _compiling(effort: str) -> Iterator[None]:
             jax.config.update(name, value)
 
 
+def first_line(message: object) -> str:
+    """Of what may be empty."""
+    return next(iter(str(message).splitlines()), "it does not say why")
+
+
 def _wanted_bytes(message: str) -> int:
     """How much memory the compiler asked for when it refused.
 
@@ -165,7 +170,7 @@ def _wanted_bytes(message: str) -> int:
     amount = r"([\d.]+)([KMGT]?)"
     found = re.search(rf"\({amount}\) exceeds available HBM", message) or re.search(rf"Used {amount} of [\d.]+\w? hbm", message)
     if found is None:
-        raise PreflightError(f"the compiler gives up: {message.splitlines()[0]}")
+        raise PreflightError(f"the compiler gives up: {first_line(message)}")
     return round(float(found[1]) * _UNITS[found[2]])
 
 

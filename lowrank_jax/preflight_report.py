@@ -1,6 +1,7 @@
 """A preflight as text and as JSON."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -203,11 +204,9 @@ def run(wanted: list[Wanted], topology: str, *, source: str, effort: str, cache:
     assert chip is not None, f"{slices.parse(topology).generation} is not in the table of chips"
     judged = _judged(wanted, source, len(devices))
     compiler = Compiler(topology, devices, chip, effort, cache, say)
-    groups = []
-    for group in grouped(judged):
-        dense = compiler.estimate(group.dense, asked=group.wanted)
-        groups.append((dense, *(compiler.estimate(arm, asked=True) for arm in group.others)))
-    return Report(topology, chip, len(devices), effort, tuple(groups))
+    groups = [[(group.dense, group.wanted), *((arm, True) for arm in group.others)] for group in grouped(judged)]
+    arms = iter(compiler.estimates(list(itertools.chain(*groups))))
+    return Report(topology, chip, len(devices), effort, tuple(tuple(itertools.islice(arms, len(group))) for group in groups))
 
 
 def roofline_seconds(cost: Cost, chip: Chip) -> float:

@@ -16,7 +16,11 @@ from lowrank_jax.activations import ActivationLike
 
 Shape = tuple[int, ...]
 
-FREE = 2e7  # multiply-accumulates: milliseconds on any machine
+# Multiply-accumulates that are not worth a shape of their own: of decompositions, which take many for each, and of products,
+# where a core does so many in some hundredths of a second.
+FREE = 2e7
+FREE_IN_PRODUCTS = 1.5e9
+_SLACK = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,7 @@ def groups(
     counts: Sequence[int],
     work: Callable[[Shape], float],
     alike: Sequence[Hashable] | None = None,
-    slack: float = 0.1,
+    free: float = FREE,
 ) -> list[Group]:
     """As few shapes as some more work buys; which they are depends on the shapes alone, not on the platform.
 
@@ -65,7 +69,7 @@ def groups(
       counts: how many elements every stack has.
       work: multiply-accumulates for an element of a shape; growing with every axis.
       alike: only stacks for which this is equal may share a shape.
-      slack: how much more, of the work that there is without padding; `FREE` may be added in any case.
+      free: how much more there may be, besides a tenth of what there is without padding.
     """
     keys = [(shape, alike[i] if alike else None) for i, shape in enumerate(shapes)]
     found: dict[Hashable, list[int]] = {}
@@ -81,7 +85,7 @@ def groups(
         both = Group(tuple(map(max, one.shape, other.shape)), tuple(sorted(one.members + other.members)))
         return total(both) - total(one) - total(other), both
 
-    left = slack * sum(map(total, merged)) + FREE
+    left = _SLACK * sum(map(total, merged)) + free
     while True:
         pairs = [pair for pair in itertools.combinations(merged, 2) if _may_join(pair, keys)]
         if not pairs:

@@ -90,7 +90,7 @@ class Slices:
         """The training step alone of a config with other settings; `a__b` sets "a.b"."""
         compiler = self.compiler(topology, effort)
         built = experiment.build(estimates.check(parsed(file, **changes), file, len(compiler.devices)), file, compiler.devices)
-        return built, compiler.program(f"{file} {topology} {changes} {effort}", built.lower_train_step())
+        return built, compiler.program(f"{file} {topology} {changes} {effort}", built.lower_train_step)
 
 
 def say(line: str) -> None:

@@ -29,14 +29,14 @@ def compiler_of(folder, say=lambda line: None):
 def test_what_was_compiled_is_remembered_by_the_program(tmp_path):
     said = []
     compiler = compiler_of(tmp_path, said.append)
-    first = compiler.estimate(Wanted("a", running.config(**SMALL)), asked=True)
+    (first,) = compiler.estimates([(Wanted("a", running.config(**SMALL)), True)])
     assert sum("compiling" in line for line in said) == 3
     said.clear()
     # Parameters and momentum in float32, two counters; of which evaluation reads the parameters.
     assert first.state_bytes == 4 * (2 * first.params + 2) and first.beside == {"evaluation": 4 * (first.params + 2)}
     assert first.peak_bytes("evaluation") == first.programs["evaluation"].peak_bytes + first.beside["evaluation"]
     # Learning rate and seed are arguments of the programs.
-    again = compiler.estimate(Wanted("a", running.config(**SMALL, seed=3, optim__lr=0.3)), asked=True)
+    (again,) = compiler.estimates([(Wanted("a", running.config(**SMALL, seed=3, optim__lr=0.3)), True)])
     assert again == first and len(said) == 3 and all("known from an earlier preflight" in line for line in said)
 
 
@@ -64,7 +64,7 @@ def test_a_batch_in_parts_takes_as_many_products_as_a_whole_one():
 def test_a_program_is_told_from_another(tmp_path, changes, others):
     compiler = compiler_of(tmp_path)
     mine, its = (
-        {name: compiler.key(lowered) for name, lowered in programs(experiments.build(running.config(**SMALL, **given))).items()}
+        {name: compiler.key(lower()) for name, lower in programs(experiments.build(running.config(**SMALL, **given))).items()}
         for given in ({}, changes)
     )
     assert {name for name in mine if mine[name] != its[name]} == others
@@ -122,7 +122,7 @@ def test_no_dense_arm_that_was_asked_for_is_left_out():
 def test_an_answer_that_cannot_be_kept_is_given_all_the_same(tmp_path):
     (tmp_path / "file").write_text("")
     said = []
-    program = compiler_of(tmp_path / "file" / "folder", said.append).program("sum", jax.jit(lambda x: x + 1).lower(1.0))
+    program = compiler_of(tmp_path / "file" / "folder", said.append).program("sum", lambda: jax.jit(lambda x: x + 1).lower(1.0))
     assert program.cost is not None and any("cannot be remembered" in line for line in said)
 
 

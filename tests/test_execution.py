@@ -121,10 +121,11 @@ class Layer(nn.Module):
     """A convolution as networks have it."""
 
     features: int
+    window: int
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(self.features, (3, 3), use_bias=False, dtype=x.dtype)(x)
+        x = nn.Conv(self.features, (self.window, self.window), use_bias=False, dtype=x.dtype)(x)
         return nn.relu(nn.BatchNorm(use_running_average=False, dtype=x.dtype)(x))
 
 
@@ -145,10 +146,18 @@ def tpu_estimate(model, x, plan, placed):
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
-@pytest.mark.parametrize(("features", "side", "rank", "faster"), [(256, 14, 64, "factored"), (64, 56, 16, "merged")])
-def test_the_choice_is_what_the_compiler_of_the_tpu_expects_to_be_faster(features, side, rank, faster):
+@pytest.mark.parametrize(
+    ("features", "window", "side", "rank", "faster"),
+    [
+        (256, 3, 14, 64, "factored"),
+        (64, 3, 56, 16, "merged"),
+        (256, 1, 28, 8, "merged"),
+        (64, 1, 56, 1, "factored"),  # the output is not stored
+    ],
+)
+def test_the_choice_is_what_the_compiler_of_the_tpu_expects_to_be_faster(features, window, side, rank, faster):
     placed = jax.sharding.SingleDeviceSharding(topology("v5e:2x2")[0])
-    model, batch = nn.Sequential([Layer(features), Layer(features)]), 64
+    model, batch = nn.Sequential([Layer(features, window), Layer(features, window)]), 64
     x = jax.ShapeDtypeStruct((batch, side, side, features), jnp.bfloat16)
     plans = {
         execution: lr.plan(model, x, [lr.Rule(".*", rank=rank, execution=execution)])

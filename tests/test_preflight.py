@@ -16,7 +16,7 @@ V5E = CHIPS["v5e"]
 
 def test_the_programs_of_a_run_are_estimated():
     experiment = experiments.build(running.config(lowrank__method="none", model__kwargs={"widths": (32,)}))
-    compiled = {name: compile_program(lowered, V5E) for name, lowered in programs(experiment).items()}
+    compiled = {name: compile_program(lower(), V5E) for name, lower in programs(experiment).items()}
     assert list(compiled) == ["training step", "evaluation", "initialiser"]
     step, evaluation = compiled["training step"], compiled["evaluation"]
     # 4 of 32 images: forward, and two products of the same size backward; at least.

@@ -15,8 +15,8 @@ from lowrank_jax import windows
 numbers = st.integers(1, 3)
 
 
-def plain(conv, kernel, x):
-    return conv.apply({"params": {"kernel": kernel}}, x)
+def plain(conv, kernel, x) -> jax.Array:
+    return conv.apply({"params": {"kernel": kernel}}, x)  # type: ignore[return-value]
 
 
 def example(conv, space, channels=4, seed=0):
