@@ -68,7 +68,9 @@ def init_params(
       seed: of the run, a whole number or a uint32 scalar.
       moments: of the layers' inputs, for a data-aware factorisation.
     """
-    return factorized(init_dense(model, images, seed), plan, seed, moments)
+    # Drawn once, rather than anew in every operation that reads a kernel, which a TPU's compiler would take minutes for.
+    variables = jax.lax.optimization_barrier(init_dense(model, images, seed))
+    return factorized(variables, plan, seed, moments)
 
 
 def factorized(variables: Any, plan: Plan, seed: Any, moments: dict[str, jax.Array] | None = None) -> tuple[Any, Any]:
