@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import canonicalize_padding
 from jax.custom_derivatives import SymbolicZero
 
@@ -28,7 +27,7 @@ _WIDEST = 5  # times the input's channels; with more, writing that array takes a
 def convolve(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> jax.Array:
     """What `conv` computes from x `[batch, *space, c]` with a kernel `[*window, c, filters]`, without its bias."""
     conv = conv.clone(use_bias=False, name=None)
-    x, kernel = promote_dtype(x, kernel, dtype=conv.dtype)
+    x, kernel, _ = conv.promote_dtype(x, kernel, None, dtype=conv.dtype)
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return conv.apply({"params": {"kernel": kernel}}, x)  # type: ignore[return-value]
@@ -103,7 +102,7 @@ def _geometry(conv: nn.Conv, window: Sequence[int], space: Sequence[int]) -> tup
     padding = canonicalize_padding(conv.padding, len(window))
     pads = list(jax.lax.padtype_to_pads(space, reach, strides, padding) if isinstance(padding, str) else padding)
     covered = [n + lo + hi - r for n, (lo, hi), r in zip(space, pads, reach, strict=True)]
-    return tuple(c // s + 1 for c, s in zip(covered, strides, strict=True)), pads, strides, dilation
+    return tuple(max(0, c // s + 1) for c, s in zip(covered, strides, strict=True)), pads, strides, dilation
 
 
 def _phases(
