@@ -240,7 +240,7 @@ def _hush(text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece, whatever other threads say
 
 
 def _sweep(args: argparse.Namespace) -> int:

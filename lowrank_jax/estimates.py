@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -143,7 +144,7 @@ class Cache:
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        part = self._folder / f"{key}.{os.getpid()}.part"
+        part = self._folder / f"{key}.{os.getpid()}.{threading.get_ident()}.part"
         part.write_text(json.dumps(dataclasses.asdict(program), indent=2) + "\n")
         part.rename(self._folder / f"{key}.json")
 
@@ -166,6 +167,7 @@ class Compiler:
     effort: str
     cache: Cache
     say: Callable[[str], None]
+    _locks: dict[str, threading.Lock] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def estimates(self, arms: Sequence[tuple[Wanted, bool]]) -> list[Arm]:
         """What the compiler says of networks' programs, as many of them at a time as there are cores.
@@ -196,6 +198,10 @@ class Compiler:
         """What the compiler says of one program, or said earlier; `label` is what progress calls it."""
         lowered = lower()
         key = self.key(lowered)
+        with self._locks.setdefault(key, threading.Lock()):  # another arm may have the same program
+            return self._known_or_compiled(label, lowered, key)
+
+    def _known_or_compiled(self, label: str, lowered: jax.stages.Lowered, key: str) -> Program:
         program = self.cache.get(key)
         if program is not None:
             self.say(f"{label}: known from an earlier preflight")

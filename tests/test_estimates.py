@@ -29,13 +29,15 @@ def compiler_of(folder, say=lambda line: None):
 def test_what_was_compiled_is_remembered_by_the_program(tmp_path):
     said = []
     compiler = compiler_of(tmp_path, said.append)
-    (first,) = compiler.estimates([(Wanted("a", running.config(**SMALL)), True)])
-    assert sum("compiling" in line for line in said) == 3
+    # Learning rate and seed are arguments of the programs.
+    arms = [(Wanted("a", running.config(**SMALL, seed=seed, optim__lr=0.1 * seed)), True) for seed in (1, 2)]
+    first, twin = compiler.estimates(arms)
+    assert sum("compiling" in line for line in said) == 3 and not any("remembered" in line for line in said)
+    assert twin == first
     said.clear()
     # Parameters and momentum in float32, two counters; of which evaluation reads the parameters.
     assert first.state_bytes == 4 * (2 * first.params + 2) and first.beside == {"evaluation": 4 * (first.params + 2)}
     assert first.peak_bytes("evaluation") == first.programs["evaluation"].peak_bytes + first.beside["evaluation"]
-    # Learning rate and seed are arguments of the programs.
     (again,) = compiler.estimates([(Wanted("a", running.config(**SMALL, seed=3, optim__lr=0.3)), True)])
     assert again == first and len(said) == 3 and all("known from an earlier preflight" in line for line in said)
 
