@@ -83,7 +83,7 @@ def _merged(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.
     if not isinstance(module, nn.Conv):
         return _on(module.clone(name=None), product, x, bias)
     x, product, bias = module.promote_dtype(x, product, bias, dtype=module.dtype)
-    y = windows.convolve(module, product, x)
+    y = windows.convolve(module, product, x)  # type: ignore[arg-type]
     return y if bias is None else y + bias
 
 

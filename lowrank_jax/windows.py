@@ -12,7 +12,6 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -28,8 +27,7 @@ _WIDEST = 5  # times the input's channels; with more, writing that array takes a
 def convolve(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> jax.Array:
     """What `conv` computes from x `[batch, *space, c]` with a kernel `[*window, c, filters]`, without its bias."""
     conv = conv.clone(use_bias=False, name=None)
-    promote: Any = conv.promote_dtype
-    x, kernel, _ = promote(x, kernel, None, dtype=conv.dtype)
+    x, kernel, _ = conv.promote_dtype(x, kernel, None, dtype=conv.dtype)  # type: ignore[assignment]
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return conv.apply({"params": {"kernel": kernel}}, x)  # type: ignore[return-value]
