@@ -82,8 +82,8 @@ def _merged(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.
     product = kernel.product(dtype, module.precision)
     if not isinstance(module, nn.Conv):
         return _on(module.clone(name=None), product, x, bias)
-    x, product, bias = module.promote_dtype(x, product, bias, dtype=module.dtype)
-    y = windows.convolve(module, product, x)  # type: ignore[arg-type]
+    x, product, bias = windows.promoted(module, x, product, bias)
+    y = windows.convolve(module, product, x)
     return y if bias is None else y + bias
 
 

@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,7 +28,7 @@ _WIDEST = 5  # times the input's channels; with more, writing that array takes a
 def convolve(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> jax.Array:
     """What `conv` computes from x `[batch, *space, c]` with a kernel `[*window, c, filters]`, without its bias."""
     conv = conv.clone(use_bias=False, name=None)
-    x, kernel, _ = conv.promote_dtype(x, kernel, None, dtype=conv.dtype)  # type: ignore[assignment]
+    x, kernel, _ = promoted(conv, x, kernel, None)
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return conv.apply({"params": {"kernel": kernel}}, x)  # type: ignore[return-value]
@@ -53,6 +54,11 @@ def convolve(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> jax.Array:
 
     convolved.defjvp(tangent, symbolic_zeros=True)
     return convolved(x, kernel)
+
+
+def promoted(conv: nn.Conv, x: jax.Array, kernel: jax.Array, bias: Any) -> tuple[jax.Array, jax.Array, Any]:
+    """What the layer is given, in the dtype that it computes in."""
+    return conv.promote_dtype(x, kernel, bias, dtype=conv.dtype)  # type: ignore[return-value]
 
 
 def per_axis(setting: int | Sequence[int] | None, axes: int) -> tuple[int, ...]:
