@@ -143,10 +143,12 @@ def test_the_command_compiles_remembers_and_says_what_does_not_fit(tmp_path, mon
     ("arguments", "message"),
     [
         (["--topology=v5e:4x5"], "v5e has no topology '4x5'; did you mean 4x"),
+        (["--topology=v5e:4x4", f"--json={running.ROOT}"], f"{running.ROOT}: Is a directory"),
         # Before the compiler is looked for.
         (["--topology=v5e:4x4", "--sweep=lowrank.scael=0.1"], "lowrank.scael: unknown key; did you mean lowrank.scale?"),
     ],
 )
-def test_the_command_refuses_what_it_cannot_do(arguments, message):
-    result = preflight(*arguments)
+def test_the_command_refuses_what_it_cannot_do(arguments, message, tmp_path):
+    result = preflight(f"--json={tmp_path / 'out.json'}", *arguments)
     assert result.returncode == 2 and message in result.stderr
+    assert not list(tmp_path.iterdir())
