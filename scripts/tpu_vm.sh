@@ -287,9 +287,8 @@ PATH="$env/bin:$PATH" nohup setsid sh -c "trap : TERM; $command"'\''; echo $? >"
 echo $! >"$run/pid"'
 
 launch_command() {
-  local command supervised=(bash scripts/supervise.sh "--restarts=$restarts" --)
-  [ -f "$root/scripts/supervise.sh" ] || supervised=()
-  command=$(quote_all ${supervised[@]+"${supervised[@]}"} lowrank "${arguments[@]}")
+  local command
+  command=$(quote_all bash scripts/supervise.sh "--restarts=$restarts" -- lowrank "${arguments[@]}")
   echo "$on_vm"
   echo "command=$(quote "$command")"
   echo 'if busy; then
