@@ -33,7 +33,8 @@ class Arm:
       batch_size: of training, over all devices.
       parts: that the batch goes through the network in, one after the other.
       params: of the network.
-      kernels, factored: how many kernels it has, and how many of them run as two products.
+      kernels, factored, merged: how many kernels it has, how many of them run as two products, and how many are of low rank and
+        run as one.
       state_bytes: parameters, statistics, the optimiser's state and averages, as they lie on one device.
       beside: bytes on one device that are no arguments of a program and stay there while it runs, by the program's name.
       programs: the estimates by the program's name.
@@ -47,6 +48,7 @@ class Arm:
     params: int
     kernels: int
     factored: int
+    merged: int
     state_bytes: int
     beside: dict[str, int]
     programs: dict[str, Program]
@@ -234,6 +236,7 @@ def _cores() -> int:
 def _arm(wanted: Wanted, asked: bool, experiment: experiments.Experiment, programs: dict[str, Program]) -> Arm:
     parts = wanted.config.optim.accumulate
     plan, state = experiment.plan, device_bytes(experiment.shapes)
+    merged = sum(kernel.execution == "merged" for kernel in plan.factored)
     return Arm(
         name=wanted.name,
         dense=wanted.dense,
@@ -242,7 +245,8 @@ def _arm(wanted: Wanted, asked: bool, experiment: experiments.Experiment, progra
         parts=parts,
         params=plan.params,
         kernels=len(plan.kernels),
-        factored=sum(kernel.execution != "merged" for kernel in plan.factored),
+        factored=len(plan.factored) - merged,
+        merged=merged,
         state_bytes=state,
         # Averages of the weights are evaluated in their place, where there are any.
         beside={EVALUATE: state - device_bytes(experiment.shapes.variables()[""])},
