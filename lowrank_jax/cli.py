@@ -364,17 +364,21 @@ def _preflight(args: argparse.Namespace) -> int:
     from lowrank_jax import estimates, preflight_report
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine may be in use, and is not what is asked about
-    with _written_in_the_end(args.json) as write:
-        report = preflight_report.run(
-            _wanted(args),
-            args.topology,
-            source=args.config,
-            effort=args.effort,
-            cache=estimates.Cache(None if args.no_cache else cache_home() / "preflight"),
-            say=_complain,
-        )
-        print(report)
-        write(report.json())
+    try:
+        with _written_in_the_end(args.json) as write:
+            report = preflight_report.run(
+                _wanted(args),
+                args.topology,
+                source=args.config,
+                effort=args.effort,
+                cache=estimates.Cache(None if args.no_cache else cache_home() / "preflight"),
+                say=_complain,
+            )
+            print(report)
+            write(report.json())
+    except KeyboardInterrupt:
+        _complain("lowrank: interrupted")
+        os._exit(KILLED)  # Python would wait for what is being compiled
     return 0 if report.fits else DOES_NOT_FIT
 
 
