@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -28,6 +29,11 @@ from lowrank_jax.distributed import gather, several
 
 _SCORES = "scores.json"
 _GONE = "gone"
+# What orbax's threads log of a save that fails, with a traceback each, and Python of what they leave.
+_TOLD_ANYWAY = re.compile(
+    r"Failed to write metadata|_SignalingThread\.run\(\) raised|Handler Commit operations|Save Finalize thread"
+    r"|(?s:exception was never retrieved.*orbax)"
+)
 _STRAGGLERS = 0.1  # seconds for the reads beside one that failed to end, while nobody listens to their complaints
 
 
@@ -92,6 +98,7 @@ class Checkpoints:
             multiprocessing_options=_together(),
             async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()) if several() else None,
         )
+        _hush_saves()
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone())
         self._manager = self._open()
         self._scores = self._read_scores()
@@ -170,7 +177,7 @@ class Checkpoints:
         if exception[0] and several():
             return
         self._reader.close()
-        with contextlib.nullcontext() if exception[0] else self._reporting():
+        with contextlib.suppress(Exception) if exception[0] else self._reporting():  # what has failed is told already
             self._manager.close()
 
     def restore(self, target: Any) -> Restored | None:
@@ -320,8 +327,33 @@ def _quiet_failure() -> Iterator[None]:
             log.setLevel(level)
 
 
+def _hush_saves() -> None:
+    """Leaves a save that fails to the CheckpointError; its threads would complain too, at any time until they end."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
+    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or not _TOLD_ANYWAY.search(record.getMessage())
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithoutClosedLoops:
+    """A hook that keeps quiet of writes beside one that failed, which end after the loop that waited for them."""
+
+    otherwise: Callable[[Any], object]
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.otherwise(unraisable)
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    """Of long ones, which name a file several times on the way, both ends: the last words are the reason."""
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else f"{line[:80]} ... {line[-115:]}"
 
 
 def _seal(body: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line: `lowrank train | evaluate | sweep | report | overview | preflight | init-report`."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,7 +12,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
@@ -195,19 +196,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.watch:
         return _watch(args, workdirs, evaluator)
     first = jax.process_index() == 0
-    if args.json and first:
-        pathlib.Path(args.json).touch()  # rather now than after the evaluation
-    if len(workdirs) == 1:
-        result = evaluator.evaluate(workdirs[0], args.step)
-        if first:
-            print(result.table())
-        done, text = [result], result.json()
-    else:
-        done = evaluate_all(workdirs, evaluator, args.step, say=_say if first else _hush, complain=_complain)
-        objects = [{"workdir": workdir, **dataclasses.asdict(result)} for workdir, result in done.items()]
-        text = json.dumps(objects, indent=2) + "\n"
-    if args.json and first:
-        pathlib.Path(args.json).write_text(text)
+    with _written_in_the_end(args.json if first else None) as write:
+        if len(workdirs) == 1:
+            result = evaluator.evaluate(workdirs[0], args.step)
+            if first:
+                print(result.table())
+            done, text = [result], result.json()
+        else:
+            done = evaluate_all(workdirs, evaluator, args.step, say=_say if first else _hush, complain=_complain)
+            objects = [{"workdir": workdir, **dataclasses.asdict(result)} for workdir, result in done.items()]
+            text = json.dumps(objects, indent=2) + "\n"
+        write(text)
     return 0 if len(done) == len(workdirs) else BAD_INPUT
 
 
@@ -240,7 +239,25 @@ def _hush(text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece, whatever other threads say
+
+
+@contextlib.contextmanager
+def _written_in_the_end(name: str | None) -> Iterator[Callable[[str], object]]:
+    """What writes a file, if any, after long work: that it cannot be written is found out before, and work that fails leaves
+    what was there."""
+    if name is None:
+        yield lambda text: None
+        return
+    path = pathlib.Path(name)
+    new = not path.exists()
+    path.open("a").close()
+    try:
+        yield path.write_text
+    except BaseException:
+        if new:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -347,25 +364,21 @@ def _preflight(args: argparse.Namespace) -> int:
     from lowrank_jax import estimates, preflight_report
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine may be in use, and is not what is asked about
-    part = pathlib.Path(f"{args.json}.part")
-    if args.json:
-        part.touch()  # what cannot be written is found out now, rather than after the compilations
     try:
-        report = preflight_report.run(
-            _wanted(args),
-            args.topology,
-            source=args.config,
-            effort=args.effort,
-            cache=estimates.Cache(None if args.no_cache else cache_home() / "preflight"),
-            say=_complain,
-        )
-        print(report)
-        if args.json:
-            part.write_text(report.json())
-            part.replace(args.json)
-    finally:
-        if args.json:
-            part.unlink(missing_ok=True)
+        with _written_in_the_end(args.json) as write:
+            report = preflight_report.run(
+                _wanted(args),
+                args.topology,
+                source=args.config,
+                effort=args.effort,
+                cache=estimates.Cache(None if args.no_cache else cache_home() / "preflight"),
+                say=_complain,
+            )
+            print(report)
+            write(report.json())
+    except KeyboardInterrupt:
+        _complain("lowrank: interrupted")
+        os._exit(KILLED)  # Python would wait for what is being compiled
     return 0 if report.fits else DOES_NOT_FIT
 
 
@@ -468,7 +481,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--max-undecodable", type=_whole, metavar="N", help="how many images may not decode, if not what it was in training"
     )
-    evaluate.add_argument("--json", metavar="FILE", help="write the numbers here too")
+    evaluate.add_argument("--json", type=_not_empty, metavar="FILE", help="write the numbers here too")
     evaluate.add_argument("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")
     evaluate.add_argument("--poll", type=_seconds, default=10.0, metavar="SECONDS", help="between two looks; default: 10")
     _add_hosts(evaluate)
@@ -530,7 +543,7 @@ def _parser() -> argparse.ArgumentParser:
     flight.add_argument("--topology", required=True, metavar="SLICE", help="such as v5e:4x4 or v4:2x2x2")
     flight.add_argument("--sweep", metavar="TEXT", help="arms that differ in a few settings; see lowrank sweep --help")
     flight.add_argument("--effort", choices=("fast", "full"), default="fast", help="of the compiler; default: fast")
-    flight.add_argument("--json", metavar="FILE", help="write the numbers here too")
+    flight.add_argument("--json", type=_not_empty, metavar="FILE", help="write the numbers here too")
     flight.add_argument("--no-cache", action="store_true", help="compile again what has been compiled before")
 
     init = add("init-report", _init_report, "Compare initialisations of a network, without training it.", _INIT_REPORT)

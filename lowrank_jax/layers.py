@@ -10,7 +10,6 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 
 from lowrank_jax import methods, windows
 from lowrank_jax.activations import ActivationLike
@@ -83,7 +82,7 @@ def _merged(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.
     product = kernel.product(dtype, module.precision)
     if not isinstance(module, nn.Conv):
         return _on(module.clone(name=None), product, x, bias)
-    x, product, bias = promote_dtype(x, product, bias, dtype=module.dtype)
+    x, product, bias = windows.promoted(module, x, product, bias)
     y = windows.convolve(module, product, x)
     return y if bias is None else y + bias
 
@@ -145,7 +144,7 @@ def _spatial_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Ar
     strides = per_axis(module.strides, 2)
     dilation = per_axis(module.kernel_dilation, 2)
     input_dilation = per_axis(module.input_dilation, 2)
-    padding = _paddingper_axis(module.padding)
+    padding = _padding_per_axis(module.padding)
 
     def stage(axis: int, size: tuple[int, int], **changes: Any) -> nn.Conv:
         return module.clone(
@@ -166,7 +165,7 @@ def _only(axis: int, setting: tuple[int, ...]) -> tuple[int, int]:
     return (setting[0], 1) if axis == 0 else (1, setting[1])
 
 
-def _paddingper_axis(padding: Any) -> tuple[Any, Any]:
+def _padding_per_axis(padding: Any) -> tuple[Any, Any]:
     """Padding for the two stages.  Named paddings pad nothing along an axis of window size one."""
     if isinstance(padding, str):
         return padding, padding

@@ -79,7 +79,7 @@ class Report:
             rows.append([
                 arm.name,
                 ratio(_count, arm.params, dense.params),
-                f"{arm.factored} of {arm.kernels}",
+                f"{arm.factored} of {arm.kernels}" + (f", {arm.merged} merged" if arm.merged else ""),
                 ratio(memory, arm.state_bytes, dense.state_bytes),
                 *cells,
                 self._verdict(arm),
@@ -174,6 +174,7 @@ class Report:
             "ratio": ratios,
             "kernels": arm.kernels,
             "factored": arm.factored,
+            "merged": arm.merged,
             "batch_size": arm.batch_size,
             "programs": {name: dataclasses.asdict(program) for name, program in arm.programs.items()},
         }

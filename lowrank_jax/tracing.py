@@ -5,6 +5,7 @@ Every process writes its own part: WORKDIR/plugins/profile/RUN/process_N.xplane.
 
 import contextlib
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -45,7 +46,12 @@ class Tracer:
             yield
             return
         if not self._done:
-            self._start()
+            jax.block_until_ready(self._state())  # the steps before are not part of the trace
+            with self._paused(), self._or_without():
+                self._start()
+        if number > self._last:  # by now
+            yield
+            return
         self._done.append(number)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
@@ -59,29 +65,35 @@ class Tracer:
         """Writes what was traced when the run ends within the steps, stopped or failed."""
         if not self._done:
             return
-        failed = exception[0] is not None
-        with contextlib.suppress(OSError) if failed else contextlib.nullcontext():  # the run's own failure is the one to tell
-            self._stop(wait=not failed)  # what a failed step was to compute may never come
+        self._stop(wait=exception[0] is None)  # what a failed step was to compute may never come
 
     def _start(self) -> None:
-        jax.block_until_ready(self._state())  # the steps before are not part of the trace
-        with self._paused():
-            self._local = tempfile.TemporaryDirectory(prefix="lowrank_trace_")
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # an event for every call of a Python function would slow the steps down
-            jax.profiler.start_trace(self._local.name, profiler_options=options)
+        self._local = tempfile.TemporaryDirectory(prefix="lowrank_trace_")
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # an event for every call of a Python function would slow the steps down
+        jax.profiler.start_trace(self._local.name, profiler_options=options)
 
     def _stop(self, *, wait: bool = True) -> None:
         if wait:
             jax.block_until_ready(self._state())
-        with self._paused():
+        with self._paused(), self._or_without():
+            run = self._folder / "plugins" / "profile" / f"steps_{self._done[0]}_{self._done[-1]}"
             # Not into the work directory at once: jax's profiler knows no buckets, it names the run after the clock of each
             # process, so that the parts of one would end up in several, and two processes of a host would write one file.
             with self._local:
                 jax.profiler.stop_trace()
-                run = self._folder / "plugins" / "profile" / f"steps_{self._done[0]}_{self._done[-1]}"
                 run.mkdir(parents=True, exist_ok=True)
                 for file in pathlib.Path(self._local.name).rglob("*.xplane.pb"):
                     (run / f"process_{jax.process_index()}.xplane.pb").write_bytes(file.read_bytes())
             self._say(f"traced steps {self._done[0]} to {self._done[-1]}: {run}")
-            self._done = []
+        self._done = []
+
+    @contextlib.contextmanager
+    def _or_without(self) -> Iterator[None]:
+        """A trace that cannot be taken or written ends no training; every process says so of its part."""
+        try:
+            yield
+        except Exception as error:  # of the profiler, or of whatever kind of bucket
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"no trace of steps {self._first} to {self._last}: {reason}", file=sys.stderr, flush=True)
+            self._last = 0

@@ -12,11 +12,11 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 from flax.linen.linear import canonicalize_padding
 from jax.custom_derivatives import SymbolicZero
 
@@ -28,7 +28,7 @@ _WIDEST = 5  # times the input's channels; with more, writing that array takes a
 def convolve(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> jax.Array:
     """What `conv` computes from x `[batch, *space, c]` with a kernel `[*window, c, filters]`, without its bias."""
     conv = conv.clone(use_bias=False, name=None)
-    x, kernel = promote_dtype(x, kernel, dtype=conv.dtype)
+    x, kernel, _ = promoted(conv, x, kernel, None)
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return conv.apply({"params": {"kernel": kernel}}, x)  # type: ignore[return-value]
@@ -54,6 +54,11 @@ def convolve(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> jax.Array:
 
     convolved.defjvp(tangent, symbolic_zeros=True)
     return convolved(x, kernel)
+
+
+def promoted(conv: nn.Conv, x: jax.Array, kernel: jax.Array, bias: Any) -> tuple[jax.Array, jax.Array, Any]:
+    """What the layer is given, in the dtype that it computes in."""
+    return conv.promote_dtype(x, kernel, bias, dtype=conv.dtype)  # type: ignore[return-value]
 
 
 def per_axis(setting: int | Sequence[int] | None, axes: int) -> tuple[int, ...]:
@@ -103,7 +108,7 @@ def _geometry(conv: nn.Conv, window: Sequence[int], space: Sequence[int]) -> tup
     padding = canonicalize_padding(conv.padding, len(window))
     pads = list(jax.lax.padtype_to_pads(space, reach, strides, padding) if isinstance(padding, str) else padding)
     covered = [n + lo + hi - r for n, (lo, hi), r in zip(space, pads, reach, strict=True)]
-    return tuple(c // s + 1 for c, s in zip(covered, strides, strict=True)), pads, strides, dilation
+    return tuple(max(0, c // s + 1) for c, s in zip(covered, strides, strict=True)), pads, strides, dilation
 
 
 def _phases(

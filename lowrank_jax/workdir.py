@@ -59,7 +59,7 @@ class Workdir:
         """
         if not self._active:
             return
-        self._check_bucket()
+        self.check_bucket()
         self.check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -67,8 +67,9 @@ class Workdir:
         except OSError as error:
             raise WorkdirError(f"cannot write to {self.path}: {error.strerror or error}") from None
 
-    def _check_bucket(self) -> None:
-        """Raises WorkdirError for a bucket that is not there: TensorFlow would try to make a folder in it for ever."""
+    def check_bucket(self) -> None:
+        """Raises WorkdirError for a bucket that is not there, in which TensorFlow would try to make a folder for ever, or that
+        it has no file system for."""
         match = re.match(r"[a-z0-9+]+://[^/]*", str(self.path))
         if not match:
             return

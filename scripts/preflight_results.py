@@ -19,7 +19,7 @@ import time as clock
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from lowrank_jax import chips, config, estimates, experiment, preflight, preflight_report
-from lowrank_jax.cli import cache_home
+from lowrank_jax.cli import DOES_NOT_FIT, cache_home
 from lowrank_jax.estimates import Cache, Compiler, Wanted
 from lowrank_jax.plans import count, markdown_table
 from lowrank_jax.preflight import Program
@@ -102,7 +102,9 @@ class Slices:
             with tempfile.TemporaryDirectory() as empty:
                 command = [sys.executable, "-m", "lowrank_jax", "preflight", f"--config={file}", f"--topology={topology}"]
                 begin = clock.perf_counter()
-                subprocess.run(command, env={**os.environ, "XDG_CACHE_HOME": empty}, stdout=subprocess.DEVNULL, check=True)
+                ended = subprocess.run(command, env={**os.environ, "XDG_CACHE_HOME": empty}, stdout=subprocess.DEVNULL)
+                if ended.returncode not in (0, DOES_NOT_FIT):
+                    sys.exit(ended.returncode)  # it has said why
                 known[name] = round(clock.perf_counter() - begin, 1)
                 answers = pathlib.Path(empty) / cache_home().name / "preflight"
                 shutil.copytree(answers, cache_home() / "preflight", dirs_exist_ok=True)

@@ -164,7 +164,13 @@ check_arguments() {
         ;;
     esac
   done
-  [ "${arguments[0]}" != train ] || [ -n "$workdir" ] || fail "train needs --workdir=gs://..."
+  case ${arguments[0]} in
+    -*) fail "after -- comes the command of lowrank, such as train, and then its flags" ;;
+    train) [ -n "$workdir" ] || fail "train needs --workdir=gs://..." ;;
+    sweep) # a type of up to 8 is one worker, whatever it counts
+      [ "${type##*-}" -le 8 ] || fail "sweep: each worker of a $type would run all of it. \`lowrank sweep ... --emit=sh\` prints the \`train\` of every trial, for a run of its own; --emit=jobset is for GKE; a --type of up to 8 has one worker, and takes a sweep"
+      ;;
+  esac
 }
 
 # --- gcloud ---
@@ -281,9 +287,8 @@ PATH="$env/bin:$PATH" nohup setsid sh -c "trap : TERM; $command"'\''; echo $? >"
 echo $! >"$run/pid"'
 
 launch_command() {
-  local command supervised=(bash scripts/supervise.sh "--restarts=$restarts" --)
-  [ -f "$root/scripts/supervise.sh" ] || supervised=()
-  command=$(quote_all ${supervised[@]+"${supervised[@]}"} lowrank "${arguments[@]}")
+  local command
+  command=$(quote_all bash scripts/supervise.sh "--restarts=$restarts" -- lowrank "${arguments[@]}")
   echo "$on_vm"
   echo "command=$(quote "$command")"
   echo 'if busy; then

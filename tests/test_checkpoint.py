@@ -1,5 +1,8 @@
 """Checkpoints that come back exactly, and damage that is noticed."""
 
+import gc
+import logging
+import resource
 import shutil
 import sys
 
@@ -124,6 +127,22 @@ def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "c").write_text("")
     with pytest.raises(CheckpointError, match="is not a folder"):
         Checkpoints(tmp_path / "c")
+
+
+@pytest.mark.parametrize("limit", [0, 2**12])  # at once, and in the background
+def test_a_save_that_fails_is_told_once(tmp_path, caplog, capfd, limit):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = pytest.raises(CheckpointError, match=r"/c: a checkpoint could not be written: .*File too large")
+    with told, Checkpoints(save(tmp_path / "c", [None])) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        try:
+            checkpoints.save(2, make_state(2), info())
+            checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    gc.collect()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("place", np.linspace(0, 0.99, 12))

@@ -29,13 +29,15 @@ def compiler_of(folder, say=lambda line: None):
 def test_what_was_compiled_is_remembered_by_the_program(tmp_path):
     said = []
     compiler = compiler_of(tmp_path, said.append)
-    (first,) = compiler.estimates([(Wanted("a", running.config(**SMALL)), True)])
-    assert sum("compiling" in line for line in said) == 3
+    # Learning rate and seed are arguments of the programs.
+    arms = [(Wanted("a", running.config(**SMALL, seed=seed, optim__lr=0.1 * seed)), True) for seed in (1, 2)]
+    first, twin = compiler.estimates(arms)
+    assert sum("compiling" in line for line in said) == 3 and not any("remembered" in line for line in said)
+    assert twin == first
     said.clear()
     # Parameters and momentum in float32, two counters; of which evaluation reads the parameters.
     assert first.state_bytes == 4 * (2 * first.params + 2) and first.beside == {"evaluation": 4 * (first.params + 2)}
     assert first.peak_bytes("evaluation") == first.programs["evaluation"].peak_bytes + first.beside["evaluation"]
-    # Learning rate and seed are arguments of the programs.
     (again,) = compiler.estimates([(Wanted("a", running.config(**SMALL, seed=3, optim__lr=0.3)), True)])
     assert again == first and len(said) == 3 and all("known from an earlier preflight" in line for line in said)
 
@@ -129,7 +131,8 @@ def test_an_answer_that_cannot_be_kept_is_given_all_the_same(tmp_path):
 def arm(name, *, wanted=True, dense=False, peak=GIB, flops=1e12, seconds=0.02, refused=False, beside=0):
     cost = None if refused else Cost(flops, 1e10, seconds, "" if seconds else "it has none", {"all-reduce": 4000})
     programs = {"training step": Program(peak, cost, 1.0), "evaluation": Program(GIB // 4, cost, 1.0)}
-    return Arm(name, dense, wanted, 1024, 1, 1000, 5, 0 if dense else 4, GIB // 2, {"evaluation": beside}, programs)
+    factored, merged = (0, 0) if dense else (2, 1)
+    return Arm(name, dense, wanted, 1024, 1, 1000, 5, factored, merged, GIB // 2, {"evaluation": beside}, programs)
 
 
 def report(*arms):
@@ -143,7 +146,7 @@ def test_the_table_sets_an_arm_beside_its_twin():
     # 1e10 bytes at 819 GB/s are 12.2 ms, 4e12 FLOPs at 197 TFLOP/s 20.3.
     assert "memory     12.2 ms" in dense and "20 ms" in dense and "83,866" in dense
     assert "4 T (4.00)" in low and "products   20.3 ms (1.66)" in low and " - " in low
-    assert "4 of 5" in text and "scale=0.1: no time of the compiler's: it has none" in text
+    assert "0 of 5  " in text and "2 of 5, 1 merged  " in text and "scale=0.1: no time of the compiler's: it has none" in text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 import importlib.util
 import json
+import re
+import signal
 import sys
 
 import jax
@@ -108,13 +110,17 @@ def test_a_compiler_that_fails_for_another_reason_is_no_lack_of_memory():
         compile_program(Lowered(), V5E)
 
 
-def preflight(*arguments, **changes):
-    """Runs the command on a small network."""
+def command(*arguments, **changes):
+    """The command on a small network."""
     changes = {"lowrank__rules": (), "model__kwargs": {"widths": (16,)}, **changes}
     settings = {key: value for key, value in running.settings(epochs=None, **changes).items() if value != "swept"}
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     file = running.ROOT / "configs" / "digits_resnet.py"
-    result = running.run([sys.executable, "-m", "lowrank_jax", "preflight", f"--config={file}", *flags, *arguments])
+    return [sys.executable, "-m", "lowrank_jax", "preflight", f"--config={file}", *flags, *arguments]
+
+
+def preflight(*arguments, **changes):
+    result = running.run(command(*arguments, **changes))
     assert "Traceback" not in result.stderr, result.stderr
     return result
 
@@ -139,14 +145,29 @@ def test_the_command_compiles_remembers_and_says_what_does_not_fit(tmp_path, mon
     assert "batch_size=32: training step: known from an earlier preflight" in second.stderr
 
 
+@pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
+def test_an_interrupted_command_does_not_wait_for_the_compiler(tmp_path):
+    process = running.start(command("--topology=v5e:2x2", "--no-cache", f"--json={tmp_path / 'out.json'}"))
+    said = ""
+    while "compiling" not in said:
+        said = process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "lowrank: interrupted" in said and "Traceback" not in said
+    assert not re.search(r": \d+ s$", said, re.MULTILINE)  # nothing has been compiled meanwhile
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--topology=v5e:4x5"], "v5e has no topology '4x5'; did you mean 4x"),
+        (["--topology=v5e:4x4", f"--json={running.ROOT}"], f"{running.ROOT}: Is a directory"),
         # Before the compiler is looked for.
         (["--topology=v5e:4x4", "--sweep=lowrank.scael=0.1"], "lowrank.scael: unknown key; did you mean lowrank.scale?"),
     ],
 )
-def test_the_command_refuses_what_it_cannot_do(arguments, message):
-    result = preflight(*arguments)
+def test_the_command_refuses_what_it_cannot_do(arguments, message, tmp_path):
+    result = preflight(f"--json={tmp_path / 'out.json'}", *arguments)
     assert result.returncode == 2 and message in result.stderr
+    assert not list(tmp_path.iterdir())

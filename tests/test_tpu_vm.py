@@ -305,6 +305,8 @@ def test_delete_deletes_what_there_is(cloud):
         (["logs", *WHERE, "--worker=all"], "--worker=all: must be the number"),
         (["stop", *WHERE, "--", "train"], "stop takes no arguments"),
         ([*RUN, "--", "train", TRAIN[1]], "train needs --workdir"),
+        ([*RUN, "--", *TRAIN[1:], "train"], "after -- comes the command of lowrank"),
+        ([*RUN, "--", "sweep", *TRAIN[1:]], "sweep: each worker of a v5litepod-16 would run all of it"),
         ([*RUN, "--", *TRAIN[:2], "--workdir=runs/a"], "--workdir=runs/a: has to be a bucket"),
         ([*RUN, "--", *TRAIN[:2], "--workdir", "/runs"], "--workdir=/runs: has"),
         ([*RUN, "--", *TRAIN[:2], "--workdir=file:///runs"], "--workdir=file:///runs: has"),
@@ -315,6 +317,11 @@ def test_mistakes_are_named_before_anything_is_paid_for(cloud, arguments, messag
     run = cloud.run(*arguments)
     assert run.returncode == 2 and f"tpu_vm.sh: {message}" in run.stderr
     assert not cloud.calls()
+
+
+def test_one_worker_takes_a_sweep(cloud):
+    run = cloud.run(*WHERE, "--type=v6e-8", "--dry-run", "--", "sweep", *TRAIN[1:])
+    assert run.returncode == 0 and "lowrank sweep --config=" in run.stdout
 
 
 def test_help_shows_commands_that_are_accepted(cloud):

@@ -76,6 +76,18 @@ def test_a_trace_that_cannot_be_written_does_not_hide_why_the_run_failed(tmp_pat
         train(running.config(optim__lr=1e30, optim__warmup=0, profile__steps=(1, 40), **SETTINGS), str(tmp_path))
 
 
+@pytest.mark.parametrize("fails", ["start", "write"])
+def test_a_trace_that_cannot_be_taken_ends_no_training(tmp_path, capsys, monkeypatch, fails):
+    if fails == "start":
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    else:
+        (tmp_path / "plugins").write_text("in the way")
+    run = train(running.config(steps=8, profile__steps=(3, 5), **SETTINGS), str(tmp_path))
+    assert not run.interrupted and len(run.train) == 8
+    complaints = [line for line in capsys.readouterr().err.splitlines() if "trace" in line]
+    assert len(complaints) == 1 and complaints[0].startswith("no trace of steps 3 to 5: [Errno ")
+
+
 def test_tracing_does_not_count_as_training_time(tmp_path, monkeypatch):
     slow = jax.profiler.stop_trace
 

@@ -18,6 +18,7 @@ from lowrank_jax import slices
 from lowrank_jax.cli import BAD_INPUT, DIVERGED, INTERRUPTED
 from lowrank_jax.slices import Slice
 from lowrank_jax.sweep.trials import Trial
+from lowrank_jax.workdir import Workdir, WorkdirError
 
 TRIAL, SWEEP = "lowrank-jax/trial", "lowrank-jax/sweep"
 
@@ -140,10 +141,22 @@ def jobset(trials: Sequence[Trial], cluster: Cluster) -> str:
         for trial in trials
         if not _URL.match(trial.workdir)
     ]
+    problems += dict.fromkeys(refusal for trial in trials if (refusal := _refusal(trial.workdir)))
     if problems:
         raise ValueError("\n".join(problems))
     documents = (yaml.safe_dump(_manifest(trial, cluster), sort_keys=False, width=math.inf) for trial in trials)
     return "".join([_header(len(trials), cluster), *(f"---\n{document}" for document in documents)])
+
+
+def _refusal(workdir: str) -> str:
+    """What training would say of a remote work directory; not of buckets of Google's, which may be out of reach from here."""
+    if not _URL.match(workdir) or workdir.startswith("gs://"):
+        return ""
+    try:
+        Workdir(workdir).check_bucket()
+    except WorkdirError as error:
+        return str(error)
+    return ""
 
 
 def _header(count: int, cluster: Cluster) -> str:

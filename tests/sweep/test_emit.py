@@ -15,6 +15,7 @@ import yaml
 from lowrank_jax.schema import Config
 from lowrank_jax.sweep import emit
 from lowrank_jax.sweep.trials import Trial
+from lowrank_jax.workdir import Workdir, WorkdirError
 
 NAMES = ["method=spectral,seed=0", "M" * 400, "UPPER,Case=1", "größe=ß,Ω=日本", "-", "a'b\"c $(HOME) $$", "x: [y] # z"]
 CLUSTER = emit.Cluster(image="europe-docker.pkg.dev/p/r/lowrank:1", tpu="v5e:4x4")
@@ -272,9 +273,13 @@ def test_a_pod_has_no_local_work_directory(folder):
         manifests([trial(), trial("seed=1", folder=folder)], grace=0)
 
 
-@pytest.mark.parametrize("folder", ["gs://bucket/a", "s3://bucket", "az://a/b"])
-def test_any_remote_work_directory_will_do(folder):
-    assert len(manifests([trial(folder=folder)])) == 1
+def test_a_bucket_that_training_cannot_write_to_is_refused_in_the_words_of_training():
+    folder = "s3://bucket/a"
+    with pytest.raises(WorkdirError) as refusal:
+        Workdir(folder).claim({})
+    with pytest.raises(ValueError) as error:
+        manifests([trial(folder=folder), trial("seed=1", folder=folder)])
+    assert str(error.value) == str(refusal.value) and "'s3' not implemented" in str(refusal.value)
 
 
 def test_the_explained_manifest_is_what_its_command_renders(repository):
