@@ -232,7 +232,7 @@ class Compiler:
 
 
 def _cores() -> int:
-    """Of this machine, as far as there is memory for a compilation on each: those of ResNet-50 took 1.3 to 1.7 GiB."""
+    """Of this machine, as far as there is memory for a compilation on each: those of ResNet-50 took some 1.5 GiB."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, min(len(os.sched_getaffinity(0)), memory // 2**31))
 

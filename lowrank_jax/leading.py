@@ -86,7 +86,7 @@ def batches(stacks: Sequence[Stack]) -> list[Batch]:
 
 def _work(shape: tuple[int, ...]) -> float:
     n, m, rank = shape
-    return float(n * m) * rank
+    return float(n * m) * max(rank, 64)  # at low ranks it is the memory of the padded kernels that matters
 
 
 def _alike(stack: Stack) -> tuple:
