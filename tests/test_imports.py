@@ -6,7 +6,7 @@ import sys
 
 LIBRARY = {
     "ablations", "activations", "approximation", "chips", "decay", "discover", "execution", "inputs", "kernel", "layers",
-    "leading", "linalg", "methods", "paths", "plans", "projection", "ranks", "stacks", "subspaces", "surgery",
+    "leading", "linalg", "methods", "paths", "plans", "projection", "ranks", "stacks", "subspaces", "surgery", "windows",
 }  # fmt: skip
 ALLOWED = {"jax", "flax", "optax", "numpy"}
 
