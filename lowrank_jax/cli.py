@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -364,21 +365,27 @@ def _preflight(args: argparse.Namespace) -> int:
     from lowrank_jax import estimates, preflight_report
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine may be in use, and is not what is asked about
-    try:
-        with _written_in_the_end(args.json) as write:
-            report = preflight_report.run(
-                _wanted(args),
-                args.topology,
-                source=args.config,
-                effort=args.effort,
-                cache=estimates.Cache(None if args.no_cache else cache_home() / "preflight"),
-                say=_complain,
-            )
-            print(report)
-            write(report.json())
-    except KeyboardInterrupt:
+    new = args.json is not None and not pathlib.Path(args.json).exists()
+
+    def end(*_: object) -> None:
+        # Here rather than by an exception, which is lost where Python happens to be in a callback, and waits for the compiler.
+        if new:
+            pathlib.Path(args.json).unlink(missing_ok=True)
         _complain("lowrank: interrupted")
-        os._exit(KILLED)  # Python would wait for what is being compiled
+        os._exit(KILLED)
+
+    signal.signal(signal.SIGINT, end)
+    with _written_in_the_end(args.json) as write:
+        report = preflight_report.run(
+            _wanted(args),
+            args.topology,
+            source=args.config,
+            effort=args.effort,
+            cache=estimates.Cache(None if args.no_cache else cache_home() / "preflight"),
+            say=_complain,
+        )
+        print(report)
+        write(report.json())
     return 0 if report.fits else DOES_NOT_FIT
 
 
