@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
@@ -197,7 +197,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.watch:
         return _watch(args, workdirs, evaluator)
     first = jax.process_index() == 0
-    with _written_in_the_end(args.json if first else None) as write:
+    with _written_in_the_end(args.json if first else None) as output:
         if len(workdirs) == 1:
             result = evaluator.evaluate(workdirs[0], args.step)
             if first:
@@ -207,7 +207,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             done = evaluate_all(workdirs, evaluator, args.step, say=_say if first else _hush, complain=_complain)
             objects = [{"workdir": workdir, **dataclasses.asdict(result)} for workdir, result in done.items()]
             text = json.dumps(objects, indent=2) + "\n"
-        write(text)
+        output.write(text)
     return 0 if len(done) == len(workdirs) else BAD_INPUT
 
 
@@ -243,21 +243,33 @@ def _complain(text: str) -> None:
     print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece, whatever other threads say
 
 
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """A file that is written after long work, if there is one: that it cannot be written is found out before."""
+
+    path: pathlib.Path | None
+    new: bool
+
+    def write(self, text: str) -> None:
+        if self.path:
+            self.path.write_text(text)
+
+    def give_up(self) -> None:
+        """Leaves what was there."""
+        if self.path and self.new:
+            self.path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
-def _written_in_the_end(name: str | None) -> Iterator[Callable[[str], object]]:
-    """What writes a file, if any, after long work: that it cannot be written is found out before, and work that fails leaves
-    what was there."""
-    if name is None:
-        yield lambda text: None
-        return
-    path = pathlib.Path(name)
-    new = not path.exists()
-    path.open("a").close()
+def _written_in_the_end(name: str | None) -> Iterator[_Output]:
+    """A file for what comes of long work; work that fails leaves what was there."""
+    output = _Output(path := pathlib.Path(name) if name else None, new=path is not None and not path.exists())
+    if path:
+        path.open("a").close()
     try:
-        yield path.write_text
+        yield output
     except BaseException:
-        if new:
-            path.unlink(missing_ok=True)
+        output.give_up()
         raise
 
 
@@ -365,17 +377,15 @@ def _preflight(args: argparse.Namespace) -> int:
     from lowrank_jax import estimates, preflight_report
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine may be in use, and is not what is asked about
-    new = args.json is not None and not pathlib.Path(args.json).exists()
+    with _written_in_the_end(args.json) as output:
 
-    def end(*_: object) -> None:
-        # Here rather than by an exception, which is lost where Python happens to be in a callback, and waits for the compiler.
-        if new:
-            pathlib.Path(args.json).unlink(missing_ok=True)
-        _complain("lowrank: interrupted")
-        os._exit(KILLED)
+        def end(*_: object) -> None:
+            # Here rather than by an exception, which is lost where Python is in a callback, and waits for the compiler.
+            output.give_up()
+            _complain("lowrank: interrupted")
+            os._exit(KILLED)
 
-    signal.signal(signal.SIGINT, end)
-    with _written_in_the_end(args.json) as write:
+        signal.signal(signal.SIGINT, end)
         report = preflight_report.run(
             _wanted(args),
             args.topology,
@@ -385,7 +395,7 @@ def _preflight(args: argparse.Namespace) -> int:
             say=_complain,
         )
         print(report)
-        write(report.json())
+        output.write(report.json())
     return 0 if report.fits else DOES_NOT_FIT
 
 

@@ -181,23 +181,20 @@ class Compiler:
           PreflightError, ConfigError: one does not compile, for another reason than memory; the parts do not fit together.
         """
         built = [experiments.build(wanted.config, wanted.name, self.devices) for wanted, _ in arms]
-        pool, interrupted = ThreadPoolExecutor(_cores()), False
+        pool = ThreadPoolExecutor(_cores())
         with preflight.compiling(self.effort):
             started: list[dict[str, Future[Program]]] = [{} for _ in arms]
-            for name in (TRAIN, INITIALISE, EVALUATE):  # the longest first
-                for futures, (wanted, _), experiment in zip(started, arms, built, strict=True):
-                    lower = preflight.programs(experiment)[name]
-                    futures[name] = pool.submit(self.program, f"{wanted.name}: {name}", lower)
             try:
+                for name in (TRAIN, INITIALISE, EVALUATE):  # the longest first
+                    for futures, (wanted, _), experiment in zip(started, arms, built, strict=True):
+                        lower = preflight.programs(experiment)[name]
+                        futures[name] = pool.submit(self.program, f"{wanted.name}: {name}", lower)
                 return [
                     _arm(wanted, asked, experiment, {name: futures[name].result() for name in (TRAIN, EVALUATE, INITIALISE)})
                     for (wanted, asked), experiment, futures in zip(arms, built, started, strict=True)
                 ]
-            except KeyboardInterrupt:
-                interrupted = True
-                raise
-            finally:  # a compilation cannot be stopped
-                pool.shutdown(wait=not interrupted, cancel_futures=True)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def program(self, label: str, lower: Callable[[], jax.stages.Lowered]) -> Program:
         """What the compiler says of one program, or said earlier; `label` is what progress calls it."""

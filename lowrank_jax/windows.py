@@ -119,6 +119,6 @@ def _phases(
     found: dict[Place, dict[Place, Place]] = {}
     for place in itertools.product(*map(range, window)):
         offsets = [i * d - lo for i, d, (lo, _) in zip(place, dilation, pads, strict=True)]
-        phase = tuple(offset % stride for offset, stride in zip(offsets, strides, strict=True))
-        found.setdefault(phase, {})[place] = tuple(offset // stride for offset, stride in zip(offsets, strides, strict=True))
+        shifts, phase = zip(*map(divmod, offsets, strides), strict=True)
+        found.setdefault(phase, {})[place] = shifts
     return found
