@@ -31,7 +31,8 @@ _SCORES = "scores.json"
 _GONE = "gone"
 # What orbax's threads log of a save that fails, with a traceback each, and Python of what they leave.
 _TOLD_ANYWAY = re.compile(
-    r"Failed to write metadata|_SignalingThread\.run\(\) raised|Handler Commit operations|Save Finalize thread"
+    r"Failed to write metadata|Failed to json parse Metadata file: \S+\.orbax-checkpoint-tmp"
+    r"|_SignalingThread\.run\(\) raised|Handler Commit operations|Save Finalize thread"
     r"|(?s:exception was never retrieved.*orbax)"
 )
 _STRAGGLERS = 0.1  # seconds for the reads beside one that failed to end, while nobody listens to their complaints

@@ -129,14 +129,15 @@ def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path):
         Checkpoints(tmp_path / "c")
 
 
-@pytest.mark.parametrize("limit", [0, 2**12])  # at once, and in the background
+@pytest.mark.parametrize("limit", [0, 2**14])  # at once, and in the background, where only the array is too large
 def test_a_save_that_fails_is_told_once(tmp_path, caplog, capfd, limit):
+    large = TrainState(jnp.int32(2), {"kernel": jax.random.normal(jax.random.key(2), (256, 256))}, {}, ())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     told = pytest.raises(CheckpointError, match=r"/c: a checkpoint could not be written: .*File too large")
     with told, Checkpoints(save(tmp_path / "c", [None])) as checkpoints:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
         try:
-            checkpoints.save(2, make_state(2), info())
+            checkpoints.save(2, large, info())
             checkpoints.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
