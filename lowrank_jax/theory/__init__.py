@@ -1,0 +1,22 @@
+"""The theory, runnable: the best low-rank ReLU network from samples, and what the kernel projection gains."""
+
+from lowrank_jax.theory.gap import gaussian_gap, relative_gap, risk_bound, sampled_gap
+from lowrank_jax.theory.learning import ReluNetwork, learn_from_batches, learn_relu_network, start_from_moments
+from lowrank_jax.theory.low_rank import LowRankNetwork, learn_low_rank
+from lowrank_jax.theory.moments import NotGaussianWarning
+from lowrank_jax.theory.samples import SampleError
+
+__all__ = [
+    "LowRankNetwork",
+    "NotGaussianWarning",
+    "ReluNetwork",
+    "SampleError",
+    "gaussian_gap",
+    "learn_from_batches",
+    "learn_low_rank",
+    "learn_relu_network",
+    "relative_gap",
+    "risk_bound",
+    "sampled_gap",
+    "start_from_moments",
+]

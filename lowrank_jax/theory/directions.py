@@ -1,0 +1,91 @@
+"""The directions that symmetric matrices share: M_k ≈ Σ_j d_jk u_ju_jᵀ for all k at once.
+
+When the u_j are linearly independent and no two rows of d are parallel, they are unique.  Alternating least squares, over the
+u_j on the left, those on the right and d as if they were three unknowns, heeds all matrices alike; pairs of weightings, jointly
+diagonalised, would each hang on their closest pair of eigenvalues.  From a random start it finds all directions, or all but one
+or two, of which it then has another one twice: those that explain least are drawn anew.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax.linalg import highest_precision
+
+_STARTS = 12
+_TIMES = 3  # that the least error has to be found before it is believed
+_SAME = 1.02  # errors within this ratio belong to one minimum: to miss a direction costs far more
+_SWEEPS = 400
+
+
+def common_directions(slices: jax.Array, width: int, key: jax.Array) -> jax.Array:
+    """The directions of least squared error, `[d, width]`, of length one; their signs are arbitrary.
+
+    Args:
+      slices: symmetric M, `[k, d, d]`.
+      width: how many, at most d.
+      key: of the starts.
+    """
+    best, errors = jnp.zeros((slices.shape[1], width), slices.dtype), []
+    for i, start in enumerate(jax.random.split(key, _STARTS)):
+        begin = _unit(jax.random.normal(start, best.shape, best.dtype))
+        if i % 3:
+            begin = jnp.where(_weakest(slices, best), begin, best)
+        found, error = _alternate(slices, begin)
+        error = float(error)
+        best = found if error < min(errors, default=float("inf")) else best
+        errors.append(error)
+        if sum(error <= _SAME * min(errors) for error in errors) >= _TIMES:
+            break
+    return best
+
+
+@jax.jit
+@highest_precision
+def _alternate(slices: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sweeps until nothing moves; returns the directions and the squared error."""
+    still = jnp.sqrt(jnp.finfo(u.dtype).eps)
+
+    def sweep(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        u, v, _, count = state
+        weights = _weights(slices, u, v)
+        moved = _factor(slices, v, weights)
+        v = _factor(slices, moved, weights)  # the slices are symmetric: left and right are alike
+        v = v * jnp.where(jnp.sum(moved * v, axis=0) < 0, -1, 1)
+        return moved, v, jnp.max(jnp.abs(moved - u)), count + 1
+
+    def goes_on(state: tuple[jax.Array, ...]) -> jax.Array:
+        return (state[2] > still) & (state[3] < _SWEEPS)
+
+    u, v, *_ = jax.lax.while_loop(goes_on, sweep, (u, u, jnp.ones((), u.dtype), jnp.int32(0)))
+    u = _unit(u + v)
+    return u, jnp.sum((slices - jnp.einsum("ij,kj,lj->kil", u, _weights(slices, u, u), u)) ** 2)
+
+
+def _weights(slices: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+    """d of least squares, `[k, width]`."""
+    products = jnp.einsum("kij,kij->kj", *jnp.broadcast_arrays(u, slices @ v))
+    return _solve((u.T @ u) * (v.T @ v), products.T).T
+
+
+def _factor(slices: jax.Array, v: jax.Array, weights: jax.Array) -> jax.Array:
+    """The u_j of least squares, `[d, width]`, brought to length one."""
+    products = jnp.einsum("kij,kj->ij", slices @ v, weights)
+    return _unit(_solve((v.T @ v) * (weights.T @ weights), products.T).T)
+
+
+def _weakest(slices: jax.Array, u: jax.Array) -> jax.Array:
+    """Which tenth of the directions explains least beside the others, `[width]`."""
+    width = u.shape[1]
+    gram = (u.T @ u) ** 2
+    loss = jnp.sum(_weights(slices, u, u) ** 2, axis=0) / jnp.diagonal(_solve(gram, jnp.eye(width, dtype=u.dtype)))
+    return loss <= jnp.sort(loss)[max(1, width // 10) - 1]
+
+
+def _solve(gram: jax.Array, right: jax.Array) -> jax.Array:
+    ridge = 16 * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
+    return jax.scipy.linalg.solve(gram + ridge * jnp.eye(len(gram), dtype=gram.dtype), right, assume_a="pos")
+
+
+def _unit(u: jax.Array) -> jax.Array:
+    length = jnp.linalg.norm(u, axis=0)
+    return u / jnp.where(length > 0, length, 1)

@@ -1,0 +1,180 @@
+"""What the kernel projection gains on spectral initialisation, and how far any low-rank layer could go, for ReLU.
+
+All risks are E |relu(x W) - relu(x Y)|² over x ~ N(0, I_n), relative to that of Y = 0 (docs/mathematics.md, section 3).
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax import linalg, projection
+from lowrank_jax.activations import relu_h
+from lowrank_jax.linalg import highest_precision, lengths, ratio, wide
+
+
+def relative_gap(w: jax.Array, rank: int) -> jax.Array:
+    """By how much the risk of the spectral truncation exceeds that of its projection: Σ_j |w_j|² (h(ρ_j) - ρ_j)² / |W|².
+
+    Args:
+      w: `[n, m]`.
+      rank: from 1 to min(n, m).
+
+    Returns:
+      A scalar in float32 or better, at least 0 (docs/mathematics.md, section 3.3).
+
+    Raises:
+      ValueError: w is not a matrix of real, finite numbers, or the rank is out of range.
+    """
+    linalg.check_matrix(w)
+    linalg.check_rank(w, rank)
+    return _gap(w, linalg.gram_eigenvectors(w), rank)
+
+
+@functools.partial(jax.jit, static_argnames="rank")
+@highest_precision
+def _gap(w: jax.Array, vectors: jax.Array, rank: int) -> jax.Array:
+    w = w.astype(wide(w.dtype)) / linalg.unit(w)
+    rho = cosines(w, linalg.leading_directions(w, vectors, rank))
+    squares = jnp.sum(w**2, axis=0)
+    return ratio(jnp.sum(squares * (relu_h(rho) - rho) ** 2), jnp.sum(squares))
+
+
+def cosines(w: jax.Array, q: jax.Array) -> jax.Array:
+    """ρ_j `[m]`, of the angles between the columns of W `[n, m]` and the span of the orthonormal Q `[n, r]`."""
+    return jnp.clip(ratio(lengths(q.T @ w, 1), lengths(w, 1)), 0, 1)
+
+
+def gaussian_gap(rank: int, n: int) -> float:
+    """The relative gap of i.i.d. Gaussian columns as their number grows: ρ² -> r/n, so (h(√(r/n)) - √(r/n))²."""
+    rho = math.sqrt(rank / n)
+    return (float(relu_h(jnp.float32(rho))) - rho) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over samples.
+
+    Attributes:
+      mean: of what was sampled.
+      half: half the width of its 95 % interval.
+    """
+
+    mean: float
+    half: float
+
+
+def sampled_gap(key: jax.Array, w: jax.Array, rank: int, *, samples: int = 10**6) -> Estimate:
+    """`relative_gap` by drawing inputs: the same ones for both stand-ins, so that their difference is sharp.
+
+    Args:
+      key: of the inputs.
+      w, rank: as in `relative_gap`.
+      samples: how many to draw.
+
+    Raises:
+      ValueError: as in `relative_gap`.
+    """
+    stand_ins = [u @ v for u, v in (projection.spectral(w, rank), projection.kernel_projection(w, rank))]
+    rows = max(1, min(samples, 2**22 // max(w.shape)))
+    draws = [_lost(part, w, *stand_ins, rows) for part in jax.random.split(key, max(2, -(-samples // rows)))]
+    total, squares, whole = (float(sum(part)) for part in zip(*draws, strict=True))
+    count = rows * len(draws)
+    mean = total / count
+    deviation = math.sqrt(max(squares / count - mean**2, 0) / count)
+    return Estimate(mean * count / whole, 1.96 * deviation * count / whole)
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+@highest_precision
+def _lost(key: jax.Array, w: jax.Array, first: jax.Array, second: jax.Array, rows: int) -> tuple[jax.Array, ...]:
+    """Sums over samples of the difference of the losses, its square, and what is there to lose."""
+    x = jax.random.normal(key, (rows, len(w)), wide(w.dtype))
+    y = jax.nn.relu(x @ w)
+    losses = [jnp.sum((y - jax.nn.relu(x @ other)) ** 2, axis=1) for other in (first, second)]
+    difference = losses[0] - losses[1]
+    return difference.sum(), (difference**2).sum(), (y**2).sum()
+
+
+# --- how far any could go ---
+
+
+def best_risk_on(w: jax.Array, q: jax.Array) -> jax.Array:
+    """The least risk of columns within the span of Q, ½ Σ_j |w_j|² (1 - h(ρ_j)²) (section 3.1); not relative.
+
+    Args:
+      w: `[n, m]`.
+      q: `[n, r]`, orthonormal.
+    """
+    return jnp.sum(lengths(w, 1) ** 2 * (1 - relu_h(cosines(w, q)) ** 2)) / 2
+
+
+def risk_bound(w: jax.Array, rank: int, *, steps: int = 200) -> jax.Array:
+    """No layer of that rank has less risk; not relative.
+
+    F(Q) = Σ_j |w_j|² g(ρ_j²), g(t) = h(√t)², is not concave in the projector QQᵀ.  With the least concave function above g in
+    its place, and with all 0 ⪯ P ⪯ I of trace r for projectors, it is, and every linearisation is a bound from above: at each
+    step of Frank and Wolfe's ascent the sum of r eigenvalues.  The least of them is taken (docs/mathematics.md, section 3.5).
+
+    Args:
+      w: `[n, m]`.
+      rank: from 1 to min(n, m).
+      steps: of the ascent.
+
+    Raises:
+      ValueError: w is not a matrix of real, finite numbers, or the rank is out of range.
+    """
+    linalg.check_matrix(w)
+    linalg.check_rank(w, rank)
+    return _bound(w, rank, steps)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "steps"))
+@highest_precision
+def _bound(w: jax.Array, rank: int, steps: int) -> jax.Array:
+    w = w.astype(wide(w.dtype))
+    squares = jnp.sum(w**2, axis=0)
+    unit = ratio(w, jnp.sqrt(squares))
+
+    def step(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        p, least = state
+        t = jnp.clip(jnp.sum(unit * (p @ unit), axis=0), 1e-6, 1)
+        value, slope = jax.jvp(_concave, (t,), (jnp.ones_like(t),))
+        values, vectors = jnp.linalg.eigh((slope * w) @ w.T)
+        bound = jnp.sum(squares * (value - slope * t)) + jnp.sum(values[-rank:])
+        q = vectors[:, -rank:]
+        return p + (q @ q.T - p) * 2 / (i + 2), jnp.minimum(least, bound)
+
+    begin = jnp.eye(len(w), dtype=w.dtype) * rank / len(w)
+    _, highest = jax.lax.fori_loop(0, steps, step, (begin, jnp.asarray(jnp.inf, w.dtype)))
+    return (jnp.sum(squares) - highest) / 2
+
+
+def _concave(t: jax.Array) -> jax.Array:
+    """The least concave function above g on [0, 1]: g to where the tangent goes through (1, 1), then that tangent."""
+    touch = _touch()
+    low = jnp.minimum(t, touch)
+    rho = math.sqrt(touch)
+    slope = _h(rho) * (math.pi - math.acos(rho)) / math.pi / rho
+    return relu_h(jnp.sqrt(low)) ** 2 + slope * (t - low)
+
+
+@functools.lru_cache
+def _touch() -> float:
+    """The t at which g(t) + (1 - t) g'(t) = 1, by bisection: 0.19."""
+
+    def above(t: float) -> float:
+        rho = math.sqrt(t)
+        return _h(rho) ** 2 + (1 - t) * _h(rho) * (math.pi - math.acos(rho)) / math.pi / rho - 1
+
+    low, high = 0.01, 0.6
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if above(middle) > 0 else (low, middle)
+    return (low + high) / 2
+
+
+def _h(rho: float) -> float:
+    return (math.sqrt(1 - rho**2) + (math.pi - math.acos(rho)) * rho) / math.pi

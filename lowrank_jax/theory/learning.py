@@ -1,0 +1,141 @@
+"""Learning a one-hidden-layer ReLU network, and its best low-rank approximation, from noiseless samples.
+
+Moments give directions, directions a start, Gauss–Newton the rest (docs/mathematics.md, section 7); then the kernel projection
+(section 3).  The network that generates the samples need not be low-rank.
+"""
+
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lowrank_jax.linalg import highest_precision
+from lowrank_jax.theory import moments, observed, search
+from lowrank_jax.theory.gauss_newton import squared_error
+from lowrank_jax.theory.moments import Overview
+from lowrank_jax.theory.samples import SampleError, Samples, from_arrays, from_batches, rounding
+
+
+@flax.struct.dataclass
+class ReluNetwork:
+    """y = relu(x W) A.
+
+    Only |w_j| times row j of A can be known from samples: the rows of A have length one.
+
+    Attributes:
+      w: `[n, m]`.
+      a: `[m, outputs]`.
+      residual: the mean of |y - relu(x W) A|² over all samples, of which the mean of |y - E y|² is 1.
+      converged: whether that is rounding, so that the network is the one that generated the samples.
+    """
+
+    w: jax.Array
+    a: jax.Array
+    residual: float
+    converged: bool
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., n] -> [..., outputs]`."""
+        return _apply(x, self.w, self.a)
+
+
+@jax.jit
+@highest_precision
+def _apply(x: jax.Array, w: jax.Array, a: jax.Array) -> jax.Array:
+    return jax.nn.relu(x @ w) @ a
+
+
+def silent(line: str) -> None:
+    """Where lines of progress go unless somebody wants them."""
+
+
+def learn_relu_network(
+    x: Any,
+    y: Any,
+    width: int,
+    *,
+    key: jax.Array,
+    hidden_observed: bool = False,
+    mesh: Mesh | None = None,
+    say: Callable[[str], None] = silent,
+) -> ReluNetwork:
+    """The network y = relu(x W) A from noiseless samples of Gaussian x.
+
+    Inputs N(0, S) of any S are whitened first.  Computed in float64 where jax has it enabled and the samples have it, else in
+    float32.
+
+    Args:
+      x: `[N, n]`, numpy's, a mapped file's or jax's.
+      y: `[N, outputs]`.
+      width: m, at most n unless the hidden layer is observed.
+      key: of what is random in the search; the same key gives the same network.
+      hidden_observed: y = relu(x W) itself, and width the number of outputs.  Then inputs need not be Gaussian.
+      mesh: devices that share the samples, over the axis `data`.
+      say: takes lines of progress.
+
+    Raises:
+      SampleError: no network of that width can be learned from these samples, for the reason it gives.
+
+    Warns:
+      NotGaussianWarning: a moment test says that the inputs are not Gaussian with mean zero.
+    """
+    return learn(from_arrays(x, y, mesh), width, key, hidden_observed, say)
+
+
+def learn_from_batches(
+    batches: Iterable[tuple[Any, Any]],
+    width: int,
+    *,
+    key: jax.Array,
+    hidden_observed: bool = False,
+    mesh: Mesh | None = None,
+    say: Callable[[str], None] = silent,
+) -> ReluNetwork:
+    """`learn_relu_network` of samples that do not fit into memory.
+
+    Args:
+      batches: pairs of x `[any, n]` and y `[any, outputs]`; read several times, and every time the same.
+      width, key, hidden_observed, mesh, say: as there.
+    """
+    return learn(from_batches(batches, mesh), width, key, hidden_observed, say)
+
+
+def learn(samples: Samples, width: int, key: jax.Array, hidden_observed: bool, say: Callable[[str], None]) -> ReluNetwork:
+    """Both of the above."""
+    if not isinstance(width, numbers.Integral) or isinstance(width, bool) or width < 1:
+        raise SampleError(f"width {width}: must be a whole number from 1")
+    overview = moments.look(samples)
+    if hidden_observed:
+        w, a = observed.solve(samples, width), jnp.eye(width, dtype=samples.dtype)
+    else:
+        w = search.search(samples, overview, width, key, say)
+        a = search.outputs_fitted(samples, w)
+    return _network(samples, overview, w, a)
+
+
+def start_from_moments(x: Any, y: Any, width: int, *, key: jax.Array, mesh: Mesh | None = None) -> ReluNetwork:
+    """The network that moments alone suggest, from which `learn_relu_network` sets out; its error is of the order of 1/√N.
+
+    Arguments and errors are as there.
+    """
+    samples = from_arrays(x, y, mesh)
+    overview = moments.look(samples)
+    w = search.start(samples, overview, width, key)
+    return _network(samples, overview, w, search.outputs_fitted(samples, w))
+
+
+def _network(samples: Samples, overview: Overview, w: jax.Array, a: jax.Array) -> ReluNetwork:
+    length = jnp.linalg.norm(a, axis=1)
+    w, a = w * length, a / jnp.where(length > 0, length, 1)[:, None]
+    residual = _residual(samples, overview, w, a)
+    return ReluNetwork(w, a, residual, residual <= rounding(samples.dtype))
+
+
+def _residual(samples: Samples, overview: Overview, w: jax.Array, a: jax.Array) -> float:
+    variance = jnp.trace(overview.outputs) - jnp.sum(overview.mean_output**2)
+    error = samples.mean(squared_error, w, a)
+    return float(error / variance) if variance > 0 else float(error)

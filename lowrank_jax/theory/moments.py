@@ -1,0 +1,168 @@
+"""Hermite moments of a function, and whether its inputs are as Gaussian as they have to be.
+
+For y = relu(x W) A with x ~ N(0, I_n), w_j = |w_j| ŵ_j and c_jk = |w_j| A_jk / √(2π), the second and the contracted fourth
+moments share their directions (docs/mathematics.md, section 7):
+
+    E y_k He₂(x) = Σ_j c_jk ŵ_jŵ_jᵀ,        E y_k He₄(x)[u, u] = - Σ_j c_jk (u·ŵ_j)² ŵ_jŵ_jᵀ.
+"""
+
+import dataclasses
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax.linalg import highest_precision
+from lowrank_jax.theory.samples import SampleError, Samples
+
+FOURTH = 0.3  # the weight of slices of the fourth moment, which are noisier than those of the second
+
+
+class NotGaussianWarning(UserWarning):
+    """The inputs are not Gaussian with mean zero: what is promised of learning from samples does not cover them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Overview:
+    """What one look at the samples tells.
+
+    Attributes:
+      count: how many there are.
+      covariance: E xxᵀ `[n, n]`.
+      outputs: E yyᵀ `[outputs, outputs]`.
+      mean_output: E y `[outputs]`.
+      powers: the mean of every input's first four powers, `[4, n]`.
+    """
+
+    count: int
+    covariance: jax.Array
+    outputs: jax.Array
+    mean_output: jax.Array
+    powers: jax.Array
+
+
+def look(samples: Samples) -> Overview:
+    """Raises SampleError if there are NaNs or infinities."""
+    total, count = samples.total(_look)
+    covariance, outputs, mean_output, powers = (part / count for part in total)
+    if not all(bool(jnp.isfinite(part).all()) for part in (covariance, outputs)):
+        raise SampleError("the samples have elements that are not finite")
+    return Overview(count, covariance, outputs, mean_output, powers)
+
+
+@jax.jit
+@highest_precision
+def _look(x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+    return x.T @ x, y.T @ y, y.sum(axis=0), jnp.stack([(x**power).sum(axis=0) for power in (1, 2, 3, 4)])
+
+
+@jax.jit
+@highest_precision
+def _second(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Σ y, Σ y_k xxᵀ as `[n, k n]`, and Σ |x|⁴."""
+    return y.sum(axis=0), x.T @ _products(y, x), jnp.sum(jnp.sum(x**2, axis=1) ** 2)
+
+
+@jax.jit
+@highest_precision
+def _fourth(x: jax.Array, y: jax.Array, u: jax.Array) -> tuple[jax.Array, ...]:
+    """Σ over samples, for every direction u_l and output k as one axis l k: what He₄[u, u] is made of."""
+    along = x @ u.T
+    weights, linear = _products(along**2 - 1, y), _products(along, y)
+    return y.sum(axis=0), weights.sum(axis=0), x.T @ linear, x.T @ _products(weights, x)
+
+
+def _products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """All products of an element of a row of a `[rows, p]` and of b `[rows, q]`: `[rows, p q]`."""
+    return (a[:, :, None] * b[:, None, :]).reshape(len(a), -1)
+
+
+def second_moments(samples: Samples) -> tuple[jax.Array, float]:
+    """E y_k (xxᵀ - I), `[outputs, n, n]`, and E |x|⁴, of inputs whose second moment is I."""
+    mean, products, fourth = samples.mean(_second)
+    slices = products.reshape(samples.inputs, samples.outputs, samples.inputs).swapaxes(0, 1)
+    return slices - mean[:, None, None] * jnp.eye(samples.inputs, dtype=slices.dtype), float(fourth)
+
+
+def fourth_moments(samples: Samples, u: jax.Array) -> jax.Array:
+    """E y_k He₄(x)[u_l, u_l], `[l k, n, n]`, for directions u `[l, n]` of length one."""
+    mean, weights, linear, products = samples.mean(_fourth, u)
+    n, eye = samples.inputs, jnp.eye(samples.inputs, dtype=u.dtype)
+    slices = products.reshape(n, -1, n).swapaxes(0, 1)
+    u, mean = jnp.repeat(u, samples.outputs, axis=0), jnp.tile(mean, len(u))
+    cross = u[:, :, None] * linear.T[:, None, :]
+    return (
+        slices - weights[:, None, None] * eye - 2 * (cross + cross.mT) + 2 * mean[:, None, None] * u[:, :, None] * u[:, None, :]
+    )
+
+
+@jax.jit
+@highest_precision
+def second_moments_of(w: jax.Array, a: jax.Array) -> jax.Array:
+    """What `second_moments` would be of relu(x W) A for Gaussian inputs and columns of length one: `[outputs, n, n]`."""
+    return _slices(w, a)
+
+
+@jax.jit
+@highest_precision
+def fourth_moments_of(w: jax.Array, a: jax.Array, u: jax.Array) -> jax.Array:
+    """What `fourth_moments` would be, `[l k, n, n]`; W may be what a subspace has of columns of length one."""
+    along = (w.T @ u.T) ** 2
+    return -_slices(w, (along[:, :, None] * a[:, None, :]).reshape(len(a), -1))
+
+
+def _slices(w: jax.Array, a: jax.Array) -> jax.Array:
+    return jnp.einsum("ij,jk,lj->kil", w, a / math.sqrt(2 * math.pi), w)
+
+
+# --- are they Gaussian? ---
+
+_DOUBT = 6.0  # standard deviations: of a few hundred means of Gaussian samples none is so far off
+
+
+def warn_if_not_gaussian(overview: Overview, fourth: float) -> None:
+    """Tests the inputs' means, every input's third and fourth moment, and E |z|⁴ of the whitened inputs z (Mardia).
+
+    Each is compared with what samples of N(0, S) would show, S being the samples' own second moment.  A distribution with a
+    Gaussian's moments to the fourth passes; it has nothing else that second moments could be misled by.
+
+    Warns:
+      NotGaussianWarning: it names the worst of them.
+    """
+    reason = not_gaussian(overview, fourth)
+    if reason:
+        warnings.warn(f"{reason}: what is promised does not cover these inputs", NotGaussianWarning, stacklevel=4)
+
+
+def not_gaussian(overview: Overview, fourth: float) -> str | None:
+    """What is wrong with the inputs, for a message; None if nothing is."""
+    n, count = overview.powers.shape[1], overview.count
+    one, two, three, four = np.asarray(overview.powers, np.float64)
+    variance = np.maximum(two - one**2, np.finfo(np.float64).tiny)
+    third = three - 3 * one * two + 2 * one**3
+    central = four - 4 * one * three + 6 * one**2 * two - 3 * one**4
+    doubts = {
+        "has a mean of {:.3g} standard deviations, not 0": (one / np.sqrt(variance), 1.0),
+        "has a skewness of {:.3g}, not 0": (third / variance**1.5, 6.0),
+        "has a kurtosis of {:.3g}, not 3": (central / variance**2 - 3, 24.0),
+    }
+    found = [
+        (abs(values[i]) * math.sqrt(count / power), f"input {i} " + words.format(values[i] + 3 * ("kurtosis" in words)))
+        for words, (values, power) in doubts.items()
+        for i in [int(np.argmax(abs(values)))]
+    ]
+    expected = n * (n + 2)
+    mardia = abs(fourth - expected) / math.sqrt(8 * expected / count)
+    found.append((mardia, f"the whitened inputs have E |z|^4 = {fourth:.4g}, not n (n + 2) = {expected}"))
+    worst, words = max(found)
+    return f"{words} ({worst:.0f} standard deviations of a Gaussian sample's)" if worst > _DOUBT else None
+
+
+def agrees_with_identity(covariance: jax.Array, count: int) -> bool:
+    """Whether a sample of N(0, I) may have this second moment `[n, n]` (Nagao's test: N/2 |S - I|² is chi-squared)."""
+    n = len(covariance)
+    degrees = n * (n + 1) / 2
+    excess = np.asarray(covariance, np.float64) - np.eye(n)
+    return bool(count / 2 * np.sum(excess**2) < degrees + _DOUBT * math.sqrt(2 * degrees) + _DOUBT**2)

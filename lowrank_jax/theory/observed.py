@@ -1,0 +1,66 @@
+"""A ReLU layer whose outputs are seen: y = relu(x W), column by column by least squares.
+
+Where y_ij > 0 it is x_i·w_j exactly, so n such samples in general position determine w_j: about 2n samples of symmetric inputs.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+from lowrank_jax.linalg import highest_precision
+from lowrank_jax.theory.samples import SampleError, Samples
+
+_AMPLE = 2  # active samples for an unknown of w_j: more improve nothing where there is no noise
+
+
+def solve(samples: Samples, width: int) -> jax.Array:
+    """W `[n, width]`; a column that is never active is zero.
+
+    Raises:
+      SampleError: y is not of that width or not the output of a ReLU, or too few samples are active.
+    """
+    if samples.outputs != width:
+        raise SampleError(f"the hidden layer is observed: y has {samples.outputs} columns, and width is {width}")
+    x, y = _enough(samples)
+    if bool((y < 0).any()):
+        raise SampleError("y has negative elements: it is not a hidden layer behind a ReLU")
+    active = (y > 0).sum(axis=0)
+    short = (active > 0) & (active < samples.inputs)
+    if bool(short.any()):
+        column = int(jnp.argmax(short))
+        raise SampleError(
+            f"column {column} of y is positive in {int(active[column])} samples; {samples.inputs} are needed, of twice as many"
+        )
+    w, determined = _least_squares(x, y)
+    if not bool((determined | (active == 0)).all()):
+        column = int(jnp.argmin(determined | (active == 0)))
+        raise SampleError(f"the samples in which column {column} of y is positive do not vary in all {samples.inputs} inputs")
+    return w
+
+
+def _enough(samples: Samples) -> tuple[jax.Array, jax.Array]:
+    """The first samples, as many as make all columns active often enough, or all."""
+    wanted = 4 * _AMPLE * samples.inputs
+    while True:
+        head = samples.head(wanted)
+        parts = [(x[:rows], y[:rows]) for x, y, rows in head.read()]
+        x, y = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+        if len(x) < wanted or bool(((y > 0).sum(axis=0) >= _AMPLE * samples.inputs).all()):
+            return x, y
+        wanted *= 4
+
+
+@jax.jit
+@highest_precision
+def _least_squares(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """W, and for every column whether it is determined; by QR, which loses no digits to a Gram matrix."""
+
+    def column(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q, r = jnp.linalg.qr(x * (y > 0)[:, None])
+        scale = jnp.abs(jnp.diagonal(r))
+        determined = scale.min() > jnp.sqrt(jnp.finfo(x.dtype).eps) * scale.max()
+        w = solve_triangular(r, q.T @ y)
+        return jnp.where(determined, w, 0), determined
+
+    w, determined = jax.lax.map(column, y.T)
+    return w.T, determined

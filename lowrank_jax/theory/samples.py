@@ -1,0 +1,161 @@
+"""Samples of a function: inputs and outputs, which go through the devices a batch at a time."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Batch = tuple[jax.Array, jax.Array, int]
+"""x `[rows, n]`, y `[rows, outputs]`, and how many of the rows are samples; the rest are zeros."""
+
+_ELEMENTS = 2**22  # of a batch's products of an input and an output, which moments are made of
+
+
+class SampleError(ValueError):
+    """Samples from which nothing can be learned; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What means are taken of, as often as is asked.
+
+    Attributes:
+      read: begins anew to read the batches, all of one shape.
+      inputs, outputs: n, and the number of outputs.
+      dtype: float32, or float64 where jax has it enabled and the samples have it.
+    """
+
+    read: Callable[[], Iterator[Batch]]
+    inputs: int
+    outputs: int
+    dtype: Any
+
+    def total(self, fn: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
+        """The sum over all samples, and how many there are.
+
+        Args:
+          fn: jitted; what it makes of a batch x, y and the arguments is a sum over rows, to which rows of zeros add nothing.
+          arguments: of `fn` besides.
+        """
+        total, count = None, 0
+        for x, y, rows in self.read():
+            part = fn(x, y, *arguments)
+            total, count = part if total is None else _add(total, part), count + rows
+        return total, count
+
+    def mean(self, fn: Callable[..., Any], *arguments: Any) -> Any:
+        """`total` over the number of samples."""
+        total, count = self.total(fn, *arguments)
+        return jax.tree.map(lambda part: part / count, total)
+
+    def map(self, fn: Callable[..., tuple[jax.Array, jax.Array]], *arguments: Any) -> "Samples":
+        """The samples `fn(x, y, *arguments)`; it is jitted and leaves zeros zeros."""
+
+        def read() -> Iterator[Batch]:
+            return ((*fn(x, y, *arguments), rows) for x, y, rows in self.read())
+
+        x, y = jax.eval_shape(
+            fn, *(jax.ShapeDtypeStruct((1, size), self.dtype) for size in (self.inputs, self.outputs)), *arguments
+        )
+        return Samples(read, x.shape[1], y.shape[1], self.dtype)
+
+    def through(self, root: jax.Array, turn: jax.Array) -> "Samples":
+        """The samples x R and y T, for R `[n, n']` and T `[outputs, outputs']`."""
+        return self.map(_through, root, turn)
+
+    def head(self, count: int) -> "Samples":
+        """The first batches, with so many samples or all there are, kept on the devices."""
+        kept, found = [], 0
+        for batch in self.read():
+            kept.append(batch)
+            found += batch[2]
+            if found >= count:
+                break
+        return Samples(lambda: iter(kept), self.inputs, self.outputs, self.dtype)
+
+
+def from_batches(batches: Iterable[tuple[Any, Any]], mesh: Mesh | None = None) -> Samples:
+    """Samples that come in batches of any sizes.
+
+    Args:
+      batches: pairs of x `[any, n]` and y `[any, outputs]`, numpy's or jax's; read several times, so an iterator will not do.
+      mesh: devices that share every batch, over the axis `data`.
+
+    Raises:
+      SampleError: there are none, or they are not such pairs.
+    """
+    if isinstance(batches, Iterator):
+        raise SampleError("batches are read several times: give a list, or an object whose __iter__ begins anew")
+    if mesh is not None and "data" not in mesh.shape:
+        raise SampleError(f"the mesh has the axes {list(mesh.shape)}; samples are shared over one called data")
+    first = next(iter(batches), None)
+    if first is None:
+        raise SampleError("there are no samples")
+    x, y = _checked(*first)
+    shape, dtype = (x.shape[1], y.shape[1]), jax.dtypes.canonicalize_dtype(np.result_type(x, y, np.float32))
+    shards = 1 if mesh is None else mesh.shape["data"]
+    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
+    rows = shards * max(64, min(2**14, _ELEMENTS // (shape[0] * shape[1])) // shards)
+
+    def on_devices(part: Any) -> jax.Array:
+        part = (jnp if isinstance(part, jax.Array) else np).pad(part, ((0, rows - len(part)), (0, 0)))
+        return jax.device_put(part.astype(dtype), sharding)
+
+    def read() -> Iterator[Batch]:
+        for x, y in (_checked(*pair) for pair in batches):
+            if (x.shape[1], y.shape[1]) != shape:
+                raise SampleError(
+                    f"samples of {x.shape[1]} inputs and {y.shape[1]} outputs follow some of {shape[0]}, {shape[1]}"
+                )
+            for begin in range(0, len(x), rows):
+                part = slice(begin, begin + rows)
+                yield on_devices(x[part]), on_devices(y[part]), min(rows, len(x) - begin)
+
+    return Samples(read, *shape, dtype)
+
+
+def from_arrays(x: Any, y: Any, mesh: Mesh | None = None) -> Samples:
+    """Samples x `[N, n]` and y `[N, outputs]`, numpy's, mapped files or jax's; mesh and errors as in `from_batches`."""
+    return from_batches([(x, y)], mesh)
+
+
+def rounding(dtype: Any) -> float:
+    """A relative squared error that is no more than rounding: some digits above the square of the dtype's own."""
+    return float(jnp.finfo(dtype).eps) ** 1.5
+
+
+def negligible(dtype: Any) -> float:
+    """The part of a second moment's largest eigenvalue that is rounding."""
+    return float(jnp.finfo(dtype).eps) ** 0.75
+
+
+def _checked(x: Any, y: Any) -> tuple[Any, Any]:
+    for name, part in (("x", x), ("y", y)):
+        if not hasattr(part, "dtype") or part.ndim != 2 or 0 in part.shape:
+            raise SampleError(
+                f"{name} must be a matrix, samples by {'inputs' if name == 'x' else 'outputs'}; got {_kind(part)}"
+            )
+        if not jnp.issubdtype(part.dtype, jnp.floating):
+            raise SampleError(f"{name} must hold real numbers; its dtype is {part.dtype}")
+    if len(x) != len(y):
+        raise SampleError(f"x has {len(x)} samples, y has {len(y)}")
+    return x, y
+
+
+def _kind(part: Any) -> str:
+    return f"shape {list(part.shape)}" if hasattr(part, "shape") else f"a {type(part).__name__}"
+
+
+@jax.jit
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+@jax.jit
+def _through(x: jax.Array, y: jax.Array, root: jax.Array, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
+    with jax.default_matmul_precision("highest"):
+        return x @ root, y @ turn

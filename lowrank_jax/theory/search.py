@@ -1,0 +1,175 @@
+"""The hidden layer of y = relu(x W) A when neither it nor A is seen (docs/mathematics.md, section 7).
+
+Inputs and outputs are whitened.  Moments give directions, a regression their signs, Gauss–Newton the rest; where that ends in
+a local optimum, the next attempt begins with moments that the network found so far has rid of most of their sampling noise.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax.linalg import highest_precision
+from lowrank_jax.theory import moments
+from lowrank_jax.theory.directions import common_directions
+from lowrank_jax.theory.gauss_newton import Fit, polish, regress, solve
+from lowrank_jax.theory.moments import Overview
+from lowrank_jax.theory.samples import SampleError, Samples, negligible, rounding
+
+_ATTEMPTS = 10
+_GOAL = 1e-3  # of what counts as rounding: where Gauss–Newton may stop
+_KEPT = 64  # samples for an unknown of W, on which Gauss–Newton works; more would not make it faster
+_LEAST_KEPT = 2**16
+
+
+def search(samples: Samples, overview: Overview, width: int, key: jax.Array, say: Callable[[str], None]) -> jax.Array:
+    """W `[n, width]`, the best that was found; the lengths of its columns are arbitrary.
+
+    Raises:
+      SampleError: the width, the samples or the directions found in them do not allow it.
+
+    Warns:
+      NotGaussianWarning: the inputs are not Gaussian.
+    """
+    root, white = _whitened(samples, overview, width)
+    kept = white.head(max(_LEAST_KEPT, _KEPT * samples.inputs * width))
+    exact = rounding(samples.dtype) * white.outputs
+    best: Fit | None = None
+    for i, attempt in enumerate(jax.random.split(key, _ATTEMPTS)):
+        slices, basis, fourth = _slices(white, width, best, attempt)
+        if not i:
+            moments.warn_if_not_gaussian(overview, fourth)
+        fit = polish(kept, _directions(kept, slices, basis, attempt), goal=_GOAL * exact)
+        best = fit if best is None or fit.error < best.error else best
+        say(f"attempt {i + 1} of at most {_ATTEMPTS}: {best.error / white.outputs:.1e} of the outputs' power is unexplained")
+        if best.error <= exact:
+            break
+    assert best is not None
+    if best.error > exact:
+        _check_directions(white, overview.count, width)
+    return root @ best.w
+
+
+def start(samples: Samples, overview: Overview, width: int, key: jax.Array) -> jax.Array:
+    """What moments alone say of W: where `search` begins."""
+    root, white = _whitened(samples, overview, width)
+    slices, basis, _ = _slices(white, width, None, key)
+    return root @ _directions(white, slices, basis, key)
+
+
+def _whitened(samples: Samples, overview: Overview, width: int) -> tuple[jax.Array, Samples]:
+    _check_size(overview, width)
+    root = _whitening(overview)
+    return root, samples.through(root, _output_whitening(overview, width))
+
+
+def outputs_fitted(samples: Samples, w: jax.Array) -> jax.Array:
+    """A of least squares for W; what the first solution leaves, a Gram matrix having lost digits, a second one takes."""
+    gram, products = samples.mean(regress, w)
+    a = solve(gram, products)
+    _, rest = samples.map(_unexplained, w, a).mean(regress, w)
+    return a + solve(gram, rest)
+
+
+def _slices(white: Samples, width: int, known: Fit | None, key: jax.Array) -> tuple[jax.Array, jax.Array, float]:
+    """Moments in the subspace of the columns of W, `[k, m, m]`, a basis `[n, m]` of it, and E |x|⁴.
+
+    Of what a network found before leaves unexplained, the sampled moments; of the network itself, the closed form, so that only
+    the rest has a sampling error.
+    """
+    rest = white if known is None else white.map(_unexplained, known.w, known.a)
+    slices, fourth = moments.second_moments(rest)
+    if known is not None:
+        slices += moments.second_moments_of(known.w, known.a)
+    basis = _leading(slices, width)
+    slices = basis.T @ slices @ basis
+    if white.outputs < width:  # the second moments are few: one alone would have any directions
+        count = -(-2 * width // white.outputs)
+        u = jax.random.normal(jax.random.fold_in(key, 1), (count, width), white.dtype)
+        u /= jnp.linalg.norm(u, axis=1, keepdims=True)
+        more = moments.fourth_moments(rest.through(basis, jnp.eye(white.outputs, dtype=white.dtype)), u)
+        if known is not None:
+            more += moments.fourth_moments_of(basis.T @ known.w, known.a, u)
+        slices = jnp.concatenate([slices, moments.FOURTH * more])
+    return slices, basis, fourth
+
+
+@jax.jit
+@highest_precision
+def _unexplained(x: jax.Array, y: jax.Array, w: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, y - jax.nn.relu(x @ w) @ a
+
+
+@functools.partial(jax.jit, static_argnames="width")
+@highest_precision
+def _leading(slices: jax.Array, width: int) -> jax.Array:
+    """The subspace `[n, width]` that holds most of all slices."""
+    return jnp.linalg.eigh(jnp.einsum("kij,kjl->il", slices, slices))[1][:, -width:]
+
+
+def _directions(kept: Samples, slices: jax.Array, basis: jax.Array, key: jax.Array) -> jax.Array:
+    """ŵ_j `[n, m]`: relu(z) is half of |z| and half of z, so a regression on both tells the signs."""
+    directions = basis @ common_directions(slices, slices.shape[1], key)
+    gram, products = kept.mean(_regress_both, directions)
+    even, odd = jnp.split(solve(gram, products), 2)
+    return directions * jnp.where(jnp.sum(even * odd, axis=1) < 0, -1, 1)
+
+
+@jax.jit
+@highest_precision
+def _regress_both(x: jax.Array, y: jax.Array, directions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    along = x @ directions
+    features = jnp.concatenate([jnp.abs(along), along], axis=1)
+    return features.T @ features, features.T @ y
+
+
+def _whitening(overview: Overview) -> jax.Array:
+    """R `[n, n]` with Rᵀ S R = I, for the inputs' second moment S."""
+    values, vectors = jnp.linalg.eigh(overview.covariance)
+    independent = int(jnp.sum(values > negligible(values.dtype) * values[-1]))
+    if independent < len(values):
+        raise SampleError(f"the inputs vary in {independent} independent directions; all {len(values)} are needed")
+    return vectors / jnp.sqrt(values)
+
+
+def _output_whitening(overview: Overview, width: int) -> jax.Array:
+    """T `[outputs, k]` with Tᵀ E yyᵀ T = I: noiseless outputs can be told apart however small they are."""
+    values, vectors = jnp.linalg.eigh(overview.outputs)
+    if not values[-1] > 0:
+        raise SampleError("all outputs are zero")
+    independent = values > negligible(values.dtype) * values[-1]
+    if int(independent.sum()) > width:
+        raise SampleError(
+            f"the outputs vary in {int(independent.sum())} independent directions, those of a network of width {width} in "
+            f"{width} at most: width is too small, or y is not relu(x W) A without noise"
+        )
+    count = int(independent.sum())
+    return vectors[:, -count:] / jnp.sqrt(values[-count:])
+
+
+def _check_size(overview: Overview, width: int) -> None:
+    n, outputs = len(overview.covariance), len(overview.outputs)
+    if width > n:
+        raise SampleError(f"width {width} of {n} inputs: the columns of W have to be linearly independent, at most {n}")
+    needed = -(-width * (n + outputs) // min(outputs, width))
+    if overview.count < needed:
+        raise SampleError(f"{overview.count} samples: the unknowns of W and A alone are more; {needed} is the least")
+
+
+def _check_directions(white: Samples, count: int, width: int) -> None:
+    """Raises SampleError where fewer directions than wanted stand out of the moments' sampling noise.
+
+    Unfolded to `[n, k n]`, noise in elements of which each has about the standard deviation 1/√N has no singular value above
+    (√n + √(k n)) / √N, nearly.
+    """
+    slices, _ = moments.second_moments(white)
+    n, outputs = white.inputs, white.outputs
+    values = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(jnp.einsum("kij,kjl->il", slices, slices)), 0))[::-1]
+    noise = (n**0.5 + (outputs * n) ** 0.5) / count**0.5
+    distinct = int(jnp.sum(values[:width] > noise))
+    if distinct < width:
+        raise SampleError(
+            f"only {distinct} directions stand out of the sampling noise, {width} are wanted: the columns of W are linearly "
+            f"dependent or nearly so, the width is too large, or {count} samples are too few"
+        )
