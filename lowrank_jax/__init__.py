@@ -1,6 +1,6 @@
 """Low-rank neural networks in JAX: the same Flax model, with some kernels replaced by factor pairs."""
 
-from lowrank_jax import activations, chips, inputs, projection
+from lowrank_jax import activations, chips, inputs, projection, theory
 from lowrank_jax.approximation import function_approximation
 from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay, frobenius_penalty, nuclear_penalty
 from lowrank_jax.execution import choose_execution
@@ -32,4 +32,5 @@ __all__ = [
     "nuclear_penalty",
     "plan",
     "projection",
+    "theory",
 ]

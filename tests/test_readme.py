@@ -10,13 +10,15 @@ from lowrank_jax.paths import named_leaves
 
 
 def test_the_python_runs_as_written(repository):
-    first, execution, moments = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
+    first, execution, moments, learning = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
     names = {}
     exec(first, names)
     plain = names["params"]
     exec(execution, names)
     assert all(kernel.execution for kernel in names["plan"].factored)
     exec(moments, names)
+    exec(learning, names)
+    assert names["student"].converged and names["small"].bound <= names["small"].risk <= names["small"].whole
     assert named_leaves(names["params"]).keys() == named_leaves(plain).keys()
     factored = [leaf for leaf in jax.tree.leaves(names["params"], is_leaf=is_low_rank) if is_low_rank(leaf)]
     assert len(factored) == 2

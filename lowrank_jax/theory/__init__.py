@@ -1,5 +1,6 @@
 """The theory, runnable: the best low-rank ReLU network from samples, and what the kernel projection gains."""
 
+from lowrank_jax.theory.examples import draw_network, draw_samples
 from lowrank_jax.theory.gap import gaussian_gap, relative_gap, risk_bound, sampled_gap
 from lowrank_jax.theory.learning import ReluNetwork, learn_from_batches, learn_relu_network, start_from_moments
 from lowrank_jax.theory.low_rank import LowRankNetwork, learn_low_rank
@@ -11,6 +12,8 @@ __all__ = [
     "NotGaussianWarning",
     "ReluNetwork",
     "SampleError",
+    "draw_network",
+    "draw_samples",
     "gaussian_gap",
     "learn_from_batches",
     "learn_low_rank",

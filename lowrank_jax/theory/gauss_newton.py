@@ -1,6 +1,6 @@
 """Gauss–Newton for y = relu(x W) A, with a curvature that needs no samples.
 
-Of Gaussian inputs the expected products of derivatives are known in closed form (docs/mathematics.md, section 7).  With them a
+Of Gaussian inputs the expected products of derivatives are known in closed form (docs/mathematics.md, section 11).  With them a
 step costs one look at the samples, for the gradient, instead of one at all pairs of unknowns of all samples; what the samples'
 own curvature differs by, √(n m / N), is the factor by which a step then reduces the error.
 """

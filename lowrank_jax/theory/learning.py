@@ -1,6 +1,6 @@
 """Learning a one-hidden-layer ReLU network, and its best low-rank approximation, from noiseless samples.
 
-Moments give directions, directions a start, Gauss–Newton the rest (docs/mathematics.md, section 7); then the kernel projection
+Moments give directions, directions a start, Gauss–Newton the rest (docs/mathematics.md, section 11); then the kernel projection
 (section 3).  The network that generates the samples need not be low-rank.
 """
 

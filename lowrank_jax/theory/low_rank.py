@@ -70,7 +70,7 @@ def learn_low_rank(
     """Learns the network (`learn_relu_network`, with its arguments, errors and warnings), then projects its kernel.
 
     The network that generated the samples need not be low-rank: the excess risk of the result over the best one goes to zero
-    with the error in W (docs/mathematics.md, section 7).
+    with the error in W (docs/mathematics.md, section 11).
 
     Args:
       rank: from 1 to min(n, width).

@@ -1,7 +1,7 @@
 """Hermite moments of a function, and whether its inputs are as Gaussian as they have to be.
 
 For y = relu(x W) A with x ~ N(0, I_n), w_j = |w_j| ŵ_j and c_jk = |w_j| A_jk / √(2π), the second and the contracted fourth
-moments share their directions (docs/mathematics.md, section 7):
+moments share their directions (docs/mathematics.md, section 11):
 
     E y_k He₂(x) = Σ_j c_jk ŵ_jŵ_jᵀ,        E y_k He₄(x)[u, u] = - Σ_j c_jk (u·ŵ_j)² ŵ_jŵ_jᵀ.
 """

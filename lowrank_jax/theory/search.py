@@ -1,4 +1,4 @@
-"""The hidden layer of y = relu(x W) A when neither it nor A is seen (docs/mathematics.md, section 7).
+"""The hidden layer of y = relu(x W) A when neither it nor A is seen (docs/mathematics.md, section 11).
 
 Inputs and outputs are whitened.  Moments give directions, a regression their signs, Gauss–Newton the rest; where that ends in
 a local optimum, the next attempt begins with moments that the network found so far has rid of most of their sampling noise.
