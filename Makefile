@@ -36,6 +36,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.loop_overhead
 	$(BIN)/python -m benchmarks.init_model
 	$(BIN)/python -m benchmarks.projections
+	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.sweep_overhead
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.execution

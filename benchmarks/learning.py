@@ -2,9 +2,9 @@
 
     python -m benchmarks.learning
 
-`L-BFGS` is SciPy's, from the network that moments suggest, A eliminated, on as many samples as Gauss–Newton keeps; it runs until
-1e-10 of the outputs' variance is unexplained.  `Adam` is optax's on a student of the same width from a random start, in batches
-of 512 samples, for ten times our seconds; what it leaves unexplained is told.  In float64; what is timed has been compiled.
+`L-BFGS` is SciPy's, from the network that moments suggest, A eliminated, on as many samples as Gauss–Newton keeps; it ends
+where 1e-10 of the outputs' variance is unexplained.  `Adam` is optax's, on a student of the same width from a random start in
+batches of 512 samples, for ten times our seconds; what it leaves unexplained is told.  In float64, compiled beforehand.
 """
 
 import contextlib

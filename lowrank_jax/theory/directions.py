@@ -25,18 +25,23 @@ def common_directions(slices: jax.Array, width: int, key: jax.Array) -> jax.Arra
       width: how many, at most d.
       key: of the starts.
     """
-    best, errors = jnp.zeros((slices.shape[1], width), slices.dtype), []
+    best, errors = jnp.ones((slices.shape[1], width), slices.dtype), []
     for i, start in enumerate(jax.random.split(key, _STARTS)):
-        begin = _unit(jax.random.normal(start, best.shape, best.dtype))
-        if i % 3:
-            begin = jnp.where(_weakest(slices, best), begin, best)
-        found, error = _alternate(slices, begin)
+        found, error = _alternate(slices, _begin(start, slices, best, i % 3 == 0))
         error = float(error)
         best = found if error < min(errors, default=float("inf")) else best
         errors.append(error)
         if sum(error <= _SAME * min(errors) for error in errors) >= _TIMES:
             break
     return best
+
+
+@jax.jit
+@highest_precision
+def _begin(key: jax.Array, slices: jax.Array, best: jax.Array, anew: jax.Array) -> jax.Array:
+    """A random start, or the best directions with the weakest of them drawn anew."""
+    drawn = _unit(jax.random.normal(key, best.shape, best.dtype))
+    return jnp.where(anew | _weakest(slices, best), drawn, best)
 
 
 @jax.jit

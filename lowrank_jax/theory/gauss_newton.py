@@ -47,10 +47,11 @@ def polish(samples: Samples, w: jax.Array, *, goal: float) -> Fit:
       w: `[n, m]`, linearly independent.
       goal: the error at which to be content.
     """
-    fit = _measure(samples, *_outputs_fitted(samples, _unit(w)))
+    w = _unit(w)
+    fit = _measure(samples, w, solve(*samples.mean(regress, w)))
     damping, errors = _DAMPING, [fit.error]
     for _ in range(_STEPS):
-        trial = _measure(samples, *_normalized(*_step(fit.w, fit.a, fit.gram, fit.down_w, fit.down_a, damping)))
+        trial = _measure(samples, *_step(fit.w, fit.a, fit.gram, fit.down_w, fit.down_a, damping))
         better = trial.error < fit.error  # False of NaN
         fit, damping = (trial, damping / _FACTOR) if better else (fit, damping * _FACTOR)
         damping = max(damping, _LEAST)
@@ -59,11 +60,6 @@ def polish(samples: Samples, w: jax.Array, *, goal: float) -> Fit:
         if fit.error <= goal or damping > _LARGEST or stalled:
             break
     return fit
-
-
-def _outputs_fitted(samples: Samples, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    gram, products = samples.mean(regress, w)
-    return w, solve(gram, products)
 
 
 def _measure(samples: Samples, w: jax.Array, a: jax.Array) -> Fit:
@@ -126,7 +122,9 @@ def _step(
     moved = q @ _damped(inner, jnp.tile(own, m), within.reshape(-1), damping).reshape(m, m)
     moved += _damped(outer, own, across.T, damping).T
     returned = solve(gram, jnp.einsum("ajq,aj,jk->qk", shared, q.T @ moved, a))
-    return w + moved, a + fitted - returned
+    w, a = w + moved, a + fitted - returned
+    length = jnp.linalg.norm(w, axis=0)
+    return w / length, a * length[:, None]
 
 
 def _curvatures(r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -155,16 +153,13 @@ def _damped(curvature: jax.Array, own: jax.Array, down: jax.Array, damping: floa
     return jax.scipy.linalg.solve(curvature + damping * jnp.diag(own), down, assume_a="pos")
 
 
+@jax.jit
 def solve(gram: jax.Array, right: jax.Array) -> jax.Array:
     """G⁻¹ B of a Gram matrix, which may be singular to rounding."""
     ridge = jnp.finfo(gram.dtype).eps * jnp.trace(gram)
     return jax.scipy.linalg.solve(gram + ridge * jnp.eye(len(gram), dtype=gram.dtype), right, assume_a="pos")
 
 
-def _normalized(w: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    length = jnp.linalg.norm(w, axis=0)
-    return w / length, a * length[:, None]
-
-
+@jax.jit
 def _unit(w: jax.Array) -> jax.Array:
     return w / jnp.linalg.norm(w, axis=0)

@@ -11,6 +11,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from lowrank_jax.linalg import highest_precision
@@ -129,13 +130,14 @@ def start_from_moments(x: Any, y: Any, width: int, *, key: jax.Array, mesh: Mesh
 
 
 def _network(samples: Samples, overview: Overview, w: jax.Array, a: jax.Array) -> ReluNetwork:
-    length = jnp.linalg.norm(a, axis=1)
-    w, a = w * length, a / jnp.where(length > 0, length, 1)[:, None]
-    residual = _residual(samples, overview, w, a)
+    w, a = _unit_rows(w, a)
+    variance = float(np.trace(overview.outputs) - np.sum(overview.mean_output**2))
+    error = float(samples.mean(squared_error, w, a))
+    residual = error / variance if variance > 0 else error
     return ReluNetwork(w, a, residual, residual <= rounding(samples.dtype))
 
 
-def _residual(samples: Samples, overview: Overview, w: jax.Array, a: jax.Array) -> float:
-    variance = jnp.trace(overview.outputs) - jnp.sum(overview.mean_output**2)
-    error = samples.mean(squared_error, w, a)
-    return float(error / variance) if variance > 0 else float(error)
+@jax.jit
+def _unit_rows(w: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    length = jnp.linalg.norm(a, axis=1)
+    return w * length, a / jnp.where(length > 0, length, 1)[:, None]

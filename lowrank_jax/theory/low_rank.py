@@ -6,6 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from lowrank_jax import projection
@@ -100,4 +101,4 @@ def _root(samples: Samples) -> jax.Array:
     overview = moments.look(samples)
     if moments.agrees_with_identity(overview.covariance, overview.count):
         return jnp.eye(samples.inputs, dtype=samples.dtype)
-    return jnp.linalg.cholesky(overview.covariance).T
+    return jnp.asarray(np.linalg.cholesky(overview.covariance).T, samples.dtype)

@@ -26,7 +26,7 @@ class NotGaussianWarning(UserWarning):
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """What one look at the samples tells.
+    """What one look at the samples tells, on the host and in float64.
 
     Attributes:
       count: how many there are.
@@ -37,17 +37,17 @@ class Overview:
     """
 
     count: int
-    covariance: jax.Array
-    outputs: jax.Array
-    mean_output: jax.Array
-    powers: jax.Array
+    covariance: np.ndarray
+    outputs: np.ndarray
+    mean_output: np.ndarray
+    powers: np.ndarray
 
 
 def look(samples: Samples) -> Overview:
     """Raises SampleError if there are NaNs or infinities."""
     total, count = samples.total(_look)
-    covariance, outputs, mean_output, powers = (part / count for part in total)
-    if not all(bool(jnp.isfinite(part).all()) for part in (covariance, outputs)):
+    covariance, outputs, mean_output, powers = (np.asarray(part, np.float64) / count for part in total)
+    if not (np.isfinite(covariance).all() and np.isfinite(outputs).all()):
         raise SampleError("the samples have elements that are not finite")
     return Overview(count, covariance, outputs, mean_output, powers)
 
@@ -82,20 +82,28 @@ def _products(a: jax.Array, b: jax.Array) -> jax.Array:
 def second_moments(samples: Samples) -> tuple[jax.Array, float]:
     """E y_k (xxᵀ - I), `[outputs, n, n]`, and E |x|⁴, of inputs whose second moment is I."""
     mean, products, fourth = samples.mean(_second)
-    slices = products.reshape(samples.inputs, samples.outputs, samples.inputs).swapaxes(0, 1)
-    return slices - mean[:, None, None] * jnp.eye(samples.inputs, dtype=slices.dtype), float(fourth)
+    return _second_slices(mean, products), float(fourth)
+
+
+@jax.jit
+def _second_slices(mean: jax.Array, products: jax.Array) -> jax.Array:
+    n = len(products)
+    return products.reshape(n, -1, n).swapaxes(0, 1) - mean[:, None, None] * jnp.eye(n, dtype=mean.dtype)
 
 
 def fourth_moments(samples: Samples, u: jax.Array) -> jax.Array:
     """E y_k He₄(x)[u_l, u_l], `[l k, n, n]`, for directions u `[l, n]` of length one."""
-    mean, weights, linear, products = samples.mean(_fourth, u)
-    n, eye = samples.inputs, jnp.eye(samples.inputs, dtype=u.dtype)
+    return _fourth_slices(u, *samples.mean(_fourth, u))
+
+
+@jax.jit
+def _fourth_slices(u: jax.Array, mean: jax.Array, weights: jax.Array, linear: jax.Array, products: jax.Array) -> jax.Array:
+    n = len(products)
     slices = products.reshape(n, -1, n).swapaxes(0, 1)
-    u, mean = jnp.repeat(u, samples.outputs, axis=0), jnp.tile(mean, len(u))
+    u, mean = jnp.repeat(u, len(mean), axis=0), jnp.tile(mean, len(u))
     cross = u[:, :, None] * linear.T[:, None, :]
-    return (
-        slices - weights[:, None, None] * eye - 2 * (cross + cross.mT) + 2 * mean[:, None, None] * u[:, :, None] * u[:, None, :]
-    )
+    own = 2 * mean[:, None, None] * u[:, :, None] * u[:, None, :]
+    return slices - weights[:, None, None] * jnp.eye(n, dtype=u.dtype) - 2 * (cross + cross.mT) + own
 
 
 @jax.jit
@@ -139,7 +147,7 @@ def warn_if_not_gaussian(overview: Overview, fourth: float) -> None:
 def not_gaussian(overview: Overview, fourth: float) -> str | None:
     """What is wrong with the inputs, for a message; None if nothing is."""
     n, count = overview.powers.shape[1], overview.count
-    one, two, three, four = np.asarray(overview.powers, np.float64)
+    one, two, three, four = overview.powers
     variance = np.maximum(two - one**2, np.finfo(np.float64).tiny)
     third = three - 3 * one * two + 2 * one**3
     central = four - 4 * one * three + 6 * one**2 * two - 3 * one**4
@@ -160,9 +168,9 @@ def not_gaussian(overview: Overview, fourth: float) -> str | None:
     return f"{words} ({worst:.0f} standard deviations of a Gaussian sample's)" if worst > _DOUBT else None
 
 
-def agrees_with_identity(covariance: jax.Array, count: int) -> bool:
+def agrees_with_identity(covariance: np.ndarray, count: int) -> bool:
     """Whether a sample of N(0, I) may have this second moment `[n, n]` (Nagao's test: N/2 |S - I|² is chi-squared)."""
     n = len(covariance)
     degrees = n * (n + 1) / 2
-    excess = np.asarray(covariance, np.float64) - np.eye(n)
-    return bool(count / 2 * np.sum(excess**2) < degrees + _DOUBT * math.sqrt(2 * degrees) + _DOUBT**2)
+    excess = np.sum((covariance - np.eye(n)) ** 2)
+    return bool(count / 2 * excess < degrees + _DOUBT * math.sqrt(2 * degrees) + _DOUBT**2)

@@ -49,8 +49,7 @@ class Samples:
 
     def mean(self, fn: Callable[..., Any], *arguments: Any) -> Any:
         """`total` over the number of samples."""
-        total, count = self.total(fn, *arguments)
-        return jax.tree.map(lambda part: part / count, total)
+        return _divided(*self.total(fn, *arguments))
 
     def map(self, fn: Callable[..., tuple[jax.Array, jax.Array]], *arguments: Any) -> "Samples":
         """The samples `fn(x, y, *arguments)`; it is jitted and leaves zeros zeros."""
@@ -153,6 +152,11 @@ def _kind(part: Any) -> str:
 @jax.jit
 def _add(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)
+
+
+@jax.jit
+def _divided(total: Any, count: int) -> Any:
+    return jax.tree.map(lambda part: part / count, total)
 
 
 @jax.jit

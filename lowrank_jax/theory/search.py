@@ -6,9 +6,11 @@ a local optimum, the next attempt begins with moments that the network found so 
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax.linalg import highest_precision
 from lowrank_jax.theory import moments
@@ -48,20 +50,20 @@ def search(samples: Samples, overview: Overview, width: int, key: jax.Array, say
     assert best is not None
     if best.error > exact:
         _check_directions(white, overview.count, width)
-    return root @ best.w
+    return _product(root, best.w)
 
 
 def start(samples: Samples, overview: Overview, width: int, key: jax.Array) -> jax.Array:
     """What moments alone say of W: where `search` begins."""
     root, white = _whitened(samples, overview, width)
     slices, basis, _ = _slices(white, width, None, key)
-    return root @ _directions(white, slices, basis, key)
+    return _product(root, _directions(white, slices, basis, key))
 
 
 def _whitened(samples: Samples, overview: Overview, width: int) -> tuple[jax.Array, Samples]:
     _check_size(overview, width)
-    root = _whitening(overview)
-    return root, samples.through(root, _output_whitening(overview, width))
+    root = jnp.asarray(_whitening(overview, samples.dtype))
+    return root, samples.through(root, jnp.asarray(_output_whitening(overview, width, samples.dtype)))
 
 
 def outputs_fitted(samples: Samples, w: jax.Array) -> jax.Array:
@@ -82,12 +84,9 @@ def _slices(white: Samples, width: int, known: Fit | None, key: jax.Array) -> tu
     slices, fourth = moments.second_moments(rest)
     if known is not None:
         slices += moments.second_moments_of(known.w, known.a)
-    basis = _leading(slices, width)
-    slices = basis.T @ slices @ basis
+    slices, basis = _within(slices, width)
     if white.outputs < width:  # the second moments are few: one alone would have any directions
-        count = -(-2 * width // white.outputs)
-        u = jax.random.normal(jax.random.fold_in(key, 1), (count, width), white.dtype)
-        u /= jnp.linalg.norm(u, axis=1, keepdims=True)
+        u = _unit_vectors(key, -(-2 * width // white.outputs), width, white.dtype)
         more = moments.fourth_moments(rest.through(basis, jnp.eye(white.outputs, dtype=white.dtype)), u)
         if known is not None:
             more += moments.fourth_moments_of(basis.T @ known.w, known.a, u)
@@ -103,15 +102,32 @@ def _unexplained(x: jax.Array, y: jax.Array, w: jax.Array, a: jax.Array) -> tupl
 
 @functools.partial(jax.jit, static_argnames="width")
 @highest_precision
-def _leading(slices: jax.Array, width: int) -> jax.Array:
-    """The subspace `[n, width]` that holds most of all slices."""
-    return jnp.linalg.eigh(jnp.einsum("kij,kjl->il", slices, slices))[1][:, -width:]
+def _within(slices: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """The slices `[k, width, width]` within the subspace that holds most of them all, and its basis `[n, width]`."""
+    basis = jnp.linalg.eigh(jnp.einsum("kij,kjl->il", slices, slices))[1][:, -width:]
+    return basis.T @ slices @ basis, basis
+
+
+@functools.partial(jax.jit, static_argnames=("count", "size", "dtype"))
+def _unit_vectors(key: jax.Array, count: int, size: int, dtype: Any) -> jax.Array:
+    u = jax.random.normal(jax.random.fold_in(key, 1), (count, size), dtype)
+    return u / jnp.linalg.norm(u, axis=1, keepdims=True)
 
 
 def _directions(kept: Samples, slices: jax.Array, basis: jax.Array, key: jax.Array) -> jax.Array:
     """ŵ_j `[n, m]`: relu(z) is half of |z| and half of z, so a regression on both tells the signs."""
-    directions = basis @ common_directions(slices, slices.shape[1], key)
-    gram, products = kept.mean(_regress_both, directions)
+    directions = _product(basis, common_directions(slices, slices.shape[1], key))
+    return _signed(directions, *kept.mean(_regress_both, directions))
+
+
+@jax.jit
+@highest_precision
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return a @ b
+
+
+@jax.jit
+def _signed(directions: jax.Array, gram: jax.Array, products: jax.Array) -> jax.Array:
     even, odd = jnp.split(solve(gram, products), 2)
     return directions * jnp.where(jnp.sum(even * odd, axis=1) < 0, -1, 1)
 
@@ -124,28 +140,27 @@ def _regress_both(x: jax.Array, y: jax.Array, directions: jax.Array) -> tuple[ja
     return features.T @ features, features.T @ y
 
 
-def _whitening(overview: Overview) -> jax.Array:
+def _whitening(overview: Overview, dtype: Any) -> np.ndarray:
     """R `[n, n]` with Rᵀ S R = I, for the inputs' second moment S."""
-    values, vectors = jnp.linalg.eigh(overview.covariance)
-    independent = int(jnp.sum(values > negligible(values.dtype) * values[-1]))
+    values, vectors = np.linalg.eigh(overview.covariance)
+    independent = int(np.sum(values > negligible(dtype) * values[-1]))
     if independent < len(values):
         raise SampleError(f"the inputs vary in {independent} independent directions; all {len(values)} are needed")
-    return vectors / jnp.sqrt(values)
+    return (vectors / np.sqrt(values)).astype(dtype)
 
 
-def _output_whitening(overview: Overview, width: int) -> jax.Array:
+def _output_whitening(overview: Overview, width: int, dtype: Any) -> np.ndarray:
     """T `[outputs, k]` with Tᵀ E yyᵀ T = I: noiseless outputs can be told apart however small they are."""
-    values, vectors = jnp.linalg.eigh(overview.outputs)
+    values, vectors = np.linalg.eigh(overview.outputs)
     if not values[-1] > 0:
         raise SampleError("all outputs are zero")
-    independent = values > negligible(values.dtype) * values[-1]
-    if int(independent.sum()) > width:
+    independent = int(np.sum(values > negligible(dtype) * values[-1]))
+    if independent > width:
         raise SampleError(
-            f"the outputs vary in {int(independent.sum())} independent directions, those of a network of width {width} in "
-            f"{width} at most: width is too small, or y is not relu(x W) A without noise"
+            f"the outputs vary in {independent} independent directions, those of a network of width {width} in {width} at "
+            "most: width is too small, or y is not relu(x W) A without noise"
         )
-    count = int(independent.sum())
-    return vectors[:, -count:] / jnp.sqrt(values[-count:])
+    return (vectors[:, -independent:] / np.sqrt(values[-independent:])).astype(dtype)
 
 
 def _check_size(overview: Overview, width: int) -> None:
@@ -163,11 +178,11 @@ def _check_directions(white: Samples, count: int, width: int) -> None:
     Unfolded to `[n, k n]`, noise in elements of which each has about the standard deviation 1/√N has no singular value above
     (√n + √(k n)) / √N, nearly.
     """
-    slices, _ = moments.second_moments(white)
     n, outputs = white.inputs, white.outputs
-    values = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(jnp.einsum("kij,kjl->il", slices, slices)), 0))[::-1]
+    slices, _ = moments.second_moments(white)
+    values = np.linalg.svd(np.asarray(slices).swapaxes(0, 1).reshape(n, -1), compute_uv=False)
     noise = (n**0.5 + (outputs * n) ** 0.5) / count**0.5
-    distinct = int(jnp.sum(values[:width] > noise))
+    distinct = int(np.sum(values[:width] > noise))
     if distinct < width:
         raise SampleError(
             f"only {distinct} directions stand out of the sampling noise, {width} are wanted: the columns of W are linearly "
