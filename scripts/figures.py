@@ -76,7 +76,7 @@ def risk_of(kind: str, n: int, rank: int, seed: int) -> list[Row]:
         "random subspace": ablations.random_subspace(jax.random.key(seed + 100), w, rank),
     }
     risks = {name: float(projection.risk(w, u @ v) / whole) for name, (u, v) in factors.items()}
-    risks["no layer has less"] = float(risk_bound(w, rank) / whole)
+    risks[BOUND] = float(risk_bound(w, rank) / whole)
     return [{"matrix": kind, "n": n, "m": 2 * n, "rank": rank, "seed": seed, "method": k, "risk": v} for k, v in risks.items()]
 
 
@@ -89,15 +89,25 @@ def matrix(kind: str, n: int, m: int, seed: int) -> jax.Array:
     return left / jnp.arange(1, n + 1) @ right
 
 
+BOUND = "no layer has less"
+
+
 def draw_risk(rows: list[Row]) -> Figure:
-    figure, panels = new_figure(2)
-    for panel, kind in zip(panels, ("gaussian", "power law"), strict=True):
+    figure, panels = new_figure(2, rows=2)
+    bounds = {(row["matrix"], row["rank"], row["seed"]): row["risk"] for row in rows if row["method"] == BOUND}
+    over = [row | {"risk": row["risk"] / bounds[row["matrix"], row["rank"], row["seed"]]} for row in rows]
+    for column, kind in enumerate(("gaussian", "power law")):
         for i, (method, part) in enumerate(groups(rows, "method", matrix=kind)):
-            dashed = method == "no layer has less"
-            line(panel, part, "rank", "risk", method, i, ls="--" if dashed else "-", marker="" if dashed else MARKERS[i])
-        panel.set(title=f"{kind}, {rows[0]['n']} x {rows[0]['m']}", xlabel="rank", xscale="log")
-    panels[0].set(ylabel="risk relative to that of Y = 0")
-    panels[1].legend(fontsize=8)
+            style = {"ls": "--", "marker": ""} if method == BOUND else {}
+            line(panels[0, column], part, "rank", "risk", method, i, **style)
+        for i, (method, part) in enumerate(groups(over, "method", matrix=kind)):
+            if method not in (BOUND, "random subspace"):
+                line(panels[1, column], part, "rank", "risk", method, i)
+        panels[0, column].set(title=f"{kind}, {rows[0]['n']} x {rows[0]['m']}")
+        panels[1, column].set(xlabel="rank", xscale="log")
+    panels[0, 0].set(ylabel="risk relative to that of Y = 0")
+    panels[1, 0].set(ylabel="risk over the bound")
+    panels[0, 1].legend(fontsize=8)
     return figure
 
 
@@ -139,7 +149,7 @@ def draw_gap(rows: list[Row]) -> Figure:
             sampled = [row for row in part if row["sampled"] != ""]
             panel.errorbar(
                 [row[against] for row in sampled], [row["sampled"] for row in sampled], [row["half"] for row in sampled],
-                fmt="x", color="black", capsize=3, label="sampled, 95 %" if not i else None,
+                fmt="x", color="black", capsize=3, label="one draw, sampled, 95 %" if not i else None,
             )  # fmt: skip
         at = sorted({(row["rank"], row["n"]) for row in rows if row["against"] == against})
         panel.plot([p[against == "n"] for p in at], [gaussian_gap(*p) for p in at], "k:", label="limit of wide layers")
@@ -382,12 +392,13 @@ def groups_of(rows: list[Row], *by: str) -> Iterator[tuple[Any, list[Row]]]:
         yield value, [row for row in rows if tuple(row[name] for name in by) == value]
 
 
-def new_figure(columns: int) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(1 + 4.6 * columns, 4.4), layout="constrained")
-    panels = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
-    for panel in panels:
+def new_figure(columns: int, rows: int = 1) -> tuple[Figure, np.ndarray]:
+    """A figure and its panels `[rows, columns]`, or `[columns]` of a single row."""
+    figure = Figure(figsize=(1 + 4.6 * columns, 1 + 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row")
+    for panel in panels.flat:
         panel.grid(alpha=0.3)
-    return figure, panels
+    return figure, panels if rows > 1 else panels[0]
 
 
 def line(panel: Axes, rows: list[Row], at: str, value: str, label: str, i: int, **style: Any) -> None:
