@@ -1,7 +1,7 @@
 """The theory's figures: the kernel projection's risk and its gap to spectral initialisation, and learning from samples.
 
     python -m scripts.figures                    # all of them into docs/results/theory: half an hour or more on two cores
-    python -m scripts.figures risk gap           # some of them: risk, gap, samples, success, time
+    python -m scripts.figures risk gap           # some of them: risk, gap, samples, success, time, sizes
     python -m scripts.figures success --redraw   # the picture anew, from the CSV file that is there
     python -m scripts.figures --small --out=/tmp/figures    # every figure of a few small cases, in two minutes
 
@@ -377,6 +377,50 @@ def tell_time(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+# --- 6: sizes that have to be learned ---
+
+# n, m, outputs; two counts of samples, the first one that of an earlier prototype; seeds.
+SIZES = (
+    ((10, 5, 5), (60_000, 2_000), 20),
+    ((20, 10, 1), (400_000, 50_000), 20),
+    ((20, 10, 10), (100_000, 5_000), 20),
+    ((20, 20, 20), (200_000, 10_000), 20),
+    ((40, 40, 40), (500_000, 50_000), 8),
+    ((64, 32, 32), (500_000, 50_000), 8),
+    ((64, 64, 64), (1_000_000, 200_000), 2),
+)
+
+
+def sizes_cases(small: bool) -> list[tuple[Any, ...]]:
+    sizes = [((10, 5, 5), (2_000,), 2)] if small else SIZES
+    return [(size, count, seed) for size, counts, seeds in sizes for count in counts for seed in range(seeds)]
+
+
+def draw_sizes(rows: list[Row]) -> Figure:
+    figure, panels = new_figure(2, shared=False)
+    for i, (size, part) in enumerate(groups_of(rows, "n", "m", "outputs")):
+        for panel, value in zip(panels, ("seconds", "error"), strict=True):
+            panel.plot(
+                [row["samples"] for row in part], [row[value] for row in part], ".", color=COLORS[i % 6], label=f"{size}"
+            )
+            panel.set(xlabel="samples", xscale="log", yscale="log")
+    panels[0].set(ylabel="seconds (the slowest of each: compiled on the way)")
+    panels[1].set(ylabel="relative function error")
+    panels[1].legend(fontsize=8, title="n, m, outputs")
+    return figure
+
+
+def tell_sizes(rows: list[Row]) -> str:
+    lines = ["  n, m, outputs, samples: learned to 1e-6; largest error; median and largest seconds"]
+    for case, part in groups_of(rows, "n", "m", "outputs", "samples"):
+        learned, seconds = sum(row["error"] <= ENOUGH for row in part), [row["seconds"] for row in part]
+        worst = max(row["error"] for row in part)
+        lines.append(
+            f"  {case}: {learned}/{len(part)}; {worst:.0e}; {statistics.median(seconds):.2f} s and {max(seconds):.2f} s"
+        )
+    return "\n".join(lines)
+
+
 # --- rows, lines, files ---
 
 
@@ -392,10 +436,10 @@ def groups_of(rows: list[Row], *by: str) -> Iterator[tuple[Any, list[Row]]]:
         yield value, [row for row in rows if tuple(row[name] for name in by) == value]
 
 
-def new_figure(columns: int, rows: int = 1) -> tuple[Figure, np.ndarray]:
+def new_figure(columns: int, rows: int = 1, *, shared: bool = True) -> tuple[Figure, np.ndarray]:
     """A figure and its panels `[rows, columns]`, or `[columns]` of a single row."""
     figure = Figure(figsize=(1 + 4.6 * columns, 1 + 3.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey="row" if shared else False)
     for panel in panels.flat:
         panel.grid(alpha=0.3)
     return figure, panels if rows > 1 else panels[0]
@@ -468,6 +512,7 @@ def jobs(small: bool) -> dict[str, Job]:
         "samples": Job(samples_cases(small), samples_of, draw_samples_figure, tell_samples),
         "success": Job(success_cases(small), success_of, draw_success, tell_success),
         "time": Job(time_cases(small), time_of, draw_time, tell_time),
+        "sizes": Job(sizes_cases(small), success_of, draw_sizes, tell_sizes),
     }
 
 

@@ -28,7 +28,7 @@ def common_directions(slices: jax.Array, width: int, key: jax.Array) -> jax.Arra
     best, errors = jnp.ones((slices.shape[1], width), slices.dtype), []
     for i, start in enumerate(jax.random.split(key, _STARTS)):
         found, error = _alternate(slices, _begin(start, slices, best, i % 3 == 0))
-        error = float(error)
+        error = float(error) if jnp.isfinite(error) else float("inf")
         best = found if error < min(errors, default=float("inf")) else best
         errors.append(error)
         if sum(error <= _SAME * min(errors) for error in errors) >= _TIMES:

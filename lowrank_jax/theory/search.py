@@ -43,7 +43,7 @@ def search(samples: Samples, overview: Overview, width: int, key: jax.Array, say
         if not i:
             moments.warn_if_not_gaussian(overview, fourth)
         fit = polish(kept, _directions(kept, slices, basis, attempt), goal=_GOAL * exact)
-        best = fit if best is None or fit.error < best.error else best
+        best = best if best is not None and best.error <= fit.error else fit
         say(f"attempt {i + 1} of at most {_ATTEMPTS}: {best.error / white.outputs:.1e} of the outputs' power is unexplained")
         if best.error <= exact:
             break
