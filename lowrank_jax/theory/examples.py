@@ -1,12 +1,10 @@
 """Networks to learn, drawn at random, and samples of them."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.activations import relu_h
 from lowrank_jax.linalg import highest_precision
+from lowrank_jax.theory import hidden
 from lowrank_jax.theory.learning import ReluNetwork
 
 
@@ -25,9 +23,7 @@ def draw_network(key: jax.Array, n: int, width: int, outputs: int, *, condition:
     left, right = (jnp.linalg.qr(jax.random.normal(k, (rows, width)))[0] for k, rows in zip(keys, (n, width), strict=False))
     w = left * jnp.linspace(1, condition, width) @ right.T
     a = jax.random.normal(keys[2], (width, outputs))
-    length = jnp.linalg.norm(w, axis=0)
-    covariance = jnp.outer(length, length) * (relu_h((w.T @ w) / jnp.outer(length, length)) / 2 - 1 / (2 * math.pi))
-    a /= jnp.sqrt(jnp.einsum("jk,jl,lk->k", a, covariance, a))
+    a /= jnp.sqrt(hidden.variance(w, a))
     rows = jnp.linalg.norm(a, axis=1)
     return ReluNetwork(w * rows, a / rows[:, None], 0.0, True)
 

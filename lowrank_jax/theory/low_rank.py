@@ -1,5 +1,6 @@
 """The best low-rank approximation of a ReLU network that is known only by samples."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,27 +14,29 @@ from lowrank_jax import projection
 from lowrank_jax.linalg import highest_precision
 from lowrank_jax.paths import did_you_mean
 from lowrank_jax.subspaces import SUBSPACES
-from lowrank_jax.theory import moments
+from lowrank_jax.theory import hidden, moments
 from lowrank_jax.theory.gap import risk_bound
+from lowrank_jax.theory.gauss_newton import solve
 from lowrank_jax.theory.learning import ReluNetwork, learn, silent
 from lowrank_jax.theory.samples import Samples, from_arrays
 
 
 @flax.struct.dataclass
 class LowRankNetwork:
-    """y = relu(x U V) A, and what it loses of the network relu(x W) A that was learned.
+    """y = relu(x U V) A, and what it loses of the network relu(x W) A' that was learned.
 
-    The risk is that of the hidden layer, E |relu(x W) - relu(x U V)|² over Gaussian inputs of the samples' second moment, in
-    closed form; what the outputs lose is at most that times the largest singular value of A, squared.
+    All in closed form, over Gaussian inputs of the samples' second moment.  `risk`, `optimum`, `bound` and `whole` are of the
+    hidden layer, E |relu(x W) - relu(x Y)|², which is what the projection minimises.
 
     Attributes:
       u, v: `[n, rank]` and `[rank, m]`.
-      a: `[m, outputs]`, as learned.
+      a: `[m, outputs]`, of least squares for this U V; the identity where the hidden layer is observed.
       learned: the network that was learned.
-      risk: of U V in place of W.
-      optimum: the least risk that is known of any U V of this rank, that of a monotone descent (`subspace="refine"`).
-      bound: no U V of this rank has less (`gap.risk_bound`).
-      whole: the risk of 0 in place of W, for comparison.
+      risk: of Y = U V.
+      optimum: the least risk that is known of any Y of this rank, that of a monotone descent (`subspace="refine"`).
+      bound: no Y of this rank has less risk (`risk_bound`).
+      whole: the risk of Y = 0, for comparison.
+      output_risk: the mean squared error of all outputs over their variance.
     """
 
     u: jax.Array
@@ -44,6 +47,7 @@ class LowRankNetwork:
     optimum: float
     bound: float
     whole: float
+    output_risk: float
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., n] -> [..., outputs]`."""
@@ -93,7 +97,19 @@ def learn_low_rank(
     back = jax.scipy.linalg.solve_triangular(root, u)
     risks = [projection.risk(w, y) for y in (u @ v, best[0] @ best[1], 0 * w)]
     risk, optimum, whole = (float(risk) for risk in risks)
-    return LowRankNetwork(back, v, learned.a, learned, risk, optimum, float(risk_bound(w, rank)), whole)
+    a, output_risk = _outputs(w, learned.a, u @ v, hidden_observed)
+    bound = float(risk_bound(w, rank))
+    return LowRankNetwork(back, v, a, learned, risk, optimum, bound, whole, float(output_risk))
+
+
+@functools.partial(jax.jit, static_argnames="keep")
+@highest_precision
+def _outputs(w: jax.Array, a: jax.Array, y: jax.Array, keep: bool) -> tuple[jax.Array, jax.Array]:
+    """A of least squares for relu(x Y), unless it is kept, and the outputs' relative error."""
+    gram, cross = hidden.products(y, y), hidden.products(y, w)
+    fitted = a if keep else solve(gram, cross @ a)
+    lost = jnp.sum(a * (hidden.products(w, w) @ a)) - 2 * jnp.sum(fitted * (cross @ a)) + jnp.sum(fitted * (gram @ fitted))
+    return fitted, lost / jnp.sum(hidden.variance(w, a))
 
 
 def _root(samples: Samples) -> jax.Array:
