@@ -2,12 +2,14 @@
 
 Of Gaussian inputs the expected products of derivatives are known in closed form (docs/mathematics.md, section 11).  With them a
 step costs one look at the samples, for the gradient, instead of one at all pairs of unknowns of all samples; what the samples'
-own curvature differs by, √(n m / N), is the factor by which a step then reduces the error.
+own curvature differs by, √(n m / N), is the factor by which a step then reduces the error.  Where samples are so few that this
+is no reduction, their own curvature is taken.
 """
 
-import dataclasses
+import functools
 import math
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -18,9 +20,10 @@ _STEPS = 100
 _DAMPING = 1e-3  # of a neuron's own curvature, to begin with
 _LEAST, _LARGEST, _FACTOR = 1e-9, 1e4, 5.0
 _STALLED = 8  # steps that together have not halved the error
+_FEW = 4  # samples for an unknown of W: with fewer, the expected curvature is too far from theirs
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Fit:
     """relu(x W) A, how far it is from the samples, and which way is down.
 
@@ -39,19 +42,38 @@ class Fit:
     down_a: jax.Array
 
 
-def polish(samples: Samples, w: jax.Array, *, goal: float) -> Fit:
+@flax.struct.dataclass
+class Curvature:
+    """Means of products of derivatives, with s_j = [w_j·x > 0] and h = relu(x W).
+
+    Attributes:
+      basis: orthonormal Q `[n, d]`; at right angles to it inputs are independent of all s.
+      second: E s_j s_l z zᵀ for z = Qᵀx, `[d, j, d, l]`.
+      shared: E s_j h_l z, `[d, j, l]`.
+      outside: E s_j s_l, `[j, l]`: all there is at right angles to Q.
+    """
+
+    basis: jax.Array
+    second: jax.Array
+    shared: jax.Array
+    outside: jax.Array
+
+
+def polish(samples: Samples, count: int, w: jax.Array, *, goal: float) -> Fit:
     """The local optimum that is reached from W, to rounding.
 
     Args:
       samples: of inputs close to N(0, I).
+      count: how many there are.
       w: `[n, m]`, linearly independent.
       goal: the error at which to be content.
     """
+    curvature = expected_curvature if count >= _FEW * w.size else functools.partial(sampled_curvature, samples)
     w = _unit(w)
     fit = _measure(samples, w, solve(*samples.mean(regress, w)))
     damping, errors = _DAMPING, [fit.error]
     for _ in range(_STEPS):
-        trial = _measure(samples, *_step(fit.w, fit.a, fit.gram, fit.down_w, fit.down_a, damping))
+        trial = _measure(samples, *_step(fit, curvature(fit.w), damping))
         better = trial.error < fit.error  # False of NaN
         fit, damping = (trial, damping / _FACTOR) if better else (fit, damping * _FACTOR)
         damping = max(damping, _LEAST)
@@ -92,61 +114,72 @@ def _gradients(x: jax.Array, y: jax.Array, w: jax.Array, a: jax.Array) -> tuple[
 
 @jax.jit
 @highest_precision
-def _step(
-    w: jax.Array, a: jax.Array, gram: jax.Array, down_w: jax.Array, down_a: jax.Array, damping: float
-) -> tuple[jax.Array, jax.Array]:
+def _step(fit: Fit, curvature: Curvature, damping: float) -> tuple[jax.Array, jax.Array]:
     """W and A after a step, A's part eliminated.
 
-    In an orthonormal basis Q of W's columns the curvature falls into m² unknowns within their span and, for each of the n - m
-    directions at right angles to it, the same m.
+    The curvature falls into that of W within the span of Q and, for each direction at right angles to it, the same one of m
+    unknowns.
     """
-    m = w.shape[1]
-    q, r = jnp.linalg.qr(w)
-    second, shared, angles = _curvatures(r)
+    w, a, q, shared = fit.w, fit.a, curvature.basis, curvature.shared
+    d, m = q.shape[1], w.shape[1]
     weights = a @ a.T
 
     # Eliminating A: what a change of W does to the outputs is felt after A has been fitted again.
-    fitted = solve(gram, down_a)
-    coupled = solve(gram, shared.reshape(-1, m).T).T.reshape(m, m, m)
-    inner = weights[None, :, None, :] * (second - jnp.einsum("ajq,blq->ajbl", shared, coupled))
-    outer = weights * angles
-    own = jnp.diagonal(outer)
+    fitted = solve(fit.gram, fit.down_a)
+    coupled = solve(fit.gram, shared.reshape(-1, m).T).T.reshape(d, m, m)
+    inner = weights[None, :, None, :] * (curvature.second - jnp.einsum("ajq,blq->ajbl", shared, coupled))
+    outer = weights * curvature.outside
+    own = jnp.diagonal(weights) / 2
     # A neuron may grow while its row of A shrinks: no curvature there, so any will do.
-    unit = _unit(r)
-    inner += jnp.einsum("aj,bj,j,jl->ajbl", unit, unit, own, jnp.eye(m, dtype=w.dtype))
-    inner = inner.reshape(m * m, m * m)
+    along = q.T @ w
+    inner += jnp.einsum("aj,bj,j,jl->ajbl", along, along, own, jnp.eye(m, dtype=w.dtype))
+    inner = inner.reshape(d * m, d * m)
 
-    down = down_w - q @ jnp.einsum("ajq,qk,jk->aj", shared, fitted, a)
+    down = fit.down_w - q @ jnp.einsum("ajq,qk,jk->aj", shared, fitted, a)
     within = q.T @ down
     across = down - q @ within
-    moved = q @ _damped(inner, jnp.tile(own, m), within.reshape(-1), damping).reshape(m, m)
+    moved = q @ _damped(inner, jnp.tile(own, d), within.reshape(-1), damping).reshape(d, m)
     moved += _damped(outer, own, across.T, damping).T
-    returned = solve(gram, jnp.einsum("ajq,aj,jk->qk", shared, q.T @ moved, a))
+    returned = solve(fit.gram, jnp.einsum("ajq,aj,jk->qk", shared, q.T @ moved, a))
     w, a = w + moved, a + fitted - returned
     length = jnp.linalg.norm(w, axis=0)
     return w / length, a * length[:, None]
 
 
-def _curvatures(r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For columns r_j of R `[m, m]` and x ~ N(0, I_m), with s_j = [r_j·x > 0] and angles θ_jl between them:
+@jax.jit
+@highest_precision
+def expected_curvature(w: jax.Array) -> Curvature:
+    """Over x ~ N(0, I), for columns of length one, which Q spans.  With the angle θ between columns û and v̂
 
-    E s_js_l xxᵀ = (π - θ)/2π I + (ûv̂ᵀ + v̂ûᵀ - cos θ (ûûᵀ + v̂v̂ᵀ)) / (2π sin θ), where û, v̂ are the unit r_j, r_l.
-
-    Returns:
-      That as `[m, j, m, l]`; E s_j x relu(r_l·x), `[m, j, l]`; and (π - θ)/2π `[j, l]`, all there is at right angles to R.
+    E s_js_l xxᵀ = (π - θ)/2π I + (ûv̂ᵀ + v̂ûᵀ - cos θ (ûûᵀ + v̂v̂ᵀ)) / (2π sin θ).
     """
-    m = len(r)
-    unit = _unit(r)
-    cosine = jnp.clip(unit.T @ unit, -1, 1)
-    cosine = jnp.where(jnp.eye(m, dtype=bool), 1, cosine)
-    sine = jnp.sqrt(jnp.maximum(1 - cosine**2, 0))
+    q, unit = jnp.linalg.qr(w)
+    m = len(unit)
+    cosine = jnp.where(jnp.eye(m, dtype=bool), 1, jnp.clip(unit.T @ unit, -1, 1))
+    sine = jnp.sqrt((1 - cosine) * (1 + cosine))
     both = (math.pi - jnp.arccos(cosine)) / (2 * math.pi)
     bend = jnp.where(sine > 1e-6, 1 / (2 * math.pi * jnp.where(sine > 1e-6, sine, 1)), 0)  # parallel ones have none
     squares = jnp.einsum("aj,bj->abj", unit, unit)
-    second = jnp.einsum("jl,ab->ajbl", both, jnp.eye(m, dtype=r.dtype))
+    second = jnp.einsum("jl,ab->ajbl", both, jnp.eye(m, dtype=w.dtype))
     second += jnp.einsum("jl,aj,bl->ajbl", bend, unit, unit) + jnp.einsum("jl,al,bj->ajbl", bend, unit, unit)
     second -= jnp.einsum("jl,abj->ajbl", bend * cosine, squares) + jnp.einsum("jl,abl->ajbl", bend * cosine, squares)
-    return second, jnp.einsum("ajbl,bl->ajl", second, r), both
+    return Curvature(q, second, jnp.einsum("ajbl,bl->ajl", second, unit), both)
+
+
+def sampled_curvature(samples: Samples, w: jax.Array) -> Curvature:
+    """The mean over samples; Q is all of space."""
+    second, shared = samples.mean(_pairs, w)
+    (n, m), eye = w.shape, jnp.eye
+    return Curvature(eye(n, dtype=w.dtype), second.reshape(n, m, n, m), shared.reshape(n, m, m), eye(m, dtype=w.dtype))
+
+
+@jax.jit
+@highest_precision
+def _pairs(x: jax.Array, y: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    del y
+    hidden = jax.nn.relu(x @ w)
+    active = (x[:, :, None] * (hidden > 0)[:, None, :]).reshape(len(x), -1)
+    return active.T @ active, active.T @ hidden
 
 
 def _damped(curvature: jax.Array, own: jax.Array, down: jax.Array, damping: float) -> jax.Array:

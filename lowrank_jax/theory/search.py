@@ -21,6 +21,7 @@ from lowrank_jax.theory.samples import SampleError, Samples, negligible, roundin
 
 _ATTEMPTS = 10
 _GOAL = 1e-3  # of what counts as rounding: where Gauss–Newton may stop
+_LEARNED = 1e-6  # what is unexplained of a network that has been found, if not to rounding
 _KEPT = 64  # samples for an unknown of W, on which Gauss–Newton works; more would not make it faster
 _LEAST_KEPT = 2**16
 
@@ -35,20 +36,21 @@ def search(samples: Samples, overview: Overview, width: int, key: jax.Array, say
       NotGaussianWarning: the inputs are not Gaussian.
     """
     root, white = _whitened(samples, overview, width)
-    kept = white.head(max(_LEAST_KEPT, _KEPT * samples.inputs * width))
+    count = min(overview.count, max(_LEAST_KEPT, _KEPT * samples.inputs * width))
+    kept = white.head(count)
     exact = rounding(samples.dtype) * white.outputs
     best: Fit | None = None
     for i, attempt in enumerate(jax.random.split(key, _ATTEMPTS)):
         slices, basis, fourth = _slices(white, width, best, attempt)
         if not i:
             moments.warn_if_not_gaussian(overview, fourth)
-        fit = polish(kept, _directions(kept, slices, basis, attempt), goal=_GOAL * exact)
+        fit = polish(kept, count, _directions(kept, slices, basis, attempt), goal=_GOAL * exact)
         best = best if best is not None and best.error <= fit.error else fit
         say(f"attempt {i + 1} of at most {_ATTEMPTS}: {best.error / white.outputs:.1e} of the outputs' power is unexplained")
         if best.error <= exact:
             break
     assert best is not None
-    if best.error > exact:
+    if best.error > _LEARNED * white.outputs:
         _check_directions(white, overview.count, width)
     return _product(root, best.w)
 
