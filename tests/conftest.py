@@ -12,6 +12,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backen
 os.environ["TFDS_DATA_DIR"] = str(_SCRATCH / "data")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_SCRATCH / "xla")
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+# Its threads wait for each other by spinning: on a busy machine hundreds of small decompositions took a minute, not a second.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -48,7 +48,11 @@ def cosines(w: jax.Array, q: jax.Array) -> jax.Array:
 
 
 def gaussian_gap(rank: int, n: int) -> float:
-    """The relative gap of i.i.d. Gaussian columns as their number grows: ρ² -> r/n, so (h(√(r/n)) - √(r/n))²."""
+    """The relative gap of i.i.d. Gaussian columns as m, n and r grow, m fastest, r/n fixed: (h(√(r/n)) - √(r/n))².
+
+    With m alone ρ² tends to a beta distribution of mean r/n, and the gap to an expectation over it, which is larger: at rank
+    2 by 37 % for n = 16, 4 % for n = 256.
+    """
     rho = math.sqrt(rank / n)
     return (float(relu_h(jnp.float32(rho))) - rho) ** 2
 

@@ -1,6 +1,7 @@
 """The best low-rank approximation of a ReLU network that is known only by samples."""
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -85,8 +86,9 @@ def learn_low_rank(
       ValueError: the rank is out of range or the subspace unknown; a SampleError is one too.
     """
     samples = from_arrays(x, y, mesh)
-    if not 1 <= rank <= min(samples.inputs, width):  # before the long part
-        raise ValueError(f"rank {rank}: must be from 1 to min({samples.inputs} inputs, width {width})")
+    counts = isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
+    if not counts or not 1 <= rank <= min(samples.inputs, width):  # before the long part
+        raise ValueError(f"rank {rank}: must be a whole number from 1 to min({samples.inputs} inputs, width {width})")
     if subspace not in SUBSPACES:
         raise ValueError(f"unknown subspace {subspace!r}{did_you_mean(subspace, SUBSPACES)}")
     learned = learn(samples, width, key, hidden_observed, say)

@@ -141,7 +141,7 @@ def warn_if_not_gaussian(overview: Overview, fourth: float) -> None:
     """
     reason = not_gaussian(overview, fourth)
     if reason:
-        warnings.warn(f"{reason}: what is promised does not cover these inputs", NotGaussianWarning, stacklevel=4)
+        warnings.warn(f"{reason}: what is promised does not cover these inputs", NotGaussianWarning, stacklevel=5)
 
 
 def not_gaussian(overview: Overview, fourth: float) -> str | None:

@@ -95,7 +95,7 @@ def from_batches(batches: Iterable[tuple[Any, Any]], mesh: Mesh | None = None) -
     if first is None:
         raise SampleError("there are no samples")
     x, y = _checked(*first)
-    shape, dtype = (x.shape[1], y.shape[1]), jax.dtypes.canonicalize_dtype(np.result_type(x, y, np.float32))
+    shape, dtype = (x.shape[1], y.shape[1]), jax.dtypes.canonicalize_dtype(np.result_type(x.dtype, y.dtype, np.float32))
     shards = 1 if mesh is None else mesh.shape["data"]
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
     rows = shards * max(64, min(2**14, _ELEMENTS // (shape[0] * shape[1])) // shards)
