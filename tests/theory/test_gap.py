@@ -1,0 +1,194 @@
+"""The gap against the risks it is the difference of, sampling and a table; the bound against all that it bounds."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from lowrank_jax import projection
+from lowrank_jax.theory import gap, gaussian_gap, relative_gap, risk_bound, sampled_gap
+
+SHAPES = [(8, 12, 2), (12, 8, 3)]
+
+
+def h(rho):
+    return (np.sqrt(1 - rho**2) + (np.pi - np.arccos(rho)) * rho) / np.pi
+
+
+def draw(seed, n, m):
+    """A matrix with columns of several sizes, one of them zero."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal((n, m)) * np.r_[0, rng.uniform(0.2, 3, m - 1)])
+
+
+cases = st.tuples(st.integers(0, 999), st.sampled_from(SHAPES))
+
+
+@settings(max_examples=15)
+@given(cases)
+def test_the_gap_is_the_difference_of_the_risks(case):
+    seed, (n, m, rank) = case
+    w = draw(seed, n, m)
+    spectral, ours = (u @ v for u, v in (projection.spectral(w, rank), projection.kernel_projection(w, rank)))
+    wanted = (projection.risk(w, spectral) - projection.risk(w, ours)) / projection.risk(w, 0 * w)
+    np.testing.assert_allclose(relative_gap(w, rank), wanted, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(relative_gap(1e9 * w, rank), wanted, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8)])
+def test_at_full_rank_there_is_no_gap(shape):
+    assert 0 <= relative_gap(draw(0, *shape), 8) < 1e-12
+    assert sampled_gap(jax.random.key(0), draw(0, *shape), 8, samples=1000).mean < 1e-12
+
+
+def test_sampling_gives_the_gap_as_often_as_it_says():
+    """Of 40 estimates and their intervals: the errors are those of a standard Gaussian, within five standard errors."""
+    w = draw(1, 8, 12)
+    exact = float(relative_gap(w, 2))
+    estimates = [sampled_gap(key, w, 2, samples=20_000) for key in jax.random.split(jax.random.key(0), 40)]
+    scores = np.array([(estimate.mean - exact) / (estimate.half / 1.96) for estimate in estimates])
+    assert abs(scores.mean()) < 5 / math.sqrt(40)
+    assert abs(np.mean(scores**2) - 1) < 5 * math.sqrt(2 / 40)
+    assert max(estimate.half for estimate in estimates) < 0.2 * exact
+
+
+def test_the_sampled_interval_narrows_with_the_root_of_the_samples():
+    w = draw(1, 8, 12)
+    few, many = (sampled_gap(jax.random.key(0), w, 2, samples=count) for count in (20_000, 320_000))
+    np.testing.assert_allclose(few.half / many.half, 4, rtol=0.2)
+    assert abs(many.mean - relative_gap(w, 2)) < 5 * many.half / 1.96
+
+
+def expected_gap(rank, n):
+    """For a column of any length in a direction at random: ρ² then has a beta distribution."""
+    density = stats.beta(rank / 2, (n - rank) / 2)
+    # By quantiles: at rank 1 the density has a pole.
+    t = density.ppf((np.arange(20_000) + 0.5) / 20_000)
+    return np.mean((h(np.sqrt(t)) - np.sqrt(t)) ** 2)
+
+
+def test_wide_gaussian_matrices_approach_the_gaussian_gap():
+    """With the width ρ² tends to a beta distribution, and that to r/n as both grow at one ratio."""
+    for rank, n in ((4, 16), (16, 64), (64, 256), (256, 1024)):
+        assert abs(expected_gap(rank, n) / gaussian_gap(rank, n) - 1) < 2 / rank
+    far = [
+        abs(relative_gap(jax.random.normal(jax.random.key(0), (16, m)), 4) / expected_gap(4, 16) - 1)
+        for m in (64, 1024, 16_384)
+    ]
+    assert far[0] > 2 * far[1] > 4 * far[2]
+    assert far[2] < 0.05
+    w = jax.random.normal(jax.random.key(1), (64, 8192))
+    assert abs(relative_gap(w, 16) / gaussian_gap(16, 64) - 1) < 2 / 16 + 0.1
+
+
+def test_the_gaussian_gap_is_its_formula():
+    for rank, n in ((1, 4), (2, 128), (5, 10)):
+        np.testing.assert_allclose(gaussian_gap(rank, n), (h(np.sqrt(rank / n)) - np.sqrt(rank / n)) ** 2, atol=1e-7)
+    assert gaussian_gap(7, 7) == 0
+
+
+@pytest.mark.parametrize(("n", "tabled"), [(16, 0.022), (32, 0.037), (64, 0.052), (128, 0.064)])
+def test_the_gap_at_rank_two_grows_with_the_inputs_as_tabled(n, tabled):
+    """docs/mathematics.md, section 3.3: means of five matrices with m = n^1.5, to three digits."""
+    m = round(n**1.5)
+    gaps = np.array([relative_gap(jax.random.normal(key, (n, m)), 2) for key in jax.random.split(jax.random.key(n), 10)])
+    error = gaps.std(ddof=1) * math.sqrt(1 / 5 + 1 / 10)
+    assert abs(gaps.mean() - tabled) < 4 * error + 0.0005
+
+
+# --- how far any could go ---
+
+
+def test_the_risk_on_a_subspace_is_that_of_the_projection_onto_it():
+    for seed, (n, m, rank) in enumerate(SHAPES):
+        w, q = draw(seed, n, m), jnp.linalg.qr(jax.random.normal(jax.random.key(seed), (n, rank)))[0]
+        u, v = projection.on_subspace(w, q)
+        np.testing.assert_allclose(gap.best_risk_on(w, q), projection.risk(w, u @ v), rtol=1e-9)
+
+
+@settings(max_examples=15)
+@given(cases, st.integers(0, 999))
+def test_nothing_of_the_rank_has_less_risk_than_the_bound(case, other):
+    seed, (n, m, rank) = case
+    w = draw(seed, n, m)
+    made = [projection.kernel_projection(w, rank, subspace=subspace) for subspace in ("top", "search", "refine")]
+    rng = np.random.default_rng(other)
+    made.append((rng.standard_normal((n, rank)), rng.standard_normal((rank, m))))
+    q = jnp.linalg.qr(w @ rng.standard_normal((m, rank)))[0]
+    made.append(projection.on_subspace(w, q))
+    u, v = made[2]
+    made.append((u + 0.01 * rng.standard_normal(u.shape), v))
+    whole = projection.risk(w, 0 * w)
+    bound = risk_bound(w, rank)
+    assert all(bound <= projection.risk(w, u @ v) + 1e-12 * whole for u, v in made)
+    assert bound > 0.5 * projection.risk(w, made[2][0] @ made[2][1])  # or nothing would do as well
+
+
+def test_the_bound_holds_at_every_number_of_steps_and_tightens():
+    w = draw(3, 8, 12)
+    u, v = projection.kernel_projection(w, 2, subspace="refine")
+    bounds = [float(risk_bound(w, 2, steps=steps)) for steps in (1, 3, 10, 200)]
+    assert (np.diff(bounds) >= 0).all()
+    assert bounds[0] < bounds[-1] <= projection.risk(w, u @ v)
+
+
+def test_in_the_plane_the_bound_is_below_the_best_of_all_lines():
+    w = draw(4, 2, 9)
+    angles = np.linspace(0, np.pi, 2001)
+    best = min(np.sum(np.sum(w**2, axis=0) * (1 - h(cosine) ** 2)) / 2 for cosine in lines_cosines(w, angles))
+    bound = float(risk_bound(w, 1))
+    assert bound <= best * (1 + 1e-6)
+    # The envelope is above g by at most 0.015, and in the plane a projector of trace one has few rivals.
+    assert bound > 0.7 * best
+
+
+def lines_cosines(w, angles):
+    length = np.linalg.norm(w, axis=0)
+    for angle in angles:
+        along = abs(np.array([np.cos(angle), np.sin(angle)]) @ w)
+        yield np.clip(along / np.where(length > 0, length, 1), 0, 1)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (8, 1)])
+def test_at_full_rank_the_bound_is_zero(shape):
+    w = jax.random.normal(jax.random.key(0), shape)
+    assert abs(risk_bound(w, min(shape))) < 1e-12 * jnp.sum(w**2)
+
+
+def test_float32_gives_the_bound_of_float64():
+    w = draw(5, 8, 12)
+    np.testing.assert_allclose(risk_bound(w.astype(jnp.float32), 2), risk_bound(w, 2), rtol=1e-4)
+
+
+def test_the_envelope_is_concave_and_the_least_above():
+    t = np.linspace(0, 1, 4001)
+    envelope, below = np.asarray(gap._concave(jnp.asarray(t))), h(np.sqrt(t)) ** 2
+    assert (np.diff(envelope, 2) <= 1e-14).all()
+    assert (envelope >= below - 1e-14).all()
+    touch = gap._touch()
+    np.testing.assert_allclose(envelope[t <= touch], below[t <= touch], atol=1e-14)
+    np.testing.assert_allclose(envelope[-1], 1, rtol=1e-12)
+    # Beyond it is one chord from a point of the curve to another: nothing concave is below it.
+    np.testing.assert_allclose(np.diff(envelope[t > touch], 2), 0, atol=1e-14)
+    assert 0.18 < touch < 0.2
+    assert max(envelope - below) < 0.016
+
+
+@pytest.mark.parametrize("call", [relative_gap, risk_bound, lambda w, rank: sampled_gap(jax.random.key(0), w, rank)])
+@pytest.mark.parametrize(
+    ("change", "rank", "message"),
+    [
+        (lambda w: w, 0, "rank 0 of a 4x6 matrix: must be a whole number from 1 to 4"),
+        (lambda w: w, 5, "rank 5 of a 4x6 matrix"),
+        (lambda w: w[0], 1, r"expected a matrix \[n, m\], got shape \[6\]"),
+        (lambda w: w.at[1, 2].set(jnp.nan), 1, "the 4x6 matrix has elements that are not finite"),
+    ],
+)
+def test_bad_input_gets_one_clear_error(call, change, rank, message):
+    with pytest.raises(ValueError, match=message):
+        call(change(jnp.ones((4, 6))), rank)
