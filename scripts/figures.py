@@ -43,8 +43,8 @@ from lowrank_jax.writer import duration
 
 OUT = pathlib.Path(__file__).parent.parent / "docs" / "results" / "theory"
 ENOUGH = 1e-6  # a relative function error at which a network counts as learned
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
+MARKERS = "osD^vP*"
 
 Row = dict[str, Any]
 
@@ -357,11 +357,11 @@ def draw_time(rows: list[Row]) -> Figure:
     figure, panels = new_figure(1)
     for i, (varied, part) in enumerate(groups([row for row in rows if row["turn"]], "varied")):
         at = "n" if varied in ("n", "n = m = outputs") else "m"
-        exponent, _ = power_law(upper_half(medians(part, at, "seconds")))
+        exponent, _ = power_law(upper_half(medians(part, at, "cpu_seconds")))
         others = {"n": ", m = 8", "m = outputs": ", n = 64"}.get(varied, "")
-        median_line(panels[0], part, at, "seconds", f"{varied}{others}: exponent {exponent:.1f}", i)
+        median_line(panels[0], part, at, "cpu_seconds", f"{varied}{others}: exponent {exponent:.1f}", i)
     panels[0].set(
-        xlabel="n or m", ylabel="seconds, compiled", xscale="log", yscale="log", title=f"{rows[0]['samples']} samples"
+        xlabel="n or m", ylabel="CPU-seconds, compiled", xscale="log", yscale="log", title=f"{rows[0]['samples']} samples"
     )
     panels[0].legend(fontsize=8)
     return figure
@@ -371,9 +371,9 @@ def tell_time(rows: list[Row]) -> str:
     lines = []
     for varied, part in groups([row for row in rows if row["turn"]], "varied"):
         at = "n" if varied in ("n", "n = m = outputs") else "m"
-        points = medians(part, at, "seconds")
-        told = ", ".join(f"{size}: {seconds:.2f} s" for size, seconds in points)
-        lines.append(f"  {varied}: {told}; exponent of the upper half {power_law(upper_half(points))[0]:.1f}")
+        points = medians(part, at, "cpu_seconds")
+        told = ", ".join(f"{size}: {seconds:.2f}" for size, seconds in points)
+        lines.append(f"  {varied}: CPU-seconds {told}; exponent of the upper half {power_law(upper_half(points))[0]:.1f}")
     return "\n".join(lines)
 
 
@@ -400,9 +400,7 @@ def draw_sizes(rows: list[Row]) -> Figure:
     figure, panels = new_figure(2, shared=False)
     for i, (size, part) in enumerate(groups_of(rows, "n", "m", "outputs")):
         for panel, value in zip(panels, ("seconds", "error"), strict=True):
-            panel.plot(
-                [row["samples"] for row in part], [row[value] for row in part], ".", color=COLORS[i % 6], label=f"{size}"
-            )
+            panel.plot([row["samples"] for row in part], [row[value] for row in part], ".", color=COLORS[i], label=f"{size}")
             panel.set(xlabel="samples", xscale="log", yscale="log")
     panels[0].set(ylabel="seconds (the slowest of each: compiled on the way)")
     panels[1].set(ylabel="relative function error")
