@@ -20,6 +20,7 @@ from lowrank_jax.theory.moments import Overview
 from lowrank_jax.theory.samples import SampleError, Samples, negligible, rounding
 
 _ATTEMPTS = 10
+_PATIENCE = 3  # attempts in turn that have not brought the error down by a tenth
 _GOAL = 1e-3  # of what counts as rounding: where Gauss–Newton may stop
 _LEARNED = 1e-6  # what is unexplained of a network that has been found, if not to rounding
 _KEPT = 64  # samples for an unknown of W, on which Gauss–Newton works; more would not make it faster
@@ -40,6 +41,7 @@ def search(samples: Samples, overview: Overview, width: int, key: jax.Array, say
     kept = white.head(count)
     exact = rounding(samples.dtype) * white.outputs
     best: Fit | None = None
+    errors: list[float] = []
     for i, attempt in enumerate(jax.random.split(key, _ATTEMPTS)):
         slices, basis, fourth = _slices(white, width, best, attempt)
         if not i:
@@ -47,7 +49,9 @@ def search(samples: Samples, overview: Overview, width: int, key: jax.Array, say
         fit = polish(kept, count, _directions(kept, slices, basis, attempt), goal=_GOAL * exact)
         best = best if best is not None and best.error <= fit.error else fit
         say(f"attempt {i + 1} of at most {_ATTEMPTS}: {best.error / white.outputs:.1e} of the outputs' power is unexplained")
-        if best.error <= exact:
+        errors.append(best.error)
+        hopeless = i >= _PATIENCE and best.error > 0.9 * errors[i - _PATIENCE]
+        if best.error <= exact or hopeless:
             break
     assert best is not None
     if best.error > _LEARNED * white.outputs:
