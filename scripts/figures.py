@@ -270,11 +270,8 @@ def tell_samples(rows: list[Row]) -> str:
 
 
 def success_cases(small: bool) -> list[tuple[Any, ...]]:
-    sizes = [(8, 4, 4)] if small else [
-        (8, 4, 4), (8, 8, 8), (16, 8, 8), (16, 16, 16), (32, 8, 8), (32, 16, 16), (32, 32, 32),
-        (16, 16, 4), (8, 4, 1), (16, 8, 1), (16, 16, 1),
-    ]  # fmt: skip
-    counts = (200, 2000) if small else (100, 200, 400, 800, 1600, 3200, 12800, 51200, 204800)
+    sizes = [(8, 4, 4)] if small else [(8, 4, 4), (8, 8, 8), (16, 8, 8), (16, 16, 16), (32, 8, 8), (8, 4, 1), (16, 8, 1)]
+    counts = (200, 2000) if small else (100, 200, 400, 800, 1600, 3200, 12800)
     cases = itertools.product(sizes, counts, range(2 if small else 20))
     # Fewer than some samples a neuron are hopeless, and to see that takes longest.
     return [(size, count, seed) for size, count, seed in cases if count >= size[1] * (12 if size[2] > 1 else 96)]

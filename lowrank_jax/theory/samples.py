@@ -67,11 +67,12 @@ class Samples:
         return self.map(_through, root, turn)
 
     def head(self, count: int) -> "Samples":
-        """The first batches, with so many samples or all there are, kept on the devices."""
+        """The first samples, so many or all there are, kept on the devices."""
         kept, found = [], 0
-        for batch in self.read():
-            kept.append(batch)
-            found += batch[2]
+        for x, y, rows in self.read():
+            rows = min(rows, count - found)
+            kept.append((*_first(x, y, rows), rows))
+            found += rows
             if found >= count:
                 break
         return Samples(lambda: iter(kept), self.inputs, self.outputs, self.dtype)
@@ -157,6 +158,13 @@ def _add(a: Any, b: Any) -> Any:
 @jax.jit
 def _divided(total: Any, count: int) -> Any:
     return jax.tree.map(lambda part: part / count, total)
+
+
+@jax.jit
+def _first(x: jax.Array, y: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """The others are zeros."""
+    among = (jnp.arange(len(x)) < rows)[:, None]
+    return jnp.where(among, x, 0), jnp.where(among, y, 0)
 
 
 @jax.jit

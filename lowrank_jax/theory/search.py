@@ -21,6 +21,9 @@ from lowrank_jax.theory.samples import SampleError, Samples, negligible, roundin
 
 _ATTEMPTS = 10
 _PATIENCE = 3  # attempts in turn that have not brought the error down by a tenth
+_SEEN = 0.8  # of the samples, at most, for Gauss–Newton
+_EQUATIONS = 2  # for an unknown of W and A, at least
+_UNSEEN = 2  # unseen samples for an unknown of A, which is fitted to them too, at least
 _GOAL = 1e-3  # of what counts as rounding: where Gauss–Newton may stop
 _LEARNED = 1e-6  # what is unexplained of a network that has been found, if not to rounding
 _KEPT = 64  # samples for an unknown of W, on which Gauss–Newton works; more would not make it faster
@@ -37,7 +40,8 @@ def search(samples: Samples, overview: Overview, width: int, key: jax.Array, say
       NotGaussianWarning: the inputs are not Gaussian.
     """
     root, white = _whitened(samples, overview, width)
-    count = min(overview.count, max(_LEAST_KEPT, _KEPT * samples.inputs * width))
+    # The rest is for judging: a network that fits samples it has not seen is no accident of those it has.
+    count = min(int(_SEEN * overview.count), max(_LEAST_KEPT, _KEPT * samples.inputs * width))
     kept = white.head(count)
     exact = rounding(samples.dtype) * white.outputs
     best: Fit | None = None
@@ -173,9 +177,9 @@ def _check_size(overview: Overview, width: int) -> None:
     n, outputs = len(overview.covariance), len(overview.outputs)
     if width > n:
         raise SampleError(f"width {width} of {n} inputs: the columns of W have to be linearly independent, at most {n}")
-    needed = -(-width * (n + outputs) // min(outputs, width))
+    needed = max(-(-_EQUATIONS * width * (n + outputs) // min(outputs, width)), round(_UNSEEN * width / (1 - _SEEN)))
     if overview.count < needed:
-        raise SampleError(f"{overview.count} samples: the unknowns of W and A alone are more; {needed} is the least")
+        raise SampleError(f"{overview.count} samples: with fewer than {needed} a perfect fit would prove nothing")
 
 
 def _check_directions(white: Samples, count: int, width: int) -> None:
