@@ -108,7 +108,7 @@ def learn_from_batches(
 def learn(samples: Samples, width: int, key: jax.Array, hidden_observed: bool, say: Callable[[str], None]) -> ReluNetwork:
     """Both of the above."""
     if not isinstance(width, numbers.Integral) or isinstance(width, bool) or width < 1:
-        raise SampleError(f"width {width}: must be a whole number from 1")
+        raise SampleError(f"width {width!r}: must be a whole number from 1")
     overview = moments.look(samples)
     if hidden_observed:
         w, a = observed.solve(samples, width), jnp.eye(width, dtype=samples.dtype)

@@ -163,7 +163,7 @@ def not_gaussian(overview: Overview, fourth: float) -> str | None:
         ),
     ]
     worst, words = max(doubts)
-    return f"{words} ({worst:.0f} standard deviations of a Gaussian sample's)" if worst > _DOUBT else None
+    return f"{words} ({worst:.3g} standard deviations of a Gaussian sample's)" if worst > _DOUBT else None
 
 
 def _worst(scores: np.ndarray, values: np.ndarray, words: str) -> tuple[float, str]:

@@ -22,6 +22,8 @@ def solve(samples: Samples, width: int) -> jax.Array:
     if samples.outputs != width:
         raise SampleError(f"the hidden layer is observed: y has {samples.outputs} columns, and width is {width}")
     x, y = _enough(samples)
+    if len(x) < samples.inputs:
+        raise SampleError(f"{len(x)} samples of {samples.inputs} inputs: {2 * samples.inputs} are about the least")
     if bool((y < 0).any()):
         raise SampleError("y has negative elements: it is not a hidden layer behind a ReLU")
     active = (y > 0).sum(axis=0)

@@ -92,6 +92,8 @@ def from_batches(batches: Iterable[tuple[Any, Any]], mesh: Mesh | None = None) -
         raise SampleError("batches are read several times: give a list, or an object whose __iter__ begins anew")
     if mesh is not None and "data" not in mesh.shape:
         raise SampleError(f"the mesh has the axes {list(mesh.shape)}; samples are shared over one called data")
+    if mesh is not None:
+        mesh = Mesh(mesh.devices, mesh.axis_names)  # explicit axes, make_mesh's default, refuse decompositions
     first = next(iter(batches), None)
     if first is None:
         raise SampleError("there are no samples")

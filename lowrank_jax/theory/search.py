@@ -20,7 +20,7 @@ from lowrank_jax.theory.moments import Overview
 from lowrank_jax.theory.samples import SampleError, Samples, negligible, rounding
 
 _ATTEMPTS = 10
-_PATIENCE = 3  # attempts in turn that have not brought the error down by a tenth
+_PATIENCE = 6  # attempts in turn that have not brought the error down by a tenth
 _SEEN = 0.8  # of the samples, at most, for Gauss–Newton
 _EQUATIONS = 2  # for an unknown of W and A, at least
 _UNSEEN = 2  # unseen samples for an unknown of A, which is fitted to them too, at least

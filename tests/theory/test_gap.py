@@ -47,14 +47,14 @@ def test_at_full_rank_there_is_no_gap(shape):
 
 
 def test_sampling_gives_the_gap_as_often_as_it_says():
-    """Of 40 estimates and their intervals: the errors are those of a standard Gaussian, within five standard errors."""
+    """Of 300 estimates and their intervals: the errors are those of a standard Gaussian, within five standard errors."""
     w = draw(1, 8, 12)
     exact = float(relative_gap(w, 2))
-    estimates = [sampled_gap(key, w, 2, samples=20_000) for key in jax.random.split(jax.random.key(0), 40)]
+    estimates = [sampled_gap(key, w, 2, samples=2000) for key in jax.random.split(jax.random.key(0), 300)]
     scores = np.array([(estimate.mean - exact) / (estimate.half / 1.96) for estimate in estimates])
-    assert abs(scores.mean()) < 5 / math.sqrt(40)
-    assert abs(np.mean(scores**2) - 1) < 5 * math.sqrt(2 / 40)
-    assert max(estimate.half for estimate in estimates) < 0.2 * exact
+    assert abs(scores.mean()) < 5 / math.sqrt(300)
+    assert abs(np.mean(scores**2) - 1) < 5 * math.sqrt(2 / 300)
+    assert max(estimate.half for estimate in estimates) < 0.3 * exact
 
 
 def test_the_sampled_interval_narrows_with_the_root_of_the_samples():

@@ -114,7 +114,7 @@ def flat():
     ("samples", "message"),
     [
         (short, "column 4 of y is positive in 3 samples; 6 are needed, of twice as many"),
-        (lambda: (*draw(9, count=5)[1:], 9), r"column \d of y is positive in [1-5] samples; 6 are needed"),
+        (lambda: (*draw(9, count=5)[1:], 9), r"5 samples of 6 inputs: 12 are about the least"),
         (flat, "the samples in which column 0 of y is positive do not vary in all 6 inputs"),
         (lambda: (draw(9)[1], -draw(9)[2], 9), "y has negative elements: it is not a hidden layer behind a ReLU"),
         (lambda: (*draw(9)[1:], 5), "the hidden layer is observed: y has 9 columns, and width is 5"),

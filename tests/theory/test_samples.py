@@ -92,8 +92,8 @@ def test_changed_samples_are_of_the_changed_sizes_and_padded_with_zeros():
     assert not np.any(b[rows:])
 
 
-@pytest.mark.parametrize(("count", "kept"), [(1, 64), (64, 64), (65, 70), (71, 134), (10**9, 150)])
-def test_a_head_is_the_first_batches_read_once(count, kept):
+@pytest.mark.parametrize("count", [1, 64, 65, 71, 149, 10**9])
+def test_a_head_is_the_first_samples_read_once(count):
     x, y = draw(150)
 
     class Counted:
@@ -103,7 +103,7 @@ def test_a_head_is_the_first_batches_read_once(count, kept):
             Counted.times += 1
             return iter([(x[:70], y[:70]), (x[70:], y[70:])])
 
-    head = from_batches(Counted()).head(count)  # of 64, 6, 64 and 16 samples: batches end where the given ones do
+    head, kept = from_batches(Counted()).head(count), min(count, len(x))  # of batches of 64, 6, 64 and 16
     before = Counted.times
     for _ in range(2):
         assert_same(head.mean(sums), means_of(x[:kept], y[:kept]))

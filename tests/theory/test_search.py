@@ -76,7 +76,7 @@ def test_a_regression_tells_signs(drawn):
 
 def test_outputs_are_fitted_by_least_squares(drawn):
     network, samples = drawn
-    x, y, rows = next(samples.head(1).read())
+    x, y, rows = next(samples.head(1000).read())
     wrong = network.w + 0.1 * jax.random.normal(jax.random.key(3), network.w.shape)
     hidden = np.maximum(x[:rows] @ wrong, 0)
     found = search.outputs_fitted(from_arrays(x[:rows], y[:rows]), wrong)
