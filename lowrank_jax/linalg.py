@@ -209,6 +209,20 @@ def rebalance(us: Sequence[jax.Array], vs: Sequence[jax.Array]) -> list[Pair]:
     return [(scale * (u @ turn), scale * v) for u, (turn, v), scale in zip(us, turns, scales, strict=True)]
 
 
+def unit_columns(w: jax.Array) -> jax.Array:
+    """The columns of W `[n, m]` brought to length one; zero stays zero."""
+    length = jnp.linalg.norm(w, axis=0)
+    return w / jnp.where(length > 0, length, 1)
+
+
+@functools.partial(jax.jit, static_argnames="slack")
+@highest_precision
+def solve_gram(gram: jax.Array, right: jax.Array, slack: float = 1.0) -> jax.Array:
+    """G⁻¹ B of a Gram matrix `[r, r]` that may be singular to rounding, by a ridge of `slack` times the trace's rounding."""
+    ridge = slack * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
+    return jax.scipy.linalg.solve(gram + ridge * jnp.eye(len(gram), dtype=gram.dtype), right, assume_a="pos")
+
+
 def units(stack: jax.Array) -> jax.Array:
     """`[k, 1, 1]`, the unit of every matrix."""
     return jax.vmap(unit)(stack)[:, None, None]
@@ -275,14 +289,19 @@ def known_finite(array: Any) -> bool:
         return bool(jnp.isfinite(array).all())
 
 
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 1."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
 def check_rank(w: jax.Array, rank: int) -> None:
     """Raises ValueError if there is no factor pair of that rank."""
     n, m = w.shape
-    if not isinstance(rank, numbers.Integral) or isinstance(rank, bool) or not 1 <= rank <= min(n, m):
+    if not is_count(rank) or rank > min(n, m):
         raise ValueError(f"rank {rank} of a {n}x{m} matrix: must be a whole number from 1 to {min(n, m)}")
 
 
 def check_group(w: jax.Array, group: int) -> None:
     """Raises ValueError if the columns do not fall into groups of that size."""
-    if not isinstance(group, numbers.Integral) or isinstance(group, bool) or group < 1 or w.shape[1] % group:
+    if not is_count(group) or w.shape[1] % group:
         raise ValueError(f"group {group} does not divide the {w.shape[1]} columns")

@@ -25,26 +25,27 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import t as student
 
 from lowrank_jax import ablations, projection
+from lowrank_jax.report.arms import Interval
+from lowrank_jax.report.figures import COLORS, MARKERS
 from lowrank_jax.theory import (
     ReluNetwork,
     SampleError,
+    draw_network,
+    draw_samples,
     gaussian_gap,
     learn_relu_network,
     relative_gap,
     risk_bound,
     sampled_gap,
     start_from_moments,
-)  # fmt: skip
-from lowrank_jax.theory.examples import draw_network, draw_samples
+)
 from lowrank_jax.writer import duration
 
 OUT = pathlib.Path(__file__).parent.parent / "docs" / "results" / "theory"
 ENOUGH = 1e-6  # a relative function error at which a network counts as learned
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
-MARKERS = "osD^vP*"
+BOUND = "no layer has less"
 
 Row = dict[str, Any]
 
@@ -56,7 +57,7 @@ class Job:
     cases: Sequence[Any]
     run: Callable[..., list[Row]]
     draw: Callable[[list[Row]], Figure]
-    tell: Callable[[list[Row]], str] = lambda rows: ""
+    tell: Callable[[list[Row]], str]
 
 
 # --- 1: relative risk by rank ---
@@ -87,9 +88,6 @@ def matrix(kind: str, n: int, m: int, seed: int) -> jax.Array:
         return w
     left, _, right = jnp.linalg.svd(w, full_matrices=False)
     return left / jnp.arange(1, n + 1) @ right
-
-
-BOUND = "no layer has less"
 
 
 def draw_risk(rows: list[Row]) -> Figure:
@@ -199,8 +197,9 @@ def samples_of(learner: str, size: tuple[int, int, int], count: int, seed: int) 
         excess = excess_risk(network, learned, rank)
     except SampleError as refused:
         reason = str(refused)
-    sizes = dict(zip(("n", "m", "outputs"), size, strict=True))
-    return [{"learner": learner, **sizes, "rank": rank, "samples": count, "seed": seed, "excess": excess, "refused": reason}]
+    return [
+        {"learner": learner, **named(size), "rank": rank, "samples": count, "seed": seed, "excess": excess, "refused": reason}
+    ]
 
 
 def excess_risk(network: ReluNetwork, learned: ReluNetwork, rank: int) -> float:
@@ -280,7 +279,7 @@ def success_cases(small: bool) -> list[tuple[Any, ...]]:
 def success_of(size: tuple[int, int, int], count: int, seed: int) -> list[Row]:
     network = draw_network(jax.random.key(seed), *size)
     x, y = draw_samples(jax.random.key(seed + 1000), network, count)
-    row: Row = {**dict(zip(("n", "m", "outputs"), size, strict=True)), "samples": count, "seed": seed}
+    row: Row = {**named(size), "samples": count, "seed": seed}
     begin = time.perf_counter()
     try:
         learned = learn_relu_network(x, y, size[1], key=jax.random.key(seed + 2000))
@@ -349,15 +348,19 @@ def time_of(varied: str, size: tuple[int, int, int], count: int, turn: int) -> l
     begin, cpu = time.perf_counter(), time.process_time()
     learned = learn_relu_network(x, y, size[1], key=jax.random.key(turn + 2000))
     took = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
-    sizes = dict(zip(("n", "m", "outputs"), size, strict=True))
     # The first turn compiles.
-    return [{"varied": varied, **sizes, "samples": count, "turn": turn, **took, "converged": learned.converged}]
+    return [{"varied": varied, **named(size), "samples": count, "turn": turn, **took, "converged": learned.converged}]
+
+
+def along(varied: str) -> str:
+    """The column that tells the sizes of a series apart."""
+    return "m" if varied == "m = outputs" else "n"
 
 
 def draw_time(rows: list[Row]) -> Figure:
     figure, panels = new_figure(1)
     for i, (varied, part) in enumerate(groups([row for row in rows if row["turn"]], "varied")):
-        at = "n" if varied in ("n", "n = m = outputs") else "m"
+        at = along(varied)
         exponent, _ = power_law(upper_half(medians(part, at, "cpu_seconds")))
         others = {"n": ", m = 8", "m = outputs": ", n = 64"}.get(varied, "")
         median_line(panels[0], part, at, "cpu_seconds", f"{varied}{others}: exponent {exponent:.1f}", i)
@@ -371,7 +374,7 @@ def draw_time(rows: list[Row]) -> Figure:
 def tell_time(rows: list[Row]) -> str:
     lines = []
     for varied, part in groups([row for row in rows if row["turn"]], "varied"):
-        at = "n" if varied in ("n", "n = m = outputs") else "m"
+        at = along(varied)
         points = medians(part, at, "cpu_seconds")
         told = ", ".join(f"{size}: {seconds:.2f}" for size, seconds in points)
         lines.append(f"  {varied}: CPU-seconds {told}; exponent of the upper half {power_law(upper_half(points))[0]:.1f}")
@@ -423,6 +426,10 @@ def tell_sizes(rows: list[Row]) -> str:
 # --- rows, lines, files ---
 
 
+def named(size: tuple[int, int, int]) -> Row:
+    return dict(zip(("n", "m", "outputs"), size, strict=True))
+
+
 def groups(rows: list[Row], by: str, **fixed: Any) -> Iterator[tuple[Any, list[Row]]]:
     """Rows by the value of a column, in order of appearance, of those with the fixed ones."""
     rows = [row for row in rows if all(row[name] == value for name, value in fixed.items())]
@@ -446,8 +453,8 @@ def new_figure(columns: int, rows: int = 1, *, shared: bool = True) -> tuple[Fig
 
 def line(panel: Axes, rows: list[Row], at: str, value: str, label: str, i: int, **style: Any) -> None:
     """Means over seeds, and their 95 % intervals as a band."""
-    points = [(point, *interval([row[value] for row in part])) for point, part in groups(rows, at)]
-    x, means, halves = (np.array(column) for column in zip(*points, strict=True))
+    intervals = {point: Interval.of(row[value] for row in part) for point, part in groups(rows, at)}
+    x, means, halves = (np.array(c) for c in zip(*((p, i.mean, i.half) for p, i in intervals.items()), strict=True))
     panel.plot(x, means, label=label, **{"color": COLORS[i], "marker": MARKERS[i], "ms": 4, **style})
     panel.fill_between(x, means - halves, means + halves, color=COLORS[i], alpha=0.15, lw=0)
 
@@ -460,16 +467,9 @@ def median_line(panel: Axes, rows: list[Row], at: str, value: str, label: str, i
     panel.fill_between(x, [min(part) for part in ranges], [max(part) for part in ranges], color=COLORS[i], alpha=0.15, lw=0)
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % interval by Student's t."""
-    if len(values) < 2:
-        return values[0], 0.0
-    deviation = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(student.ppf(0.975, len(values) - 1)) * deviation
-
-
 def mean_and_half(values: list[float]) -> str:
-    return "{:.4f} ± {:.4f}".format(*interval(values))
+    found = Interval.of(values)
+    return f"{found.mean:.4f} ± {found.half:.4f}"
 
 
 def write_csv(path: pathlib.Path, rows: list[Row]) -> None:

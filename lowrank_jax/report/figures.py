@@ -13,8 +13,8 @@ from lowrank_jax.plans import count
 from lowrank_jax.report.arms import Arm, text
 
 # Okabe and Ito's colours, which most colour-blind readers can tell apart; the marker tells the lines apart again.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#555555")
-_MARKERS = "osD^vP*Xh"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#555555")
+MARKERS = "osD^vP*Xh"
 _AXES = {"params": "parameters", "macs": "multiply-adds per image", "images/s": "images per second in training, measured"}
 
 
@@ -31,7 +31,7 @@ def _file(cost: str) -> str:
 def _styles(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     labels = list(dict.fromkeys(arm.label for arm in arms if arm.method != "none"))
     styles: dict[str, dict[str, Any]] = {
-        label: {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)], "ls": "-" if i < 9 else "--"}
+        label: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "ls": "-" if i < 9 else "--"}
         for i, label in enumerate(labels)
     }
     dense = dict.fromkeys(arm.label for arm in arms if arm.method == "none")

@@ -9,12 +9,13 @@ or two, of which it then has another one twice: those that explain least are dra
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.linalg import highest_precision
+from lowrank_jax.linalg import highest_precision, solve_gram, unit_columns
 
 _STARTS = 12
 _TIMES = 3  # that the least error has to be found before it is believed
 _SAME = 1.02  # errors within this ratio belong to one minimum: to miss a direction costs far more
 _SWEEPS = 400
+_SLACK = 16.0  # of Gram matrices: directions come close to each other on the way
 
 
 def common_directions(slices: jax.Array, width: int, key: jax.Array) -> jax.Array:
@@ -40,7 +41,7 @@ def common_directions(slices: jax.Array, width: int, key: jax.Array) -> jax.Arra
 @highest_precision
 def _begin(key: jax.Array, slices: jax.Array, best: jax.Array, anew: jax.Array) -> jax.Array:
     """A random start, or the best directions with the weakest of them drawn anew."""
-    drawn = _unit(jax.random.normal(key, best.shape, best.dtype))
+    drawn = unit_columns(jax.random.normal(key, best.shape, best.dtype))
     return jnp.where(anew | _weakest(slices, best), drawn, best)
 
 
@@ -62,35 +63,25 @@ def _alternate(slices: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (state[2] > still) & (state[3] < _SWEEPS)
 
     u, v, *_ = jax.lax.while_loop(goes_on, sweep, (u, u, jnp.ones((), u.dtype), jnp.int32(0)))
-    u = _unit(u + v)
+    u = unit_columns(u + v)
     return u, jnp.sum((slices - jnp.einsum("ij,kj,lj->kil", u, _weights(slices, u, u), u)) ** 2)
 
 
 def _weights(slices: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
     """d of least squares, `[k, width]`."""
     products = jnp.einsum("kij,kij->kj", *jnp.broadcast_arrays(u, slices @ v))
-    return _solve((u.T @ u) * (v.T @ v), products.T).T
+    return solve_gram((u.T @ u) * (v.T @ v), products.T, _SLACK).T
 
 
 def _factor(slices: jax.Array, v: jax.Array, weights: jax.Array) -> jax.Array:
     """The u_j of least squares, `[d, width]`, brought to length one."""
     products = jnp.einsum("kij,kj->ij", slices @ v, weights)
-    return _unit(_solve((v.T @ v) * (weights.T @ weights), products.T).T)
+    return unit_columns(solve_gram((v.T @ v) * (weights.T @ weights), products.T, _SLACK).T)
 
 
 def _weakest(slices: jax.Array, u: jax.Array) -> jax.Array:
     """Which tenth of the directions explains least beside the others, `[width]`."""
     width = u.shape[1]
     gram = (u.T @ u) ** 2
-    loss = jnp.sum(_weights(slices, u, u) ** 2, axis=0) / jnp.diagonal(_solve(gram, jnp.eye(width, dtype=u.dtype)))
+    loss = jnp.sum(_weights(slices, u, u) ** 2, axis=0) / jnp.diagonal(solve_gram(gram, jnp.eye(width, dtype=u.dtype), _SLACK))
     return loss <= jnp.sort(loss)[max(1, width // 10) - 1]
-
-
-def _solve(gram: jax.Array, right: jax.Array) -> jax.Array:
-    ridge = 16 * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
-    return jax.scipy.linalg.solve(gram + ridge * jnp.eye(len(gram), dtype=gram.dtype), right, assume_a="pos")
-
-
-def _unit(u: jax.Array) -> jax.Array:
-    length = jnp.linalg.norm(u, axis=0)
-    return u / jnp.where(length > 0, length, 1)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.linalg import highest_precision
 from lowrank_jax.theory import hidden
-from lowrank_jax.theory.learning import ReluNetwork
+from lowrank_jax.theory.learning import ReluNetwork, unit_rows
 
 
 @highest_precision
@@ -24,8 +24,8 @@ def draw_network(key: jax.Array, n: int, width: int, outputs: int, *, condition:
     w = left * jnp.linspace(1, condition, width) @ right.T
     a = jax.random.normal(keys[2], (width, outputs))
     a /= jnp.sqrt(hidden.variance(w, a))
-    rows = jnp.linalg.norm(a, axis=1)
-    return ReluNetwork(w * rows, a / rows[:, None], 0.0, True)
+    w, a = unit_rows(w, a)
+    return ReluNetwork(w, a, 0.0, True)
 
 
 def draw_samples(key: jax.Array, network: ReluNetwork, count: int) -> tuple[jax.Array, jax.Array]:

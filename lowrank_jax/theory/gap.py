@@ -54,7 +54,7 @@ def gaussian_gap(rank: int, n: int) -> float:
     2 by 37 % for n = 16, 4 % for n = 256.
     """
     rho = math.sqrt(rank / n)
-    return (float(relu_h(jnp.float32(rho))) - rho) ** 2
+    return (_h(rho) - rho) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Estimate:
     half: float
 
 
+@highest_precision
 def sampled_gap(key: jax.Array, w: jax.Array, rank: int, *, samples: int = 10**6) -> Estimate:
     """`relative_gap` by drawing inputs: the same ones for both stand-ins, so that their difference is sharp.
 
@@ -160,9 +161,7 @@ def _concave(t: jax.Array) -> jax.Array:
     """The least concave function above g on [0, 1]: g to where the tangent goes through (1, 1), then that tangent."""
     touch = _touch()
     low = jnp.minimum(t, touch)
-    rho = math.sqrt(touch)
-    slope = _h(rho) * (math.pi - math.acos(rho)) / math.pi / rho
-    return relu_h(jnp.sqrt(low)) ** 2 + slope * (t - low)
+    return relu_h(jnp.sqrt(low)) ** 2 + _slope(touch) * (t - low)
 
 
 @functools.lru_cache
@@ -170,8 +169,7 @@ def _touch() -> float:
     """The t at which g(t) + (1 - t) g'(t) = 1, by bisection: 0.19."""
 
     def above(t: float) -> float:
-        rho = math.sqrt(t)
-        return _h(rho) ** 2 + (1 - t) * _h(rho) * (math.pi - math.acos(rho)) / math.pi / rho - 1
+        return _h(math.sqrt(t)) ** 2 + (1 - t) * _slope(t) - 1
 
     low, high = 0.01, 0.6
     for _ in range(60):
@@ -180,5 +178,12 @@ def _touch() -> float:
     return (low + high) / 2
 
 
+def _slope(t: float) -> float:
+    """g'(t) = h(ρ) h'(ρ) / ρ at ρ = √t."""
+    rho = math.sqrt(t)
+    return _h(rho) * (math.pi - math.acos(rho)) / math.pi / rho
+
+
 def _h(rho: float) -> float:
+    """`activations.relu_h` of a number, where no array is at hand."""
     return (math.sqrt(1 - rho**2) + (math.pi - math.acos(rho)) * rho) / math.pi

@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.linalg import highest_precision
+from lowrank_jax.linalg import highest_precision, solve_gram, unit_columns
 from lowrank_jax.theory.samples import Samples
 
 _STEPS = 100
@@ -69,8 +69,8 @@ def polish(samples: Samples, count: int, w: jax.Array, *, goal: float) -> Fit:
       goal: the error at which to be content.
     """
     curvature = expected_curvature if count >= _FEW * w.size else functools.partial(sampled_curvature, samples)
-    w = _unit(w)
-    fit = _measure(samples, w, solve(*samples.mean(regress, w)))
+    w = unit_columns(w)
+    fit = _measure(samples, w, solve_gram(*samples.mean(regress, w)))
     damping, errors = _DAMPING, [fit.error]
     for _ in range(_STEPS):
         trial = _measure(samples, *_step(fit, curvature(fit.w), damping))
@@ -92,7 +92,7 @@ def _measure(samples: Samples, w: jax.Array, a: jax.Array) -> Fit:
 @jax.jit
 @highest_precision
 def regress(x: jax.Array, y: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Σ relu(x W)ᵀ relu(x W) and Σ relu(x W)ᵀ y, of which `solve` makes A."""
+    """Σ relu(x W)ᵀ relu(x W) and Σ relu(x W)ᵀ y, of which `linalg.solve_gram` makes A."""
     hidden = jax.nn.relu(x @ w)
     return hidden.T @ hidden, hidden.T @ y
 
@@ -125,8 +125,8 @@ def _step(fit: Fit, curvature: Curvature, damping: float) -> tuple[jax.Array, ja
     weights = a @ a.T
 
     # Eliminating A: what a change of W does to the outputs is felt after A has been fitted again.
-    fitted = solve(fit.gram, fit.down_a)
-    coupled = solve(fit.gram, shared.reshape(-1, m).T).T.reshape(d, m, m)
+    fitted = solve_gram(fit.gram, fit.down_a)
+    coupled = solve_gram(fit.gram, shared.reshape(-1, m).T).T.reshape(d, m, m)
     inner = weights[None, :, None, :] * (curvature.second - jnp.einsum("ajq,blq->ajbl", shared, coupled))
     outer = weights * curvature.outside
     own = jnp.diagonal(weights) / 2
@@ -140,7 +140,7 @@ def _step(fit: Fit, curvature: Curvature, damping: float) -> tuple[jax.Array, ja
     across = down - q @ within
     moved = q @ _damped(inner, jnp.tile(own, d), within.reshape(-1), damping).reshape(d, m)
     moved += _damped(outer, own, across.T, damping).T
-    returned = solve(fit.gram, jnp.einsum("ajq,aj,jk->qk", shared, q.T @ moved, a))
+    returned = solve_gram(fit.gram, jnp.einsum("ajq,aj,jk->qk", shared, q.T @ moved, a))
     w, a = w + moved, a + fitted - returned
     length = jnp.linalg.norm(w, axis=0)
     return w / length, a * length[:, None]
@@ -184,15 +184,3 @@ def _pairs(x: jax.Array, y: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Arr
 
 def _damped(curvature: jax.Array, own: jax.Array, down: jax.Array, damping: float) -> jax.Array:
     return jax.scipy.linalg.solve(curvature + damping * jnp.diag(own), down, assume_a="pos")
-
-
-@jax.jit
-def solve(gram: jax.Array, right: jax.Array) -> jax.Array:
-    """G⁻¹ B of a Gram matrix, which may be singular to rounding."""
-    ridge = jnp.finfo(gram.dtype).eps * jnp.trace(gram)
-    return jax.scipy.linalg.solve(gram + ridge * jnp.eye(len(gram), dtype=gram.dtype), right, assume_a="pos")
-
-
-@jax.jit
-def _unit(w: jax.Array) -> jax.Array:
-    return w / jnp.linalg.norm(w, axis=0)

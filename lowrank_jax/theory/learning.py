@@ -4,7 +4,6 @@ Moments give directions, directions a start, Gauss–Newton the rest (docs/mathe
 (section 3).  The network that generates the samples need not be low-rank.
 """
 
-import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax.linalg import highest_precision
+from lowrank_jax.linalg import highest_precision, is_count
 from lowrank_jax.theory import moments, observed, search
 from lowrank_jax.theory.gauss_newton import squared_error
 from lowrank_jax.theory.moments import Overview
@@ -84,7 +83,7 @@ def learn_relu_network(
     Warns:
       NotGaussianWarning: a moment test says that the inputs are not Gaussian with mean zero.
     """
-    return learn(from_arrays(x, y, mesh), width, key, hidden_observed, say)
+    return learn(from_arrays(x, y, mesh), width, key, hidden_observed, say)[0]
 
 
 def learn_from_batches(
@@ -102,12 +101,14 @@ def learn_from_batches(
       batches: pairs of x `[any, n]` and y `[any, outputs]`; read several times, and every time the same.
       width, key, hidden_observed, mesh, say: as there.
     """
-    return learn(from_batches(batches, mesh), width, key, hidden_observed, say)
+    return learn(from_batches(batches, mesh), width, key, hidden_observed, say)[0]
 
 
-def learn(samples: Samples, width: int, key: jax.Array, hidden_observed: bool, say: Callable[[str], None]) -> ReluNetwork:
-    """Both of the above."""
-    if not isinstance(width, numbers.Integral) or isinstance(width, bool) or width < 1:
+def learn(
+    samples: Samples, width: int, key: jax.Array, hidden_observed: bool, say: Callable[[str], None]
+) -> tuple[ReluNetwork, Overview]:
+    """Both of the above, and what was seen of the samples on the way."""
+    if not is_count(width):
         raise SampleError(f"width {width!r}: must be a whole number from 1")
     overview = moments.look(samples)
     if hidden_observed:
@@ -115,7 +116,7 @@ def learn(samples: Samples, width: int, key: jax.Array, hidden_observed: bool, s
     else:
         w = search.search(samples, overview, width, key, say)
         a = search.outputs_fitted(samples, w)
-    return _network(samples, overview, w, a)
+    return _network(samples, overview, w, a), overview
 
 
 def start_from_moments(x: Any, y: Any, width: int, *, key: jax.Array, mesh: Mesh | None = None) -> ReluNetwork:
@@ -130,7 +131,7 @@ def start_from_moments(x: Any, y: Any, width: int, *, key: jax.Array, mesh: Mesh
 
 
 def _network(samples: Samples, overview: Overview, w: jax.Array, a: jax.Array) -> ReluNetwork:
-    w, a = _unit_rows(w, a)
+    w, a = unit_rows(w, a)
     variance = float(np.trace(overview.outputs) - np.sum(overview.mean_output**2))
     error = float(samples.mean(squared_error, w, a))
     residual = error / variance if variance > 0 else error
@@ -138,6 +139,7 @@ def _network(samples: Samples, overview: Overview, w: jax.Array, a: jax.Array) -
 
 
 @jax.jit
-def _unit_rows(w: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+def unit_rows(w: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same function, with rows of A of length one and the lengths in W's columns."""
     length = jnp.linalg.norm(a, axis=1)
     return w * length, a / jnp.where(length > 0, length, 1)[:, None]

@@ -1,7 +1,6 @@
 """The best low-rank approximation of a ReLU network that is known only by samples."""
 
 import functools
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lowrank_jax import projection
-from lowrank_jax.linalg import highest_precision
+from lowrank_jax.linalg import highest_precision, is_count, solve_gram
 from lowrank_jax.paths import did_you_mean
 from lowrank_jax.subspaces import SUBSPACES
 from lowrank_jax.theory import hidden, moments
 from lowrank_jax.theory.gap import risk_bound
-from lowrank_jax.theory.gauss_newton import solve
 from lowrank_jax.theory.learning import ReluNetwork, learn, silent
-from lowrank_jax.theory.samples import Samples, from_arrays
+from lowrank_jax.theory.moments import Overview
+from lowrank_jax.theory.samples import from_arrays
 
 
 @flax.struct.dataclass
@@ -86,20 +85,23 @@ def learn_low_rank(
       ValueError: the rank is out of range or the subspace unknown; a SampleError is one too.
     """
     samples = from_arrays(x, y, mesh)
-    counts = isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
-    if not counts or not 1 <= rank <= min(samples.inputs, width):  # before the long part
+    if not is_count(rank) or not rank <= min(samples.inputs, width):  # before the long part
         raise ValueError(f"rank {rank}: must be a whole number from 1 to min({samples.inputs} inputs, width {width})")
     if subspace not in SUBSPACES:
         raise ValueError(f"unknown subspace {subspace!r}{did_you_mean(subspace, SUBSPACES)}")
-    learned = learn(samples, width, key, hidden_observed, say)
-    root = _root(samples)
+    learned, overview = learn(samples, width, key, hidden_observed, say)
+    return _project(learned, jnp.asarray(_root(overview), samples.dtype), rank, subspace, hidden_observed)
+
+
+@highest_precision
+def _project(learned: ReluNetwork, root: jax.Array, rank: int, subspace: str, keep: bool) -> LowRankNetwork:
+    """For inputs of the second moment RᵀR; A is kept or fitted anew."""
     w = root @ learned.w
     u, v = projection.kernel_projection(w, rank, subspace=subspace)
     best = (u, v) if subspace == "refine" else projection.kernel_projection(w, rank, subspace="refine")
+    risk, optimum, whole = (float(projection.risk(w, y)) for y in (u @ v, best[0] @ best[1], 0 * w))
+    a, output_risk = _outputs(w, learned.a, u @ v, keep)
     back = jax.scipy.linalg.solve_triangular(root, u)
-    risks = [projection.risk(w, y) for y in (u @ v, best[0] @ best[1], 0 * w)]
-    risk, optimum, whole = (float(risk) for risk in risks)
-    a, output_risk = _outputs(w, learned.a, u @ v, hidden_observed)
     bound = float(risk_bound(w, rank))
     return LowRankNetwork(back, v, a, learned, risk, optimum, bound, whole, float(output_risk))
 
@@ -109,14 +111,13 @@ def learn_low_rank(
 def _outputs(w: jax.Array, a: jax.Array, y: jax.Array, keep: bool) -> tuple[jax.Array, jax.Array]:
     """A of least squares for relu(x Y), unless it is kept, and the outputs' relative error."""
     gram, cross = hidden.products(y, y), hidden.products(y, w)
-    fitted = a if keep else solve(gram, cross @ a)
+    fitted = a if keep else solve_gram(gram, cross @ a)
     lost = jnp.sum(a * (hidden.products(w, w) @ a)) - 2 * jnp.sum(fitted * (cross @ a)) + jnp.sum(fitted * (gram @ fitted))
     return fitted, lost / jnp.sum(hidden.variance(w, a))
 
 
-def _root(samples: Samples) -> jax.Array:
-    """C `[n, n]`, upper triangular, with CᵀC the inputs' second moment: I where the samples agree with it."""
-    overview = moments.look(samples)
+def _root(overview: Overview) -> np.ndarray:
+    """R `[n, n]`, upper triangular, with RᵀR the inputs' second moment: I where the samples agree with it."""
     if moments.agrees_with_identity(overview.covariance, overview.count):
-        return jnp.eye(samples.inputs, dtype=samples.dtype)
-    return jnp.asarray(np.linalg.cholesky(overview.covariance).T, samples.dtype)
+        return np.eye(len(overview.covariance))
+    return np.linalg.cholesky(overview.covariance).T

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lowrank_jax.linalg import highest_precision
+
 Batch = tuple[jax.Array, jax.Array, int]
 """x `[rows, n]`, y `[rows, outputs]`, and how many of the rows are samples; the rest are zeros."""
 
@@ -90,17 +92,17 @@ def from_batches(batches: Iterable[tuple[Any, Any]], mesh: Mesh | None = None) -
     """
     if isinstance(batches, Iterator):
         raise SampleError("batches are read several times: give a list, or an object whose __iter__ begins anew")
-    if mesh is not None and "data" not in mesh.shape:
-        raise SampleError(f"the mesh has the axes {list(mesh.shape)}; samples are shared over one called data")
+    shards, sharding = 1, None
     if mesh is not None:
+        if "data" not in mesh.shape:
+            raise SampleError(f"the mesh has the axes {list(mesh.shape)}; samples are shared over one called data")
         mesh = Mesh(mesh.devices, mesh.axis_names)  # explicit axes, make_mesh's default, refuse decompositions
+        shards, sharding = mesh.shape["data"], NamedSharding(mesh, PartitionSpec("data"))
     first = next(iter(batches), None)
     if first is None:
         raise SampleError("there are no samples")
     x, y = _checked(*first)
     shape, dtype = (x.shape[1], y.shape[1]), jax.dtypes.canonicalize_dtype(np.result_type(x.dtype, y.dtype, np.float32))
-    shards = 1 if mesh is None else mesh.shape["data"]
-    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data"))
     rows = shards * max(64, min(2**14, _ELEMENTS // (shape[0] * shape[1])) // shards)
 
     def on_devices(part: Any) -> jax.Array:
@@ -170,6 +172,6 @@ def _first(x: jax.Array, y: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]
 
 
 @jax.jit
+@highest_precision
 def _through(x: jax.Array, y: jax.Array, root: jax.Array, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
-    with jax.default_matmul_precision("highest"):
-        return x @ root, y @ turn
+    return x @ root, y @ turn

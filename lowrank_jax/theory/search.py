@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.linalg import highest_precision
+from lowrank_jax.linalg import highest_precision, solve_gram
 from lowrank_jax.theory import moments
 from lowrank_jax.theory.directions import common_directions
-from lowrank_jax.theory.gauss_newton import Fit, polish, regress, solve
+from lowrank_jax.theory.gauss_newton import Fit, polish, regress
 from lowrank_jax.theory.moments import Overview
 from lowrank_jax.theory.samples import SampleError, Samples, negligible, rounding
 
@@ -79,9 +79,9 @@ def _whitened(samples: Samples, overview: Overview, width: int) -> tuple[jax.Arr
 def outputs_fitted(samples: Samples, w: jax.Array) -> jax.Array:
     """A of least squares for W; what the first solution leaves, a Gram matrix having lost digits, a second one takes."""
     gram, products = samples.mean(regress, w)
-    a = solve(gram, products)
+    a = solve_gram(gram, products)
     _, rest = samples.map(_unexplained, w, a).mean(regress, w)
-    return a + solve(gram, rest)
+    return a + solve_gram(gram, rest)
 
 
 def _slices(white: Samples, width: int, known: Fit | None, key: jax.Array) -> tuple[jax.Array, jax.Array, float]:
@@ -99,7 +99,7 @@ def _slices(white: Samples, width: int, known: Fit | None, key: jax.Array) -> tu
         u = _unit_vectors(key, -(-2 * width // white.outputs), width, white.dtype)
         more = moments.fourth_moments(rest.through(basis, jnp.eye(white.outputs, dtype=white.dtype)), u)
         if known is not None:
-            more += moments.fourth_moments_of(basis.T @ known.w, known.a, u)
+            more += moments.fourth_moments_of(_product(basis.T, known.w), known.a, u)
         slices = jnp.concatenate([slices, moments.FOURTH * more])
     return slices, basis, fourth
 
@@ -138,7 +138,7 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 @jax.jit
 def _signed(directions: jax.Array, gram: jax.Array, products: jax.Array) -> jax.Array:
-    even, odd = jnp.split(solve(gram, products), 2)
+    even, odd = jnp.split(solve_gram(gram, products), 2)
     return directions * jnp.where(jnp.sum(even * odd, axis=1) < 0, -1, 1)
 
 
