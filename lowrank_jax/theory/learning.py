@@ -108,8 +108,7 @@ def learn(
     samples: Samples, width: int, key: jax.Array, hidden_observed: bool, say: Callable[[str], None]
 ) -> tuple[ReluNetwork, Overview]:
     """Both of the above, and what was seen of the samples on the way."""
-    if not is_count(width):
-        raise SampleError(f"width {width!r}: must be a whole number from 1")
+    check_width(width)
     overview = moments.look(samples)
     if hidden_observed:
         w, a = observed.solve(samples, width), jnp.eye(width, dtype=samples.dtype)
@@ -119,11 +118,17 @@ def learn(
     return _network(samples, overview, w, a), overview
 
 
+def check_width(width: Any) -> None:
+    if not is_count(width):
+        raise SampleError(f"width {width!r}: must be a whole number from 1")
+
+
 def start_from_moments(x: Any, y: Any, width: int, *, key: jax.Array, mesh: Mesh | None = None) -> ReluNetwork:
     """The network that moments alone suggest, from which `learn_relu_network` sets out; its error is of the order of 1/√N.
 
     Arguments and errors are as there.
     """
+    check_width(width)
     samples = from_arrays(x, y, mesh)
     overview = moments.look(samples)
     w = search.start(samples, overview, width, key)

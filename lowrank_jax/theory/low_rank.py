@@ -16,7 +16,7 @@ from lowrank_jax.paths import did_you_mean
 from lowrank_jax.subspaces import SUBSPACES
 from lowrank_jax.theory import hidden, moments
 from lowrank_jax.theory.gap import risk_bound
-from lowrank_jax.theory.learning import ReluNetwork, learn, silent
+from lowrank_jax.theory.learning import ReluNetwork, check_width, learn, silent
 from lowrank_jax.theory.moments import Overview
 from lowrank_jax.theory.samples import from_arrays
 
@@ -85,6 +85,7 @@ def learn_low_rank(
       ValueError: the rank is out of range or the subspace unknown; a SampleError is one too.
     """
     samples = from_arrays(x, y, mesh)
+    check_width(width)
     if not is_count(rank) or not rank <= min(samples.inputs, width):  # before the long part
         raise ValueError(f"rank {rank}: must be a whole number from 1 to min({samples.inputs} inputs, width {width})")
     if subspace not in SUBSPACES:

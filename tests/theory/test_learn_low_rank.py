@@ -148,6 +148,7 @@ def test_an_observed_layer_keeps_the_identity():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"width": "5"}, "width '5': must be a whole number from 1"),
         ({"rank": 0}, r"rank 0: must be a whole number from 1 to min\(10 inputs, width 5\)"),
         ({"rank": 6}, r"rank 6: must be a whole number from 1 to min\(10 inputs, width 5\)"),
         ({"rank": 1.5}, r"rank 1.5: must be"),
@@ -161,7 +162,7 @@ def test_bad_arguments_are_refused_before_any_work(monkeypatch, standard, argume
 
     monkeypatch.setattr(low_rank, "learn", worked)
     with pytest.raises(ValueError, match=message):
-        learn_low_rank(*standard, WIDTH, key=KEY, **arguments)
+        learn_low_rank(*standard, **{"width": WIDTH, "rank": 2} | arguments, key=KEY)
 
 
 def test_products_of_hidden_layers_are_what_sampling_gives():
