@@ -114,7 +114,8 @@ def _outputs(w: jax.Array, a: jax.Array, y: jax.Array, keep: bool) -> tuple[jax.
     gram, cross = hidden.products(y, y), hidden.products(y, w)
     fitted = a if keep else solve_gram(gram, cross @ a)
     lost = jnp.sum(a * (hidden.products(w, w) @ a)) - 2 * jnp.sum(fitted * (cross @ a)) + jnp.sum(fitted * (gram @ fitted))
-    return fitted, lost / jnp.sum(hidden.variance(w, a))
+    variance = jnp.sum(hidden.variance(w, a))
+    return fitted, jnp.where(variance > 0, lost / variance, lost)
 
 
 def _root(overview: Overview) -> np.ndarray:

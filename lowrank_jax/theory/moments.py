@@ -44,11 +44,14 @@ class Overview:
 
 
 def look(samples: Samples) -> Overview:
-    """Raises SampleError if there are NaNs or infinities."""
+    """Raises SampleError if there are NaNs or infinities, or inputs whose fourth powers are beyond their dtype."""
     total, count = samples.total(_look)
     covariance, outputs, mean_output, powers = (np.asarray(part, np.float64) / count for part in total)
     if not (np.isfinite(covariance).all() and np.isfinite(outputs).all()):
-        raise SampleError("the samples have elements that are not finite")
+        raise SampleError("the samples have elements that are not finite, or whose squares are not")
+    fourth = powers[3].max()
+    if not np.isfinite(fourth) or (fourth < jnp.finfo(samples.dtype).tiny and covariance.any()):
+        raise SampleError(f"the inputs' fourth powers are beyond the range of {jnp.dtype(samples.dtype)}: scale x")
     return Overview(count, covariance, outputs, mean_output, powers)
 
 

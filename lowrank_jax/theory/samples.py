@@ -101,7 +101,7 @@ def from_batches(batches: Iterable[tuple[Any, Any]], mesh: Mesh | None = None) -
     first = next(iter(batches), None)
     if first is None:
         raise SampleError("there are no samples")
-    x, y = _checked(*first)
+    x, y = _checked(first)
     shape, dtype = (x.shape[1], y.shape[1]), jax.dtypes.canonicalize_dtype(np.result_type(x.dtype, y.dtype, np.float32))
     rows = shards * max(64, min(2**14, _ELEMENTS // (shape[0] * shape[1])) // shards)
 
@@ -110,7 +110,7 @@ def from_batches(batches: Iterable[tuple[Any, Any]], mesh: Mesh | None = None) -
         return jax.device_put(part.astype(dtype), sharding)
 
     def read() -> Iterator[Batch]:
-        for x, y in (_checked(*pair) for pair in batches):
+        for x, y in map(_checked, batches):
             if (x.shape[1], y.shape[1]) != shape:
                 raise SampleError(
                     f"samples of {x.shape[1]} inputs and {y.shape[1]} outputs follow some of {shape[0]}, {shape[1]}"
@@ -137,7 +137,10 @@ def negligible(dtype: Any) -> float:
     return float(jnp.finfo(dtype).eps) ** 0.75
 
 
-def _checked(x: Any, y: Any) -> tuple[Any, Any]:
+def _checked(batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise SampleError(f"a batch must be a pair (x, y); got {_kind(batch)}")
+    x, y = batch
     for name, part in (("x", x), ("y", y)):
         if not hasattr(part, "dtype") or part.ndim != 2 or 0 in part.shape:
             raise SampleError(
@@ -151,6 +154,8 @@ def _checked(x: Any, y: Any) -> tuple[Any, Any]:
 
 
 def _kind(part: Any) -> str:
+    if isinstance(part, tuple | list):
+        return f"a {type(part).__name__} of {len(part)}"
     return f"shape {list(part.shape)}" if hasattr(part, "shape") else f"a {type(part).__name__}"
 
 

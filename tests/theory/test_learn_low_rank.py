@@ -145,6 +145,13 @@ def test_an_observed_layer_keeps_the_identity():
     assert network.bound <= network.optimum <= network.risk * (1 + 1e-12) < network.whole
 
 
+def test_a_layer_that_is_never_active_loses_nothing():
+    x = np.random.default_rng(0).standard_normal((100, N))
+    network = learn_low_rank(x, np.zeros((100, WIDTH)), WIDTH, RANK, key=KEY, hidden_observed=True)
+    assert (network.risk, network.whole, network.output_risk) == (0, 0, 0)
+    assert not network(x).any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -99,6 +99,14 @@ def test_what_is_not_finite_is_refused(network, wrong, which):
         moments.look(from_arrays(*parts))
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_inputs_whose_fourth_powers_leave_their_dtype_are_refused(network, scale):
+    x, y = (part[:100] for part in network[3:])
+    with pytest.raises(SampleError, match="the inputs' fourth powers are beyond the range of float32: scale x"):
+        moments.look(from_arrays((scale * x).astype(np.float32), y.astype(np.float32)))
+    moments.look(from_arrays(scale * x, y))
+
+
 # --- are they Gaussian? ---
 
 
