@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.messages import did_you_mean, first_line
 
 Function = Callable[[jax.Array], jax.Array]
 
@@ -271,6 +271,6 @@ def _probe(fn: Function) -> None:
             good = values.shape == (2, 4) and alone.shape == () and bool(jnp.isfinite(values).all())
             good = good and bool(jnp.allclose(values[0, 0], alone, rtol=1e-5, atol=1e-6))
     except Exception as error:  # whatever somebody's function may raise
-        raise ValueError(f"activation {fn!r} cannot be traced by jax: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"activation {fn!r} cannot be traced by jax: {first_line(error)}") from error
     if not good:
         raise ValueError(f"activation {fn!r} is not an elementwise function, finite at every number")

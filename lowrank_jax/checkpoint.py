@@ -26,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from lowrank_jax.digest import digests
 from lowrank_jax.distributed import gather, several
+from lowrank_jax.messages import first_line
 
 _SCORES = "scores.json"
 _GONE = "gone"
@@ -168,7 +169,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # tensorstore reports a full disk as a ValueError
-            raise CheckpointError(f"{self.directory}: a checkpoint could not be written: {_first_line(error)}") from error
+            raise CheckpointError(f"{self.directory}: a checkpoint could not be written: {_reason(error)}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -247,7 +248,7 @@ class Checkpoints:
             except (PermissionError, MemoryError):  # the step may well be good
                 raise
             except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
-                reason = _first_line(error)
+                reason = _reason(error)
             time.sleep(_STRAGGLERS)
         return reason if (self.directory / str(step)).exists() else _GONE
 
@@ -351,9 +352,9 @@ class _WithoutClosedLoops:
             self.otherwise(unraisable)
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Of long ones, which name a file several times on the way, both ends: the last words are the reason."""
-    line = (str(error) or type(error).__name__).splitlines()[0]
+    line = first_line(error)
     return line if len(line) <= 200 else f"{line[:80]} ... {line[-115:]}"
 
 

@@ -8,7 +8,7 @@ chip.  They are the makers' own, for products of bfloat16 with dense operands: G
 import dataclasses
 from typing import Any
 
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.messages import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)

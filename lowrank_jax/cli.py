@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jax
 from absl import logging
 
+from lowrank_jax.messages import first_line
+
 if TYPE_CHECKING:
     from lowrank_jax.estimates import Wanted
     from lowrank_jax.evaluate import Evaluator
@@ -161,10 +163,8 @@ def _run(args: argparse.Namespace) -> int:
 def _accident(error: Exception) -> str:
     """What became of one of several processes."""
     if isinstance(error, jax.errors.JaxRuntimeError):
-        what = (str(error) or "unknown").splitlines()[0]
-        return (
-            f"lowrank: the devices failed: {what}. If a process was lost, the same command on each goes on from the last save."
-        )
+        again = "If a process was lost, the same command on each goes on from the last save."
+        return f"lowrank: the devices failed: {first_line(error)}. {again}"
     return "".join(traceback.format_exception(error))
 
 

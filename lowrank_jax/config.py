@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from lowrank_jax import models, surgery
 from lowrank_jax.data import datasets
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.messages import did_you_mean, first_line
 from lowrank_jax.plans import Plan
 from lowrank_jax.schema import Config, DatasetConfig, Duration
 from lowrank_jax.sharding import AXES, read_rules, rule_problems
@@ -269,7 +269,7 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
         try:
             datasets.split_size(config.description, split)
         except ValueError as error:
-            problems.append(f"dataset.{key}: {str(error).splitlines()[0]}")
+            problems.append(f"dataset.{key}: {first_line(error)}")
     if not problems and config.dataset.valid_split:
         problems += _overlaps(config)
     if not problems and not wrong & {"steps", "epochs", "batch_size", "optim.warmup"} and (config.steps or config.epochs):
@@ -400,9 +400,8 @@ def images_like(config: Config) -> jax.ShapeDtypeStruct:
 
 def _lines(error: Exception) -> list[str]:
     """An error as one line; our own ValueErrors hold a problem a line."""
-    text = str(error).strip() or type(error).__name__
-    ours = isinstance(error, ValueError) and text.startswith(("rule ", "setting "))
-    return text.splitlines() if ours else [text.splitlines()[0][:300]]
+    ours = isinstance(error, ValueError) and str(error).startswith(("rule ", "setting "))
+    return str(error).splitlines() if ours else [first_line(error)[:300]]
 
 
 def _rule_problems(config: Config, wrong: set[str]) -> list[str]:

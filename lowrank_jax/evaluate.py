@@ -15,7 +15,7 @@ from lowrank_jax.data import datasets
 from lowrank_jax.data.datasets import DataError, Split
 from lowrank_jax.data.pipeline import EvalBatches, shard_of
 from lowrank_jax.distributed import OtherFailed, several
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.messages import did_you_mean
 from lowrank_jax.plans import align, count
 from lowrank_jax.schema import Config, MeshConfig
 from lowrank_jax.sharding import put_batch

@@ -17,6 +17,7 @@ from lowrank_jax import chips, inputs, mixing, optim, state, step, votes
 from lowrank_jax.config import ConfigError, make_plan
 from lowrank_jax.data.datasets import Dataset
 from lowrank_jax.execution import choose_execution
+from lowrank_jax.messages import first_line
 from lowrank_jax.plans import Plan
 from lowrank_jax.schema import Config
 from lowrank_jax.sharding import (
@@ -206,7 +207,7 @@ def _cpu() -> Any:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
-        hint = f'"host" takes jax\'s CPU device: unset JAX_PLATFORMS or add cpu to it ({str(error).splitlines()[0]})'
+        hint = f'"host" takes jax\'s CPU device: unset JAX_PLATFORMS or add cpu to it ({first_line(error)})'
         raise ConfigError("config", [f"init.svd: {hint}"]) from error
 
 

@@ -19,9 +19,10 @@ from lowrank_jax import inputs, linalg, projection, state, surgery
 from lowrank_jax.data import datasets
 from lowrank_jax.data.pipeline import TrainBatches
 from lowrank_jax.experiment import blank_images
+from lowrank_jax.messages import did_you_mean
 from lowrank_jax.methods import METHODS
 from lowrank_jax.mixing import normalizer
-from lowrank_jax.paths import did_you_mean, named_leaves
+from lowrank_jax.paths import named_leaves
 from lowrank_jax.plans import Plan, markdown_table
 from lowrank_jax.schema import Config
 from lowrank_jax.writer import duration

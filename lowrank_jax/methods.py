@@ -8,7 +8,7 @@ import jax
 from lowrank_jax import ablations, activations, approximation, leading, linalg, projection
 from lowrank_jax.activations import ActivationLike
 from lowrank_jax.linalg import Pair
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.messages import did_you_mean
 from lowrank_jax.stacks import Stack
 
 # All kernels that are to be factored by a method, in stacks of one shape; for every stack u [k, n, rank] and v [k, rank, m].

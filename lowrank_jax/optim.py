@@ -8,7 +8,8 @@ import optax
 
 from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay
 from lowrank_jax.kernel import is_low_rank
-from lowrank_jax.paths import first_match, map_named, named_leaves, nearest
+from lowrank_jax.messages import nearest
+from lowrank_jax.paths import first_match, map_named, named_leaves
 
 OPTIMIZERS = ("sgd", "adamw", "rmsprop", "lars", "lamb")
 KERNELS = r"(.*/)?(kernel|embedding)(/[uv])?"

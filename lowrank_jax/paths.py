@@ -4,12 +4,13 @@ A leaf's name is its path joined by slashes: "stage1/block1/conv1/kernel".  A ru
 the whole name; of several rules the first that matches wins.
 """
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+
+from lowrank_jax.messages import nearest
 
 CATCH_ALL = ".*"
 
@@ -28,18 +29,6 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
 def map_named(fn: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """A tree of `fn(name, leaf)`."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(leaf_name(path), leaf), tree, is_leaf=is_leaf)
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that reads most like `name`; None when there are no candidates."""
-    return max(candidates, key=lambda c: difflib.SequenceMatcher(None, name, c).ratio(), default=None)
-
-
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """The clause "; did you mean x?" when a candidate is close, else the list of what is known."""
-    candidates = [str(c) for c in candidates]
-    close = difflib.get_close_matches(str(name), candidates, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(candidates) or 'none'}"
 
 
 def first_match(patterns: Sequence[str], names: Sequence[str], *, suggest: Sequence[str] = ()) -> dict[str, int | None]:

@@ -16,6 +16,7 @@ from lowrank_jax import slices
 from lowrank_jax.chips import Chip
 from lowrank_jax.collectives import collectives
 from lowrank_jax.experiment import Experiment
+from lowrank_jax.messages import first_line
 
 EXTRA = "pip install 'lowrank_jax[tpu-preflight]'"
 EFFORTS = {"fast": "O0", "full": "UNKNOWN"}
@@ -131,7 +132,7 @@ def compile_program(lowered: jax.stages.Lowered, chip: Chip, effort: str = "fast
         with compiling(effort):
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return Program(_wanted_bytes(str(error)), None, time.perf_counter() - begin)
+        return Program(_wanted_bytes(error), None, time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     assert memory is not None and cost is not None and text is not None
@@ -156,21 +157,17 @@ def compiling(effort: str) -> Iterator[None]:
             jax.config.update(name, value)
 
 
-def first_line(message: object) -> str:
-    """Of what may be empty."""
-    return next(iter(str(message).splitlines()), "it does not say why")
-
-
-def _wanted_bytes(message: str) -> int:
+def _wanted_bytes(error: Exception) -> int:
     """How much memory the compiler asked for when it refused.
 
     Raises:
       PreflightError: memory was not the reason.
     """
+    message = str(error)
     amount = r"([\d.]+)([KMGT]?)"
     found = re.search(rf"\({amount}\) exceeds available HBM", message) or re.search(rf"Used {amount} of [\d.]+\w? hbm", message)
     if found is None:
-        raise PreflightError(f"the compiler gives up: {first_line(message)}")
+        raise PreflightError(f"the compiler gives up: {first_line(error)}")
     return round(float(found[1]) * _UNITS[found[2]])
 
 

@@ -22,7 +22,7 @@ from lowrank_jax import activations, leading, linalg, subspaces
 from lowrank_jax.activations import Activation, ActivationLike
 from lowrank_jax.leading import measure
 from lowrank_jax.linalg import Pair, grouped, lengths, ratio, wide
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.messages import did_you_mean
 from lowrank_jax.stacks import Stack
 from lowrank_jax.subspaces import SUBSPACES
 

@@ -7,8 +7,9 @@ from typing import Literal
 
 from lowrank_jax import activations
 from lowrank_jax.kernel import MatrixView
+from lowrank_jax.messages import did_you_mean
 from lowrank_jax.methods import METHODS
-from lowrank_jax.paths import compile_pattern, did_you_mean
+from lowrank_jax.paths import compile_pattern
 
 SCHEMES = ("channel", "spatial")
 SCALE_OF = ("full_rank", "columns")

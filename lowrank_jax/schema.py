@@ -12,8 +12,9 @@ from lowrank_jax import models, optim
 from lowrank_jax.checks import above, at_least, below_one
 from lowrank_jax.data import datasets
 from lowrank_jax.data.augment import Augmentation
+from lowrank_jax.messages import did_you_mean
 from lowrank_jax.methods import METHODS
-from lowrank_jax.paths import compile_pattern, did_you_mean
+from lowrank_jax.paths import compile_pattern
 from lowrank_jax.ranks import Rule
 from lowrank_jax.sharding import AXES, ShardingRule, mesh_sizes, read_rules
 

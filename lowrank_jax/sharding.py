@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
-from lowrank_jax.paths import compile_pattern, did_you_mean, first_match, map_named, named_leaves
+from lowrank_jax.messages import did_you_mean
+from lowrank_jax.paths import compile_pattern, first_match, map_named, named_leaves
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.messages import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)

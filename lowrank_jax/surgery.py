@@ -15,8 +15,9 @@ from jax.scipy.linalg import solve_triangular
 from lowrank_jax import discover, linalg
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.layers import takes_factors
+from lowrank_jax.messages import did_you_mean
 from lowrank_jax.methods import METHODS, SAMPLED, Method
-from lowrank_jax.paths import did_you_mean, first_match, map_named, named_leaves
+from lowrank_jax.paths import first_match, map_named, named_leaves
 from lowrank_jax.plans import Plan, PlannedKernel, Traffic
 from lowrank_jax.ranks import Rule, wanted_rank
 from lowrank_jax.stacks import Stack

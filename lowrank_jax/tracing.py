@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from lowrank_jax.messages import first_line
+
 
 class Tracer:
     """Traces the training steps from a first to a last one, and leaves all other steps alone.
@@ -94,6 +96,5 @@ class Tracer:
         try:
             yield
         except Exception as error:  # of the profiler, or of whatever kind of bucket
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"no trace of steps {self._first} to {self._last}: {reason}", file=sys.stderr, flush=True)
+            print(f"no trace of steps {self._first} to {self._last}: {first_line(error)}", file=sys.stderr, flush=True)
             self._last = 0

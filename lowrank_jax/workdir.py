@@ -14,6 +14,7 @@ from etils import epath
 from upath import UPath
 
 from lowrank_jax import config as configs
+from lowrank_jax.messages import first_line
 
 # What may change between two starts of one experiment: where things are, what is written and how often, how many devices, how
 # layers run on them, what decomposes their kernels, and how many images may be passed over, which no figure depends on as long
@@ -76,7 +77,7 @@ class Workdir:
         try:
             there = epath.Path(match[0]).exists()
         except Exception as error:  # every kind of bucket has errors of its own
-            raise WorkdirError(f"cannot reach {match[0]}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+            raise WorkdirError(f"cannot reach {match[0]}: {first_line(error)}") from error
         if not there:
             raise WorkdirError(f"there is no bucket {match[0]}, or this account may not see it")
 

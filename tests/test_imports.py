@@ -6,8 +6,8 @@ import sys
 
 LIBRARY = {
     "ablations", "activations", "approximation", "chips", "decay", "discover", "execution", "inputs", "kernel", "layers",
-    "leading", "linalg", "methods", "paths", "plans", "projection", "ranks", "stacks", "subspaces", "surgery", "theory",
-    "windows",
+    "leading", "linalg", "messages", "methods", "paths", "plans", "projection", "ranks", "stacks", "subspaces", "surgery",
+    "theory", "windows",
 }  # fmt: skip
 ALLOWED = {"jax", "flax", "optax", "numpy"}
 

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import pytest
 
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
-from lowrank_jax.paths import did_you_mean, first_match, map_named, named_leaves
+from lowrank_jax.paths import first_match, map_named, named_leaves
 
 NAMES = ["stem/conv/kernel", "stage1/block1/conv1/kernel", "head/kernel", "head/bias"]
 
@@ -34,8 +34,3 @@ def test_a_rule_that_decides_nothing_is_an_error(patterns, message):
 
 def test_a_catch_all_may_catch_nothing():
     assert first_match([".*/kernel", ".*"], ["a/kernel"]) == {"a/kernel": 0}
-
-
-def test_did_you_mean_proposes_or_lists():
-    assert did_you_mean("scael", ["scale", "rank"]) == "; did you mean scale?"
-    assert did_you_mean("zzz", ["scale", "rank"]) == "; known: scale, rank"

@@ -13,7 +13,7 @@ from etils import epath
 
 from lowrank_jax.data import stored
 from lowrank_jax.data.augment import Augmentation, augment
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.messages import did_you_mean
 
 Batch = dict[str, np.ndarray]
 

@@ -11,6 +11,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from lowrank_jax.data.crops import Box
+from lowrank_jax.messages import first_line
 
 # Batches are decoded by a thread for each core: threads inside of an operation would only fight with them.
 cv2.setNumThreads(1)
@@ -124,7 +125,7 @@ def _decode_slowly(data: bytes) -> np.ndarray:
     except UnidentifiedImageError:  # its message is the address of an object
         raise Undecodable("not an image") from None
     except Exception as error:  # each of its formats has errors of its own
-        raise Undecodable(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+        raise Undecodable(first_line(error)) from None
 
 
 def _check_size(height: int, width: int) -> None:

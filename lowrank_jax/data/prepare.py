@@ -15,6 +15,7 @@ import tempfile
 from typing import Any
 
 from lowrank_jax.data import datasets, stored
+from lowrank_jax.messages import first_line
 
 # Debian repacks the four files without the name and time that their publisher's gzip wrote.  With both put back they are
 # byte for byte the files whose checksums TFDS knows, so its own builder takes them.
@@ -108,7 +109,7 @@ def _build(builder: Any, manual_dir: pathlib.Path) -> None:
     try:
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual_dir)))
     except (tarfile.TarError, KeyError, ValueError, EOFError, tf.errors.OutOfRangeError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise SystemExit(f"{name}: the files in {manual_dir} are not the published ones ({reason})") from error
     except OSError as error:  # no permission, no space left
         raise SystemExit(f"{name}: {error.filename or 'input or output'}: {error.strerror or error}") from error

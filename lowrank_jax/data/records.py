@@ -16,6 +16,7 @@ from lowrank_jax.data import augment, crops
 from lowrank_jax.data.augment import Augmentation
 from lowrank_jax.data.datasets import Batch, DataError, Dataset
 from lowrank_jax.data.decode import Choose, Undecodable, decode_box
+from lowrank_jax.messages import first_line
 
 _CHUNK = 4  # examples that a thread takes at a time: few enough that all end at about the same time
 
@@ -118,7 +119,7 @@ class Records:
             record = source[index - self._ends[part] + stop]
             return _example_type().FromString(record).features.feature
         except Exception as error:  # array_record has no error type of its own
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise DataError(f"{self._name}: record {index} cannot be read ({reason}); {self._remedy}") from error
 
     def _note(self, index: int, name: str, error: Undecodable) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import flax.linen as nn
 
+from lowrank_jax.messages import did_you_mean, first_line
 from lowrank_jax.models.efficientnet import EFFICIENTNETS, EfficientNet
 from lowrank_jax.models.mlp import MLP
 from lowrank_jax.models.resnet import RESNETS, ResNet
 from lowrank_jax.models.vit import VITS, ViT
 from lowrank_jax.models.wide_resnet import WIDE_RESNETS, WideResNet
-from lowrank_jax.paths import did_you_mean
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
@@ -55,7 +55,7 @@ def constructor(name: str) -> Callable[..., nn.Module]:
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever somebody's module may raise
-        raise ValueError(f"model {name!r} cannot be imported: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"model {name!r} cannot be imported: {first_line(error)}") from None
 
 
 def settings(name: str) -> dict[str, Any] | None:

@@ -18,7 +18,8 @@ import flax.traverse_util
 import numpy as np
 
 from lowrank_jax import models
-from lowrank_jax.paths import did_you_mean, named_leaves
+from lowrank_jax.messages import did_you_mean
+from lowrank_jax.paths import named_leaves
 
 # timm's name, up to a dot: the name here and the settings in which the two differ.
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {

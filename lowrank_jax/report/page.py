@@ -12,7 +12,7 @@ from typing import Any
 import markdown
 from etils import epath
 
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.messages import did_you_mean
 from lowrank_jax.plans import align, count, markdown_table
 from lowrank_jax.report import arms as grouping
 from lowrank_jax.report import figures

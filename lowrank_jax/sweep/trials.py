@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lowrank_jax import config as configs
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.messages import did_you_mean
 from lowrank_jax.plans import align, count
 from lowrank_jax.schema import Config
 from lowrank_jax.sweep import grammar

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from lowrank_jax import projection
 from lowrank_jax.linalg import highest_precision, is_count, solve_gram
-from lowrank_jax.paths import did_you_mean
+from lowrank_jax.messages import did_you_mean
 from lowrank_jax.subspaces import SUBSPACES
 from lowrank_jax.theory import hidden, moments
 from lowrank_jax.theory.gap import risk_bound
