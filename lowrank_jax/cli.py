@@ -5,10 +5,8 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
-import re
 import shlex
 import signal
 import sys
@@ -19,6 +17,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jax
 from absl import logging
 
+from lowrank_jax.flags import (
+    BAD_INPUT,
+    DIVERGED,
+    DOES_NOT_FIT,
+    FAILED,
+    HOSTS,
+    INTERRUPTED,
+    JOBSET,
+    KILLED,
+    RAY,
+    parser,
+    split_overrides,
+)
 from lowrank_jax.messages import first_line
 
 if TYPE_CHECKING:
@@ -27,106 +38,12 @@ if TYPE_CHECKING:
     from lowrank_jax.sweep.launch import Engine
     from lowrank_jax.sweep.trials import Sweep
 
-FAILED, BAD_INPUT, DOES_NOT_FIT, DIVERGED, INTERRUPTED, KILLED = 1, 2, 3, 4, 75, 130
-
-_HOSTS = ("coordinator", "processes", "process", "heartbeat", "patience")
-
-_STATUS = f"""exit status:
-  0  done
-  {FAILED}  some trials of a sweep did not succeed
-  {BAD_INPUT}  a config, command line, file, work directory or data set that cannot be used
-  {DOES_NOT_FIT}  preflight: it does not fit into the memory of the chips
-  {DIVERGED}  the loss or the gradient is not finite
-  {INTERRUPTED}  stopped by SIGTERM or Ctrl-C after saving; the same command continues
-  {KILLED}  stopped by Ctrl-C before there was anything to save, or by a second one"""
-
-_OVERRIDES = """Any key of the config can be set from the command line: --config.optim.lr=0.05 --config.lowrank.scale=0.1"""
-
-_TRAIN = f"""examples:
-  lowrank train --config=configs/digits_resnet.py --workdir=runs/digits
-  lowrank train --config=configs/digits_resnet.py --config.lowrank.method=spectral --workdir=runs/spectral
-  lowrank train --config=configs/digits_resnet.py --config.lowrank.method=none --workdir=runs/dense
-
-The same command on the same --workdir resumes an interrupted run exactly. {_OVERRIDES}
-
-{_STATUS}"""
-
-_EVALUATE = f"""examples:
-  lowrank evaluate --workdir=runs/digits
-  lowrank evaluate --workdir=runs/digits --step=best --split=train --json=train.json
-  lowrank evaluate --workdir runs/sweep/* --json=sweep.json
-  lowrank evaluate --workdir=runs/imagenet --dataset=imagenet_v2
-  lowrank evaluate --workdir=runs/digits --watch
-
-Of several work directories one that cannot be evaluated is reported, and the rest go on; the status is {BAD_INPUT} then.
-
---watch runs beside training: it waits for the work directory, evaluates the checkpoints that it finds there, adds each to
-DIR/watch_SPLIT.jsonl and to TensorBoard, and ends with the run. Stopped, it goes on where it was when started again.
-
-{_STATUS}"""
-
-_SWEEP = f"""examples:
-  lowrank sweep --config=configs/digits_resnet.py --workdir=runs/sweep --jobs=2 \\
-      --sweep='lowrank.scale=0.05,0.1; lowrank.method=none,spectral,kernel_projection; seed=0:3'
-  lowrank sweep ... --dry-run
-  lowrank sweep ... --engine=ray --gpus=0.5 --asha-grace='5 epochs'
-  lowrank sweep ... --workdir=gs://bucket/sweep --emit=jobset --tpu=v5e:4x4 --image=IMAGE | kubectl apply -f -
-  lowrank sweep ... --config.dataset.train_split='train[:90%]' --config.dataset.valid_split='train[90%:]' \\
-      --sweep='lowrank.method=spectral,kernel_projection; seed=0:5; tune(optim.lr=0.03,0.1,0.3)'
-
-the sweep: terms separated by semicolons, of which every combination is a trial
-  key=a,b,c                  values of any key of the config; brackets and quotes protect commas
-  seed=0:5                   whole numbers, 5 excluded; 0:10:2 every second one
-  zip(key=a,b; other=c,d)    values that belong together: (a, c) and (b, d)
-  tune(optim.lr=a,b,c)       every value at the first seed, the best by top-1 on dataset.valid_split at the others
-A dense arm (lowrank.method=none) has no rank and appears once.
-
-Every trial is `lowrank train` in a folder of its own under --workdir, its output in log.txt there.  The same command goes on
-where it was stopped; finished trials are not repeated.  A trial that crashes is tried once more.  {_OVERRIDES}
-
-{_STATUS}"""
-
-_REPORT = """examples:
-  lowrank report runs/sweep
-  lowrank report runs/sweep --rival=optim.frobenius_decay=0
-  lowrank report runs/a runs/b gs://bucket/sweep --out=runs/report"""
-
-_OVERVIEW = f"""examples:
-  lowrank overview --config=configs/digits_resnet.py
-  lowrank overview --config=configs/fashion_mnist_resnet.py --config.lowrank.scale=0.1
-  lowrank overview --config=configs/imagenet_resnet50_lowrank.py --config.mesh.fsdp=4 --devices=16
-
-Touches no data, computes nothing and needs none of the devices. {_OVERRIDES}"""
-
-_PREFLIGHT = f"""examples:
-  lowrank preflight --config=configs/imagenet_resnet50_lowrank.py --topology=v5e:4x4
-  lowrank preflight --config=configs/imagenet_vit_lowrank.py --topology=v4:2x2x2 --sweep='lowrank.scale=0.05,0.1,0.25'
-  lowrank preflight --config=configs/imagenet_resnet50.py --topology=v6e:16x16 --config.batch_size=16384 --effort=full
-
-Has the TPU's compiler say what the training step, the evaluation and the initialiser would take of a chip, beside what those
-of the dense twin (lowrank.method=none) would.  No TPU is needed, pip install 'lowrank_jax[tpu-preflight]' is; nothing runs, and
-all figures are the compiler's estimates.  Slices are named by their generation, v3, v4, v5e, v5p or v6e, and their topology.
-
---effort=fast has the FLOPs of full, the memory within some per cent, its bytes and times are those of a
-program that is optimised less. full takes minutes for each program.
-
-{_OVERRIDES}
-
-{_STATUS}"""
-
-_INIT_REPORT = f"""examples:
-  lowrank init-report --config=configs/digits_resnet.py --out=runs/init_digits
-  lowrank init-report --config=configs/digits_resnet.py --images=data --seeds=3 --config.lowrank.moment_batches=2
-  lowrank init-report --config=configs/digits_resnet.py --scales=0.1 --methods=spectral,function_approximation
-
-Trains nothing. Writes OUT.md, OUT.json and OUT.png. {_OVERRIDES}"""
-
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits with its status."""
     given = list(sys.argv[1:] if argv is None else argv)
-    parser, overrides, rest = _parser(), *_split_overrides(given)
-    args = parser.parse_args(rest)
+    overrides, rest = split_overrides(given)
+    args = parser(_COMMANDS).parse_args(rest)
     args.overrides, args.given = overrides, given[1:]
     _quieten()
     try:
@@ -215,7 +132,7 @@ def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator"
     from lowrank_jax.config import ConfigError
     from lowrank_jax.watch import watch
 
-    if flags := _given(args, _HOSTS):
+    if flags := _given(args, HOSTS):
         raise ConfigError("--watch", [f"it is one process: leave out {' '.join(f'--{flag}' for flag in flags)}"])
     if args.json or args.step != "latest":
         raise ConfigError("--watch", ["it evaluates every checkpoint into a file of its own: leave out --step and --json"])
@@ -228,7 +145,7 @@ def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator"
 def _join(args: argparse.Namespace) -> None:
     from lowrank_jax import distributed
 
-    distributed.start(distributed.Cluster(**_given(args, _HOSTS)))
+    distributed.start(distributed.Cluster(**_given(args, HOSTS)))
 
 
 def _say(text: str) -> None:
@@ -292,15 +209,10 @@ def _sweep(args: argparse.Namespace) -> int:
     return 0 if launch.succeeded(outcomes) else FAILED
 
 
-# The flags of `sweep` that only one of its ways to run trials takes, all None unless given.
-_RAY = ("ray_address", "cpus", "gpus", "tpus", "asha_grace", "asha_reduction")
-_JOBSET = ("tpu", "image", "name", "namespace", "queue", "service_account", "spot", "max_restarts", "grace")
-
-
 def _check_sweep_flags(args: argparse.Namespace) -> None:
     from lowrank_jax.config import ConfigError
 
-    ways = {"--engine=ray": (args.engine == "ray" and not args.emit, _RAY), "--emit=jobset": (args.emit == "jobset", _JOBSET)}
+    ways = {"--engine=ray": (args.engine == "ray" and not args.emit, RAY), "--emit=jobset": (args.emit == "jobset", JOBSET)}
     problems = [
         f"--{flag.replace('_', '-')}: only with {way}"
         for way, (chosen, flags) in ways.items()
@@ -347,7 +259,7 @@ def _emitted(args: argparse.Namespace, sweep: "Sweep") -> str:
     if "://" not in args.workdir:  # for the report; a bucket may be out of reach from here
         trials.record(args.workdir, sweep, wanted, f"lowrank sweep {shlex.join(args.given)}")
     try:
-        return emit.shell(wanted) if args.emit == "sh" else emit.jobset(wanted, emit.Cluster(**_given(args, _JOBSET)))
+        return emit.shell(wanted) if args.emit == "sh" else emit.jobset(wanted, emit.Cluster(**_given(args, JOBSET)))
     except ValueError as error:
         raise ConfigError(f"--emit={args.emit}", str(error).splitlines()) from None
 
@@ -445,194 +357,15 @@ def _load(args: argparse.Namespace):
     return args.config, config
 
 
-def _split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Takes `--config.a.b=value` and `--config.a.b value` out of the arguments."""
-    overrides, rest = [], []
-    queue = list(argv)
-    while queue:
-        argument = queue.pop(0)
-        match = re.fullmatch(r"--config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
-        if not match:
-            rest.append(argument)
-        elif match[2] is not None:
-            overrides.append((match[1], match[2]))
-        elif queue and not queue[0].startswith("--"):
-            overrides.append((match[1], queue.pop(0)))
-        else:
-            print(f"lowrank: {argument} needs a value: {argument}=...", file=sys.stderr)
-            sys.exit(BAD_INPUT)
-    return overrides, rest
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lowrank", description="Train and evaluate low-rank neural networks.", epilog=_STATUS)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
-
-    def add(name: str, function, summary: str, epilog: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        sub.set_defaults(command=function, overrides=[])
-        return sub
-
-    train = add("train", _train, "Train from a config file, or go on where a run stopped.", _TRAIN)
-    train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
-    train.add_argument("--workdir", required=True, type=_not_empty, help="folder of the run, local or remote (gs://...)")
-
-    _add_hosts(train)
-
-    evaluate = add("evaluate", _evaluate, "Evaluate a checkpoint on every example of a split.", _EVALUATE)
-    evaluate.add_argument(
-        "--workdir", required=True, type=_not_empty, nargs="+", action="extend", metavar="DIR", help="folders of runs"
-    )
-    evaluate.add_argument("--step", default="latest", help="latest (default), best by top-1, or a number")
-    evaluate.add_argument("--split", help='such as "test" or "train[:1000]"; default: the config\'s dataset.eval_split')
-    evaluate.add_argument("--dataset", metavar="NAME", help="another data set of the same classes, such as imagenet_v2")
-    evaluate.add_argument("--data-dir", help="where the data is on this machine, if not where it was in training")
-    evaluate.add_argument(
-        "--max-undecodable", type=_whole, metavar="N", help="how many images may not decode, if not what it was in training"
-    )
-    evaluate.add_argument("--json", type=_not_empty, metavar="FILE", help="write the numbers here too")
-    evaluate.add_argument("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")
-    evaluate.add_argument("--poll", type=_seconds, default=10.0, metavar="SECONDS", help="between two looks; default: 10")
-    _add_hosts(evaluate)
-
-    sweep = add("sweep", _sweep, "Train many runs that differ in a few settings.", _SWEEP)
-    sweep.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
-    sweep.add_argument("--sweep", required=True, metavar="TEXT", help="what to vary; see below")
-    sweep.add_argument(
-        "--workdir", required=True, type=_not_empty, help="folder of the sweep; each trial has one of its own in it"
-    )
-    sweep.add_argument("--dry-run", action="store_true", help="print the table of trials and start nothing")
-    sweep.add_argument("--jobs", type=_count, metavar="N", help="trials at a time; default: 1, with ray what there is room for")
-    sweep.add_argument("--engine", choices=("local", "ray"), help="child processes (default), or a Ray cluster")
-    ray = sweep.add_argument_group("with --engine=ray")
-    ray.add_argument(
-        "--ray-address", metavar="ADDRESS", help="auto or host:6379; default: RAY_ADDRESS, else this machine alone"
-    )
-    ray.add_argument("--cpus", type=float, metavar="N", help="of every trial; default: 1")
-    ray.add_argument("--gpus", type=float, metavar="N", help="of every trial; a fraction shares one; default: 0")
-    ray.add_argument("--tpus", type=int, metavar="N", help="chips of every trial; default: 0")
-    ray.add_argument(
-        "--asha-grace", type=_duration, metavar="LENGTH", help='stop poor trials early, never before "500 steps", say'
-    )
-    ray.add_argument("--asha-reduction", type=float, metavar="N", help="one in N goes on at each rung; default: 4")
-    sweep.add_argument("--emit", choices=("sh", "jobset"), help="print shell lines or Kubernetes JobSets instead of running")
-    jobset = sweep.add_argument_group("with --emit=jobset")
-    jobset.add_argument("--tpu", metavar="TYPE", help="slice of every trial, such as v5e:4x4")
-    jobset.add_argument("--image", help="container image that holds lowrank and the config file")
-    jobset.add_argument("--name", help="of the sweep in Kubernetes; default: lowrank")
-    jobset.add_argument("--namespace", help="default: the one that kubectl is set to")
-    jobset.add_argument("--queue", help="a LocalQueue of Kueue")
-    jobset.add_argument("--service-account", metavar="NAME", help="that may read and write the work directories")
-    jobset.add_argument("--spot", action="store_true", default=None, help="ask for spot nodes")
-    jobset.add_argument("--max-restarts", type=int, metavar="N", help="of each trial; default: 20")
-    jobset.add_argument("--grace", type=_count, metavar="SECONDS", help="from SIGTERM to SIGKILL; default: 300")
-
-    report = add("report", _report, "Compare finished runs on one page.", _REPORT)
-    report.add_argument("folders", nargs="+", metavar="DIR", type=_not_empty, help="of a sweep or a run, local or a URL")
-    report.add_argument("--out", metavar="DIR", help="where to write; default: the first DIR")
-    report.add_argument("--rival", metavar="METHOD|KEY=VALUE", help="what other arms are set against; default: spectral")
-    report.add_argument(
-        "--tune",
-        type=_names,
-        default=("optim.lr",),
-        metavar="KEY,...",
-        help="shown at its best by validation; default: optim.lr",
-    )
-
-    overview = add(
-        "overview", _overview, "Show every kernel with its rank, or why it stays dense, and what each device holds.", _OVERVIEW
-    )
-    overview.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
-    overview.add_argument(
-        "--devices", type=_count, metavar="N", help="show what each of N devices holds; default: the fewest that the mesh takes"
-    )
-
-    flight = add("preflight", _preflight, "Estimate what training takes of a TPU slice, without one.", _PREFLIGHT)
-    flight.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
-    flight.add_argument("--topology", required=True, metavar="SLICE", help="such as v5e:4x4 or v4:2x2x2")
-    flight.add_argument("--sweep", metavar="TEXT", help="arms that differ in a few settings; see lowrank sweep --help")
-    flight.add_argument("--effort", choices=("fast", "full"), default="fast", help="of the compiler; default: fast")
-    flight.add_argument("--json", type=_not_empty, metavar="FILE", help="write the numbers here too")
-    flight.add_argument("--no-cache", action="store_true", help="compile again what has been compiled before")
-
-    init = add("init-report", _init_report, "Compare initialisations of a network, without training it.", _INIT_REPORT)
-    init.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
-    init.add_argument("--out", default="runs/init_report", type=_not_empty, help="path of the report, without suffix")
-    init.add_argument("--scales", type=_numbers, metavar="A,B,...", help="ranks to try, as fractions; default: 0.05,0.1,0.25")
-    init.add_argument("--methods", type=_names, metavar="A,B,...", help="methods to compare; default: the quick ones")
-    init.add_argument("--seeds", type=_count, metavar="N", help="draw the network N times, from config.seed on; default: 1")
-    init.add_argument("--images", metavar="KIND", help="what logits are computed from: noise (default) or data")
-    init.add_argument("--batch-size", type=_count, metavar="N", help="of those images; default: 16")
-    return parser
-
-
-def _add_hosts(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group(
-        "several hosts", "The same command on each; TPU slices, GKE, Slurm and Open MPI are detected and need no flags."
-    )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, as the others reach it")
-    group.add_argument("--processes", type=_count, metavar="N", help="how many there are; 1: alone, whatever is detected")
-    group.add_argument("--process", type=_whole, metavar="I", help="which of them this is, from 0")
-    group.add_argument(
-        "--heartbeat", type=_count, metavar="SECONDS", help="until the others end when one was lost; default: 100"
-    )
-    group.add_argument("--patience", type=_count, metavar="SECONDS", help="to wait for the others at the start; default: 300")
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.05,0.1") from None
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
-    return value
-
-
-def _duration(text: str) -> Any:
-    from lowrank_jax.schema import Duration
-
-    try:
-        return Duration.read(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} must be {error}") from None
-
-
-def _not_empty(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
+_COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "sweep": _sweep,
+    "report": _report,
+    "overview": _overview,
+    "preflight": _preflight,
+    "init-report": _init_report,
+}
 
 
 def _quieten() -> None:

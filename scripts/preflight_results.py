@@ -19,8 +19,9 @@ import time as clock
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from lowrank_jax import chips, config, estimates, experiment, preflight, preflight_report
-from lowrank_jax.cli import DOES_NOT_FIT, cache_home
+from lowrank_jax.cli import cache_home
 from lowrank_jax.estimates import Cache, Compiler, Wanted
+from lowrank_jax.flags import DOES_NOT_FIT
 from lowrank_jax.plans import count, markdown_table
 from lowrank_jax.preflight import Program
 from lowrank_jax.preflight_report import Report, exchanged, flops, memory, moved, ratio, roofline_seconds, time

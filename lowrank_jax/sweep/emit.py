@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from lowrank_jax import slices
-from lowrank_jax.cli import BAD_INPUT, DIVERGED, INTERRUPTED
+from lowrank_jax.flags import BAD_INPUT, DIVERGED, INTERRUPTED
 from lowrank_jax.slices import Slice
 from lowrank_jax.sweep.trials import Trial
 from lowrank_jax.workdir import Workdir, WorkdirError

@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_jax.cli import BAD_INPUT, DIVERGED
+from lowrank_jax.flags import BAD_INPUT, DIVERGED
 from lowrank_jax.sweep.trials import Outcome, Trial, known_outcome
 from lowrank_jax.workdir import Workdir
 from lowrank_jax.writer import duration
