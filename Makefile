@@ -24,8 +24,9 @@ quickstart: setup
 	  --sweep='lowrank.scale=0.1,0.25; lowrank.method=none,spectral,kernel_projection; seed=0:2'
 	$(BIN)/lowrank report runs/quickstart
 
+# A worker that crashes ends the tests: with another in its place they would wait for ever.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist=loadfile
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --max-worker-restart=0
 
 check: setup
 	$(BIN)/ruff format --check .

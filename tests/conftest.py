@@ -16,6 +16,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import hypothesis  # noqa: E402
+import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import logging  # noqa: E402
 
@@ -23,6 +24,13 @@ logging.set_verbosity(logging.ERROR)
 # Compilation makes the first example of a property slow: a deadline would only measure that.
 hypothesis.settings.register_profile("project", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """A compiled program takes three memory mappings, of which Linux gives a process 65,530: with all of them it crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
