@@ -1,20 +1,23 @@
 """The theory's figures: the kernel projection's risk and its gap to spectral initialisation, and learning from samples.
 
-    python -m scripts.figures                    # all of them into docs/results/theory: half an hour or more on two cores
+    python -m scripts.figures                    # all of them into docs/results/theory: an hour or more on two cores
     python -m scripts.figures risk gap           # some of them: risk, gap, samples, success, time, sizes
     python -m scripts.figures success --redraw   # the picture anew, from the CSV file that is there
-    python -m scripts.figures --small --out=/tmp/figures    # every figure of a few small cases, in two minutes
+    python -m scripts.figures --small            # every figure of a few small cases into runs/theory, in some minutes
 
-Every figure is a PNG and a CSV file.
+Every figure is a PNG and a CSV file. Interrupted, the same command goes on where it was: until a figure is computed, what there
+is of it is in its .partial file.
 """
 
 import argparse
 import csv
 import dataclasses
 import itertools
+import json
 import math
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -43,7 +46,8 @@ from lowrank_jax.theory import (
 )
 from lowrank_jax.writer import duration
 
-OUT = pathlib.Path(__file__).parent.parent / "docs" / "results" / "theory"
+ROOT = pathlib.Path(__file__).parent.parent
+OUT, SMALL_OUT = ROOT / "docs" / "results" / "theory", ROOT / "runs" / "theory"
 ENOUGH = 1e-6  # a relative function error at which a network counts as learned
 BOUND = "no layer has less"
 
@@ -103,6 +107,8 @@ def draw_risk(rows: list[Row]) -> Figure:
                 line(panels[1, column], part, "rank", "risk", method, i)
         panels[0, column].set(title=f"{kind}, {rows[0]['n']} x {rows[0]['m']}")
         panels[1, column].set(xlabel="rank", xscale="log")
+        panels[1, column].set_xticks(ranks := sorted({row["rank"] for row in rows}), map(str, ranks), fontsize=8)
+        panels[1, column].minorticks_off()
     panels[0, 0].set(ylabel="risk relative to that of Y = 0")
     panels[1, 0].set(ylabel="risk over the bound")
     panels[0, 1].legend(fontsize=8)
@@ -135,7 +141,8 @@ def gap_of(against: str, power: str, n: int, rank: int, seed: int) -> list[Row]:
     w = jax.random.normal(key, (n, m), jnp.float32)
     row = {"against": against, "width": power, "n": n, "m": m, "rank": rank, "seed": seed, "gap": float(relative_gap(w, rank))}
     inputs = jax.random.fold_in(jax.random.key(m + 1000), rank)
-    sampled = sampled_gap(inputs, w, rank, samples=2 * 10**5) if seed == 0 and m <= 4096 else None
+    # At full rank there is no gap, and sampling would show the rounding.
+    sampled = sampled_gap(inputs, w, rank, samples=2 * 10**5) if seed == 0 and m <= 4096 and rank < n else None
     return [row | {"sampled": sampled.mean if sampled else "", "half": sampled.half if sampled else ""}]
 
 
@@ -150,7 +157,7 @@ def draw_gap(rows: list[Row]) -> Figure:
                 fmt="x", color="black", capsize=3, label="one draw, sampled, 95 %" if not i else None,
             )  # fmt: skip
         at = sorted({(row["rank"], row["n"]) for row in rows if row["against"] == against})
-        panel.plot([p[against == "n"] for p in at], [gaussian_gap(*p) for p in at], "k:", label="limit of wide layers")
+        panel.plot([p[against == "n"] for p in at], [gaussian_gap(*p) for p in at], "k:", label="(h(√(r/n)) - √(r/n))²")
         fixed = f"rank {at[0][0]}" if against == "n" else f"n = {at[0][1]}"
         panel.set(title=fixed, xlabel="rank" if against == "rank" else "input dimension n", xscale="log")
     panels[0].set(ylabel="risk of spectral less that of projection, relative")
@@ -185,7 +192,7 @@ def samples_of(learner: str, size: tuple[int, int, int], count: int, seed: int) 
     network = draw_network(jax.random.key(seed), *size)
     x, y = draw_samples(jax.random.key(seed + 1000), network, count)
     key = jax.random.key(seed + 2000)
-    rank, excess, reason = 4, float("nan"), ""
+    rank, excess, converged, reason = 4, float("nan"), "", ""
     try:
         if observed:
             network = dataclasses.replace(network, a=jnp.eye(size[1]))
@@ -194,18 +201,20 @@ def samples_of(learner: str, size: tuple[int, int, int], count: int, seed: int) 
             learned = start_from_moments(x, y, size[1], key=key)
         else:
             learned = learn_relu_network(x, y, size[1], key=key)
-        excess = excess_risk(network, learned, rank)
+        excess, converged = excess_risk(network, learned, rank), learned.converged
     except SampleError as refused:
         reason = str(refused)
-    return [
-        {"learner": learner, **named(size), "rank": rank, "samples": count, "seed": seed, "excess": excess, "refused": reason}
-    ]
+    row: Row = {"learner": learner, **named(size), "rank": rank, "samples": count, "seed": seed}
+    return [row | {"excess": excess, "converged": converged, "refused": reason}]
 
 
 def excess_risk(network: ReluNetwork, learned: ReluNetwork, rank: int) -> float:
-    """Of the learned W's projection in place of the true W, over that of the true one's projection; relative to R(0)."""
+    """Of the learned W's projection in place of the true W, over that of the true one's projection; relative to R(0).
+
+    On the leading singular subspace: `refine` ends in one of several maxima, and rounding alone may decide in which.
+    """
     found = matched(network, learned)
-    best, ours = (projection.kernel_projection(w, rank, subspace="refine") for w in (network.w, found))
+    best, ours = (projection.kernel_projection(w, rank) for w in (network.w, found))
     risks = [projection.relative_risk(network.w, u @ v) for u, v in (ours, best)]
     return float(risks[0] - risks[1])
 
@@ -228,8 +237,8 @@ def draw_samples_figure(rows: list[Row]) -> Figure:
                 slope, fitted = power_law(points)
                 panel.plot([at for at, _ in points], fitted, "k:", label=f"slope {slope:.2f}")
         panel.set(title=f"n = 20, m = 10, outputs {outputs}, rank 4", xlabel="samples", xscale="log", yscale="log")
-        panel.legend(fontsize=8)
     panels[0].set(ylabel="excess risk over the best projection, relative")
+    panels[0].legend(fontsize=8)
     return figure
 
 
@@ -256,8 +265,11 @@ def tell_samples(rows: list[Row]) -> str:
         points = []
         for count, some in groups(part, "samples"):
             known = [row["excess"] for row in some if not math.isnan(row["excess"])]
-            refused = f" ({len(some) - len(known)} refused)" if len(known) < len(some) else ""
-            points.append(f"{count}: {statistics.median(known):.1e}{refused}" if known else f"{count}: refused")
+            middle = f"{statistics.median(known):.1e}, at most {max(known):.1e}" if known else "-"
+            refused, left = len(some) - len(known), sum(row["converged"] is False for row in some)
+            told = f" ({refused} refused)" if refused else ""
+            told += f" ({left} not converged)" if left and learner != LEARNERS[1] else ""
+            points.append(f"{count}: {middle}{told}")
         lines.append(f"  {learner}, outputs {outputs}: " + ", ".join(points))
         known = [row for row in part if not math.isnan(row["excess"])]
         if learner == LEARNERS[1]:
@@ -303,7 +315,8 @@ def draw_success(rows: list[Row]) -> Figure:
     rates = np.array([[rate(rows, size, count) for count in counts] for size in sizes])
     image = panel.imshow(rates, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for (i, j), value in np.ndenumerate(rates):
-        told = "" if math.isnan(value) else f"{value:.2f}"
+        refused = sum(row["refused"] != "" for row in rows if size_of(row) == sizes[i] and row["samples"] == counts[j])
+        told = "" if math.isnan(value) else f"{value:.2f}" + (f"\n{refused} refused" if refused else "")
         panel.text(j, i, told, ha="center", va="center", fontsize=8, color="white" if value < 0.6 else "black")
     panel.set_xticks(range(len(counts)), [str(count) for count in counts])
     panel.set_yticks(range(len(sizes)), [f"n {n}, m {m}, outputs {k}" for n, m, k in sizes])
@@ -406,9 +419,9 @@ def draw_sizes(rows: list[Row]) -> Figure:
         for panel, value in zip(panels, ("seconds", "error"), strict=True):
             panel.plot([row["samples"] for row in part], [row[value] for row in part], ".", color=COLORS[i], label=f"{size}")
             panel.set(xlabel="samples", xscale="log", yscale="log")
-    panels[0].set(ylabel="seconds (the slowest of each: compiled on the way)")
+    panels[0].set(ylabel="seconds (the first of each size compiles)")
     panels[1].set(ylabel="relative function error")
-    panels[1].legend(fontsize=8, title="n, m, outputs")
+    panels[1].legend(fontsize=8, title="n, m, outputs", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -493,15 +506,29 @@ def parsed(value: str) -> Any:
     return {"True": True, "False": False}.get(value, value)
 
 
-def compute(name: str, job: Job) -> list[Row]:
-    rows, begin = [], time.monotonic()
-    for i, case in enumerate(job.cases):
-        rows += job.run(*case)
-        spent = time.monotonic() - begin
-        left = spent / (i + 1) * (len(job.cases) - i - 1)
-        print(f"\r{name} [{i + 1}/{len(job.cases)}] {duration(spent)}, eta {duration(left)}   ", end="", flush=True)
+def compute(name: str, job: Job, partial: pathlib.Path) -> list[Row]:
+    """The rows of all cases, those of an earlier start out of the partial file, which holds a case and its rows a line."""
+    done = read_partial(partial)
+    todo = [case for case in job.cases if json.dumps(case) not in done]
+    if done:
+        print(f"{name}: {len(job.cases) - len(todo)} of {len(job.cases)} cases are in {partial}; without it all are computed")
+    begin = time.monotonic()
+    with partial.open("a") as file:
+        for i, case in enumerate(todo):
+            rows = done[json.dumps(case)] = job.run(*case)
+            print(json.dumps([case, rows]), file=file, flush=True)
+            spent = time.monotonic() - begin
+            left = spent / (i + 1) * (len(todo) - i - 1)
+            print(f"\r{name} [{i + 1}/{len(todo)}] {duration(spent)}, eta {duration(left)}   ", end="", flush=True)
     print()
-    return rows
+    return [row for case in job.cases for row in done[json.dumps(case)]]
+
+
+def read_partial(partial: pathlib.Path) -> dict[str, list[Row]]:
+    lines = partial.read_text().splitlines(keepends=True) if partial.exists() else []
+    if lines and not lines[-1].endswith("\n"):  # interrupted in the middle of it
+        partial.write_text("".join(lines[:-1]))
+    return {json.dumps(case): rows for case, rows in map(json.loads, filter(lambda line: line.endswith("\n"), lines))}
 
 
 def jobs(small: bool) -> dict[str, Job]:
@@ -520,22 +547,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="FIGURE", help=f"of {', '.join(jobs(True))}; all if none is named")
     parser.add_argument("--small", action="store_true", help="few and small cases")
     parser.add_argument("--redraw", action="store_true", help="compute nothing: draw what the CSV files hold")
-    parser.add_argument("--out", type=pathlib.Path, default=OUT, help="folder to write to")
+    parser.add_argument("--out", type=pathlib.Path, help="folder to write to; default: docs/results/theory, small: runs/theory")
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in jobs(True)]
     if unknown:
         parser.error(f"unknown figure {unknown[0]!r}; there are {', '.join(jobs(True))}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    with jax.enable_x64(True):
-        for name in args.names or jobs(True):
-            make(name, jobs(args.small)[name], args.out, args.redraw, args.small)
+    out = args.out or (SMALL_OUT if args.small else OUT)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with jax.enable_x64(True):
+            for name in args.names or jobs(True):
+                make(name, jobs(args.small)[name], out, args.redraw, args.small)
+    except OSError as error:
+        sys.exit(f"{error.filename or out}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 def make(name: str, job: Job, out: pathlib.Path, redraw: bool, small: bool) -> None:
     if not redraw:
-        write_csv(out / f"{name}.csv", compute(name, job))
+        partial = out / f"{name}.partial"
+        write_csv(out / f"{name}.csv", compute(name, job, partial))
+        partial.unlink()
     rows = read_csv(out / f"{name}.csv")
-    figure = job.draw(rows)
+    try:
+        figure = job.draw(rows)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        sys.exit(f"{out / name}.csv: not what this figure is drawn from ({type(error).__name__}: {error})")
     command = f"python -m scripts.figures {name}" + (" --small" if small else "")
     figure.supxlabel(command, fontsize=7, x=0.01, ha="left", family="monospace")
     figure.savefig(out / f"{name}.png", dpi=120)

@@ -52,7 +52,12 @@ def gaussian_gap(rank: int, n: int) -> float:
 
     With m alone ρ² tends to a beta distribution of mean r/n, and the gap to an expectation over it, which is larger: at rank
     2 by 37 % for n = 16, 4 % for n = 256.
+
+    Raises:
+      ValueError: the rank is not from 1 to n.
     """
+    if not 1 <= rank <= n:
+        raise ValueError(f"rank {rank} of {n} inputs: must be from 1 to {n}")
     rho = math.sqrt(rank / n)
     return (_h(rho) - rho) ** 2
 
@@ -80,8 +85,10 @@ def sampled_gap(key: jax.Array, w: jax.Array, rank: int, *, samples: int = 10**6
       samples: how many to draw.
 
     Raises:
-      ValueError: as in `relative_gap`.
+      ValueError: as in `relative_gap`, or there are no samples.
     """
+    if not linalg.is_count(samples):
+        raise ValueError(f"{samples!r} samples: must be a whole number from 1")
     stand_ins = [u @ v for u, v in (projection.spectral(w, rank), projection.kernel_projection(w, rank))]
     rows = max(1, min(samples, 2**22 // max(w.shape)))
     draws = [_lost(part, w, *stand_ins, rows) for part in jax.random.split(key, max(2, -(-samples // rows)))]
@@ -89,6 +96,7 @@ def sampled_gap(key: jax.Array, w: jax.Array, rank: int, *, samples: int = 10**6
     count = rows * len(draws)
     mean = total / count
     deviation = math.sqrt(max(squares / count - mean**2, 0) / count)
+    whole = whole or 1.0  # a layer that is zero loses nothing
     return Estimate(mean * count / whole, 1.96 * deviation * count / whole)
 
 
@@ -106,16 +114,6 @@ def _lost(key: jax.Array, w: jax.Array, first: jax.Array, second: jax.Array, row
 # --- how far any could go ---
 
 
-def best_risk_on(w: jax.Array, q: jax.Array) -> jax.Array:
-    """The least risk of columns within the span of Q, ½ Σ_j |w_j|² (1 - h(ρ_j)²) (section 3.1); not relative.
-
-    Args:
-      w: `[n, m]`.
-      q: `[n, r]`, orthonormal.
-    """
-    return jnp.sum(lengths(w, 1) ** 2 * (1 - relu_h(cosines(w, q)) ** 2)) / 2
-
-
 def risk_bound(w: jax.Array, rank: int, *, steps: int = 200) -> jax.Array:
     """No layer of that rank has less risk; not relative.
 
@@ -129,17 +127,20 @@ def risk_bound(w: jax.Array, rank: int, *, steps: int = 200) -> jax.Array:
       steps: of the ascent.
 
     Raises:
-      ValueError: w is not a matrix of real, finite numbers, or the rank is out of range.
+      ValueError: w is not a matrix of real, finite numbers, the rank is out of range, or there are no steps.
     """
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
+    if not linalg.is_count(steps):
+        raise ValueError(f"{steps!r} steps: must be a whole number from 1")
     return _bound(w, rank, steps)
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "steps"))
 @highest_precision
 def _bound(w: jax.Array, rank: int, steps: int) -> jax.Array:
-    w = w.astype(wide(w.dtype))
+    size = linalg.unit(w)
+    w = w.astype(wide(w.dtype)) / size
     squares = jnp.sum(w**2, axis=0)
     unit = ratio(w, jnp.sqrt(squares))
 
@@ -154,7 +155,9 @@ def _bound(w: jax.Array, rank: int, steps: int) -> jax.Array:
 
     begin = jnp.eye(len(w), dtype=w.dtype) * rank / len(w)
     _, highest = jax.lax.fori_loop(0, steps, step, (begin, jnp.asarray(jnp.inf, w.dtype)))
-    return (jnp.sum(squares) - highest) / 2
+    whole = jnp.sum(squares)
+    # What rounding may have done to eigenvalues and sums: a bound must not be above what it bounds.
+    return jnp.maximum((whole - highest) / 2 - max(w.shape) * jnp.finfo(w.dtype).eps * whole, 0) * size**2
 
 
 def _concave(t: jax.Array) -> jax.Array:

@@ -30,7 +30,8 @@ class ReluNetwork:
       w: `[n, m]`.
       a: `[m, outputs]`.
       residual: the mean of |y - relu(x W) A|² over all samples, of which the mean of |y - E y|² is 1.
-      converged: whether that is rounding, so that the network is the one that generated the samples.
+      converged: whether that is rounding, so that the function is the one that generated the samples; and so are W and A, up to
+        the order of neurons, where the width is no larger than it has to be.
     """
 
     w: jax.Array

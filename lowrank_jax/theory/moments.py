@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.linalg import highest_precision
-from lowrank_jax.theory.samples import SampleError, Samples
+from lowrank_jax.theory.samples import SampleError, Samples, rounding
 
 FOURTH = 0.3  # the weight of slices of the fourth moment, which are noisier than those of the second
 
@@ -44,14 +44,16 @@ class Overview:
 
 
 def look(samples: Samples) -> Overview:
-    """Raises SampleError if there are NaNs or infinities, or inputs whose fourth powers are beyond their dtype."""
+    """Raises SampleError if there are NaNs or infinities, or elements with which no error could be told in their dtype."""
     total, count = samples.total(_look)
     covariance, outputs, mean_output, powers = (np.asarray(part, np.float64) / count for part in total)
     if not (np.isfinite(covariance).all() and np.isfinite(outputs).all()):
         raise SampleError("the samples have elements that are not finite, or whose squares are not")
-    fourth = powers[3].max()
-    if not np.isfinite(fourth) or (fourth < jnp.finfo(samples.dtype).tiny and covariance.any()):
-        raise SampleError(f"the inputs' fourth powers are beyond the range of {jnp.dtype(samples.dtype)}: scale x")
+    least, beyond = float(jnp.finfo(samples.dtype).tiny), f"beyond the range of {jnp.dtype(samples.dtype)}: scale"
+    if not np.isfinite(powers).all() or (powers[3].max() < least and powers[0].any()):
+        raise SampleError(f"the inputs' fourth powers are {beyond} x")
+    if np.trace(outputs) * rounding(samples.dtype) < least and mean_output.any():
+        raise SampleError(f"errors of the outputs that would count are {beyond} y")
     return Overview(count, covariance, outputs, mean_output, powers)
 
 
@@ -130,14 +132,15 @@ def _slices(w: jax.Array, a: jax.Array) -> jax.Array:
 
 # --- are they Gaussian? ---
 
+_CONSTANT = 1e-6  # of an input's square: a variance that is rounding
 _DOUBT = 6.0  # standard deviations: of a few hundred means of Gaussian samples none is so far off
 
 
 def warn_if_not_gaussian(overview: Overview, fourth: float) -> None:
-    """Tests the inputs' means, every input's third and fourth moment, and E |z|⁴ of the whitened inputs z (Mardia).
+    """Tests the inputs' mean (Hotelling), every input's third and fourth moment, and E |z|⁴ of the whitened inputs z (Mardia).
 
-    Each is compared with what samples of N(0, S) would show, S being the samples' own second moment.  A distribution with a
-    Gaussian's moments to the fourth passes; it has nothing else that second moments could be misled by.
+    Each is compared with what samples of N(0, S) would show, S being the samples' own second moment.  What has a Gaussian's
+    moments to the fourth passes, Gaussian or not.
 
     Warns:
       NotGaussianWarning: it names the worst of them.
@@ -151,13 +154,14 @@ def not_gaussian(overview: Overview, fourth: float) -> str | None:
     """What is wrong with the inputs, for a message; None if nothing is."""
     n, count = overview.powers.shape[1], overview.count
     one, two, three, four = overview.powers
-    variance = np.maximum(two - one**2, np.finfo(np.float64).tiny)
-    mean = one / np.sqrt(variance)
+    variance = two - one**2
+    if (constant := variance <= _CONSTANT * two).any():
+        return f"input {int(np.argmax(constant))} is constant (relu(x W) A has no biases)"
     skewness = (three - 3 * one * two + 2 * one**3) / variance**1.5
     kurtosis = (four - 4 * one * three + 6 * one**2 * two - 3 * one**4) / variance**2
     expected = n * (n + 2) * count / (count + 2)  # of inputs that their own second moment has whitened
     doubts = [
-        _worst(mean * math.sqrt(count), mean, "input {} has a mean of {:.3g} standard deviations, not 0"),
+        _mean_doubt(overview),
         _worst(skewness * math.sqrt(count / 6), skewness, "input {} has a skewness of {:.3g}, not 0"),
         _worst(_kurtosis_score(kurtosis, count), kurtosis, "input {} has a kurtosis of {:.3g}, not 3"),
         (
@@ -167,6 +171,21 @@ def not_gaussian(overview: Overview, fourth: float) -> str | None:
     ]
     worst, words = max(doubts)
     return f"{words} ({worst:.3g} standard deviations of a Gaussian sample's)" if worst > _DOUBT else None
+
+
+def _mean_doubt(overview: Overview) -> tuple[float, str]:
+    """Hotelling's test, its F statistic made a standard Gaussian by Paulson's transformation.
+
+    E. Paulson, An approximate normalization of the analysis of variance distribution, Ann. Math. Statist. 13 (1942).
+    """
+    n, count, mean = len(overview.covariance), overview.count, overview.powers[0]
+    share = min(float(mean @ np.linalg.solve(overview.covariance, mean)), 1)  # of a whitened input's square, its mean's
+    if count - n < 4:  # too few to tell, and for the approximation
+        return 0.0, ""
+    f = share * (count - n) / (n * max(1 - share, np.finfo(np.float64).tiny))
+    a, b = 2 / (9 * n), 2 / (9 * (count - n))
+    score = ((1 - b) * f ** (1 / 3) - (1 - a)) / math.sqrt(a + b * f ** (2 / 3))
+    return score, f"the inputs' mean is {math.sqrt(share):.3g} standard deviations long, not 0"
 
 
 def _worst(scores: np.ndarray, values: np.ndarray, words: str) -> tuple[float, str]:

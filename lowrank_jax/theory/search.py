@@ -59,7 +59,7 @@ def search(samples: Samples, overview: Overview, width: int, key: jax.Array, say
             break
     assert best is not None
     if best.error > _LEARNED * white.outputs:
-        _check_directions(white, overview.count, width)
+        _check_directions(white, overview.count, width, best.error / white.outputs)
     return _product(root, best.w)
 
 
@@ -164,6 +164,8 @@ def _output_whitening(overview: Overview, width: int, dtype: Any) -> np.ndarray:
     values, vectors = np.linalg.eigh(overview.outputs)
     if not values[-1] > 0:
         raise SampleError("all outputs are zero")
+    if np.trace(overview.outputs) - np.sum(overview.mean_output**2) <= negligible(dtype) * np.trace(overview.outputs):
+        raise SampleError("the outputs are constant, which those of relu(x W) A are not")
     independent = int(np.sum(values > negligible(dtype) * values[-1]))
     if independent > width:
         raise SampleError(
@@ -182,7 +184,7 @@ def _check_size(overview: Overview, width: int) -> None:
         raise SampleError(f"{overview.count} samples: with fewer than {needed} a perfect fit would prove nothing")
 
 
-def _check_directions(white: Samples, count: int, width: int) -> None:
+def _check_directions(white: Samples, count: int, width: int, error: float) -> None:
     """Raises SampleError where fewer directions than wanted stand out of the moments' sampling noise.
 
     Unfolded to `[n, k n]`, noise in elements of which each has about the standard deviation 1/√N has no singular value above
@@ -195,6 +197,7 @@ def _check_directions(white: Samples, count: int, width: int) -> None:
     distinct = int(np.sum(values[:width] > noise))
     if distinct < width:
         raise SampleError(
-            f"only {distinct} directions stand out of the sampling noise, {width} are wanted: the columns of W are linearly "
-            f"dependent or nearly so, the width is too large, or {count} samples are too few"
+            f"{error:.0e} of the outputs' power is unexplained, and only {distinct} directions stand out of the sampling "
+            f"noise, where {width} are wanted: the columns of W are linearly dependent or nearly so, some neurons weigh very "
+            f"little, the width is too large, or {count} samples are too few"
         )

@@ -9,7 +9,7 @@ import pytest
 
 from lowrank_jax import projection
 from lowrank_jax.subspaces import SUBSPACES
-from lowrank_jax.theory import draw_network, draw_samples, hidden, learn_low_rank, low_rank
+from lowrank_jax.theory import draw_network, draw_samples, learn_low_rank, low_rank
 
 N, WIDTH, OUTPUTS, RANK = 10, 5, 5, 2
 KEY = jax.random.key(7)
@@ -170,15 +170,3 @@ def test_bad_arguments_are_refused_before_any_work(monkeypatch, standard, argume
     monkeypatch.setattr(low_rank, "learn", worked)
     with pytest.raises(ValueError, match=message):
         learn_low_rank(*standard, **{"width": WIDTH, "rank": 2} | arguments, key=KEY)
-
-
-def test_products_of_hidden_layers_are_what_sampling_gives():
-    rng = np.random.default_rng(0)
-    w, y, x = rng.standard_normal((4, 3)), rng.standard_normal((4, 3)), rng.standard_normal((400_000, 4))
-    w[:, 2], y[:, 1] = 0, -w[:, 0]
-    sampled = relu(x @ w)[:, :, None] * relu(x @ y)[:, None, :]
-    exact = hidden.products(jnp.asarray(w), jnp.asarray(y))
-    assert (abs(sampled.mean(axis=0) - exact) <= 5 * sampled.std(axis=0) / math.sqrt(len(x)) + 1e-12).all()
-    a = rng.standard_normal((3, 2))
-    squares = (relu(x @ w) @ a - (relu(x @ w) @ a).mean(axis=0)) ** 2
-    assert (abs(squares.mean(axis=0) - hidden.variance(w, a)) < 5 * squares.std(axis=0) / math.sqrt(len(x))).all()

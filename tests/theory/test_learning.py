@@ -209,12 +209,17 @@ def with_nan(drawn):
         ),
         (with_nan, "the samples have elements that are not finite"),
         (lambda drawn: (drawn[1], 0 * drawn[2], WIDTH), "all outputs are zero"),
+        (lambda drawn: (drawn[1], 0 * drawn[2] + 3, WIDTH), "the outputs are constant"),
         (dependent_inputs, "the inputs vary in 9 independent directions; all 10 are needed"),
         (
             lambda drawn: (drawn[1][:49], drawn[2][:49], WIDTH),
             "49 samples: with fewer than 50 a perfect fit would prove nothing",
         ),
-        (too_wide, "only 1 directions stand out of the sampling noise, 2 are wanted"),
+        (
+            lambda drawn: (drawn[1][:109], drawn[2][:109, :1], WIDTH),
+            "109 samples: with fewer than 110 a perfect fit would prove nothing",
+        ),
+        (too_wide, r"\de-03 of the outputs' power is unexplained, and only 1 directions stand out of .*, where 2 are wanted"),
         (lambda drawn: (*drawn[1:], 0), "width 0: must be a whole number from 1"),
         (lambda drawn: (*drawn[1:], 2.5), "width 2.5: must be a whole number from 1"),
         (lambda drawn: (*drawn[1:], True), "width True: must be a whole number from 1"),
@@ -236,12 +241,19 @@ def test_noise_in_dependent_outputs_is_refused(drawn):
 # --- what is drawn to be learned ---
 
 
+@pytest.mark.parametrize("sizes", [(3, 5, 2), (3, 0, 2), (3, 2, 0), (3.0, 2, 2)])
+def test_networks_of_other_sizes_are_not_drawn(sizes):
+    with pytest.raises(ValueError, match="must be whole numbers from 1, the width at most n"):
+        draw_network(KEY, *sizes)
+
+
 def test_networks_are_drawn_with_the_condition_that_was_asked_for_and_outputs_of_variance_one():
     network, straight = (draw_network(jax.random.key(3), N, WIDTH, OUTPUTS, condition=condition) for condition in (2.5, 1.0))
     products = straight.w.T @ straight.w  # of columns at right angles, whatever their lengths
     np.testing.assert_allclose(products, np.diag(np.diagonal(products)), atol=1e-12)
-    lengths = np.linalg.norm(network.w, axis=0)
-    assert 1.05 < np.linalg.cond(network.w / lengths) < 2.5**2
+    # The lengths of A's rows are in W's columns: nearly the same ones where A has many columns.
+    many = draw_network(jax.random.key(3), N, WIDTH, 10_000, condition=2.5)
+    np.testing.assert_allclose(np.linalg.cond(many.w), 2.5, rtol=0.05)
     np.testing.assert_allclose(jnp.linalg.norm(network.a, axis=1), 1, rtol=1e-12)
     x, y = draw_samples(jax.random.key(4), network, 100_000)
     np.testing.assert_allclose(y[:100], np.maximum(x[:100] @ network.w, 0) @ network.a, atol=1e-10)

@@ -107,6 +107,21 @@ def test_inputs_whose_fourth_powers_leave_their_dtype_are_refused(network, scale
     moments.look(from_arrays(scale * x, y))
 
 
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (1e-15, "errors of the outputs that would count are beyond the range of float32: scale y"),
+        (1e-30, "errors of the outputs that would count are beyond the range of float32: scale y"),
+        (1e25, "or whose squares are not"),
+    ],
+)
+def test_outputs_of_which_errors_could_not_be_told_are_refused(network, scale, message):
+    x, y = (part[:100] for part in network[3:])
+    with pytest.raises(SampleError, match=message):
+        moments.look(from_arrays(x.astype(np.float32), (scale * y).astype(np.float32)))
+    moments.look(from_arrays(x, scale * y))
+
+
 # --- are they Gaussian? ---
 
 
@@ -154,11 +169,19 @@ def skewed(rng):
     return x
 
 
+def shifted_little(rng):
+    """By 0.7 of their standard deviation along one direction, which is a hundredth of the others'."""
+    turn = np.linalg.qr(rng.standard_normal((5, 5)))[0]
+    return rng.normal([0, 0, 0, 0, 0.007], [1, 1, 1, 1, 0.01], (5000, 5)) @ turn
+
+
 OTHERS = {
     "uniform": (uniform, r"^input \d has a kurtosis of 1\.[78]\d*, not 3|E \|z\|\^4"),
     "uniform, correlated": (lambda rng: uniform(rng) @ mixing(5), r"^input \d has a kurtosis of 2\.\d|E \|z\|\^4 = (28|29)"),
     "Student's": (lambda rng: rng.standard_t(8, (5000, 5)), r"has a kurtosis of [3-9]|E \|z\|\^4"),
-    "shifted": (lambda rng: rng.normal([0, 0, 0, 0, 0.2], 1, (5000, 5)), r"^input 4 has a mean of 0\.[12]\d* standard"),
+    "shifted": (lambda rng: rng.normal([0, 0, 0, 0, 0.2], 1, (5000, 5)), r"^the inputs' mean is 0\.[12]\d* standard"),
+    "shifted where they vary least": (shifted_little, r"^the inputs' mean is 0\.[56]\d* standard deviations long"),
+    "with a constant": (lambda rng: np.insert(rng.standard_normal((5000, 5)), 2, 1, axis=1), "^input 2 is constant"),
     "one heavy tail": (heavy, r"^input 3 has a kurtosis of [4-9]"),
     "one skewed": (skewed, r"^input 2 has a skewness of 0\.[23]"),
     "large together": (two_scales, r"whitened inputs have E \|z\|\^4 = \d+\.\d+, not 3[45]"),
