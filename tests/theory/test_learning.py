@@ -219,7 +219,7 @@ def with_nan(drawn):
             lambda drawn: (drawn[1][:109], drawn[2][:109, :1], WIDTH),
             "109 samples: with fewer than 110 a perfect fit would prove nothing",
         ),
-        (too_wide, r"\de-03 of the outputs' power is unexplained, and only 1 directions stand out of .*, where 2 are wanted"),
+        (too_wide, "2e-02 of the outputs' power is unexplained, and only 1 directions stand out of .*, where 2 are wanted"),
         (lambda drawn: (*drawn[1:], 0), "width 0: must be a whole number from 1"),
         (lambda drawn: (*drawn[1:], 2.5), "width 2.5: must be a whole number from 1"),
         (lambda drawn: (*drawn[1:], True), "width True: must be a whole number from 1"),
