@@ -228,16 +228,17 @@ def matched(network: ReluNetwork, learned: ReluNetwork) -> jax.Array:
 
 def draw_samples_figure(rows: list[Row]) -> Figure:
     figure, panels = new_figure(2)
-    rows = [row | {"excess": max(row["excess"], 1e-18)} for row in rows if not math.isnan(row["excess"])]
+    rows = [row | {"excess": max(abs(row["excess"]), 1e-18)} for row in rows if not math.isnan(row["excess"])]
     for panel, outputs in zip(panels, (10, 1), strict=True):
         for learner, part in groups(rows, "learner", outputs=outputs):
             median_line(panel, part, "samples", "excess", learner, LEARNERS.index(learner))
             if learner == LEARNERS[1]:
                 points = upper_half(medians(part, "samples", "excess"))
                 slope, fitted = power_law(points)
-                panel.plot([at for at, _ in points], fitted, "k:", label=f"slope {slope:.2f}")
+                panel.plot([at for at, _ in points], fitted, "k:", label="power law")
+                panel.annotate(f"slope {slope:.2f}", points[len(points) // 2], (0, 10), textcoords="offset points", fontsize=8)
         panel.set(title=f"n = 20, m = 10, outputs {outputs}, rank 4", xlabel="samples", xscale="log", yscale="log")
-    panels[0].set(ylabel="excess risk over the best projection, relative")
+    panels[0].set(ylabel="|excess risk| / risk of Y = 0")
     panels[0].legend(fontsize=8)
     return figure
 
