@@ -37,6 +37,7 @@ _TOLD_ANYWAY = re.compile(
     r"|(?s:exception was never retrieved.*orbax)"
 )
 _STRAGGLERS = 0.1  # seconds for the reads beside one that failed to end, while nobody listens to their complaints
+_OPENINGS = 5  # attempts to list the steps of a run that may be deleting some
 
 
 class CheckpointError(Exception):
@@ -109,6 +110,10 @@ class Checkpoints:
         if not self._read_only and jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
         gather("opened")
+        for _ in range(_OPENINGS - 1):
+            # A run that is still training may delete a step between orbax's listing it and looking at it.
+            with contextlib.suppress(FileNotFoundError):
+                return ocp.CheckpointManager(self.directory, options=self._options)
         return ocp.CheckpointManager(self.directory, options=self._options)
 
     def steps(self) -> list[int]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from lowrank_jax.checkpoint import CheckpointError, Checkpoints
 from lowrank_jax.kernel import LowRankKernel
@@ -216,6 +217,24 @@ def test_read_only_reports_damage_and_moves_nothing(tmp_path):
     with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
         assert checkpoints.restore(TARGET).step == 1
     assert (tmp_path / "c" / "2").is_dir()
+
+
+def test_a_step_that_its_run_deletes_while_they_are_listed_is_no_error(tmp_path, monkeypatch):
+    save(tmp_path / "c", [None, None], keep=3)
+    (tmp_path / "c" / "1" / "_CHECKPOINT_METADATA").unlink()  # what orbax has its time from, else from the folder
+    kind, gone = type(epath.Path(tmp_path)), []
+    stat = kind.stat
+
+    def too_late(self):
+        if self.name == "1" and not gone:
+            gone.append(self)
+            shutil.rmtree(self)
+        return stat(self)
+
+    monkeypatch.setattr(kind, "stat", too_late)
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        assert gone
+        assert checkpoints.steps() == [2]
 
 
 def test_a_step_that_its_run_deletes_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):

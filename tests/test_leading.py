@@ -62,4 +62,4 @@ def test_best_lengths_are_found_in_pieces_where_outputs_are_many(monkeypatch):
     [(u, v)] = leading.project(stacks)
     monkeypatch.setattr(leading, "_OUTPUTS", 10)
     [(a, b)] = leading.project(stacks)
-    np.testing.assert_allclose(u @ v, a @ b, atol=1e-6)
+    np.testing.assert_allclose(u @ v, a @ b, rtol=1e-5, atol=1e-6)  # float32, summed in another order
