@@ -44,6 +44,7 @@ from lowrank_jax.theory import (
     sampled_gap,
     start_from_moments,
 )
+from lowrank_jax.workdir import Workdir
 from lowrank_jax.writer import duration
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -509,27 +510,22 @@ def parsed(value: str) -> Any:
 
 def compute(name: str, job: Job, partial: pathlib.Path) -> list[Row]:
     """The rows of all cases, those of an earlier start out of the partial file, which holds a case and its rows a line."""
-    done = read_partial(partial)
+    folder = Workdir(partial.parent)
+    lines = folder.read_lines(partial.name)
+    folder.write_lines(partial.name, lines)  # a line that a kill cut short would spoil the next one
+    done = {json.dumps(line["case"]): line["rows"] for line in lines}
     todo = [case for case in job.cases if json.dumps(case) not in done]
     if done:
         print(f"{name}: {len(job.cases) - len(todo)} of {len(job.cases)} cases are in {partial}; without it all are computed")
     begin = time.monotonic()
-    with partial.open("a") as file:
-        for i, case in enumerate(todo):
-            rows = done[json.dumps(case)] = job.run(*case)
-            print(json.dumps([case, rows]), file=file, flush=True)
-            spent = time.monotonic() - begin
-            left = spent / (i + 1) * (len(todo) - i - 1)
-            print(f"\r{name} [{i + 1}/{len(todo)}] {duration(spent)}, eta {duration(left)}   ", end="", flush=True)
+    for i, case in enumerate(todo):
+        rows = done[json.dumps(case)] = job.run(*case)
+        folder.append_line(partial.name, {"case": case, "rows": rows})
+        spent = time.monotonic() - begin
+        left = spent / (i + 1) * (len(todo) - i - 1)
+        print(f"\r{name} [{i + 1}/{len(todo)}] {duration(spent)}, eta {duration(left)}   ", end="", flush=True)
     print()
     return [row for case in job.cases for row in done[json.dumps(case)]]
-
-
-def read_partial(partial: pathlib.Path) -> dict[str, list[Row]]:
-    lines = partial.read_text().splitlines(keepends=True) if partial.exists() else []
-    if lines and not lines[-1].endswith("\n"):  # interrupted in the middle of it
-        partial.write_text("".join(lines[:-1]))
-    return {json.dumps(case): rows for case, rows in map(json.loads, filter(lambda line: line.endswith("\n"), lines))}
 
 
 def jobs(small: bool) -> dict[str, Job]:

@@ -10,7 +10,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from lowrank_jax.linalg import highest_precision, is_count
@@ -138,9 +137,8 @@ def start_from_moments(x: Any, y: Any, width: int, *, key: jax.Array, mesh: Mesh
 
 def _network(samples: Samples, overview: Overview, w: jax.Array, a: jax.Array) -> ReluNetwork:
     w, a = unit_rows(w, a)
-    variance = float(np.trace(overview.outputs) - np.sum(overview.mean_output**2))
     error = float(samples.mean(squared_error, w, a))
-    residual = error / variance if variance > 0 else error
+    residual = error / overview.variance if overview.variance > 0 else error
     return ReluNetwork(w, a, residual, residual <= rounding(samples.dtype))
 
 

@@ -42,6 +42,11 @@ class Overview:
     mean_output: np.ndarray
     powers: np.ndarray
 
+    @property
+    def variance(self) -> float:
+        """Of all outputs together."""
+        return float(np.trace(self.outputs) - np.sum(self.mean_output**2))
+
 
 def look(samples: Samples) -> Overview:
     """Raises SampleError if there are NaNs or infinities, or elements with which no error could be told in their dtype."""

@@ -164,7 +164,7 @@ def _output_whitening(overview: Overview, width: int, dtype: Any) -> np.ndarray:
     values, vectors = np.linalg.eigh(overview.outputs)
     if not values[-1] > 0:
         raise SampleError("all outputs are zero")
-    if np.trace(overview.outputs) - np.sum(overview.mean_output**2) <= negligible(dtype) * np.trace(overview.outputs):
+    if overview.variance <= negligible(dtype) * np.trace(overview.outputs):
         raise SampleError("the outputs are constant, which those of relu(x W) A are not")
     independent = int(np.sum(values > negligible(dtype) * values[-1]))
     if independent > width:
