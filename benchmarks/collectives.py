@@ -7,12 +7,12 @@ From the programs that the TPU's compiler makes for v5e:2x4 at its lowest effort
 
 import pathlib
 
-from lowrank_jax import config as configs
-from lowrank_jax import experiment as experiments
-from lowrank_jax import preflight
-from lowrank_jax.collectives import collectives
-from lowrank_jax.plans import align
-from lowrank_jax.sharding import bytes_per_device
+from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment.hosts.sharding import bytes_per_device
+from lowrank_jax.experiment.preflight import compiler as preflight
+from lowrank_jax.experiment.preflight.collectives import collectives
+from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.planning.plans import align
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "imagenet_resnet50_lowrank.py"
 # Factored throughout: of a merged kernel the devices sum the product's gradient, which is as large as the dense one.

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_jax.data import crops, datasets
-from lowrank_jax.data.augment import Augmentation
-from lowrank_jax.data.pipeline import EvalBatches, Feed, TrainBatches
-from lowrank_jax.data.prepare import prepare
+from lowrank_jax.experiment.data import crops, datasets
+from lowrank_jax.experiment.data.augment import Augmentation
+from lowrank_jax.experiment.data.pipeline import EvalBatches, Feed, TrainBatches
+from lowrank_jax.experiment.data.prepare import prepare
 from tests.imagenet_files import jpeg, natural_images, write_archives
 
 IMAGES, BATCH, SIZE, TURNS = 1024, 128, 224, 7

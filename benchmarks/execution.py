@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from benchmarks.turns import Times, ratio, take_turns
-from lowrank_jax import config as configs
-from lowrank_jax import experiment as experiments
-from lowrank_jax.sharding import put_batch
+from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment.hosts.sharding import put_batch
+from lowrank_jax.experiment.training import build as experiments
 
 ARMS = ("dense", "auto", "factored", "merged")
 

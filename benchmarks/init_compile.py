@@ -14,10 +14,10 @@ import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from lowrank_jax import config as configs
-from lowrank_jax import experiment as experiments
-from lowrank_jax import preflight
-from lowrank_jax.schema import InitConfig
+from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment.config.schema import InitConfig
+from lowrank_jax.experiment.preflight import compiler as preflight
+from lowrank_jax.experiment.training import build as experiments
 
 DECOMPOSITIONS = {
     "eigenvectors": "@Eigh",

@@ -14,14 +14,14 @@ from typing import Any
 
 import jax
 
-from lowrank_jax import config as configs
-from lowrank_jax import experiment as experiments
-from lowrank_jax import train
-from lowrank_jax.checkpoint import Checkpoints
-from lowrank_jax.data import datasets
-from lowrank_jax.sharding import put_batch
-from lowrank_jax.workdir import Workdir
-from lowrank_jax.writer import Writer
+from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment.data import datasets
+from lowrank_jax.experiment.hosts.sharding import put_batch
+from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.training import loop as train
+from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
+from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.experiment.workdir.writer import Writer
 
 TURN, PAIRS = 10, 40
 

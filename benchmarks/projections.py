@@ -17,7 +17,7 @@ import numpy as np
 
 import lowrank_jax as lr
 from benchmarks.turns import Times, ratio, take_turns
-from lowrank_jax import projection
+from lowrank_jax.projection import matrix as projection
 
 TURNS = 5
 KERNELS = ((512, 512, 26), (576, 64, 6), (2304, 256, 26))

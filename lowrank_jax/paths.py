@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lowrank_jax.messages import nearest
+from lowrank_jax.text import nearest
 
 CATCH_ALL = ".*"
 

@@ -1,4 +1,4 @@
-"""Which part of a TPU's peak and bandwidth its own compiler reckons with: `reached` in the table of lowrank_jax/chips.py.
+"""Which part of a TPU's peak and bandwidth its own compiler reckons with: `reached` in the table of lowrank_jax/planning/chips.py.
 
     python -m scripts.calibrate_chips
 
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from lowrank_jax import chips
-from lowrank_jax.preflight import compiling, topology
+from lowrank_jax.experiment.preflight.compiler import compiling, topology
+from lowrank_jax.planning import chips
 
 TOPOLOGIES = ("v3:2x2", "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 

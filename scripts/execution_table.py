@@ -19,11 +19,11 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from lowrank_jax import config as configs
-from lowrank_jax import experiment as experiments
-from lowrank_jax.chips import CHIPS
-from lowrank_jax.plans import markdown_table
-from lowrank_jax.preflight import compile_program, topology
+from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment.preflight.compiler import compile_program, topology
+from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.planning.chips import CHIPS
+from lowrank_jax.planning.plans import markdown_table
 
 RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 SCALES = (0.05, 0.25, 0.5)

@@ -29,9 +29,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 
-from lowrank_jax import ablations, projection
-from lowrank_jax.report.arms import Interval
-from lowrank_jax.report.figures import COLORS, MARKERS
+from lowrank_jax.experiment.report.arms import Interval
+from lowrank_jax.experiment.report.figures import COLORS, MARKERS
+from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.experiment.workdir.writer import duration
+from lowrank_jax.projection import ablations
+from lowrank_jax.projection import matrix as projection
 from lowrank_jax.theory import (
     ReluNetwork,
     SampleError,
@@ -44,8 +47,6 @@ from lowrank_jax.theory import (
     sampled_gap,
     start_from_moments,
 )
-from lowrank_jax.workdir import Workdir
-from lowrank_jax.writer import duration
 
 ROOT = pathlib.Path(__file__).parent.parent
 OUT, SMALL_OUT = ROOT / "docs" / "results" / "theory", ROOT / "runs" / "theory"

@@ -18,14 +18,19 @@ import time as clock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from lowrank_jax import chips, config, estimates, experiment, preflight, preflight_report
-from lowrank_jax.cli import cache_home
-from lowrank_jax.estimates import Cache, Compiler, Wanted
-from lowrank_jax.flags import DOES_NOT_FIT
-from lowrank_jax.plans import count, markdown_table
-from lowrank_jax.preflight import Program
-from lowrank_jax.preflight_report import Report, exchanged, flops, memory, moved, ratio, roofline_seconds, time
-from lowrank_jax.schema import Config
+from lowrank_jax.experiment.cli.commands import cache_home
+from lowrank_jax.experiment.cli.flags import DOES_NOT_FIT
+from lowrank_jax.experiment.config import parse as config
+from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.preflight import arms as estimates
+from lowrank_jax.experiment.preflight import compiler as preflight
+from lowrank_jax.experiment.preflight import report as preflight_report
+from lowrank_jax.experiment.preflight.arms import Cache, Compiler, Wanted
+from lowrank_jax.experiment.preflight.compiler import Program
+from lowrank_jax.experiment.preflight.report import Report, exchanged, flops, memory, moved, ratio, roofline_seconds, time
+from lowrank_jax.experiment.training import build as experiment
+from lowrank_jax.planning import chips
+from lowrank_jax.planning.plans import count, markdown_table
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "results" / "preflight.md"
 SECONDS = PAGE.with_suffix(".json")

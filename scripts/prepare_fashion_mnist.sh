@@ -15,4 +15,4 @@ if [ ! -d "$files" ]; then
   dpkg -x "$work"/dataset-fashion-mnist_*.deb "$work"
   files=$work$files
 fi
-.venv/bin/python -m lowrank_jax.data.prepare fashion_mnist --manual-dir="$files" ${data_dir:+--data-dir="$data_dir"}
+.venv/bin/python -m lowrank_jax.experiment.data.prepare fashion_mnist --manual-dir="$files" ${data_dir:+--data-dir="$data_dir"}

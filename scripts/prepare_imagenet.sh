@@ -12,4 +12,4 @@ if [ $# -lt 1 ] || [ $# -gt 2 ]; then
   exit 2
 fi
 python=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin/python
-exec "$python" -m lowrank_jax.data.prepare imagenet2012 --manual-dir="$1" ${2:+--data-dir="$2"}
+exec "$python" -m lowrank_jax.experiment.data.prepare imagenet2012 --manual-dir="$1" ${2:+--data-dir="$2"}

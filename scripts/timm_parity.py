@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lowrank_jax.messages import did_you_mean
-from lowrank_jax.models.timm_weights import TWINS, from_timm, twin
+from lowrank_jax.exchange.timm import TWINS, from_timm, twin
+from lowrank_jax.text import did_you_mean
 
 TOLERANCE = 1e-3
 DEFAULT = ("resnet50", "efficientnet_b0", "tf_efficientnet_b0", "vit_small_patch16_224", "vit_base_patch16_224")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from lowrank_jax import config as configs
+from lowrank_jax.experiment.config import parse as configs
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import flax.linen as nn
 
-from lowrank_jax.messages import did_you_mean, first_line
 from lowrank_jax.models.efficientnet import EFFICIENTNETS, EfficientNet
 from lowrank_jax.models.mlp import MLP
 from lowrank_jax.models.resnet import RESNETS, ResNet
 from lowrank_jax.models.vit import VITS, ViT
 from lowrank_jax.models.wide_resnet import WIDE_RESNETS, WideResNet
+from lowrank_jax.text import did_you_mean, first_line
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,

@@ -9,7 +9,7 @@ or two, of which it then has another one twice: those that explain least are dra
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.linalg import highest_precision, solve_gram, unit_columns
+from lowrank_jax.projection.linalg import highest_precision, solve_gram, unit_columns
 
 _STARTS = 12
 _TIMES = 3  # that the least error has to be found before it is believed

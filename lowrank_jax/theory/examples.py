@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.linalg import highest_precision, is_count
+from lowrank_jax.projection.linalg import highest_precision, is_count
 from lowrank_jax.theory import hidden
 from lowrank_jax.theory.learning import ReluNetwork, unit_rows
 

@@ -10,9 +10,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax import linalg, projection
-from lowrank_jax.activations import relu_h
-from lowrank_jax.linalg import highest_precision, lengths, ratio, wide
+from lowrank_jax.projection import linalg
+from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection.activations import relu_h
+from lowrank_jax.projection.linalg import highest_precision, lengths, ratio, wide
 
 
 def relative_gap(w: jax.Array, rank: int) -> jax.Array:

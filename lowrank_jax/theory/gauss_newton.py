@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.linalg import highest_precision, solve_gram, unit_columns
+from lowrank_jax.projection.linalg import highest_precision, solve_gram, unit_columns
 from lowrank_jax.theory.samples import Samples
 
 _STEPS = 100

@@ -5,8 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.activations import relu_h
-from lowrank_jax.linalg import highest_precision, lengths, ratio
+from lowrank_jax.projection.activations import relu_h
+from lowrank_jax.projection.linalg import highest_precision, lengths, ratio
 
 
 @jax.jit

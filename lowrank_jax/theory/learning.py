@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lowrank_jax.linalg import highest_precision, is_count
+from lowrank_jax.projection.linalg import highest_precision, is_count
 from lowrank_jax.theory import moments, observed, search
 from lowrank_jax.theory.gauss_newton import squared_error
 from lowrank_jax.theory.moments import Overview

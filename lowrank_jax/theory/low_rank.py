@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax import projection
-from lowrank_jax.linalg import highest_precision, is_count, solve_gram
-from lowrank_jax.messages import did_you_mean
-from lowrank_jax.subspaces import SUBSPACES
+from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection.linalg import highest_precision, is_count, solve_gram
+from lowrank_jax.projection.subspaces import SUBSPACES
+from lowrank_jax.text import did_you_mean
 from lowrank_jax.theory import hidden, moments
 from lowrank_jax.theory.gap import risk_bound
 from lowrank_jax.theory.learning import ReluNetwork, check_width, learn, silent

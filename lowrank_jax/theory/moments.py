@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.linalg import highest_precision
+from lowrank_jax.projection.linalg import highest_precision
 from lowrank_jax.theory.samples import SampleError, Samples, rounding
 
 FOURTH = 0.3  # the weight of slices of the fourth moment, which are noisier than those of the second

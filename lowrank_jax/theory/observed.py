@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from lowrank_jax.linalg import highest_precision
+from lowrank_jax.projection.linalg import highest_precision
 from lowrank_jax.theory.samples import SampleError, Samples
 
 _AMPLE = 2  # active samples for an unknown of w_j: more improve nothing where there is no noise

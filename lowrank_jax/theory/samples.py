@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lowrank_jax.linalg import highest_precision
+from lowrank_jax.projection.linalg import highest_precision
 
 Batch = tuple[jax.Array, jax.Array, int]
 """x `[rows, n]`, y `[rows, outputs]`, and how many of the rows are samples; the rest are zeros."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.linalg import highest_precision, solve_gram
+from lowrank_jax.projection.linalg import highest_precision, solve_gram
 from lowrank_jax.theory import moments
 from lowrank_jax.theory.directions import common_directions
 from lowrank_jax.theory.gauss_newton import Fit, polish, regress

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lowrank_jax import projection
+from lowrank_jax.projection import matrix as projection
 from lowrank_jax.theory import gap, gaussian_gap, relative_gap, risk_bound, sampled_gap
 
 SHAPES = [(8, 12, 2), (12, 8, 3)]

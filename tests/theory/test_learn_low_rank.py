@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax import projection
-from lowrank_jax.subspaces import SUBSPACES
+from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection.subspaces import SUBSPACES
 from lowrank_jax.theory import draw_network, draw_samples, learn_low_rank, low_rank
 
 N, WIDTH, OUTPUTS, RANK = 10, 5, 5, 2

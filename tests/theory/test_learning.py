@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax.sharding import make_mesh
+from lowrank_jax.experiment.hosts.sharding import make_mesh
 from lowrank_jax.theory import (
     NotGaussianWarning,
     SampleError,

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from lowrank_jax.sharding import make_mesh
+from lowrank_jax.experiment.hosts.sharding import make_mesh
 from lowrank_jax.theory import SampleError, learn_relu_network, observed
 from lowrank_jax.theory.samples import from_arrays
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax.sharding import make_mesh
+from lowrank_jax.experiment.hosts.sharding import make_mesh
 from lowrank_jax.theory import moments, samples
 from lowrank_jax.theory.samples import SampleError, from_arrays, from_batches
 

@@ -1,0 +1,1 @@
+"""Weights and programs of other frameworks, in and out."""

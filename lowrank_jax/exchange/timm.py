@@ -1,0 +1,156 @@
+"""Weights of timm's PyTorch models as variables of the models here.  Numpy in, numpy out: neither torch nor timm is imported.
+
+    state = {name: value.numpy() for name, value in timm_model.state_dict().items()}
+    model = twin("tf_efficientnet_b0.ns_jft_in1k", num_classes=1000)
+    variables = from_timm(state, jax.eval_shape(model.init, jax.random.key(0), images))
+
+Trained weights (`timm.create_model(..., pretrained=True)`) convert like random ones; it is timm that downloads them, never this
+module.  The images are to be normalised as the model's `pretrained_cfg` in timm says, which differs from model to model.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import numpy as np
+
+from lowrank_jax import models
+from lowrank_jax.paths import named_leaves
+from lowrank_jax.text import did_you_mean
+
+# timm's name, up to a dot: the name here and the settings in which the two differ.
+TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
+    **{f"tf_efficientnet_{size}": (f"efficientnet_{size}", {}) for size in (*(f"b{i}" for i in range(9)), "l2")},
+    **{
+        f"efficientnet_{size}": (f"efficientnet_{size}", {"padding": "symmetric", "epsilon": 1e-5})
+        for size in (*(f"b{i}" for i in range(9)), "l2")
+    },
+    "vit_small_patch16_224": ("vit_s16", {}),
+    "vit_base_patch16_224": ("vit_b16", {}),
+}
+
+# How a repeated part is numbered there, and its path here.
+_REPEATED: tuple[tuple[str, Callable[..., str]], ...] = (
+    (r"layer(\d+)\.(\d+)\.", lambda stage, block: f"stage{stage}/block{block + 1}/"),
+    (r"blocks\.(\d+)\.(\d+)\.", lambda stage, block: f"stage{stage + 1}/block{block + 1}/"),
+    (r"blocks\.(\d+)\.", lambda block: f"block{block + 1}/"),
+)
+
+# The layers of each family there and here; what has one name in both is left out.
+_RESNET = {"conv1": "stem/conv", "bn1": "stem/norm", "fc": "head"}
+_RESNET_BLOCK = {"bn1": "norm1", "bn2": "norm2", "bn3": "norm3", "downsample.0": "proj", "downsample.1": "proj_norm"}
+_EFFICIENTNET = {"conv_stem": "stem/conv", "bn1": "stem/norm", "conv_head": "top/conv", "bn2": "top/norm", "classifier": "head"}
+_SQUEEZE = {"se.conv_reduce": "se/reduce", "se.conv_expand": "se/excite"}
+_MBCONV = {
+    "conv_pw": "expand",
+    "bn1": "expand_norm",
+    "conv_dw": "depthwise",
+    "bn2": "depthwise_norm",
+    "conv_pwl": "project",
+    "bn3": "project_norm",
+    **_SQUEEZE,
+}
+# Blocks that do not expand are of another class there, with other names for the same layers.
+_MBCONV_UNEXPANDED = {"conv_dw": "depthwise", "bn1": "depthwise_norm", "conv_pw": "project", "bn2": "project_norm", **_SQUEEZE}
+_VIT = {"patch_embed.proj": "embed"}
+_VIT_BLOCK = {"attn.proj": "attention/out", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}
+
+_LEAVES = {"running_mean": "mean", "running_var": "var"}
+_ALONE = {"cls_token": "token", "pos_embed": "positions"}
+_UNUSED = "num_batches_tracked"  # counts for an average that the running statistics are not
+
+
+def twin(timm_name: str, *, num_classes: int, **kwargs: Any) -> nn.Module:
+    """The model here that computes what timm's model of that name computes.
+
+    Args:
+      timm_name: a key of `TWINS`; what follows a dot, the tag of trained weights, does not matter.
+      num_classes: the number of logits.
+      **kwargs: the model's other settings.
+
+    Raises:
+      ValueError: there is none.
+    """
+    architecture = timm_name.split(".")[0]
+    if architecture not in TWINS:
+        raise ValueError(f"there is no twin of timm's {architecture!r}{did_you_mean(architecture, TWINS)}")
+    name, settings = TWINS[architecture]
+    return models.build(name, num_classes=num_classes, **{**settings, **kwargs})
+
+
+def from_timm(state: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a timm model as variables of its twin.
+
+    Args:
+      state: timm's `state_dict`, its tensors as numpy arrays.
+      like: the twin's variables, or their shapes as `jax.eval_shape` gives them.
+
+    Returns:
+      Variables with the paths and shapes of `like`, float32 numpy arrays.
+
+    Raises:
+      ValueError: an array has no place, a place has no array, or sizes differ; all of them are named.
+    """
+    shapes = named_leaves(like)
+    values, problems = {}, []
+    for name, value in state.items():
+        for path, part in _places(state, name, np.asarray(value, np.float32)):
+            values[path] = part
+            if path not in shapes:
+                problems.append(f"{name}: would be {path}, which the model does not have")
+            elif part.size != math.prod(shapes[path].shape):
+                problems.append(f"{name}: {list(value.shape)} does not fit {path}, {list(shapes[path].shape)}")
+    problems += [f"{path}: is in no array" for path in shapes if path not in values]
+    if problems:
+        raise ValueError("these are not the weights of that model:\n  " + "\n  ".join(problems))
+    return flax.traverse_util.unflatten_dict(
+        {path: value.reshape(shapes[path].shape) for path, value in values.items()}, sep="/"
+    )
+
+
+def _places(state: Mapping[str, np.ndarray], name: str, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Where an array belongs, and with which order of elements; one that holds queries, keys and values is three."""
+    if name.endswith(_UNUSED):
+        return []
+    if name in _ALONE:
+        return [(f"params/{_ALONE[name]}", value)]
+    path, block, layer, leaf = _split(name)
+    if layer == "attn.qkv":
+        parts = zip(("query", "key", "value"), np.split(value, 3), strict=True)
+        return [_place(f"{path}attention/{part}", leaf, piece) for part, piece in parts]
+    return [_place(path + _layers(state, block).get(layer, layer), leaf, value)]
+
+
+def _layers(state: Mapping[str, np.ndarray], block: str) -> dict[str, str]:
+    """The names, there and here, of the layers of a block; of those outside of blocks for ""."""
+    if "conv_stem.weight" in state:
+        expands = f"{block}.conv_pwl.weight" in state
+        return (_MBCONV if expands else _MBCONV_UNEXPANDED) if block else _EFFICIENTNET
+    if "patch_embed.proj.weight" in state:
+        return _VIT_BLOCK if block else _VIT
+    return _RESNET_BLOCK if block else _RESNET
+
+
+def _split(name: str) -> tuple[str, str, str, str]:
+    """The path here of the block that an array belongs to, that block there, the layer in it, and the array in the layer."""
+    layer, _, leaf = name.rpartition(".")
+    for pattern, path in _REPEATED:
+        if match := re.match(pattern, name):
+            return path(*map(int, match.groups())), match[0][:-1], layer[match.end() :], leaf
+    return "", "", layer, leaf
+
+
+def _place(layer: str, leaf: str, value: np.ndarray) -> tuple[str, np.ndarray]:
+    """Kernels have their output axis first there and last here, behind window and input."""
+    if leaf in _LEAVES:
+        return f"batch_stats/{layer}/{_LEAVES[leaf]}", value
+    if leaf != "weight":
+        return f"params/{layer}/{leaf}", value
+    if value.ndim == 1:
+        return f"params/{layer}/scale", value
+    axes = (2, 3, 1, 0) if value.ndim == 4 else (1, 0)
+    return f"params/{layer}/kernel", value.transpose(axes)

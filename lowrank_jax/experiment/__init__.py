@@ -1,0 +1,1 @@
+"""The experiment half: config files, data, training, evaluation, sweeps and reports."""

@@ -1,0 +1,1 @@
+"""One strict reading of a config file and its overrides."""

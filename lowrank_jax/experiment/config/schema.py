@@ -1,0 +1,330 @@
+"""What an experiment may set: every legal key, its default, and what its value must be."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from lowrank_jax import models
+from lowrank_jax.checks import above, at_least, below_one
+from lowrank_jax.experiment import optim
+from lowrank_jax.experiment.data import datasets
+from lowrank_jax.experiment.data.augment import Augmentation
+from lowrank_jax.experiment.hosts.sharding import AXES, ShardingRule, mesh_sizes, read_rules
+from lowrank_jax.paths import compile_pattern
+from lowrank_jax.planning.rules import Rule
+from lowrank_jax.projection.methods import METHODS
+from lowrank_jax.text import did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """A length of training: "500", "500 steps", "2 epochs" or "1e6 examples"."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def read(cls, value: Any) -> "Duration":
+        """Raises ValueError if it does not read as a duration."""
+        match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(step|epoch|example)?s?", str(value).strip())
+        try:
+            amount = float(match[1])  # type: ignore[index]
+        except (TypeError, ValueError):
+            amount = math.inf
+        if match is None or not amount < 1e18:
+            raise ValueError('a duration such as "500 steps" or "2 epochs"')
+        return cls(amount, match[2] or "step")
+
+    def steps(self, batch_size: int, epoch_size: int) -> int:
+        """In whole steps."""
+        examples = {"step": batch_size, "epoch": epoch_size, "example": 1}[self.unit]
+        return math.floor(self.amount * examples / batch_size + 0.5)
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.unit}s"
+
+
+def _option(default: Any, check: Callable[[Any], str | None] | None = None) -> Any:
+    """A field with a default and a test that names what a value must be."""
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+def _between(low: float, high: float) -> Callable[[Any], str | None]:
+    return lambda value: None if low <= value <= high else f"must be from {low:g} to {high:.10g}"
+
+
+def _decay_rules(rules: tuple[tuple[str, float], ...]) -> str | None:
+    for path, multiplier in rules:
+        try:
+            compile_pattern(path)
+        except ValueError as error:
+            return str(error)
+        if not 0 <= multiplier < math.inf:
+            return f"the multiplier of {path!r} must be at least 0"
+    return None if rules else 'must not be empty; (".*", 0.0) decays nothing'
+
+
+def _fraction(value: float) -> str | None:
+    return None if 0 < value <= 1 else "must be in (0, 1]"
+
+
+def _area(value: tuple[float, float]) -> str | None:
+    return None if 0 < value[0] <= value[1] <= 1 else "must be two fractions, from and to, in (0, 1]"
+
+
+def _window(value: tuple[int, int]) -> str | None:
+    return None if 1 <= value[0] <= value[1] else "must be the first and the last step to trace, counted from 1"
+
+
+def _axis_size(value: int) -> str | None:
+    return None if value >= 1 or value == -1 else "must be at least 1, or -1 for all devices that are left"
+
+
+def _one_of(*known: str) -> Callable[[str], str | None]:
+    return lambda value: None if value in known else f"unknown{did_you_mean(value, known)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """Which images, and how they are varied in training."""
+
+    name: str = _option("digits", _one_of(*datasets.NAMES))
+    data_dir: str | None = None  # TFDS's own default
+    train_split: str = "train"
+    eval_split: str = "test"
+    valid_split: str | None = (
+        None  # held out of training to choose by: checkpoints, learning rates; evaluated beside eval_split
+    )
+    flip: bool = False
+    crop_padding: int = _option(0, at_least(0))
+    # Of data sets whose images have many sizes: side in pixels, area of random crops, central crop of evaluation, and how
+    # many images of a split each process may find not to decode.
+    image_size: int | None = _option(None, at_least(1))
+    crop_area: tuple[float, float] = _option((0.08, 1.0), _area)
+    eval_crop: float = _option(0.875, _fraction)
+    max_undecodable: int = _option(10, at_least(0))
+    randaugment_layers: int = _option(0, at_least(0))
+    randaugment_magnitude: float = _option(9.0, _between(0, 10))
+    random_erasing: float = _option(0.0, _between(0, 1))  # how often a rectangle of an image is replaced by noise
+    mixup: float = _option(0.0, at_least(0))  # alpha of the shares' Beta distribution; 0 for none
+    cutmix: float = _option(0.0, at_least(0))  # the same; with both, every batch takes one or the other
+    kwargs: dict = dataclasses.field(default_factory=dict)  # of `synthetic` and `imagenet2012`
+
+    def to_augmentation(self) -> Augmentation:
+        """How training images are varied; each data set takes the kind of crop that its images need."""
+        layers, magnitude = self.randaugment_layers, self.randaugment_magnitude
+        return Augmentation(self.crop_area, self.crop_padding, self.flip, layers, magnitude)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A name that `models.build` knows, or "package.module:attribute", and the model's own settings."""
+
+    name: str = "resnet8"
+    dtype: str = _option("float32", _one_of("float32", "bfloat16"))  # of the computation; parameters stay float32
+    kwargs: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser, its schedule and its regularisation."""
+
+    name: str = _option("sgd", _one_of(*optim.OPTIMIZERS))
+    lr: float = _option(0.1, above(0))
+    lr_per_images: int | None = _option(None, at_least(1))  # the batch size that `lr` is for; None for any
+    schedule: str = _option("cosine", _one_of(*optim.SCHEDULES))
+    warmup: Duration = Duration(0, "step")
+    step_at: tuple[Duration, ...] = ()  # where the schedule `step` multiplies the rate by `step_factor`
+    step_every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))  # the same for the schedule `exponential`
+    step_factor: float = _option(0.1, _fraction)
+    momentum: float = _option(0.9, below_one)
+    nesterov: bool = True
+    b1: float = _option(0.9, below_one)
+    b2: float = _option(0.999, below_one)
+    eps: float = _option(1e-8, above(0))
+    trust_coefficient: float = _option(0.001, above(0))
+    clip_norm: float | None = _option(None, above(0))
+    weight_decay: float = _option(0.0, at_least(0))
+    # (path, multiple of weight_decay), in order; every parameter must be matched.
+    decay_rules: tuple[tuple[str, float], ...] = _option(((optim.KERNELS, 1.0), (".*", 0.0)), _decay_rules)
+    frobenius_decay: float = _option(0.0, at_least(0))
+    nuclear_decay: float = _option(0.0, at_least(0))
+    label_smoothing: float = _option(0.0, below_one)
+    accumulate: int = _option(1, at_least(1))  # parts that a batch goes through the network in, one after the other
+    ema_decay: float | None = _option(None, below_one)  # of the average of the weights, which then is what is evaluated
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankConfig:
+    """Which kernels are factored and how; see `lowrank_jax.Rule`.  Method `none` is the dense arm."""
+
+    method: str = _option("kernel_projection", _one_of("none", *METHODS))
+    scale: float | None = _option(0.25, _fraction)
+    rank: int | None = _option(None, at_least(1))
+    scheme: str = "channel"
+    activation: str = "relu"
+    multiple_of: int = 1
+    scale_of: str = "full_rank"
+    execution: str = "auto"
+    moment_batches: int = _option(0, at_least(0))  # project for the inputs that layers have on so many batches of images
+    rules: tuple[dict, ...] = ()  # exceptions by path, in order: {"path": ..., and any of the keys above}
+
+    def to_rules(self) -> tuple[Rule, ...]:
+        """The rules in order, a catch-all with the settings above at the end; none for the dense arm.
+
+        Raises:
+          ValueError: a rule is not valid; one line a problem.
+        """
+        if self.method == "none":
+            return ()
+        common = {field: getattr(self, field) for field in _RULE_KEYS}
+        rules, problems = [], []
+        for entry in (*self.rules, {"path": ".*"}):
+            try:
+                rules.append(_to_rule(common, entry))
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return tuple(rules)
+
+
+_RULE_KEYS = ("method", "scale", "rank", "scheme", "activation", "multiple_of", "scale_of", "execution")
+
+
+def _to_rule(common: dict[str, Any], entry: dict[str, Any]) -> Rule:
+    unknown = [f"unknown key {key!r}{did_you_mean(key, _RULE_KEYS)}" for key in entry if key not in ("path", *_RULE_KEYS)]
+    if "path" not in entry:
+        unknown.append("no path")
+    if unknown:
+        raise ValueError(f"rule {dict(entry)}: {'; '.join(unknown)}")
+    size = {"scale": None, "rank": None} if {"scale", "rank"} & set(entry) else {}
+    settings = {**common, **size, **entry}
+    if settings["method"] == "none":
+        return Rule(entry["path"])
+    try:
+        return Rule(settings.pop("path"), **settings)
+    except TypeError as error:
+        raise ValueError(f"rule {dict(entry)}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """How the state before the first step is made."""
+
+    svd: str = _option(
+        "device", _one_of("device", "host")
+    )  # what decomposes the kernels; the host's products UV differ by rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training, on `dataset.eval_split`; the end of training is always evaluated."""
+
+    every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))
+    batch_size: int = _option(512, at_least(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """How often to save, and how many of the latest to keep besides the best."""
+
+    every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))
+    keep: int = _option(2, at_least(2))  # one to fall back on when the newest is damaged
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """How often training metrics are written."""
+
+    every: Duration = _option(Duration(50, "step"), lambda d: _positive(d))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """Which training steps are traced for TensorBoard's profiler: the first and the last of them."""
+
+    steps: tuple[int, int] | None = _option(None, _window)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one axis may be -1, which takes all that are left."""
+
+    data: int = _option(-1, _axis_size)
+    fsdp: int = _option(1, _axis_size)
+    model: int = _option(1, _axis_size)
+    rules: tuple[dict, ...] = ()  # exceptions from the automatic sharding, in order: {"path": ..., "spec": ...}
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Devices along each axis, of so many in all."""
+        return dict(zip(AXES, mesh_sizes(devices, self.data, self.fsdp, self.model), strict=True))
+
+    @property
+    def least_devices(self) -> int:
+        """So many that an axis of all devices that are left has one."""
+        return math.prod(size for size in (self.data, self.fsdp, self.model) if size != -1)
+
+    def to_rules(self) -> tuple[ShardingRule, ...]:
+        return read_rules(self.rules)[0]  # `config` has reported what is wrong with them
+
+
+def _positive(duration: Duration) -> str | None:
+    return None if duration.amount > 0 else "must be above 0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """An experiment.  Exactly one of `steps` and `epochs` says how long it trains."""
+
+    seed: int = _option(0, _between(0, 2**32 - 1))  # jax would drop the bits beyond
+    batch_size: int = _option(128, at_least(1))
+    steps: int | None = _option(None, _between(1, 2**31 - 1))
+    epochs: float | None = _option(None, _between(1e-9, 1e9))
+    dataset: DatasetConfig = DatasetConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    lowrank: LowRankConfig = LowRankConfig()
+    init: InitConfig = InitConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def in_steps(self, duration: Duration) -> int:
+        """A duration in whole steps of this experiment."""
+        return duration.steps(self.batch_size, self.epoch_size)
+
+    @property
+    def epoch_size(self) -> int:
+        return datasets.split_size(self.description, self.dataset.train_split)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps or max(1, self.in_steps(Duration(self.epochs or 0, "epoch")))
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate of this batch size."""
+        per = self.optim.lr_per_images
+        return self.optim.lr * self.batch_size / per if per else self.optim.lr
+
+    @property
+    def description(self) -> datasets.Dataset:
+        """What is known of the data set without reading it."""
+        given = self.dataset
+        return datasets.describe(given.name, given.kwargs, image_size=given.image_size, decoding=self.decoding)
+
+    @property
+    def decoding(self) -> datasets.Decoding:
+        """How images of many sizes are read."""
+        return datasets.Decoding(self.dataset.eval_crop, self.dataset.max_undecodable)
+
+    def build_model(self):
+        dtype = {} if self.model.dtype == "float32" else {"dtype": jnp.dtype(self.model.dtype)}
+        return models.build(self.model.name, num_classes=self.description.num_classes, **dtype, **self.model.kwargs)

@@ -1,0 +1,163 @@
+"""A split of encoded images, read and decoded as they are asked for."""
+
+import bisect
+import concurrent.futures
+import functools
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lowrank_jax.experiment.data import augment, crops
+from lowrank_jax.experiment.data.augment import Augmentation
+from lowrank_jax.experiment.data.datasets import Batch, DataError, Dataset
+from lowrank_jax.experiment.data.decode import Choose, Undecodable, decode_box
+from lowrank_jax.text import first_line
+
+_CHUNK = 4  # examples that a thread takes at a time: few enough that all end at about the same time
+
+
+class Records:
+    """Encoded images on disk, each a TensorFlow Example of `image`, `label` and `file_name`.
+
+    An image that does not decode is reported once, with its file's name, and passed over: in training the next example takes
+    its place, in evaluation its `mask` is 0.  Too many of them in one process end the run.
+
+    Args:
+      dataset: what is known of it; its `decoding` says how.
+      split: what to call it in messages.
+      parts: stored records as `(source, start, stop)`, one after the other; `source[i]` are the bytes of a record.
+      remedy: what to do about a record that cannot be read.
+    """
+
+    prefetch = 2
+    """Batches ahead of the reader, each with a thread that waits for it."""
+
+    def __init__(self, dataset: Dataset, split: str, parts: Sequence[tuple[Sequence[bytes], int, int]], remedy: str):
+        if dataset.decoding is None:
+            raise ValueError(f"{dataset.name} is stored at one size")
+        self._dataset, self._decoding, self._name = dataset, dataset.decoding, f"{dataset.name}/{split}"
+        self._parts, self._remedy = list(parts), remedy
+        self._ends = list(itertools.accumulate(stop - start for _, start, stop in parts))
+        self._undecodable: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def undecodable(self) -> dict[int, str]:
+        """The images that this process could not decode so far: their names by index."""
+        return dict(self._undecodable)
+
+    def augmented(self, index: np.ndarray, bits: np.ndarray, augmentation: Augmentation) -> Batch:
+        """Images for training, each cropped and varied by its own 64 bits, and their labels."""
+        images, labels = self._empty(len(index))
+        choose = self._crops(bits, augmentation)
+
+        def make(i: int) -> None:
+            labels[i] = self._decode_or_next(int(index[i]), choose[i], images[i])
+            images[i] = augment.augment_cropped(images[i], bits[i], augmentation)
+
+        _in_parallel(make, len(index))
+        return {"image": images, "label": labels}
+
+    def plain(self, index: np.ndarray) -> Batch:
+        """Images for evaluation, cropped from the middle, their labels, and a `mask` that is 0 where one does not decode."""
+        images, labels = self._empty(len(index))
+        mask = np.ones(len(index), np.float32)
+
+        def make(i: int) -> None:
+            label = self._decode(int(index[i]), self._central_crop, images[i])
+            if label is None:
+                images[i], labels[i], mask[i] = 0, 0, 0
+            else:
+                labels[i] = label
+
+        _in_parallel(make, len(index))
+        return {"image": images, "label": labels, "mask": mask}
+
+    def _empty(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.empty((size, *self._dataset.image_shape), np.uint8), np.empty(size, np.int32)
+
+    def _crops(self, bits: np.ndarray, augmentation: Augmentation) -> list[Choose]:
+        if augmentation.crop_area is None:
+            return [self._central_crop] * len(bits)
+        draws = augment.uniforms(bits, crops.DRAWS)
+        return [functools.partial(crops.random_crop, area=augmentation.crop_area, draws=row) for row in draws]
+
+    def _central_crop(self, height: int, width: int) -> crops.Box:
+        return crops.central_crop(height, width, self._decoding.eval_crop)
+
+    def _decode_or_next(self, index: int, choose: Choose, out: np.ndarray) -> int:
+        """The label of the example, or of the first one after it that decodes: whichever process asks, and when."""
+        for other in range(index, index + len(self)):
+            label = self._decode(other % len(self), choose, out, fast=True)
+            if label is not None:
+                return label
+        raise DataError(f"{self._name}: none of the {len(self)} images decodes")
+
+    def _decode(self, index: int, choose: Choose, out: np.ndarray, *, fast: bool = False) -> int | None:
+        """Fills `out` and returns the label; None if the image does not decode."""
+        features = self._read(index)
+        try:
+            decode_box(features["image"].bytes_list.value[0], choose, out, fast=fast)
+        except Undecodable as error:
+            self._note(index, features["file_name"].bytes_list.value[0].decode(), error)
+            return None
+        return features["label"].int64_list.value[0]
+
+    def _read(self, index: int) -> Any:
+        """The features of an example by name."""
+        part = bisect.bisect_right(self._ends, index)
+        source, _, stop = self._parts[part]
+        try:
+            record = source[index - self._ends[part] + stop]
+            return _example_type().FromString(record).features.feature
+        except Exception as error:  # array_record has no error type of its own
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"{self._name}: record {index} cannot be read ({reason}); {self._remedy}") from error
+
+    def _note(self, index: int, name: str, error: Undecodable) -> None:
+        with self._lock:
+            if index in self._undecodable:
+                return
+            self._undecodable[index] = name
+            count, limit = len(self._undecodable), self._decoding.max_undecodable
+            print(f"{self._name}: {name} does not decode ({error}); {count} so far, {limit} may", file=sys.stderr, flush=True)
+            names = ", ".join(self._undecodable.values())
+        if count > limit:
+            raise DataError(
+                f"{self._name}: {count} images do not decode, dataset.max_undecodable={limit} may: {names}. Raise the limit"
+                f" (lowrank evaluate: --max-undecodable) to go on without them, or prepare the data anew: {self._remedy}"
+            )
+
+
+@functools.cache
+def _example_type() -> Any:
+    """TFDS's copy: TensorFlow's own would bring all of it in."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return tf_example_pb2.Example  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+    """One for all splits; made when it is first needed, so that processes may fork before."""
+    return concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
+
+
+def _in_parallel(make: Callable[[int], None], count: int) -> None:
+    """Calls `make` for every number below `count`; raises what one of the calls raises."""
+
+    def make_all(numbers: Iterable[int]) -> None:
+        for number in numbers:
+            make(number)
+
+    chunks = (range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
+    for _ in _pool().map(make_all, chunks):
+        pass

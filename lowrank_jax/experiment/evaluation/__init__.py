@@ -1,0 +1,1 @@
+"""Evaluation of the checkpoints of finished and running runs."""

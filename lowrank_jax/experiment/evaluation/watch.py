@@ -1,0 +1,154 @@
+"""Evaluation beside training: every checkpoint as it appears, by a process of its own that the training does not wait for."""
+
+import contextlib
+import dataclasses
+import time
+import urllib.parse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lowrank_jax.experiment.evaluation.runs import UNUSABLE, Evaluator, Interrupted, Rows, Subject, complaint
+from lowrank_jax.experiment.training.loop import StopSignal
+from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints
+from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.experiment.workdir.writer import Writer
+
+_BLINK = 0.2  # seconds between two looks at the stop signal
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a watch ended.
+
+    Attributes:
+      interrupted: it was stopped before the runs had finished.
+      failed: a work directory or a checkpoint could not be evaluated.
+    """
+
+    interrupted: bool
+    failed: bool
+
+
+def watch(
+    workdirs: Sequence[str],
+    evaluator: Evaluator,
+    *,
+    poll: float,
+    say: Callable[[str], None],
+    complain: Callable[[str], None],
+) -> Outcome:
+    """Evaluates the checkpoints of runs as they appear, until every run has finished.
+
+    What is found goes to `watch_SPLIT.jsonl` and, for TensorBoard, to `watch_SPLIT/` in the run's work directory; the run's own
+    files are left as they are.  Started again, it goes on with the checkpoints that are not in that file.
+
+    Args:
+      workdirs: of the runs, which are looked at in turn; they need not exist yet.
+      evaluator: with the split and the place of the data.
+      poll: seconds between two looks.
+      say: takes the rows of the table, and what is waited for.
+      complain: takes what cannot be evaluated.
+    """
+    rows = Rows(workdirs, say)
+    with StopSignal() as stop, contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(_Run(workdir, evaluator, rows, stop, complain)) for workdir in workdirs]
+        for run in runs:
+            if run.is_awaited():
+                say(f"waiting for {run.workdir}")
+        while not stop.requested:
+            for run in runs:
+                run.look()
+            if all(run.finished for run in runs):
+                break
+            _sleep(poll, stop)
+    return Outcome(not all(run.finished for run in runs), any(run.failed for run in runs))
+
+
+class _Run:
+    """One run under watch; `look` is called again and again."""
+
+    def __init__(self, workdir: str, evaluator: Evaluator, rows: Rows, stop: StopSignal, complain: Callable[[str], None]):
+        self.workdir, self.finished, self.failed = workdir, False, False
+        self._evaluator, self._rows, self._stop, self._complain = evaluator, rows, stop, complain
+        self._folder = Workdir(workdir)
+        self._subject: Subject | None = None  # none before the folder is there
+        self._done: set[int] = set()
+        self._suspects: set[int] = set()  # steps that could not be read at the last look
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+
+    def is_awaited(self) -> bool:
+        """Whether training has yet to begin.  What is a file will never become a work directory."""
+        return not (self._folder.path / "config.json").exists() and not self._folder.path.is_file()
+
+    def look(self) -> None:
+        """Evaluates the checkpoints that are new, oldest first."""
+        if self.finished or self._stop.requested or self.is_awaited():
+            return
+        try:
+            self._look(self._subject or self._open())
+        except Interrupted:
+            return
+        except UNUSABLE as error:
+            self._fail(error)
+            self.finished = True
+
+    def _open(self) -> Subject:
+        self._subject = subject = self._evaluator.open(self.workdir)
+        part = f"watch_{urllib.parse.quote(subject.split, safe='')}"
+        lines = self._folder.read_lines(f"{part}.jsonl")
+        self._folder.write_lines(f"{part}.jsonl", lines)  # a line that a kill cut short would spoil the next one
+        self._done = {line["step"] for line in lines}
+        self._writer = self._stack.enter_context(Writer(self._folder, part))
+        return subject
+
+    def _look(self, subject: Subject) -> None:
+        # If it has, the checkpoints listed next are the last ones.
+        ended = (self._folder.path / "result.json").exists() or self._folder.diverged() is not None
+        with subject.checkpoints() as checkpoints:
+            steps = checkpoints.steps()
+            for step in steps:
+                if step not in self._done:
+                    self._evaluate(step, checkpoints, subject)
+        self._suspects &= set(steps)
+        self.finished = ended and not self._suspects
+
+    def _evaluate(self, step: int, checkpoints: Checkpoints, subject: Subject) -> None:
+        try:
+            restored = checkpoints.restore_step(step, subject.target())
+        except CheckpointError as error:
+            self._suspect(step, error)
+            return
+        if restored is None:  # deleted in the meantime
+            return
+        evaluation = subject.evaluate(restored, lambda: self._stop.requested)
+        metrics = {"eval": evaluation.metrics, "eval_raw": evaluation.raw_metrics or {}}
+        self._writer.write(step, {f"{kind}/{name}": value for kind, part in metrics.items() for name, value in part.items()})
+        self._writer.flush()
+        self._done.add(step)
+        self._suspects.discard(step)
+        self._rows.add(self.workdir, evaluation)
+
+    def _suspect(self, step: int, error: CheckpointError) -> None:
+        """A step that cannot be read is damaged or half deleted: the next look will tell."""
+        if step not in self._suspects:
+            self._suspects.add(step)
+            return
+        self._suspects.discard(step)
+        self._done.add(step)
+        self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.failed = True
+        self._complain(complaint(self.workdir, error))
+
+
+def _sleep(seconds: float, stop: StopSignal) -> None:
+    end = time.monotonic() + seconds
+    while not stop.requested and time.monotonic() < end:
+        time.sleep(min(_BLINK, seconds))

@@ -1,0 +1,1 @@
+"""Several devices and several hosts: meshes, processes and what they agree on."""

@@ -1,0 +1,220 @@
+"""Runs grouped into arms, every arm at its own best tuning, and arms compared with each other."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from scipy import stats
+
+from lowrank_jax.experiment.report.runs import Found, Run
+from lowrank_jax.experiment.sweep.trials import Merit, merit
+
+CONFIDENCE = 0.95
+_SIZES = ("lowrank.scale", "lowrank.rank")
+_ENDS = ("done", "diverged", "failed", "stopped")
+Values = tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """The mean of n values with Student's t interval: half its width, NaN for a single value."""
+
+    mean: float
+    half: float
+    n: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return abs(self.mean) > self.half
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Interval":
+        values = list(values)
+        n = len(values)
+        if n == 1 or not all(map(math.isfinite, values)):
+            return cls(sum(values) / n, math.nan, n)
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+        return cls(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(n), n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One tuning of an arm: its values, and its mean top-1 on the held-out split over `seeds`, or why it cannot be chosen."""
+
+    values: Values
+    seeds: tuple[int, ...]
+    valid: float | None
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """The finished runs that differ in nothing but the seed.
+
+    Attributes:
+      line: the method and all that was varied besides its size, its tuning and the seed.
+      size: the scale or rank; empty for a dense network.
+      tuning: the values of the tuned keys.
+      runs: by seed.
+      missing: how many runs beside these did not finish.
+      candidates: what the tuning was chosen from; empty where nothing was chosen.
+    """
+
+    line: Values
+    size: Values
+    tuning: Values
+    runs: dict[int, Run]
+    missing: int = 0
+    candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def method(self) -> str:
+        return dict(self.line).get("lowrank.method", "")
+
+    @property
+    def label(self) -> str:
+        """The line in words: "spectral, frobenius_decay 0.001"."""
+        method = "dense" if self.method == "none" else self.method
+        return ", ".join([method, *(f"{short(key)} {text(value)}" for key, value in self.line if key != "lowrank.method")])
+
+    def interval(self, name: str) -> Interval:
+        return Interval.of(run.figure(name) for run in self.runs.values())
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the chosen tuning is the lowest or highest number that was tried, so that a better one may lie beyond."""
+        for key, value in self.tuning:
+            tried = {dict(candidate.values).get(key) for candidate in self.candidates}
+            numbers = [number for number in tried if isinstance(number, int | float)]
+            if len(numbers) > 1 and value in (min(numbers), max(numbers)):
+                return True
+        return False
+
+
+def short(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def text(value: Any) -> str:
+    """A setting in a table: as short as it can be without becoming another one."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def same(value: Any, given: str) -> bool:
+    """Whether a setting is what somebody has typed."""
+    try:
+        return float(value) == float(given)
+    except (TypeError, ValueError):
+        return str(value) == given
+
+
+def group(found: Found, tune: Sequence[str]) -> list[Arm]:
+    """The arms of finished runs; where a key of `tune` was varied, each arm at its best by validation.
+
+    Without a held-out split nothing is chosen: every value is an arm of its own.
+    """
+    tuned = [key for key in tune if key in found.varied]
+    other = [key for key in found.varied if key not in (*_SIZES, *tuned, "seed", "lowrank.method")]
+    cells: dict[tuple[Values, Values], dict[Values, dict[int, Run]]] = {}
+    for run in found.runs:
+        if run.settings and run.status != "repeated":
+            cell = _values(run, ["lowrank.method", *other]), _values(run, _SIZES)
+            cells.setdefault(cell, {}).setdefault(_values(run, tuned), {})[run.seed] = run
+    arms = [arm for (line, size), tunings in cells.items() for arm in _arms(line, size, tunings)]
+    return sorted(arms, key=lambda arm: (arm.method != "none", str(arm.line[1:]), _order(arm)))
+
+
+def _arms(line: Values, size: Values, tunings: dict[Values, dict[int, Run]]) -> list[Arm]:
+    """The best tuning, if all runs have a held-out split to choose it by; else every tuning."""
+    finished = [run for runs in tunings.values() for run in runs.values() if run.done]
+    if not finished:
+        return []
+    if list(tunings) != [()] and all(run.result.get("valid") for run in finished):
+        return [_chosen(line, size, tunings)]
+    return [
+        Arm((*line, *values), size, (), done, len(runs) - len(done))
+        for values, runs in tunings.items()
+        if (done := _done(runs))
+    ]
+
+
+def _done(runs: dict[int, Run]) -> dict[int, Run]:
+    return {seed: run for seed, run in runs.items() if run.done}
+
+
+def _order(arm: Arm) -> Any:
+    sizes = tuple(value for _, value in arm.size)
+    return (sizes, arm.method)
+
+
+def _values(run: Run, keys: Sequence[str]) -> Values:
+    return tuple((key, _hashable(run.settings[key])) for key in keys if run.settings.get(key) is not None)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else str(value) if isinstance(value, dict) else value
+
+
+def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, Run]]) -> Arm:
+    """The arm at the tuning of highest `merit`, over the seeds at which every tuning that has come to an end did so.
+
+    A tuning that diverged, failed or was stopped at one of these seeds cannot be chosen, unless none can otherwise.
+    """
+    ended = [{seed for seed, run in runs.items() if run.status in _ENDS} for runs in tunings.values()]
+    seeds = set.intersection(*filter(None, ended))
+    finished = {values: done for values, runs in tunings.items() if (done := _done(runs))}
+    whole = {values: done for values, done in finished.items() if seeds <= set(done)} or finished
+    shared = set.intersection(*map(set, whole.values()))
+    common = sorted(shared & seeds or shared)
+    scores = {
+        values: merit([done[seed].result for seed in common or done], [value for _, value in values])
+        for values, done in whole.items()
+    }
+    best = max(scores, key=lambda values: scores[values])
+    candidates = tuple(_candidate(values, tunings[values], common, scores.get(values)) for values in sorted(tunings, key=str))
+    return Arm(line, size, best, finished[best], len(tunings[best]) - len(finished[best]), candidates)
+
+
+def _candidate(values: Values, runs: dict[int, Run], seeds: list[int], merits: Merit | None) -> Candidate:
+    if merits is not None:
+        return Candidate(values, tuple(seeds), merits[0])
+    ends = dict.fromkeys(run.status for run in runs.values() if not run.done)
+    return Candidate(values, tuple(seeds), None, ", ".join(ends))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """`arm` less `rival`, seed by seed."""
+
+    arm: Arm
+    rival: Arm
+    interval: Interval
+
+
+def paired(arms: Sequence[Arm], rival: tuple[str, str], name: str) -> list[Difference]:
+    """Every low-rank arm less the one with the rival's value of a key and the same size and other settings, over common seeds.
+
+    Args:
+      arms: all of them.
+      rival: the key, such as "lowrank.method", and the value as text, such as "spectral".
+      name: of the figure that is compared.
+    """
+    differences = []
+    for arm in arms:
+        twin = next((other for other in arms if _differ_in(arm, other, rival)), None)
+        seeds = sorted(set(arm.runs) & set(twin.runs)) if twin else []
+        if twin is None or not seeds:
+            continue
+        values = [arm.runs[seed].figure(name) - twin.runs[seed].figure(name) for seed in seeds]
+        differences.append(Difference(arm, twin, Interval.of(values)))
+    return differences
+
+
+def _differ_in(arm: Arm, other: Arm, rival: tuple[str, str]) -> bool:
+    """Whether the other arm is the rival, and nothing else tells them apart."""
+    key, value = rival
+    line, others = dict(arm.line), dict(other.line)
+    own, its = line.pop(key, None), others.pop(key, None)
+    return line == others and arm.size == other.size and bool(arm.size) and own != its and same(its, value)

@@ -1,0 +1,110 @@
+"""The pictures of a report, as PNG files' bytes by name."""
+
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lowrank_jax.experiment.report.arms import Arm, text
+from lowrank_jax.planning.plans import count
+
+# Okabe and Ito's colours, which most colour-blind readers can tell apart; the marker tells the lines apart again.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#555555")
+MARKERS = "osD^vP*Xh"
+_AXES = {"params": "parameters", "macs": "multiply-adds per image", "images/s": "images per second in training, measured"}
+
+
+def draw(arms: Sequence[Arm]) -> dict[str, bytes]:
+    """Accuracy against each cost, and the training curves."""
+    pictures = {f"top1_{_file(cost)}.png": _accuracy(arms, cost) for cost in _AXES}
+    return {**pictures, "curves.png": _curves(arms)}
+
+
+def _file(cost: str) -> str:
+    return "speed" if cost == "images/s" else cost
+
+
+def _styles(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
+    labels = list(dict.fromkeys(arm.label for arm in arms if arm.method != "none"))
+    styles: dict[str, dict[str, Any]] = {
+        label: {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "ls": "-" if i < 9 else "--"}
+        for i, label in enumerate(labels)
+    }
+    dense = dict.fromkeys(arm.label for arm in arms if arm.method == "none")
+    return {**{label: {"color": "black", "marker": "_", "ls": ":"} for label in dense}, **styles}
+
+
+def _accuracy(arms: Sequence[Arm], cost: str) -> bytes:
+    """Top-1 by what it costs: one line per method, its sizes joined, with the intervals over seeds as a band."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    panel = figure.subplots()
+    for label, style in _styles(arms).items():
+        points = sorted((arm for arm in arms if arm.label == label), key=lambda arm: arm.interval(cost).mean)
+        at, tops = [arm.interval(cost).mean for arm in points], [arm.interval("eval/top1") for arm in points]
+        means, halves = [top.mean for top in tops], [0 if math.isnan(top.half) else top.half for top in tops]
+        panel.plot(at, means, label=_plain(label), **style)
+        low, high = [m - h for m, h in zip(means, halves, strict=True)], [m + h for m, h in zip(means, halves, strict=True)]
+        if len(at) > 1:
+            panel.fill_between(at, low, high, color=style["color"], alpha=0.12, lw=0)
+        else:
+            panel.errorbar(at, means, halves, color=style["color"], capsize=3)
+    low, high = panel.get_ylim()
+    panel.set(xlabel=_AXES[cost], ylabel="top-1", ylim=(max(low, 0), min(high, 1.002)))  # an interval may go beyond, top-1 not
+    if cost != "images/s":
+        sizes = sorted({arm.interval(cost).mean for arm in arms})
+        panel.set_xscale("log")
+        panel.set_xticks(sizes, [count(round(size)) for size in sizes])
+        panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    return _png(figure)
+
+
+def _curves(arms: Sequence[Arm]) -> bytes:
+    """Training loss and evaluated top-1 by step, a column for every size, bands from the lowest seed to the highest."""
+    sizes = list(dict.fromkeys(arm.size for arm in arms if arm.size)) or [()]
+    figure = Figure(figsize=(2.2 + 3.4 * len(sizes), 6), layout="constrained")
+    panels = figure.subplots(2, len(sizes), squeeze=False, sharex=True, sharey="row")
+    styles = _styles(arms)
+    for column, size in enumerate(sizes):
+        for arm in (arm for arm in arms if arm.size in (size, ())):
+            style = {**styles[arm.label], "marker": ""}
+            _curve(panels[0, column], arm, "train/loss", style)
+            _curve(panels[1, column], arm, "eval/top1", style)
+        panels[0, column].set(title=", ".join(f"{key.rpartition('.')[2]} {text(value)}" for key, value in size))
+        if panels[0, column].lines:
+            panels[0, column].set_yscale("log")
+        panels[1, column].set(xlabel="step")
+    panels[0, 0].set(ylabel="training loss")
+    panels[1, 0].set(ylabel="top-1")
+    handles = {label: line for panel in panels.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
+    return _png(figure)
+
+
+def _curve(panel: Axes, arm: Arm, name: str, style: dict[str, Any]) -> None:
+    by_step: dict[int, list[float]] = {}
+    for run in arm.runs.values():
+        for step, value in run.curve(name):
+            by_step.setdefault(step, []).append(value)
+    steps = sorted(by_step)
+    if not steps:
+        return
+    panel.plot(steps, [statistics.fmean(by_step[step]) for step in steps], label=_plain(arm.label), lw=1, **style)
+    low, high = [min(by_step[step]) for step in steps], [max(by_step[step]) for step in steps]
+    panel.fill_between(steps, low, high, color=style["color"], alpha=0.1, lw=0)
+    panel.grid(alpha=0.3)
+
+
+def _plain(label: str) -> str:
+    return label.replace("$", r"\$")  # what would begin a formula
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120)
+    return file.getvalue()

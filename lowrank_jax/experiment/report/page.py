@@ -1,0 +1,296 @@
+"""A report as Markdown, HTML, CSV and pictures."""
+
+import base64
+import csv
+import html
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import markdown
+from etils import epath
+
+from lowrank_jax.experiment.report import arms as grouping
+from lowrank_jax.experiment.report import figures
+from lowrank_jax.experiment.report.arms import Arm, Interval, short, text
+from lowrank_jax.experiment.report.runs import Found, Run, find
+from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
+from lowrank_jax.planning.plans import align, count, markdown_table
+from lowrank_jax.text import did_you_mean
+
+Table = list[list[str]]
+
+_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
+img { max-width: 100% } code { background: #f4f4f4; padding: 0 .2rem }
+pre { overflow-x: auto; background: #f4f4f4; padding: .5rem }"""
+
+
+class Report:
+    """What some work directories say.
+
+    Args:
+      folders: local folders or URLs, each a work directory or a folder of them.
+      rival: what the other arms are set against: a method, or "key=value" of any setting that was varied; None for `spectral`,
+        or the first method where that is not there.
+      tune: the keys of which each arm takes its best value by validation, beside those that sweeps tuned.
+
+    Raises:
+      WorkdirError: there is no work directory, or one is damaged.
+    """
+
+    def __init__(self, folders: Sequence[str], *, rival: str | None = None, tune: Sequence[str] = ("optim.lr",)):
+        self.found: Found = find(folders)
+        legal = sorted({key for run in self.found.runs for key in run.settings})
+        for key in tune:
+            if legal and key not in legal:
+                raise WorkdirError(f"--tune: {key}: unknown key{did_you_mean(key, legal)}")
+        self.arms: list[Arm] = grouping.group(self.found, list(dict.fromkeys([*tune, *self.found.tuned])))
+        self.rival: tuple[str, str] = self._rival(rival)
+
+    def _rival(self, given: str | None) -> tuple[str, str]:
+        low_rank = [arm for arm in self.arms if arm.size]
+        methods = dict.fromkeys(arm.method for arm in low_rank)
+        if given is None:
+            return "lowrank.method", "spectral" if "spectral" in methods else next(iter(methods), "")
+        key, equals, value = given.partition("=")
+        if not equals:
+            key, value = "lowrank.method", given
+        known = dict.fromkeys(dict(arm.line)[key] for arm in low_rank if key in dict(arm.line))
+        if not any(grouping.same(other, value) for other in known):
+            there = ", ".join(map(text, known)) or "none"
+            raise WorkdirError(f"--rival: no finished run has {key}={value}; there are: {there}")
+        return key, value
+
+    def write(self, out: epath.PathLike) -> list[str]:
+        """Writes report.md, report.html, report.csv and the pictures to a folder; returns their paths, the page first."""
+        folder = Workdir(out).path
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = figures.draw(self.arms) if self.arms else {}
+        body = self.markdown(list(pictures))
+        files = {
+            "report.html": _html(body, pictures).encode(),
+            "report.md": body.encode(),
+            "report.csv": self.csv().encode(),
+            **pictures,
+        }
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        return [str(folder / name) for name in files]
+
+    def markdown(self, pictures: Sequence[str] = ()) -> str:
+        """The whole page; `pictures` are files beside it."""
+        parts = [
+            f"# {_plain(self.title())}",
+            *(f"    {' '.join(command.split())}" for command in self.found.commands),
+            self.reading_aid(),
+            *(_markdown(self.summary()) if self.arms else ["No run has finished."]),
+            *(f"![{name}]({name})" for name in pictures),
+            *self.differences(),
+            *self.choices(),
+            *self.failures(),
+            *self.common(),
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def title(self) -> str:
+        kinds = {(run.settings["model.name"], run.settings["dataset.name"]) for run in self.found.runs if run.settings}
+        return ", ".join(f"{model} on {dataset}" for model, dataset in sorted(kinds)) or "Nothing has started"
+
+    def reading_aid(self) -> str:
+        splits = " and ".join(sorted({f"`{run.settings['dataset.eval_split']}`" for run in self.found.runs if run.settings}))
+        own = ", each arm at its own tuning" if any(arm.tuning for arm in self.arms) else ""
+        averaged = any(run.settings.get("optim.ema_decay") is not None for run in self.found.runs)
+        weights = ", of the averaged weights where a run keeps any (`eval_raw` in the CSV is of the others)" if averaged else ""
+        return (
+            f"Top-1 on {splits} at the end of training{weights}. ± is half of the {grouping.CONFIDENCE:.0%} interval of"
+            " the mean over seeds (Student's t); one seed has none. *Early loss*: the mean training loss up to the first"
+            f" line of the log{self._first_window()}{own}. *Images/s*: in training, the median over the log; runs beside each"
+            " other share a machine."
+        )
+
+    def _windows(self) -> list[int]:
+        """The steps at which the logs have their first line; losses of different windows are not compared."""
+        return sorted({curve[0][0] for arm in self.arms for run in arm.runs.values() if (curve := run.curve("train/loss"))})
+
+    def _first_window(self) -> str:
+        steps = ", ".join(map(str, self._windows()))
+        return f" ({steps} steps)" if steps else ""
+
+    def summary(self) -> Table:
+        """A row for every arm."""
+        sizes = list(dict.fromkeys(key for arm in self.arms for key, _ in arm.size))
+        tuned = list(dict.fromkeys(key for arm in self.arms for key, _ in arm.tuning))
+        header = [*map(short, sizes), "arm", "params", "MACs", "top-1", "seeds", "early loss", "images/s", *map(short, tuned)]
+        rows = [header]
+        for arm in self.arms:
+            whole = self._dense_twin(arm)
+            rows.append([
+                *(text(dict(arm.size).get(key, "")) for key in sizes),
+                arm.label,
+                _cost(arm, whole, "params"),
+                _cost(arm, whole, "macs"),
+                _plus_minus(arm.interval("eval/top1")),
+                f"{len(arm.runs)}" + (f" ({arm.missing} missing)" if arm.missing else ""),
+                f"{arm.interval('early loss').mean:.3f}" if len(self._windows()) == 1 else "",
+                f"{arm.interval('images/s').mean:,.0f}",
+                *(text(dict(arm.tuning).get(key, "")) for key in tuned),
+            ])  # fmt: skip
+        return rows
+
+    def _dense_twin(self, arm: Arm) -> Arm:
+        """The dense network with the same settings, as far as they mean something to it; the arm itself if there is none."""
+        twins = (other for other in self.arms if other.method == "none" and set(other.line[1:]) <= set(arm.line[1:]))
+        return next(twins, arm)
+
+    def differences(self) -> list[str]:
+        """Every method against the rival, seed by seed."""
+        tops = grouping.paired(self.arms, self.rival, "eval/top1")
+        losses = grouping.paired(self.arms, self.rival, "early loss")
+        if not tops:
+            return []
+        rows = [["size", "arm", "top-1 less rival's", "interval", "seeds", "", "early loss less rival's", ""]]
+        for top, loss in zip(tops, losses, strict=True):
+            row = [
+                _settings(top.arm.size),
+                top.arm.label,
+                f"{top.interval.mean:+.4f}",
+                _bounds(top.interval),
+                str(top.interval.n),
+            ]
+            rows.append([*row, _verdict(top.interval, 1), *self._early(loss.interval)])
+        rival = " ".join(self.rival) if self.rival[0] != "lowrank.method" else self.rival[1]
+        chance = f"Of {len(tops)} comparisons, {len(tops) * (1 - grouping.CONFIDENCE):.1f} would come out by chance alone."
+        lead = (
+            f"The same seeds, arm less {rival} run by run; {grouping.CONFIDENCE:.0%} intervals of the mean difference by "
+            f"Student's t. An interval that holds 0 shows no difference. {chance}"
+        )
+        return [f"## Paired differences from {rival}", lead, *_markdown(rows)]
+
+    def _early(self, interval: Interval) -> list[str]:
+        return [f"{interval.mean:+.3f}", _verdict(interval, -1)] if len(self._windows()) == 1 else ["", ""]
+
+    def choices(self) -> list[str]:
+        """What every arm's tuning was chosen from."""
+        chosen = [arm for arm in self.arms if arm.candidates]
+        if not chosen:
+            tunable = [key for key in ("optim.lr",) if key in self.found.varied]
+            note = "No split was held out (`dataset.valid_split`), so nothing is chosen: every value is an arm of its own."
+            return ["## Tuning", note] if tunable and self.arms else []
+        rows = [["size", "arm", "chosen", "top-1 on the held-out split", "seeds", ""]]
+        for arm in chosen:
+            tried = "; ".join(
+                f"{_settings(candidate.values)}: {candidate.why if candidate.valid is None else f'{candidate.valid:.4f}'}"
+                for candidate in arm.candidates
+            )
+            seeds = ", ".join(map(str, arm.candidates[0].seeds))
+            edge = "at the edge of what was tried" if arm.at_edge else ""
+            rows.append([_settings(arm.size), arm.label, _settings(arm.tuning), tried, seeds, edge])
+        lead = "Each arm is shown at its highest top-1 on the held-out split, which is neither trained on nor reported."
+        return ["## Tuning", lead, *_markdown(rows)]
+
+    def failures(self) -> list[str]:
+        """Every run that has no result."""
+        lost = self._lost()
+        if not lost:
+            return ["## Runs without a result", "None."]
+        return [
+            "## Runs without a result",
+            *_markdown([["run", "", ""], *([_code(run.name), run.status, run.reason] for run in lost)]),
+        ]
+
+    def _lost(self) -> list[Run]:
+        return [run for run in self.found.runs if not run.done]
+
+    def common(self) -> list[str]:
+        """What all runs have in common, and what made them."""
+        settings = next((run.settings for run in self.found.runs if run.settings), {})
+        versions = next((run.result["versions"] for run in self.found.runs if run.done), {})
+        same = {key: value for key, value in settings.items() if key not in self.found.varied and value not in (None, [], {})}
+        lines = [f"    {key} = {value}" for key, value in same.items() if not key.startswith(("dataset.data_dir", "mesh."))]
+        made = ", ".join(f"{package} {version}" for package, version in versions.items())
+        return ["## Common to all runs", "\n".join(lines), made]
+
+    def csv(self) -> str:
+        """A row for every run, chosen or not."""
+        chosen = {run.name for arm in self.arms for run in arm.runs.values()}
+        figures_of = ("params", "macs", "eval/top1", "eval/top5", "eval/loss", "early loss", "images/s", "seconds")
+        figures_of += ("eval_raw/top1",) if any(run.result.get("eval_raw") for run in self.found.runs) else ()
+        keys = [*self.found.varied]
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["run", "status", "reason", "chosen", *keys, "valid/top1", *figures_of])
+        for run in self.found.runs:
+            values = [run.figure(name) for name in figures_of] if run.done else [""] * len(figures_of)
+            valid = run.result["valid"]["top1"] if run.done and run.result.get("valid") else ""
+            settings = [run.settings.get(key, "") for key in keys]
+            writer.writerow([run.name, run.status, run.reason, run.name in chosen, *settings, valid, *values])
+        return file.getvalue()
+
+    def console(self) -> str:
+        """The table for a terminal, and what is missing."""
+        lost = self._lost()
+        lines = [align(self.summary())] if self.arms else ["no run has finished"]
+        if lost:
+            lines.append(f"{len(lost)} of {len(self.found.runs)} runs without a result: {_ends(lost)}")
+        return "\n".join(lines)
+
+
+def _ends(runs: Iterable[Run]) -> str:
+    ends = [run.status for run in runs]
+    return ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
+
+
+def _settings(values: Sequence[tuple[str, Any]]) -> str:
+    return ", ".join(f"{short(key)} {text(value)}" for key, value in values)
+
+
+def _plus_minus(interval: Interval) -> str:
+    return f"{interval.mean:.4f}" + ("" if math.isnan(interval.half) else f" ± {interval.half:.4f}")
+
+
+def _bounds(interval: Interval) -> str:
+    if math.isnan(interval.half):
+        return "one seed"
+    return f"{interval.mean - interval.half:+.4f} to {interval.mean + interval.half:+.4f}"
+
+
+def _verdict(interval: Interval, better: int) -> str:
+    if math.isnan(interval.half) or not interval.half:  # one seed, or equal on all: no spread to judge by
+        return ""
+    if not interval.excludes_zero:
+        return "not significant"
+    return "better" if interval.mean * better > 0 else "worse"
+
+
+def _cost(arm: Arm, dense: Arm, name: str) -> str:
+    own, whole = arm.interval(name).mean, dense.interval(name).mean
+    return count(round(own)) + (f" ({own / whole - 1:+.0%})" if own != whole else "")
+
+
+def _markdown(rows: Table) -> list[str]:
+    return [markdown_table([[_plain(cell) for cell in row] for row in rows])]
+
+
+def _plain(cell: str) -> str:
+    """Text that neither a table nor a page takes for its own."""
+    line = " ".join(cell.split()).replace("|", "\\|")
+    return line if line.startswith("`") else html.escape(line, quote=False)  # Markdown escapes code by itself
+
+
+def _code(name: str) -> str:
+    return "`" + name.replace("`", "'") + "`"
+
+
+def _html(body: str, pictures: dict[str, bytes]) -> str:
+    """One file that needs no other."""
+    page = markdown.markdown(body, extensions=["tables"])
+    for name, content in pictures.items():
+        page = page.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(content).decode()}"')
+    heading = re.search("<h1>(.*?)</h1>", page)
+    title = heading[1] if heading else "report"
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    return f"<!doctype html>\n<html><head>{head}</head><body>\n{page}\n</body></html>\n"

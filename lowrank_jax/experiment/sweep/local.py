@@ -1,0 +1,223 @@
+"""Trials in child processes of this machine, a few at a time.
+
+The children are forked from a server that has imported everything and computed nothing: an import of TensorFlow, which the
+TensorBoard writer needs, takes longer than many a small run.
+"""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from lowrank_jax.experiment.cli.flags import BAD_INPUT, DIVERGED
+from lowrank_jax.experiment.sweep.trials import Outcome, Trial, known_outcome
+from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.experiment.workdir.writer import duration
+
+_TRIES = 2
+
+
+def run(trials: Sequence[Trial], *, jobs: int) -> dict[str, Outcome]:
+    """Runs trials, `jobs` at a time, and shows how they are getting on.
+
+    A trial that fails is tried once more, unless it would only fail the same way again: its config or data cannot be used, or
+    it diverged.  SIGTERM and Ctrl-C save the running ones.
+
+    Returns:
+      The outcome of every trial by name.
+    """
+    # Each process would take most of a GPU's memory for itself.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / jobs:.2f}")
+    return _Engine(trials, jobs).run()
+
+
+@dataclasses.dataclass
+class _Running:
+    trial: Trial
+    process: Any  # multiprocessing.context.ForkServerProcess
+    tries: int
+    begin: float
+
+
+class _Engine:
+    def __init__(self, trials: Sequence[Trial], jobs: int):
+        self.outcomes = {trial.name: known for trial in trials if (known := known_outcome(trial))}
+        self.waiting = [(trial, 1) for trial in trials if trial.name not in self.outcomes]
+        self.running: list[_Running] = []
+        self.total, self.jobs = len(trials), jobs
+        self.seconds: list[float] = []  # of the trials that ended here
+        self.stopping = False
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["lowrank_jax.experiment.training.loop", "clu.metric_writers"])
+        self.board = _Board(self)
+
+    def run(self) -> dict[str, Outcome]:
+        with self._signals(), self.board:
+            _start_server()
+            while self.running or (self.waiting and not self.stopping):
+                while self.waiting and len(self.running) < self.jobs and not self.stopping:
+                    self._start(*self.waiting.pop(0))
+                wait([run.process.sentinel for run in self.running], timeout=0.5)
+                for run in [run for run in self.running if not run.process.is_alive()]:
+                    self.running.remove(run)
+                    self._ended(run)
+                self.board.refresh()
+        for trial, _ in self.waiting:
+            self.outcomes[trial.name] = Outcome("interrupted", "not started")
+        return self.outcomes
+
+    def _start(self, trial: Trial, tries: int) -> None:
+        process = self.context.Process(target=_train, args=(list(trial.command), str(_log(trial))), name=trial.name)
+        process.start()
+        if self.stopping:  # while it started
+            process.terminate()
+        self.running.append(_Running(trial, process, tries, time.monotonic()))
+
+    def _ended(self, run: _Running) -> None:
+        status, trial = run.process.exitcode, run.trial
+        self.seconds.append(time.monotonic() - run.begin)
+        if status == 0 and trial.result():
+            self._note(trial, Outcome("done"))
+        elif self.stopping:
+            self._note(trial, Outcome("interrupted", "the same command continues it"))
+        elif status == DIVERGED:
+            self._note(trial, known_outcome(trial) or Outcome("diverged"))
+        elif status == BAD_INPUT or run.tries == _TRIES:
+            reason = _last_line(trial) or _exit_in_words(status)
+            Workdir(trial.workdir).note_failure(diverged=False, reason=reason)
+            self._note(trial, Outcome("failed", reason))
+        else:
+            self.board.say(f"{_exit_in_words(status)}; trying once more: {trial.name}")
+            self.waiting.insert(0, (trial, run.tries + 1))
+
+    def _note(self, trial: Trial, outcome: Outcome) -> None:
+        self.outcomes[trial.name] = outcome
+        result = trial.result() if outcome.status == "done" else None
+        tail = f"top1 {result['eval']['top1']:.4f}" if result else outcome.reason
+        self.board.say(f"[{len(self.outcomes)}/{self.total}] {outcome.status:8} {trial.name}  {tail}   eta {self.eta()}")
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(number: int, frame: Any) -> None:
+            if self.stopping and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stopping = True
+            for run in self.running:
+                run.process.terminate()  # it saves, then ends
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for run in self.running:  # left by a second Ctrl-C
+                run.process.kill()
+
+    def eta(self) -> str:
+        left = len(self.waiting) + len(self.running)
+        if not self.seconds:
+            return "..."
+        return duration(sum(self.seconds) / len(self.seconds) * left / self.jobs)
+
+
+class _Board:
+    """What the user sees: a table that changes on a terminal, a line for each event elsewhere."""
+
+    def __init__(self, engine: _Engine):
+        self._engine, self._console = engine, Console(soft_wrap=True, highlight=False)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True) if self._console.is_terminal else None
+
+    def __enter__(self) -> "_Board":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, markup=False)
+
+    def refresh(self) -> None:
+        if self._live:
+            self._live.update(self._picture(), refresh=True)
+
+    def _picture(self) -> Group:
+        engine = self._engine
+        table = Table(box=None, pad_edge=False)
+        for column in ("running", "for", "says"):
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
+        for run in engine.running:
+            cells = (run.trial.name, duration(time.monotonic() - run.begin), _last_line(run.trial))
+            table.add_row(*map(Text, cells))  # brackets in them are no markup
+        ends = [outcome.status for outcome in engine.outcomes.values()]
+        failed = sum(end in ("failed", "diverged") for end in ends)
+        counts = f"{ends.count('done')} done, {len(engine.running)} running, {failed} failed, {len(engine.waiting)} waiting"
+        state = "stopping, saving what runs" if engine.stopping else f"eta {engine.eta()}"
+        return Group(table, f"{counts} of {engine.total}   {state}")
+
+
+def _start_server() -> None:
+    """What would end the server on Ctrl-C, before it has come to ignore it, goes by: the children are told by us."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, handler)
+
+
+def _train(arguments: list[str], log: str) -> None:
+    """In the child: `lowrank` with these arguments, its output in a file."""
+    from lowrank_jax.experiment.cli import commands as cli
+
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(file, stream.fileno())
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    cli.main(arguments)
+
+
+def _end_with_the_parent() -> None:
+    """A sweep that was killed must not leave runs behind that fight with its successor's."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _log(trial: Trial) -> pathlib.Path:
+    """Where a trial's output goes: beside its other files, or under the current folder when those are remote."""
+    scheme, remote, path = trial.workdir.rpartition("://")
+    folder = pathlib.Path("sweep_logs", path) if scheme or remote else pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "log.txt"
+
+
+def _last_line(trial: Trial) -> str:
+    log = _log(trial)
+    if not log.exists():  # the child has yet to begin
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _exit_in_words(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

@@ -1,0 +1,309 @@
+"""From the text of a sweep to the runs that it asks for."""
+
+import dataclasses
+import hashlib
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.sweep import grammar
+from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError, flatten
+from lowrank_jax.planning.plans import align, count
+from lowrank_jax.text import did_you_mean
+
+# Settings that mean nothing where no kernel is factored: a dense arm appears once, whatever they are.
+_OF_FACTORS = ("lowrank.", "optim.frobenius_decay", "optim.nuclear_decay")
+
+
+# What tells the arms of a comparison apart, and what their spread is taken over.
+_NOT_TUNED = ("seed", "lowrank.method", "lowrank.scale", "lowrank.rank")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    Attributes:
+      name: of its folder, made of the values that the sweep gives it.
+      values: those values as text, by key.
+      config: the whole config, parsed.
+      workdir: of the run.
+      command: the arguments of `lowrank` that run it.
+    """
+
+    name: str
+    values: dict[str, str]
+    config: Config
+    workdir: str
+    command: tuple[str, ...]
+
+    def result(self) -> dict[str, Any] | None:
+        """What the run left at its end; None if it has not come there."""
+        return Workdir(self.workdir).read_json("result.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a trial ended, as an engine tells it.
+
+    Attributes:
+      status: `done`; `diverged`; `failed`, for any other reason; `stopped` by a scheduler, on purpose; `interrupted`, to go on
+        when the same command is given again.
+      reason: in words, where there is one.
+    """
+
+    status: Literal["done", "diverged", "failed", "stopped", "interrupted"]
+    reason: str = ""
+
+
+def known_outcome(trial: Trial) -> "Outcome | None":
+    """How the trial ended earlier, if running it again would only end the same way."""
+    folder = Workdir(trial.workdir)
+    try:
+        if trial.result() is not None:
+            return Outcome("done")
+    except WorkdirError:  # the run writes it anew when it is given again
+        return None
+    if stopped := folder.read_json("stopped.json"):
+        return Outcome("stopped", f"by {stopped['by']} at step {stopped['step']}")
+    reason = folder.diverged()
+    return None if reason is None else Outcome("diverged", reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """All runs of a sweep, in the order in which to start them.
+
+    Attributes:
+      first: the runs that can start at once.
+      later: those that wait for the first ones to tell which tuned values are best; empty unless `tune(...)` was given.
+      tuned: the tuned keys.
+    """
+
+    first: tuple[Trial, ...]
+    later: tuple[Trial, ...]
+    tuned: tuple[str, ...]
+
+    def chosen(self) -> list[Trial]:
+        """The later runs at the tuned values that were best in the first ones, by `merit`."""
+        finished = [(merit([result], self._tuning(trial)), trial) for trial in self.first if (result := trial.result())]
+        best = {self._arm(trial): trial for _, trial in sorted(finished, key=lambda pair: pair[0])}
+        return [trial for trial in self.later if _same_tuning(trial, best.get(self._arm(trial)), self.tuned)]
+
+    def _tuning(self, trial: Trial) -> list[Any]:
+        settings = flatten(configs.to_dict(trial.config))
+        return [settings.get(key) for key in self.tuned]
+
+    def _arm(self, trial: Trial) -> tuple[tuple[str, str], ...]:
+        return tuple((key, text) for key, text in trial.values.items() if key not in (*self.tuned, "seed"))
+
+    def table(self) -> str:
+        """The trials as aligned text."""
+        keys = list(dict.fromkeys(key for trial in (*self.first, *self.later) for key in trial.values))
+        rows = [["trial", *keys, "params", "steps"]]
+        for trial in self.first:
+            rows.append([trial.name, *(trial.values.get(key, "-") for key in keys), *_size(trial.config)])
+        lines = [align(rows), f"{len(self.first)} trials"]
+        if self.later:
+            rest = len({(self._arm(trial), trial.values["seed"]) for trial in self.later})
+            lines.append(f"and {rest} more at the best {', '.join(self.tuned)} of each arm, the other seeds")
+        return "\n".join(lines)
+
+
+def expand(source: str, overrides: Sequence[tuple[str, str]], text: str, workdir: str) -> Sweep:
+    """The trials of a sweep.
+
+    Args:
+      source: the config file.
+      overrides: what all trials have in common, `(key, value)` as text.
+      text: of the sweep; see `grammar`.
+      workdir: the folder that holds the trials' work directories.
+
+    Raises:
+      ConfigError: the text does not read as a sweep, or a trial's config is not valid; with all problems, before anything runs.
+    """
+    try:
+        axes = grammar.parse(text)
+    except ValueError as error:
+        raise configs.ConfigError("--sweep", str(error).splitlines()) from None
+    _check_keys(axes, overrides)
+    parsed, problems = _Parser(source, overrides), {}
+    distinct = list({tuple(_relevant(assignment, parsed.method).items()): None for assignment in axes.assignments()})
+    names = _names([dict(items) for items in distinct])
+    trials = []
+    for name, items in zip(names, distinct, strict=True):
+        values = dict(items)
+        try:
+            config = parsed(values)
+        except configs.ConfigError as error:
+            problems.update({problem: name for problem in error.problems if problem not in problems})
+            continue
+        folder = str(epath.Path(workdir) / name)
+        flags = [f"--config.{key}={value}" for key, value in (*overrides, *values.items())]
+        trials.append(Trial(name, values, config, folder, ("train", f"--config={source}", *flags, f"--workdir={folder}")))
+    if problems:
+        raise configs.ConfigError("--sweep", [f"{problem}   (in {name})" for problem, name in problems.items()])
+    _check_distinct(trials)
+    if axes.tuned:
+        return _in_two_stages(trials, axes)
+    return Sweep(tuple(trials), (), ())
+
+
+def _check_distinct(trials: Sequence[Trial]) -> None:
+    """0.1 and 1e-1 are written differently and mean the same."""
+    seen: dict[str, str] = {}
+    problems = []
+    for trial in trials:
+        twin = seen.setdefault(repr(trial.config), trial.name)
+        if twin != trial.name:
+            problems.append(f"{twin} and {trial.name} are the same experiment")
+    if problems:
+        raise configs.ConfigError("--sweep", problems)
+
+
+def _check_keys(axes: grammar.Axes, overrides: Sequence[tuple[str, str]]) -> None:
+    legal, fixed = configs.legal_keys(), {key for key, _ in overrides}
+    problems = [f"{key}: both swept and set by --config.{key}" for key in axes.keys if key in fixed]
+    open_ended = ("model.kwargs.", "dataset.kwargs.")  # the model or data set knows what is legal there
+    given = {*fixed, *axes.keys}
+    problems += [f"{key}: given beside {other}" for key in axes.keys for other in given if other.startswith(f"{key}.")]
+    problems += [f"{key}: cannot be tuned" for key in axes.tuned if key in _NOT_TUNED]
+    for key in axes.keys:
+        if key not in legal and not key.startswith(open_ended):
+            problems.append(f"{key}: unknown key{did_you_mean(key, legal)}")
+    if problems:
+        raise configs.ConfigError("--sweep", problems)
+
+
+def _relevant(assignment: grammar.Assignment, method: Any) -> grammar.Assignment:
+    """Without what a dense network has no use for; `method` is what is not swept."""
+    if assignment.get("lowrank.method", method) != "none":
+        return assignment
+    return {key: text for key, text in assignment.items() if not meaningless_when_dense(key)}
+
+
+def meaningless_when_dense(key: str) -> bool:
+    """Whether a setting has no effect where no kernel is factored."""
+    return key != "lowrank.method" and key.startswith(_OF_FACTORS)
+
+
+class _Parser:
+    """Parses configs that differ from each other in a few values; a new seed is no reason to judge the rest again."""
+
+    def __init__(self, source: str, overrides: Sequence[tuple[str, str]]):
+        self._source = source
+        self._base = configs.load(source)
+        for key, value in overrides:
+            configs.override(self._base, key, value)
+        lowrank = self._base.get("lowrank")
+        self.method = lowrank.get("method") if isinstance(lowrank, ConfigDict) else None
+        self._known: dict[tuple[tuple[str, str], ...], Config | configs.ConfigError] = {}
+
+    def __call__(self, values: grammar.Assignment) -> Config:
+        seed = values.get("seed", "")
+        if not re.fullmatch(r"0|[1-9]\d{0,8}", seed):  # the whole judgement, if only to be told what is wrong with the seed
+            return self._parse(values)
+        rest = tuple((key, text) for key, text in values.items() if key != "seed")
+        if rest not in self._known:
+            try:
+                self._known[rest] = self._parse(dict(rest))
+            except configs.ConfigError as error:
+                self._known[rest] = error
+        found = self._known[rest]
+        if isinstance(found, configs.ConfigError):
+            raise found
+        return dataclasses.replace(found, seed=int(seed))
+
+    def _parse(self, values: grammar.Assignment) -> Config:
+        config = self._base.copy_and_resolve_references()
+        for key, text in values.items():
+            configs.override(config, key, text)
+        return configs.parse(config, source=self._source)
+
+
+def _names(assignments: list[grammar.Assignment]) -> list[str]:
+    """A folder's name for each: `method=spectral,scale=0.1,seed=0`."""
+    keys = dict.fromkeys(key for assignment in assignments for key in assignment)
+    last = [key.rpartition(".")[2] for key in keys]
+    short = {key: tail if last.count(tail) == 1 else key for key, tail in zip(keys, last, strict=True)}
+    names = []
+    for assignment in assignments:
+        exact = ",".join(f"{short[key]}={text}" for key, text in assignment.items())
+        name = re.sub(r"[^\w.,=+-]+", "_", exact)
+        if name != exact or len(name) > 150:  # what was replaced or cut may have told two trials apart
+            name = f"{name[:150]}-{hashlib.sha256(exact.encode()).hexdigest()[:6]}"
+        names.append(name)
+    return names
+
+
+def _in_two_stages(trials: list[Trial], axes: grammar.Axes) -> Sweep:
+    unheld = [trial.name for trial in trials if trial.config.dataset.valid_split is None]
+    if unheld:
+        example = "--config.dataset.train_split='train[:90%]' --config.dataset.valid_split='train[90%:]'"
+        raise configs.ConfigError(
+            "--sweep", [f"tune(...): chooses on dataset.valid_split, which is not set; for example {example}"]
+        )
+    if any("seed" in term[0] and len(term[0]) > 1 for term in axes.terms):
+        raise configs.ConfigError("--sweep", ["zip(...): beside tune(...) the seed has to be a term of its own"])
+    seed = next((term[0]["seed"] for term in axes.terms if "seed" in term[0]), None)
+    first = [trial for trial in trials if trial.values.get("seed") == seed]
+    return Sweep(tuple(first), tuple(trial for trial in trials if trial not in first), axes.tuned)
+
+
+Merit = tuple[float, float, list[str]]
+
+
+def merit(results: Sequence[dict[str, Any]], tuning: Sequence[Any]) -> Merit:
+    """What tuned values are chosen by, given the results of runs at them: top-1 on the held-out split, and of equals its loss.
+
+    On a small split equals are common, and whoever runs the trials and whoever reports on them must choose alike: where
+    the loss is equal too, by the values themselves.
+    """
+    top1, loss = (statistics.fmean(result["valid"][name] for result in results) for name in ("top1", "loss"))
+    return top1, -loss, [str(value) for value in tuning]
+
+
+def _same_tuning(trial: Trial, other: Trial | None, tuned: Sequence[str]) -> bool:
+    return other is not None and all(trial.values.get(key) == other.values.get(key) for key in tuned)
+
+
+def _size(config: Config) -> list[str]:
+    return [count(configs.make_plan(config).params), str(config.total_steps)]
+
+
+def check_workdirs(trials: Iterable[Trial]) -> None:
+    """Raises WorkdirError, with all that is wrong, if a folder belongs to another experiment."""
+    problems = []
+    for trial in trials:
+        try:
+            Workdir(trial.workdir).check(configs.to_dict(trial.config))
+        except WorkdirError as error:
+            problems.append(str(error))
+    if problems:
+        raise WorkdirError("\n".join(problems))
+
+
+def record(folder: epath.PathLike, sweep: Sweep, trials: Sequence[Trial], command: str) -> None:
+    """Notes in sweep.json which runs were asked for, beside those of earlier sweeps of the same folder."""
+    home = Workdir(folder)
+    home.path.mkdir(parents=True, exist_ok=True)
+    known = read_record(folder)
+    home.write_json(
+        "sweep.json",
+        {
+            "commands": list(dict.fromkeys([*known["commands"], command])),
+            "tuned": list(dict.fromkeys([*known["tuned"], *sweep.tuned])),
+            "trials": {**known["trials"], **{trial.name: trial.values for trial in trials}},
+        },
+    )
+
+
+def read_record(folder: epath.PathLike) -> dict[str, Any]:
+    """What `record` wrote; empty where there is none."""
+    return Workdir(folder).read_json("sweep.json") or {"commands": [], "tuned": [], "trials": {}}

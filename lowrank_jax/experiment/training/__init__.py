@@ -1,0 +1,1 @@
+"""Training, from the experiment that a config describes to the loop."""

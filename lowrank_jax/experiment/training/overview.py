@@ -1,0 +1,65 @@
+"""An experiment at a glance: what becomes of every kernel, and where every array lives."""
+
+import math
+from typing import Any
+
+import jax
+
+from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.hosts.sharding import bytes_per_device
+from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.paths import named_leaves
+from lowrank_jax.planning.plans import align, count
+
+
+def overview(config: Config, devices: int, source: str = "config") -> str:
+    """The plan's table and, for so many devices, what each of them holds; nothing is computed, and no device is needed.
+
+    Raises:
+      ConfigError: the parts of the config do not fit together.
+    """
+    return describe(experiments.build(config, source, devices))
+
+
+def describe(experiment: experiments.Experiment) -> str:
+    """See `overview`.  Arrays are shown one by one where the mesh cuts any."""
+    sizes, state = dict(experiment.mesh.shape), experiment.shapes
+    parts = [str(experiment.plan)]
+    if sizes["fsdp"] * sizes["model"] > 1:
+        parts.append(align(_rows(state.params)))
+    mesh = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    totals = [
+        [f"mesh {mesh}", "a device holds", "of"],
+        ["parameters", *_weights(state.params)],
+        ["state: parameters, optimiser, statistics, averages", *_weights(state)],
+    ]
+    return "\n\n".join([*parts, align(totals)])
+
+
+def _rows(params: Any) -> list[list[str]]:
+    """A row for every array that has more than one axis or is cut, one for all others."""
+    header = ["array", "shape", "cut by", "a device holds", "bytes"]
+    shown, rest = [], 0
+    for name, leaf in named_leaves(params).items():
+        spec = leaf.sharding.spec
+        if leaf.ndim < 2 and not any(spec):
+            rest += bytes_per_device(leaf)
+            continue
+        part = leaf.sharding.shard_shape(leaf.shape)
+        entries = (*spec, *[None] * (leaf.ndim - len(spec)))
+        shown.append([name, _times(leaf.shape), ", ".join(map(_entry, entries)), _times(part), count(bytes_per_device(leaf))])
+    return [header, *shown, *([["(others)", "", "whole", "", count(rest)]] if rest else [])]
+
+
+def _entry(names: Any) -> str:
+    return "-" if names is None else names if isinstance(names, str) else "*".join(names)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _weights(tree: Any) -> tuple[str, str]:
+    """Bytes on one device, and bytes in all."""
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return count(bytes_per_device(tree)) + "B", count(whole) + "B"

@@ -1,0 +1,100 @@
+"""A trace of a few training steps, for TensorBoard's profiler.
+
+Every process writes its own part: WORKDIR/plugins/profile/RUN/process_N.xplane.pb, where RUN names the steps.
+"""
+
+import contextlib
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+from etils import epath
+
+from lowrank_jax.text import first_line
+
+
+class Tracer:
+    """Traces the training steps from a first to a last one, and leaves all other steps alone.
+
+    Args:
+      steps: the first and the last step to trace, counted as in the log; None for none.
+      folder: the work directory, local or remote, in whose root TensorBoard's event files are.
+      state: gives what the step at hand computes, to wait for.
+      paused: what happens inside does not count as training time.
+      say: takes a line for the console.
+    """
+
+    def __init__(
+        self,
+        steps: tuple[int, int] | None,
+        folder: epath.Path,
+        *,
+        state: Callable[[], Any],
+        paused: Callable[[], AbstractContextManager[None]],
+        say: Callable[[str], None],
+    ):
+        self._first, self._last = steps or (0, 0)
+        self._folder, self._state, self._paused, self._say = folder, state, paused, say
+        self._done: list[int] = []  # traced so far, while a trace is being taken
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around a step, reading its batch included."""
+        if not self._first <= number <= self._last:
+            yield
+            return
+        if not self._done:
+            jax.block_until_ready(self._state())  # the steps before are not part of the trace
+            with self._paused(), self._or_without():
+                self._start()
+        if number > self._last:  # by now
+            yield
+            return
+        self._done.append(number)
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+        if number == self._last:
+            self._stop()
+
+    def __enter__(self) -> "Tracer":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Writes what was traced when the run ends within the steps, stopped or failed."""
+        if not self._done:
+            return
+        self._stop(wait=exception[0] is None)  # what a failed step was to compute may never come
+
+    def _start(self) -> None:
+        self._local = tempfile.TemporaryDirectory(prefix="lowrank_trace_")
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # an event for every call of a Python function would slow the steps down
+        jax.profiler.start_trace(self._local.name, profiler_options=options)
+
+    def _stop(self, *, wait: bool = True) -> None:
+        if wait:
+            jax.block_until_ready(self._state())
+        with self._paused(), self._or_without():
+            run = self._folder / "plugins" / "profile" / f"steps_{self._done[0]}_{self._done[-1]}"
+            # Not into the work directory at once: jax's profiler knows no buckets, it names the run after the clock of each
+            # process, so that the parts of one would end up in several, and two processes of a host would write one file.
+            with self._local:
+                jax.profiler.stop_trace()
+                run.mkdir(parents=True, exist_ok=True)
+                for file in pathlib.Path(self._local.name).rglob("*.xplane.pb"):
+                    (run / f"process_{jax.process_index()}.xplane.pb").write_bytes(file.read_bytes())
+            self._say(f"traced steps {self._done[0]} to {self._done[-1]}: {run}")
+        self._done = []
+
+    @contextlib.contextmanager
+    def _or_without(self) -> Iterator[None]:
+        """A trace that cannot be taken or written ends no training; every process says so of its part."""
+        try:
+            yield
+        except Exception as error:  # of the profiler, or of whatever kind of bucket
+            print(f"no trace of steps {self._first} to {self._last}: {first_line(error)}", file=sys.stderr, flush=True)
+            self._last = 0

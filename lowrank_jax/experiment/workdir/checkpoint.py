@@ -1,0 +1,377 @@
+"""Checkpoints: written by orbax in the background, checked on the way back in.
+
+Orbax restores an array whose bytes have changed on disk without a word, and takes a truncated step for the latest.  So every
+step stores a digest of each array, restoring compares them, and a damaged step is reported and the one before it used.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import importlib
+import json
+import logging
+import re
+import sys
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
+
+from lowrank_jax.experiment.hosts.processes import gather, several
+from lowrank_jax.experiment.workdir.digest import digests
+from lowrank_jax.text import first_line
+
+_SCORES = "scores.json"
+_GONE = "gone"
+# What orbax's threads log of a save that fails, with a traceback each, and Python of what they leave.
+_TOLD_ANYWAY = re.compile(
+    r"Failed to write metadata|Failed to json parse Metadata file: \S+\.orbax-checkpoint-tmp"
+    r"|_SignalingThread\.run\(\) raised|Handler Commit operations|Save Finalize thread"
+    r"|(?s:exception was never retrieved.*orbax)"
+)
+_STRAGGLERS = 0.1  # seconds for the reads beside one that failed to end, while nobody listens to their complaints
+_OPENINGS = 5  # attempts to list the steps of a run that may be deleting some
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is needed cannot be read or written; the message says which and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A step as it came back.
+
+    Attributes:
+      step: its number.
+      state: the tree that was asked for.
+      info: what was saved beside it: `data`, the reader's state; `score`, its top-1 if it was evaluated; `seconds`
+        of training.
+      damaged: newer steps that could not be used, each with the reason.
+    """
+
+    step: int
+    state: Any
+    info: dict[str, Any]
+    damaged: dict[int, str]
+
+
+@dataclasses.dataclass
+class _LatestAndBest(managers.PreservationPolicy):
+    """Keeps the latest steps and the best one.  Orbax's own policy would read scores that no digest protects."""
+
+    latest: int
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self.latest :], self.best()}
+        return [step in kept for step in steps]
+
+
+class Checkpoints:
+    """The checkpoints of one work directory.
+
+    Where a run has several processes, all of them call every method; each writes and reads its own part of every array, and
+    they agree on what can be used.
+
+    Args:
+      directory: where they are; made if need be.
+      keep: how many of the latest to keep besides the best by top-1.
+      read_only: for evaluation: nothing is written or moved.
+    """
+
+    def __init__(self, directory: epath.PathLike, *, keep: int = 2, read_only: bool = False):
+        self.directory = _absolute(epath.Path(directory))  # orbax takes absolute paths only
+        self._read_only = read_only
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is not a folder")
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=_LatestAndBest(keep, self.best),
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            create=False,  # orbax refuses to, where barriers are the coordinator's
+            multiprocessing_options=_together(),
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()) if several() else None,
+        )
+        _hush_saves()
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone())
+        self._manager = self._open()
+        self._scores = self._read_scores()
+
+    def _open(self) -> ocp.CheckpointManager:
+        if not self._read_only and jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        gather("opened")
+        for _ in range(_OPENINGS - 1):
+            # A run that is still training may delete a step between orbax's listing it and looking at it.
+            with contextlib.suppress(FileNotFoundError):
+                return ocp.CheckpointManager(self.directory, options=self._options)
+        return ocp.CheckpointManager(self.directory, options=self._options)
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def best(self) -> int | None:
+        """The step with the highest `top1`, the later of equals; None if none was evaluated."""
+        scored = [step for step in self.steps() if step in self._scores]
+        return max(scored, key=lambda step: (self._scores[step], step), default=None)
+
+    def best_score(self) -> float:
+        """The highest `top1` of the steps that are there; -1 if none was evaluated."""
+        best = self.best()
+        return -1.0 if best is None else self._scores[best]
+
+    def note_score(self, step: int, top1: float) -> None:
+        """Notes the evaluation of a step, which may be saved before or after."""
+        self._scores[step] = top1
+        if jax.process_index():
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = self.directory / f".{_SCORES}.partial"
+        partial.write_text(json.dumps(_seal({str(step): score for step, score in self._scores.items()})))
+        partial.replace(self.directory / _SCORES)
+
+    def _read_scores(self) -> dict[int, float]:
+        """What `note_score` wrote; where that is damaged, what the steps' own records say."""
+        try:
+            return {int(step): score for step, score in _unseal(json.loads((self.directory / _SCORES).read_text())).items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            records = {step: self._read_record(step) for step in self.steps()}
+            return {step: info["score"] for step, info in records.items() if info and info.get("score") is not None}
+
+    def _read_record(self, step: int) -> dict[str, Any] | None:
+        with _quiet_failure():
+            try:
+                return _unseal(self._read_items(step, info=ocp.args.JsonRestore()).info)
+            except Exception:  # restoring the step will say what is wrong with it
+                return None
+
+    def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
+        """Starts to write a step; returns when the arrays are off the devices' hands."""
+        record = _seal({**info, "digests": digests(state)})
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(record))
+        with self._reporting():
+            self._manager.save(step, args=items, force=True)
+
+    def wait(self) -> None:
+        """Until everything is on disk."""
+        with self._reporting():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """A save that fails, often the one begun before, ends in a message: no space, no permission, no connection."""
+        try:
+            yield
+        except Exception as error:  # tensorstore reports a full disk as a ValueError
+            raise CheckpointError(f"{self.directory}: a checkpoint could not be written: {_reason(error)}") from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Waits for what is being written; not with the others when this process has failed, who know nothing of it."""
+        if exception[0] and several():
+            return
+        self._reader.close()
+        with contextlib.suppress(Exception) if exception[0] else self._reporting():  # what has failed is told already
+            self._manager.close()
+
+    def restore(self, target: Any) -> Restored | None:
+        """The newest good step; None if there are no steps at all.
+
+        Args:
+          target: shapes, dtypes and shardings of the tree to restore (`jax.ShapeDtypeStruct`s); it may be a mapping of some
+            of the state's fields, to read those alone.
+
+        Raises:
+          CheckpointError: there are steps, and none is good.
+        """
+        damaged: dict[int, str] = {}
+        steps = self._agreed_steps()
+        while steps:
+            step = steps.pop()
+            attempt = self._attempt(step, target)
+            if isinstance(attempt, Restored):
+                self._set_aside(list(damaged))
+                return dataclasses.replace(attempt, damaged=damaged)
+            if attempt != _GONE:
+                damaged[step] = attempt
+            else:  # deleted by a run that is still training: it has newer ones by now
+                self._manager.reload()
+                damaged, steps = {}, self._agreed_steps()
+        if damaged:
+            reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
+            raise CheckpointError(f"{self.directory}: no checkpoint can be used\n{reasons}")
+        return None
+
+    def restore_step(self, step: int, target: Any) -> Restored | None:
+        """That step and no other; None if it was deleted, as a run that is still training does with its older ones.
+
+        Raises:
+          CheckpointError: it is damaged.
+        """
+        attempt = self._attempt(step, target)
+        if isinstance(attempt, Restored):
+            return attempt
+        if attempt != _GONE:
+            raise CheckpointError(f"checkpoint {step} is damaged: {attempt}")
+        return None
+
+    def _agreed_steps(self) -> list[int]:
+        """Those that the first process sees: a run that is still training may delete some between two looks."""
+        return json.loads(gather(json.dumps(self.steps()))[0])
+
+    def _attempt(self, step: int, target: Any) -> Restored | str:
+        """The step, or why it cannot be used: because it is gone, or what is wrong with some process's part."""
+        result = self._try(step, target)
+        reasons = [reason for reason in gather(result if isinstance(result, str) else "") if reason]
+        if _GONE in reasons:
+            return _GONE
+        if reasons or isinstance(result, str):
+            return reasons[0]
+        # All processes have their parts, so all can take part in this.
+        for name, digest in digests(result.state).items():
+            if result.info["digests"].get(name) != digest:
+                return f"digest of {name} differs"
+        return result
+
+    def _try(self, step: int, target: Any) -> Restored | str:
+        with _quiet_failure():
+            try:
+                return self._read(step, target)
+            except (PermissionError, MemoryError):  # the step may well be good
+                raise
+            except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
+                reason = _reason(error)
+            time.sleep(_STRAGGLERS)
+        return reason if (self.directory / str(step)).exists() else _GONE
+
+    def _read(self, step: int, target: Any) -> Restored:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        state_args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
+        items = self._read_items(step, state=state_args, info=ocp.args.JsonRestore())
+        return Restored(step, items.state, _unseal(items.info), {})
+
+    def _read_items(self, step: int, **items: Any) -> Any:
+        return self._reader.restore(self.directory / str(step), args=ocp.args.Composite(**items))
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves damaged steps out of the way of the saves to come; nothing is deleted."""
+        if self._read_only or not steps:
+            return
+        if jax.process_index() == 0:
+            folder = self.directory.parent / "damaged"
+            folder.mkdir(parents=True, exist_ok=True)
+            for step in steps:
+                copies = sum(1 for other in folder.iterdir() if other.name.split("-")[0] == str(step))
+                (self.directory / str(step)).rename(folder / (f"{step}-{copies}" if copies else str(step)))
+        gather("moved")
+        self._manager.close()
+        self._manager = self._open()
+
+
+def _absolute(path: epath.Path) -> epath.Path:
+    if "://" not in str(path):
+        return path.resolve()
+    if str(path).startswith("gs://"):
+        try:
+            importlib.import_module("google.cloud.storage")  # orbax asks it what kind of bucket that is
+        except ImportError:
+            raise CheckpointError(f"{path}: checkpoints there need pip install 'lowrank_jax[gcs]'") from None
+    return path
+
+
+def _together() -> ocp.options.MultiprocessingOptions:
+    """Barriers of the coordinator's instead of computations on the devices, which other threads' would get in the way of."""
+    everyone = set(range(jax.process_count())) if several() else None
+    return ocp.options.MultiprocessingOptions(active_processes=everyone)
+
+
+def _barrier() -> Callable[..., None]:
+    """Orbax's own, but for a save that fails in this process, which orbax would hide while it waits for the others."""
+    wait, caller = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count()))), threading.current_thread()
+
+    def sync(*, key: str, timeout_ms: int) -> None:
+        failure = sys.exc_info()[1]  # what orbax's thread is about to end with; the caller may be handling one of its own
+        if failure and threading.current_thread() is not caller:
+            raise failure
+        wait(key=key, timeout_ms=timeout_ms)
+
+    return sync
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """No barriers: nobody waits for a process whose part is damaged."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"read{own}")
+
+
+@contextlib.contextmanager
+def _quiet_failure() -> Iterator[None]:
+    """When a read fails, orbax leaves its other reads unfinished, and Python complains of each as it is collected."""
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+        log.setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda unraisable: None
+        try:
+            yield
+            gc.collect()
+        finally:
+            sys.unraisablehook = hook
+            log.setLevel(level)
+
+
+def _hush_saves() -> None:
+    """Leaves a save that fails to the CheckpointError; its threads would complain too, at any time until they end."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
+    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or not _TOLD_ANYWAY.search(record.getMessage())
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithoutClosedLoops:
+    """A hook that keeps quiet of writes beside one that failed, which end after the loop that waited for them."""
+
+    otherwise: Callable[[Any], object]
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self.otherwise(unraisable)
+
+
+def _reason(error: Exception) -> str:
+    """Of long ones, which name a file several times on the way, both ends: the last words are the reason."""
+    line = first_line(error)
+    return line if len(line) <= 200 else f"{line[:80]} ... {line[-115:]}"
+
+
+def _seal(body: dict[str, Any]) -> dict[str, Any]:
+    return {"body": body, "check": _check(body)}
+
+
+def _unseal(sealed: dict[str, Any]) -> dict[str, Any]:
+    if sealed["check"] != _check(sealed["body"]):
+        raise ValueError("the digest of its own record differs")
+    return sealed["body"]
+
+
+def _check(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())

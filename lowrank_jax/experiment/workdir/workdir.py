@@ -1,0 +1,257 @@
+"""The files of a work directory other than checkpoints and event files."""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from etils import epath
+from upath import UPath
+
+from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.text import first_line
+
+# What may change between two starts of one experiment: where things are, what is written and how often, how many devices, how
+# layers run on them, what decomposes their kernels, and how many images may be passed over, which no figure depends on as long
+# as it is enough.
+_FREE = (
+    "dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "init.", "log.", "profile.",
+    "lowrank.execution", "mesh.",
+)  # fmt: skip
+
+
+# Without these a config.json is something else's.
+_NEEDED = {"seed", "dataset.name", "model.name", "lowrank.method"}
+_EPATH = ("gs://", "s3://", "az://", "hf://")
+
+
+class WorkdirError(Exception):
+    """The work directory cannot be used; the message says what to do."""
+
+
+class Workdir:
+    """A folder, local or remote, that holds one experiment.
+
+    Args:
+      path: where it is.
+      active: whether anything is written; not by all but the first of a run's processes.
+    """
+
+    def __init__(self, path: epath.PathLike, *, active: bool = True):
+        self._active = active
+        # Where training can write, epath can read; a report may be read from anywhere that fsspec reaches.
+        other = re.match(r"[a-z0-9+]+://", str(path)) and not str(path).startswith(_EPATH)
+        self.path: Any = UPath(str(path)) if other else epath.Path(path)
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        return self.path / "checkpoints"
+
+    def claim(self, config: dict[str, Any]) -> None:
+        """Marks the folder as this experiment's.
+
+        Raises:
+          WorkdirError: it belongs to another one, or cannot be written.
+        """
+        if not self._active:
+            return
+        self.check_bucket()
+        self.check(config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json("config.json", config)
+        except OSError as error:
+            raise WorkdirError(f"cannot write to {self.path}: {error.strerror or error}") from None
+
+    def check_bucket(self) -> None:
+        """Raises WorkdirError for a bucket that is not there, in which TensorFlow would try to make a folder for ever, or that
+        it has no file system for."""
+        match = re.match(r"[a-z0-9+]+://[^/]*", str(self.path))
+        if not match:
+            return
+        try:
+            there = epath.Path(match[0]).exists()
+        except Exception as error:  # every kind of bucket has errors of its own
+            raise WorkdirError(f"cannot reach {match[0]}: {first_line(error)}") from error
+        if not there:
+            raise WorkdirError(f"there is no bucket {match[0]}, or this account may not see it")
+
+    @contextlib.contextmanager
+    def locked(self, seconds: float = 10.0) -> Iterator[None]:
+        """Keeps other processes of this machine from training in the folder; nothing where it is remote or cannot be locked.
+
+        Raises:
+          WorkdirError: another one was still at it after so many seconds, which a process that is ending may take.
+        """
+        if "://" in str(self.path) or not self._active:
+            yield
+            return
+        with (self.path / ".lock").open("w") as file:
+            end = time.monotonic() + seconds
+            while not _try_lock(file):
+                if time.monotonic() > end:
+                    raise WorkdirError(f"another process is training in {self.path}; stop it, or use a new --workdir")
+                time.sleep(0.1)
+            yield
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Raises WorkdirError if the folder belongs to another experiment."""
+        if self.path.exists() and not self.path.is_dir():
+            raise WorkdirError(f"{self.path} is a file; --workdir must name a folder")
+        stored = self.path / "config.json"
+        if stored.exists():
+            differences = _differences(self.read_config(), config)
+            if differences:
+                raise WorkdirError(
+                    f"{self.path} belongs to another experiment: {'; '.join(differences)}."
+                    " Use a new --workdir, or the old values."
+                )
+
+    def check_shared(self) -> None:
+        """Raises WorkdirError if this is not the folder that the first process of the run has claimed."""
+        if not (self.path / "config.json").exists():
+            raise WorkdirError(
+                f"{self.path} is not the folder that process 0 writes to: all processes need the same --workdir, on a shared"
+                " file system or in a bucket"
+            )
+
+    def read_config(self) -> dict[str, Any]:
+        """The config that the experiment was started with; settings that are younger than it have their defaults.
+
+        Raises:
+          WorkdirError: there is none, or it is something else's.
+        """
+        config = self.read_json("config.json")
+        if config is None:
+            raise WorkdirError(f"{self.path} is not a work directory: it has no config.json")
+        defaults = _defaults()
+        sections = {key: value for key, value in defaults.items() if isinstance(value, dict)}
+        if not all(isinstance(config.get(key, {}), dict) for key in sections) or not flatten(config).keys() >= _NEEDED:
+            raise WorkdirError(f"{self.path}/config.json is not an experiment's")
+        return {**defaults, **config, **{key: {**value, **config.get(key, {})} for key, value in sections.items()}}
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The object in a file; None if there is no such file.
+
+        Raises:
+          WorkdirError: it is damaged.
+        """
+        try:
+            value = json.loads((self.path / name).read_text())
+            if not isinstance(value, dict):
+                raise ValueError("it is no mapping")
+            return value
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError as error:
+            raise WorkdirError(f"{self.path}/{name} is damaged: {error}") from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a file whole or not at all."""
+        if not self._active:
+            return
+        partial = self.path / f".{name}.partial"
+        partial.write_text(text)
+        partial.replace(self.path / name)
+
+    def note_failure(self, *, diverged: bool, reason: str) -> None:
+        """Leaves word of a run that cannot go on, for whoever reads the folder later."""
+        self.write_json("failure.json", {"status": "diverged" if diverged else "failed", "reason": reason})
+
+    def diverged(self) -> str | None:
+        """Why the run diverged; None if it did not."""
+        failure = self.read_json("failure.json")
+        return failure.get("reason", "") if failure and failure.get("status") == "diverged" else None
+
+    def forget_failure(self) -> None:
+        """The run is given another try."""
+        if self._active:
+            (self.path / "failure.json").unlink(missing_ok=True)
+
+    def append_line(self, name: str, line: dict[str, Any]) -> None:
+        """One object a line, as in metrics.jsonl."""
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """What `append_line` wrote, without the line that a kill cut short."""
+        file, lines = self.path / name, []
+        for text in file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []:
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                lines += [line] if isinstance(line, dict) else []
+        return lines
+
+    def write_lines(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
+        """Writes a file of such lines whole or not at all."""
+        self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def evaluations(self) -> list[tuple[int, float]]:
+        """Step and top-1 of every evaluation so far, by the held-out split where there is one."""
+        lines = self.read_lines("metrics.jsonl")
+        return [(line["step"], line.get("valid/top1", line["eval/top1"])) for line in lines if "eval/top1" in line]
+
+    def forget_metrics_after(self, step: int, *, evaluated: bool) -> None:
+        """Drops what an interrupted run wrote beyond the step that it goes on from, so that the file reads as one run."""
+        if not (self.path / "metrics.jsonl").exists():
+            return
+        kept = []
+        for line in self.read_lines("metrics.jsonl"):
+            repeated = line["step"] == step and not evaluated and any(key.startswith("eval/") for key in line)
+            if line["step"] <= step and not repeated:
+                kept.append(line)
+        self.write_lines("metrics.jsonl", kept)
+
+
+def _try_lock(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Every setting's default, as JSON has it."""
+    return json.loads(json.dumps(configs.to_dict(configs.Config())))
+
+
+def config_digest(config: dict[str, Any]) -> str:
+    """A short name for an experiment: equal for configs that may share a work directory."""
+    flat, defaults = flatten(json.loads(json.dumps(config))), flatten(_defaults())
+    # What is at its default is left out, so that the name stays the same when settings are added.
+    chosen = {key: value for key, value in flat.items() if key not in defaults or value != defaults[key]}
+    text = json.dumps({key: value for key, value in sorted(chosen.items()) if not key.startswith(_FREE)})
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    old, new = flatten(old), flatten(json.loads(json.dumps(new)))
+    return [f"{key} is {old.get(key, 'not set')} there, {new.get(key, 'not set')} here" for key in differing_keys([old, new])]
+
+
+def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys in which experiments differ, other than where things are and how often they are written."""
+    keys = dict.fromkeys(key for values in settings for key in values)
+    return sorted(
+        key for key in keys if not key.startswith(_FREE) and any(v.get(key) != settings[0].get(key) for v in settings)
+    )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's values by dotted key."""
+    flat = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

@@ -1,0 +1,95 @@
+"""Where a run's numbers go: the console, metrics.jsonl and TensorBoard."""
+
+import concurrent.futures
+import math
+from typing import Any
+
+import jax
+
+from lowrank_jax.experiment.workdir.workdir import Workdir
+
+
+class Writer:
+    """Writes scalars; on all processes but the first it does nothing.
+
+    Args:
+      workdir: of the run.
+      part: what another process than the training writes to instead: PART.jsonl, and PART/ for TensorBoard.
+    """
+
+    def __init__(self, workdir: Workdir, part: str = ""):
+        self._active = jax.process_index() == 0
+        self._workdir, self._file = workdir, f"{part or 'metrics'}.jsonl"
+        # clu's writer imports TensorFlow, which takes seconds: a thread does that while the model compiles.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._board = self._thread.submit(_open_board, str(workdir.path / part)) if self._active else None
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and the same in TensorBoard."""
+        if self._board is None:
+            return
+        # JSON has no NaN; null is what its readers expect in its place.
+        values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._workdir.append_line(self._file, {"step": step, **values})
+        self.show(step, scalars)
+
+    def show_settings(self, settings: dict[str, Any]) -> None:
+        """For TensorBoard's HParams tab, which sets the runs of a sweep against each other; what is no scalar goes as text."""
+        if self._board is not None:
+            scalars = {key: _scalar(value) for key, value in settings.items() if value is not None}
+            self._thread.submit(lambda board=self._board: board.result().write_hparams(scalars))
+
+    def show(self, step: int, scalars: dict[str, float]) -> None:
+        """In TensorBoard alone."""
+        if self._board is not None:
+            self._thread.submit(lambda board=self._board: board.result().write_scalars(step, scalars))
+
+    def flush(self) -> None:
+        """Shows TensorBoard at once what it would otherwise see with what comes next."""
+        if self._board is not None:
+            self._thread.submit(lambda board=self._board: board.result().flush())
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        if self._active:
+            print(text, flush=True)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Returns when all is written."""
+        if self._board is not None:
+            board = self._board.result()
+            self._thread.submit(board.close).result()
+        self._thread.shutdown()
+
+
+def _scalar(value: Any) -> bool | int | float | str:
+    return value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def _open_board(folder: str) -> Any:
+    from clu.metric_writers import SummaryWriter
+
+    return SummaryWriter(folder)
+
+
+def progress_line(step: int, total: int, scalars: dict[str, float], *, batch_size: int, saved: int | None) -> str:
+    """`[ 1200/9380  12.8%] loss 0.41  top1 0.860  3.1e4 img/s  eta 1m52s  saved@1000`."""
+    rate = scalars["train/images_per_second"]
+    eta = duration((total - step) * batch_size / rate)
+    tail = f"  saved@{saved}" if saved is not None else ""
+    return (
+        f"[{step:{len(str(total))}}/{total} {100 * step / total:5.1f}%] loss {scalars['train/loss']:.4f}"
+        f"  top1 {scalars['train/top1']:.3f}  {rate:,.0f} img/s  eta {eta}{tail}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """3725 -> 1h02m, 112 -> 1m52s, 9 -> 9s."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{whole % 60:02}s" if minutes else f"{whole}s"

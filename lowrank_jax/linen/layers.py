@@ -1,0 +1,284 @@
+"""Layers on factored kernels, inside any Linen model or as modules of their own: two thin linear operations in place of one, or
+the layer as it is on the factors' product, as the factor pair says (`LowRankKernel.execution`).
+
+Both stages are Flax layers themselves, so padding, dilation, precision and dtype promotion mean exactly what they mean there.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax.kernel import SPATIAL_ROWS, Execution, LowRankKernel, MatrixView, channel_view, dense_view, spatial_view
+from lowrank_jax.linen import conv_gradients as windows
+from lowrank_jax.linen.conv_gradients import per_axis
+from lowrank_jax.linen.discover import SUPPORTED
+from lowrank_jax.projection import methods
+from lowrank_jax.projection.activations import ActivationLike
+
+Initializer = Callable[..., jax.Array]
+
+
+def apply(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    """`model.apply`, where any kernel in `variables["params"]` may be a `LowRankKernel`.
+
+    Takes and returns what `model.apply` does (`rngs=`, `mutable=`, `method=`, ...).  A layer whose kernel is factored
+    computes `(x @ u) @ v`, or `x @ (u @ v)` if its execution is `merged`; every other layer runs as its author wrote it.
+    """
+    with nn.intercept_methods(_intercept):
+        return model.apply(variables, *args, **kwargs)
+
+
+def takes_factors(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], variables: Any) -> bool:
+    """Whether the model runs on these variables, shapes that may hold factor pairs.
+
+    Wrappers such as `nn.WeightNorm` read the kernels of the layers that they wrap, and do not know factor pairs.
+    """
+
+    others = [name for name in variables if name != "params"]  # a missing parameter must not be made up
+
+    def run(variables, inputs):
+        return apply(model, variables, *inputs, **kwargs, mutable=others, rngs={"params": jax.random.key(0)})
+
+    try:
+        jax.eval_shape(run, variables, inputs)
+    except Exception:  # whatever somebody's module may raise
+        return False
+    return True
+
+
+def _intercept(next_fun, args, kwargs, context):
+    module = context.module
+    if context.method_name != "__call__" or not isinstance(module, SUPPORTED):
+        return next_fun(*args, **kwargs)
+    kernel = module.get_variable("params", "kernel")
+    if not isinstance(kernel, LowRankKernel):
+        return next_fun(*args, **kwargs)
+    x = args[0] if args else kwargs["inputs"]
+    return run_layer(module, kernel, module.get_variable("params", "bias"), x)
+
+
+def run_layer(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
+    """What an `nn.Dense`, `nn.DenseGeneral` or `nn.Conv` computes from `x`, its kernel given as a factor pair.
+
+    Args:
+      module: the layer, for its settings; its own parameters are not read.
+      kernel: the factor pair, without stack axes.
+      bias: the layer's bias, or None if it has none.
+      x: its input.
+    """
+    if kernel.execution == "merged":
+        return _merged(module, kernel, bias, x)
+    if not isinstance(module, nn.Conv):
+        return _dense_stages(module, kernel, bias, x)
+    stages = _spatial_stages if kernel.rows == SPATIAL_ROWS else _channel_stages
+    return stages(module, kernel, bias, x)
+
+
+def _merged(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
+    """The layer as it is, on the product in the dtype that it computes in."""
+    dtype = jnp.result_type(x, kernel.dtype) if module.dtype is None else module.dtype
+    product = kernel.product(dtype, module.precision)
+    if not isinstance(module, nn.Conv):
+        return _on(module.clone(name=None), product, x, bias)
+    x, product, bias = windows.promoted(module, x, product, bias)
+    y = windows.convolve(module, product, x)
+    return y if bias is None else y + bias
+
+
+def _on(layer: nn.Module, kernel: jax.Array, x: jax.Array, bias: Any = None) -> Any:
+    return layer.apply({"params": {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}}, x)
+
+
+def _dense_stages(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
+    first = module.clone(features=kernel.rank, use_bias=False, name=None)
+    second = module.clone(name=None)
+    if isinstance(second, nn.DenseGeneral):
+        second = second.clone(axis=-1)
+    return _on(second, kernel.v, _on(first, kernel.u, x), bias)
+
+
+def _channel_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
+    """The window with r filters, then 1x1; a 1x1 stage is a product of matrices.
+
+    On CPU the weight gradient of such a product takes a fraction of a convolution's time.
+    """
+    product = nn.Dense(
+        module.features,
+        use_bias=module.use_bias,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        precision=module.precision,
+        parent=None,
+    )
+    narrow = {"features": kernel.rank, "use_bias": False}
+    if _is_pointwise(module):
+        hidden = _on(product.clone(**narrow), kernel.u.reshape(-1, kernel.rank), x)
+        return _on(product, kernel.v, hidden, bias)
+    hidden = windows.convolve(module.clone(**narrow, name=None), kernel.u, x)
+    # With all positions on one axis CPUs need no copy for the weight gradient.  TPUs do not mind here, behind a window; between
+    # products they would lay every activation out anew.
+    return _on(product, kernel.v, hidden.reshape(-1, kernel.rank), bias).reshape(*hidden.shape[:-1], module.features)
+
+
+def _is_pointwise(module: nn.Conv) -> bool:
+    """Whether the convolution is a product of matrices."""
+    size = _window(module)
+    unit = (None, 1)
+    return (
+        all(k == 1 for k in size)
+        and isinstance(module.padding, str)
+        and all(s in unit for s in per_axis(module.strides, len(size)))
+        and all(s in unit for s in per_axis(module.input_dilation, len(size)))
+    )
+
+
+def _window(module: Any) -> tuple[int, ...]:
+    return (module.kernel_size,) if isinstance(module.kernel_size, int) else tuple(module.kernel_size)
+
+
+def _spatial_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
+    """kh x 1 with r filters, then 1 x kw: strides, dilations and padding go to the stage that has their axis."""
+    kh, kw = kernel.u.shape[0], kernel.v.shape[1]
+    strides = per_axis(module.strides, 2)
+    dilation = per_axis(module.kernel_dilation, 2)
+    input_dilation = per_axis(module.input_dilation, 2)
+    padding = _padding_per_axis(module.padding)
+
+    def stage(axis: int, size: tuple[int, int], **changes: Any) -> nn.Conv:
+        return module.clone(
+            kernel_size=size,
+            strides=_only(axis, strides),
+            kernel_dilation=_only(axis, dilation),
+            input_dilation=_only(axis, input_dilation),
+            padding=padding[axis],
+            name=None,
+            **changes,
+        )
+
+    hidden = windows.convolve(stage(0, (kh, 1), features=kernel.rank), kernel.u[:, None], x)
+    return _on(stage(1, (1, kw)), kernel.v.swapaxes(0, 1)[None], hidden, bias)
+
+
+def _only(axis: int, setting: tuple[int, ...]) -> tuple[int, int]:
+    return (setting[0], 1) if axis == 0 else (1, setting[1])
+
+
+def _padding_per_axis(padding: Any) -> tuple[Any, Any]:
+    """Padding for the two stages.  Named paddings pad nothing along an axis of window size one."""
+    if isinstance(padding, str):
+        return padding, padding
+    rows, columns = (padding, padding) if isinstance(padding, int) else padding
+    return (rows, 0), (0, columns)
+
+
+def _factored_kernel(key: jax.Array, dense_init: Initializer, view: MatrixView, layer: Any) -> LowRankKernel:
+    """Draws the dense kernel as the plain layer would, then factors it."""
+    draw, project = jax.random.split(key)
+    w = view.to_matrix(dense_init(draw, view.shape, layer.param_dtype))
+    u, v = methods.factor(layer.method, project, w, layer.rank, activation=layer.activation, group=view.group)
+    return view.from_factors(u, v, layer.execution)
+
+
+class LowRankDense(nn.Module):
+    """`nn.Dense` with a kernel of low rank: `y = (x @ u) @ v + b`.
+
+    Its parameters are those that `factorize` leaves in an `nn.Dense`: a `LowRankKernel` called "kernel", and "bias".
+
+    Attributes:
+      features: the number of outputs.
+      rank: from 1 to min(inputs, features).
+      use_bias, dtype, param_dtype, precision, kernel_init, bias_init: as in `nn.Dense`; `kernel_init` draws the dense kernel.
+      method: how it is factored, a name in `methods.METHODS`.
+      activation: what follows the layer, a name in `activations.ACTIVATIONS` or any elementwise function in jax.
+      execution: `factored` or `merged`, see `LowRankKernel`.
+    """
+
+    features: int
+    rank: int
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jax.numpy.float32
+    precision: Any = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+    method: str = "kernel_projection"
+    activation: ActivationLike = "relu"
+    execution: Execution = "factored"
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """`[..., n] -> [..., features]`."""
+        view = dense_view((inputs.shape[-1], self.features))
+        kernel = self.param("kernel", _factored_kernel, self.kernel_init, view, self)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        plain = nn.Dense(
+            self.features,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            parent=None,
+        )
+        return run_layer(plain, kernel, bias, inputs)
+
+
+class LowRankConv(nn.Module):
+    """`nn.Conv` with a kernel of low rank: a convolution with `rank` filters, then a second one to `features`.
+
+    Its parameters are those that `factorize` leaves in an `nn.Conv`: a `LowRankKernel` called "kernel", and "bias".
+
+    Attributes:
+      features: the number of output channels.
+      kernel_size: the window.
+      rank: from 1 to the full rank of the kernel's matrix.
+      strides, padding, input_dilation, kernel_dilation, use_bias, dtype, param_dtype, precision, kernel_init, bias_init: as in
+        `nn.Conv`; `kernel_init` draws the dense kernel.
+      scheme: `channel` (the whole window, then 1x1) or `spatial` (kh x 1, then 1 x kw; two-dimensional windows only).
+      method: how the kernel is factored, a name in `methods.METHODS`.
+      activation: what follows the layer, a name in `activations.ACTIVATIONS` or any elementwise function in jax.
+      execution: `factored` or `merged`, see `LowRankKernel`.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    rank: int
+    strides: int | Sequence[int] | None = 1
+    padding: Any = "SAME"
+    input_dilation: int | Sequence[int] | None = 1
+    kernel_dilation: int | Sequence[int] | None = 1
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jax.numpy.float32
+    precision: Any = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+    scheme: Literal["channel", "spatial"] = "channel"
+    method: str = "kernel_projection"
+    activation: ActivationLike = "relu"
+    execution: Execution = "factored"
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """`[batch, *space, c_in] -> [batch, *space', features]`."""
+        window = _window(self)
+        shape = (*window, inputs.shape[-1], self.features)
+        view = channel_view(shape) if self.scheme == "channel" else spatial_view(shape)
+        kernel = self.param("kernel", _factored_kernel, self.kernel_init, view, self)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        plain = nn.Conv(
+            self.features,
+            window,
+            strides=self.strides,
+            padding=self.padding,
+            input_dilation=self.input_dilation,
+            kernel_dilation=self.kernel_dilation,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            parent=None,
+        )
+        return run_layer(plain, kernel, bias, inputs)

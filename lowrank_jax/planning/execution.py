@@ -1,0 +1,128 @@
+"""Whether a factored kernel's layer runs on the factors or on their product: what a training step of it costs on a device.
+
+On the factors a layer takes fewer multiplications, and writes and reads one more activation, the one between the two stages.
+Where a device waits for its memory, as TPUs do in most convolutions with 1x1 windows or large images, that activation costs
+more time than the multiplications save.  There the product UV is formed first, which costs little, and the layer then runs as
+fast as the dense one: with the parameters, the function and the gradients of the factors.
+
+The model is a roofline, operation by operation (docs/mathematics.md, section 10).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from lowrank_jax.kernel import SPATIAL_ROWS, Execution
+from lowrank_jax.planning.chips import Chip
+from lowrank_jax.planning.plans import Plan, PlannedKernel
+
+Operation = tuple[float, float]  # FLOPs, and bytes to and from memory
+
+_GRADIENT_BYTES = 4  # of an element of a kernel's gradient
+
+
+def choose_execution(plan: Plan, chip: Chip | None, *, batch: int, itemsize: int = 4) -> Plan:
+    """The plan with an execution for every factored kernel whose rule leaves it open (`auto`).
+
+    Args:
+      plan: from `plan`.
+      chip: what it will be trained on (`chips.of_device`, `chips.CHIPS`); None for a device that nothing is known of, where
+        kernels run factored.
+      batch: examples in a step on one device.
+      itemsize: bytes of an activation's element, such as 2 for bfloat16.
+    """
+
+    def chosen(kernel: PlannedKernel) -> PlannedKernel:
+        if kernel.rank is None or kernel.execution is not None:
+            return kernel
+        execution: Execution = "factored"
+        if chip is not None and seconds(kernel, "merged", chip, batch, itemsize) < seconds(
+            kernel, "factored", chip, batch, itemsize
+        ):
+            execution = "merged"
+        return dataclasses.replace(kernel, execution=execution)
+
+    return dataclasses.replace(plan, kernels=tuple(chosen(kernel) for kernel in plan.kernels))
+
+
+def seconds(kernel: PlannedKernel, execution: Execution, chip: Chip, batch: int, itemsize: int = 4) -> float:
+    """What a factored kernel's layer takes of a training step by the model: forward, and both gradients.
+
+    Args:
+      kernel: of a plan, factored.
+      execution: `factored` or `merged`.
+      chip: the device.
+      batch: examples in a step on it.
+      itemsize: bytes of an activation's element.
+    """
+    operations = _factored if execution == "factored" else _merged
+    return sum(chip.seconds(flops, moved) for flops, moved in operations(kernel, chip, batch, itemsize))
+
+
+def _factored(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int) -> Sequence[Operation]:
+    view, rank, traffic = kernel.view, kernel.rank, kernel.traffic
+    assert view is not None and rank is not None and traffic is not None
+    x, y = _ends(kernel, chip, batch, itemsize)
+    h = _stored(batch * traffic.hidden_positions * rank, rank, chip, batch, itemsize)
+    first = 2 * batch * traffic.hidden_positions * view.n * rank
+    second = 2 * batch * traffic.positions * rank * view.m
+    # At rank 1 the second product multiplies elements, which is done anew wherever the output is read, rather than stored.
+    output = h if rank == 1 and view.rows != SPATIAL_ROWS else y
+    return [
+        (first, x + h),
+        (second, h + output),
+        (second, h + y + output),  # of V
+        (second, y + output + h),  # of the activation between
+        (first, x + h),  # of U
+        (first, h + 2 * x),  # of the input
+    ]
+
+
+def _merged(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int) -> Sequence[Operation]:
+    assert kernel.rank is not None
+    x, y = _ends(kernel, chip, batch, itemsize)
+    flops = 2 * batch * kernel.macs
+    elements = math.prod(kernel.shape)
+    product = 2 * elements * kernel.rank
+    return [
+        (product, elements * itemsize),
+        (flops, x + y),
+        (flops, x + 2 * y),  # of the kernel
+        (flops, 2 * y + 2 * x),  # of the input
+        (product, elements * _GRADIENT_BYTES),  # of U
+        (product, elements * _GRADIENT_BYTES),  # of V
+    ]
+
+
+def _ends(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int) -> tuple[float, float]:
+    """Bytes of the layer's input and output.
+
+    Backward, what follows the layer is computed anew wherever its gradient is read, for which the output is read again; and so
+    is the input, which what comes before was computed from.  Hence the twos above.
+    """
+    view, traffic = kernel.view, kernel.traffic
+    assert view is not None and traffic is not None
+    inputs, outputs = view.shape[max(view.rows)], view.m // view.group
+    x = _stored(batch * traffic.inputs, inputs, chip, batch, itemsize)
+    y = _stored(batch * traffic.positions * outputs, outputs, chip, batch, itemsize)
+    return x, y
+
+
+def _stored(elements: int, channels: int, chip: Chip, batch: int, itemsize: int) -> float:
+    """Bytes of an activation as it lies in memory.
+
+    TPUs store arrays in tiles of 8 x 128 elements, and their compiler lays one of the two axes, batch or channels, along the
+    long side, as fits better.  What fills up a tile is moved too.
+    """
+    if chip.tile is None or channels == 1:  # of an axis of one nothing is laid along a tile
+        return elements * itemsize
+    rows, columns = chip.tile
+    fill = min(
+        _filled(batch, columns) * _filled(channels, rows) / (batch * channels),
+        _filled(channels, columns) * _filled(batch, rows) / (batch * channels),
+    )
+    return elements * itemsize * fill
+
+
+def _filled(size: int, tile: int) -> int:
+    return -(-size // tile) * tile

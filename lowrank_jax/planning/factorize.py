@@ -1,0 +1,316 @@
+"""From a dense model's parameters to low-rank ones and back: plan, factorize, merge."""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+from lowrank_jax.kernel import is_low_rank
+from lowrank_jax.linen import discover
+from lowrank_jax.linen.layers import takes_factors
+from lowrank_jax.paths import first_match, map_named, named_leaves
+from lowrank_jax.planning.plans import Plan, PlannedKernel, Traffic
+from lowrank_jax.planning.rules import Rule, wanted_rank
+from lowrank_jax.projection import linalg
+from lowrank_jax.projection.methods import METHODS, SAMPLED, Method
+from lowrank_jax.projection.padding import Stack
+from lowrank_jax.text import did_you_mean
+
+
+def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], **kwargs: Any) -> Plan:
+    """Decides for every kernel of a model which rank it gets, or why it stays dense.  Nothing is computed.
+
+    Args:
+      model: any Linen module.
+      inputs: what the model is called on, an array or a tuple of arrays; shapes suffice (`jax.ShapeDtypeStruct`).  The first
+        axis of the first one is taken for the batch, by which MACs are divided.
+      rules: in order; the first whose path matches a name in full decides.  A kernel that no rule matches stays dense.
+      **kwargs: keyword arguments of the model, such as `train=False`.
+
+    Returns:
+      A hashable plan; `print(plan)` shows it as a table.
+
+    Raises:
+      ValueError: a rule matches no parameter, or its rank is above the full rank of everything that it matches.
+    """
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    variables, uses = discover.trace(model, inputs, kwargs)
+    leaves = named_leaves(variables.get("params", {}), is_leaf=is_low_rank)
+    others = [name for name, leaf in leaves.items() if name not in uses and _is_matrix(name, leaf)]
+    names = [*uses, *others]  # in the order of use
+    matches = first_match([rule.path for rule in rules], names)
+    first = jax.tree.leaves(inputs)[0]
+    batch = first.shape[0] if first.ndim else 1
+
+    kernels = []
+    for name in names:
+        index = matches[name]
+        rule = None if index is None else rules[index]
+        kernels.append(_plan_kernel(name, leaves[name].shape, uses.get(name), rule, index, batch))
+    _check_ranks(rules, kernels)
+    kernels = _without_wrapped(model, inputs, kwargs, variables, kernels)
+    low_rank = [leaf for leaf in leaves.values() if is_low_rank(leaf)]
+    plain = sum(leaf.size for name, leaf in leaves.items() if name not in matches and not is_low_rank(leaf))
+    return Plan(tuple(kernels), plain + sum(leaf.u.size + leaf.v.size for leaf in low_rank))
+
+
+def _is_matrix(name: str, leaf: Any) -> bool:
+    """Whether a parameter has a line of its own in a plan."""
+    return not is_low_rank(leaf) and leaf.ndim >= 2 and name.rsplit("/", 1)[-1] not in ("bias", "scale")
+
+
+def _without_wrapped(model, inputs, kwargs, variables, kernels: list[PlannedKernel]) -> list[PlannedKernel]:
+    """Keeps kernels dense whose layer turns out not to run on factors."""
+
+    leaves = named_leaves(variables["params"], is_leaf=is_low_rank)
+
+    def runs_with(chosen: list[PlannedKernel]) -> bool:
+        factored = {kernel.name: _factor_shapes(kernel, leaves[kernel.name].dtype) for kernel in chosen}
+        params = map_named(lambda name, leaf: factored.get(name, leaf), variables["params"], is_leaf=is_low_rank)
+        return takes_factors(model, inputs, kwargs, {**variables, "params": params})
+
+    factored = [kernel for kernel in kernels if kernel.rank is not None]
+    if not factored or runs_with(factored) or not runs_with([]):  # a model that fails anyway will say so itself
+        return kernels
+    wrapped = {kernel.name for kernel in factored if not runs_with([kernel])}
+    note = "what wraps its layer does not run on factors"
+    return [
+        dataclasses.replace(kernel, view=None, rank=None, note=note, planned_macs=kernel.macs, traffic=None)
+        if kernel.name in wrapped
+        else kernel
+        for kernel in kernels
+    ]
+
+
+def _factor_shapes(kernel: PlannedKernel, dtype: Any) -> Any:
+    """The factor pair that a kernel will become, as shapes."""
+    view, rank = kernel.view, kernel.rank
+    assert view is not None and rank is not None
+    stack = kernel.shape[: len(kernel.shape) - len(view.shape)]
+    return jax.eval_shape(
+        lambda: view.from_factors(jnp.zeros((*stack, view.n, rank), dtype), jnp.zeros((*stack, rank, view.m), dtype))
+    )
+
+
+def _plan_kernel(name, shape, use, rule, index, batch) -> PlannedKernel:
+    macs = use.macs() // batch if use else 0
+    dense = functools.partial(PlannedKernel, name, tuple(shape), None, None, rule, macs=macs, planned_macs=macs)
+    if use is None:
+        return dense(note="embedding" if name.rsplit("/", 1)[-1] == "embedding" else "no plain layer was seen to use it")
+    if use.refusal:
+        return dense(note=use.refusal)
+    if tuple(shape[len(shape) - len(use.shape) :]) != use.shape:
+        return dense(note="stacked along an axis that is not the first")
+    if rule is None:
+        return dense(note="no rule matches")
+    try:
+        view = use.view(rule.scheme)
+    except ValueError as error:
+        return dense(note=str(error))
+    rank = wanted_rank(rule, view)
+    if rank is None:
+        return dense(note=f"kept dense by rule {index + 1}")
+    if rank > view.full_rank:
+        return dense(note=f"rank {rank} is above full rank {view.full_rank}")
+    if rank * (view.n + view.m) >= view.n * view.m:
+        return dense(note=f"rank {rank} would not be smaller")
+    planned = use.factored_macs(view, rank) // batch
+    traffic = Traffic(use.inputs // batch, use.positions // batch, use.hidden_positions(view) // batch)
+    execution = None if rule.execution == "auto" else rule.execution
+    return PlannedKernel(name, tuple(shape), view, rank, rule, "", macs, planned, traffic, execution)
+
+
+def _check_ranks(rules: Sequence[Rule], kernels: list[PlannedKernel]) -> None:
+    """A rank above all that its rule matches is a mistake; above some of it, it is a way to say 'large ones only'."""
+    for rule in rules:
+        notes = [kernel.note for kernel in kernels if kernel.rule is rule]
+        if rule.rank is not None and notes and all("above full rank" in note for note in notes):
+            raise ValueError(f"rule {rule.path!r}: {notes[0]}, and so it is for every kernel that the rule matches")
+
+
+def factorize(
+    params: Any,
+    plan: Plan,
+    *,
+    key: jax.Array,
+    moments: Mapping[str, jax.Array] | None = None,
+    inputs: Mapping[str, jax.Array] | None = None,
+) -> Any:
+    """Replaces planned kernels by factor pairs, each made by its rule's method; paths stay what they were.
+
+    Kernels of one shape are decomposed together, so that each distinct decomposition is compiled once.
+    Call it under `jit` or not: it compiles as one program either way.
+
+    Args:
+      params: the dense model's parameters.
+      plan: from `plan` for the same model.
+      key: for methods that draw; every kernel's draw depends on the key and its own name alone.
+      moments: E xxᵀ of every planned kernel's inputs, from `inputs.second_moments`: kernels are factored for these inputs
+        rather than for isotropic ones (docs/mathematics.md, section 8).
+      inputs: samples of every planned kernel's inputs, from `inputs.samples`, for the method `function_approximation`.
+
+    Returns:
+      The tree with `LowRankKernel`s in it, in the kernels' own dtypes; decompositions run in float32 or better.
+
+    Raises:
+      ValueError: the parameters are not those of the plan, or not finite, or moments or inputs do not fit it.
+    """
+    params = nn.meta.unbox(params)
+    leaves = named_leaves(params, is_leaf=is_low_rank)
+    _check_tree(leaves, plan)
+    kernels = {kernel.name: leaves[kernel.name] for kernel in plan.factored}
+    _check_finite(kernels)
+    _check_data(plan, moments, inputs)
+    factors = _factorize(kernels, plan, key, moments, inputs)
+    return map_named(lambda name, leaf: factors.get(name, leaf), params)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _factorize(
+    kernels: dict[str, jax.Array],
+    plan: Plan,
+    key: jax.Array,
+    moments: Mapping[str, jax.Array] | None,
+    inputs: Mapping[str, jax.Array] | None,
+) -> dict[str, Any]:
+    factors = {}
+    for method, groups in _by_method(kernels, plan, inputs).items():
+        stacks = [_stack(members, kernels, key, inputs) for members in groups]
+        pairs = METHODS[method](stacks) if moments is None else _data_aware(METHODS[method], stacks, groups, moments)
+        for members, (u, v) in zip(groups, pairs, strict=True):
+            factors.update(_unstacked(members, u, v))
+    return factors
+
+
+@linalg.highest_precision
+def _data_aware(
+    method: Method, stacks: list[Stack], groups: list[list[PlannedKernel]], moments: Mapping[str, jax.Array]
+) -> list[linalg.Pair]:
+    """With S = RᵀR the inputs of RW are isotropic: it is what the method factors, and R's inverse leads U back."""
+    roots = [
+        jnp.concatenate([_roots(moments[kernel.name], n) for kernel in members])
+        for members, n in zip(groups, (stack.w.shape[1] for stack in stacks), strict=True)
+    ]
+    pairs = method(
+        [dataclasses.replace(stack, w=root @ stack.w.astype(root.dtype)) for stack, root in zip(stacks, roots, strict=True)]
+    )
+    us = [jax.lax.map(lambda pair: solve_triangular(*pair), (root, u)) for root, (u, _) in zip(roots, pairs, strict=True)]
+    balanced = linalg.rebalance(us, [v for _, v in pairs])
+    return [(u.astype(stack.w.dtype), v.astype(stack.w.dtype)) for stack, (u, v) in zip(stacks, balanced, strict=True)]
+
+
+def _roots(moments: Any, n: int) -> jax.Array:
+    """`[*stack, n, n] -> [k, n, n]`."""
+    moments = moments.astype(linalg.wide(moments.dtype))
+    return jax.lax.map(linalg.square_root, moments.reshape(-1, n, n))
+
+
+def _by_method(
+    kernels: dict[str, jax.Array], plan: Plan, inputs: Mapping[str, jax.Array] | None
+) -> dict[str, list[list[PlannedKernel]]]:
+    """The plan's factored kernels by method, and those together that one compiled decomposition serves."""
+    methods: dict[str, dict[Any, list[PlannedKernel]]] = {}
+    for kernel in plan.factored:
+        view, rule = kernel.view, kernel.rule
+        assert view is not None and rule is not None
+        samples = 0 if inputs is None else inputs[kernel.name].shape[-3]
+        alike = (view.n, view.m, view.group, kernel.rank, rule.activation, kernels[kernel.name].dtype, samples)
+        methods.setdefault(rule.method, {}).setdefault(alike, []).append(kernel)
+    return {method: list(groups.values()) for method, groups in methods.items()}
+
+
+def _stack(members: list[PlannedKernel], kernels: dict[str, jax.Array], key: jax.Array, inputs: Any) -> Stack:
+    """Kernels of one shape as matrices, those of repeated modules one by one."""
+    view, rule, rank = members[0].view, members[0].rule, members[0].rank
+    assert view is not None and rule is not None and rank is not None
+    matrices = [kernel.view.to_matrix(kernels[kernel.name]).reshape(-1, view.n, view.m) for kernel in members if kernel.view]
+    keys = [
+        jax.random.split(jax.random.fold_in(key, zlib.crc32(kernel.name.encode())), len(stack))
+        for kernel, stack in zip(members, matrices, strict=True)
+    ]
+    fed = None
+    if inputs is not None:
+        fed = jnp.concatenate([inputs[kernel.name].reshape(-1, *inputs[kernel.name].shape[-3:]) for kernel in members])
+    return Stack(jnp.concatenate(keys), jnp.concatenate(matrices), rank, rule.activation, view.group, fed)
+
+
+def _unstacked(members: list[PlannedKernel], u: jax.Array, v: jax.Array) -> dict[str, Any]:
+    """The factors of a stack by kernel name."""
+    factors, start = {}, 0
+    for kernel in members:
+        assert kernel.view is not None
+        stack = kernel.shape[: len(kernel.shape) - len(kernel.view.shape)]
+        end = start + math.prod(stack)
+        u_k, v_k = (part[start:end].reshape(*stack, *part.shape[1:]) for part in (u, v))
+        factors[kernel.name] = kernel.view.from_factors(u_k, v_k, kernel.execution or "factored")
+        start = end
+    return factors
+
+
+def _check_tree(leaves: dict[str, Any], plan: Plan) -> None:
+    problems = []
+    for kernel in plan.kernels:
+        leaf = leaves.get(kernel.name)
+        if leaf is None:
+            problems.append(f"{kernel.name}: in the plan, not in the parameters")
+        elif is_low_rank(leaf):
+            problems.append(f"{kernel.name}: already factored; merge first")
+        elif tuple(leaf.shape) != kernel.shape:
+            problems.append(f"{kernel.name}: planned as {list(kernel.shape)}, is {list(leaf.shape)}")
+    if problems:
+        raise ValueError("the parameters are not those of the plan:\n  " + "\n  ".join(problems))
+
+
+def _check_finite(kernels: dict[str, jax.Array]) -> None:
+    broken = [name for name, kernel in kernels.items() if not linalg.known_finite(kernel)]
+    if broken:
+        raise ValueError(f"kernels with elements that are not finite: {', '.join(broken)}")
+
+
+def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Mapping[str, jax.Array] | None) -> None:
+    if moments is not None and inputs is not None:
+        raise ValueError("give moments or inputs, not both: samples of the inputs have their second moment in them")
+    sampled = [kernel for kernel in plan.factored if kernel.rule and kernel.rule.method == SAMPLED]
+    if inputs is not None and len(sampled) < len(plan.factored):
+        raise ValueError(f"inputs are for the method {SAMPLED!r}; other kernels of this plan take moments")
+    problems = []
+    for kernel in plan.factored:
+        assert kernel.view is not None
+        name, n, group = kernel.name, kernel.view.n, kernel.view.group
+        stack = kernel.shape[: len(kernel.shape) - len(kernel.view.shape)]
+        if moments is not None:
+            moment = moments.get(name)
+            problems += _misfit(name, "moments", moment, (*stack, n, n)) or _unusable(name, "moments", _roots(moment, n))
+        if inputs is not None:
+            fed = inputs.get(name)
+            problems += _misfit(name, "inputs", fed, (*stack, None, group, n)) or _unusable(name, "inputs", fed)
+    names = {kernel.name for kernel in plan.factored}
+    for name in {**(moments or {}), **(inputs or {})}:
+        if name not in names:
+            problems.append(f"{name}: is given data, and is no kernel that the plan factors{did_you_mean(name, names)}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _misfit(name: str, what: str, value: jax.Array | None, shape: tuple[int | None, ...]) -> list[str]:
+    if value is None:
+        return [f"{name}: has no {what}"]
+    fits = len(value.shape) == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
+    wanted = ["samples" if size is None else size for size in shape]
+    return [] if fits else [f"{name}: {what} must be {wanted}, are {list(value.shape)}"]
+
+
+def _unusable(name: str, what: str, value: Any) -> list[str]:
+    return [] if value.size and linalg.known_finite(value) else [f"{name}: {what} are not those of any finite inputs"]
+
+
+def merge(params: Any) -> Any:
+    """The plain model's parameters: every factor pair multiplied out, in float32 or better, at its own path."""
+    return jax.tree.map(lambda leaf: leaf.merge() if is_low_rank(leaf) else leaf, params, is_leaf=is_low_rank)

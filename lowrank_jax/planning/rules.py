@@ -1,0 +1,103 @@
+"""Rules: which kernels to factor, at which rank and how."""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Literal
+
+from lowrank_jax.kernel import MatrixView
+from lowrank_jax.paths import compile_pattern
+from lowrank_jax.projection import activations
+from lowrank_jax.projection.methods import METHODS
+from lowrank_jax.text import did_you_mean
+
+SCHEMES = ("channel", "spatial")
+SCALE_OF = ("full_rank", "columns")
+EXECUTIONS = ("auto", "factored", "merged")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What to do with the kernels whose name a pattern matches in full.  With neither scale nor rank they stay dense.
+
+    Attributes:
+      path: a regular expression over names such as "stage1/block1/conv1/kernel".
+      scale: the rank as a fraction, in (0, 1], of what `scale_of` names; rounded to the nearest, at least 1.
+      rank: the rank as a number.
+      scheme: how a convolution becomes a matrix: `channel` (kh x kw -> r, then 1x1) or `spatial` (kh x 1 -> r, then 1 x kw).
+      method: how the factors are made from the dense kernel, a name in `methods.METHODS`.
+      activation: what follows the kernel, for methods that project functions: a name in `activations.ACTIVATIONS`, or any
+        elementwise function in jax.
+      multiple_of: round the rank up to a multiple of this number.
+      scale_of: `full_rank`, min(rows, columns) of the matrix; or `columns`, which in the spatial scheme is the convention
+        round(scale * out * k) of Khodak et al. (ICLR 2021).
+      execution: how the layer runs: `factored`, two thin products one after the other; `merged`, the factors' product first
+        and then the layer as it is; or `auto`, whichever `execution.choose_execution` expects to be faster, `factored` until
+        it is asked.
+
+    Raises:
+      ValueError: a field is out of range or unknown, or both scale and rank are given.
+    """
+
+    path: str
+    _: dataclasses.KW_ONLY
+    scale: float | None = None
+    rank: int | None = None
+    scheme: Literal["channel", "spatial"] = "channel"
+    method: str = "kernel_projection"
+    activation: activations.ActivationLike = "relu"
+    multiple_of: int = 1
+    scale_of: Literal["full_rank", "columns"] = "full_rank"
+    execution: Literal["auto", "factored", "merged"] = "auto"
+
+    def __post_init__(self):
+        if not isinstance(self.path, str):
+            raise self._error("path must be text")
+        compile_pattern(self.path)
+        if self.scale is not None and (isinstance(self.scale, bool) or not isinstance(self.scale, int | float)):
+            raise self._error(f"scale {self.scale!r} must be a number")
+        for name in ("rank", "multiple_of"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise self._error(f"{name} {value!r} must be a whole number")
+        if self.scale is not None and self.rank is not None:
+            raise self._error(f"has both scale {self.scale} and rank {self.rank}; give one")
+        if self.scale is not None and not 0 < self.scale <= 1:
+            raise self._error(f"scale {self.scale} must be in (0, 1]")
+        if self.rank is not None and self.rank < 1:
+            raise self._error(f"rank {self.rank} must be at least 1")
+        if self.multiple_of < 1:
+            raise self._error(f"multiple_of {self.multiple_of} must be at least 1")
+        self._check_name("scheme", SCHEMES)
+        self._check_name("method", METHODS)
+        try:
+            activations.get(self.activation)
+        except ValueError as error:
+            raise self._error(str(error)) from None
+        self._check_name("scale_of", SCALE_OF)
+        self._check_name("execution", EXECUTIONS)
+
+    def _check_name(self, field: str, known: Collection[str]) -> None:
+        name = getattr(self, field)
+        if name not in known:
+            raise self._error(f"unknown {field} {name!r}{did_you_mean(name, known)}")
+
+    def _error(self, problem: str) -> ValueError:
+        return ValueError(f"rule {self.path!r}: {problem}")
+
+
+def wanted_rank(rule: Rule, view: MatrixView) -> int | None:
+    """The rank that a rule asks of a kernel, before any test of whether it pays; None for dense."""
+    if rule.scale is not None:
+        whole = view.full_rank if rule.scale_of == "full_rank" else view.m
+        rank = max(1, round_half_up(rule.scale * whole))
+    elif rule.rank is not None:
+        rank = rule.rank
+    else:
+        return None
+    return -(-rank // rule.multiple_of) * rule.multiple_of
+
+
+def round_half_up(x: float) -> int:
+    """To the nearest integer, halves up: Python's own rounding would send 0.5 to 0 and 1.5 to 2."""
+    return math.floor(x + 0.5)

@@ -1,0 +1,1 @@
+"""One matrix becomes two factors: activations, linear algebra, subspaces and the methods."""

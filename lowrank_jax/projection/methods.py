@@ -1,0 +1,80 @@
+"""How dense kernels become factor pairs: one table, from a method's name to its function."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+
+from lowrank_jax.projection import ablations, activations, linalg
+from lowrank_jax.projection import batched as leading
+from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection import sampled as approximation
+from lowrank_jax.projection.activations import ActivationLike
+from lowrank_jax.projection.linalg import Pair
+from lowrank_jax.projection.padding import Stack
+from lowrank_jax.text import did_you_mean
+
+# All kernels that are to be factored by a method, in stacks of one shape; for every stack u [k, n, rank] and v [k, rank, m].
+Method = Callable[[Sequence[Stack]], list[Pair]]
+
+
+def _one_by_one(factor: Callable[[Stack, jax.Array, jax.Array], Pair]) -> Method:
+    """A method from the function `(stack, key, w)` of a single matrix; mapped, so that a shape is compiled once."""
+    return lambda stacks: [
+        jax.lax.map(lambda pair, stack=stack: factor(stack, *pair), (stack.keys, stack.w)) for stack in stacks
+    ]
+
+
+def _projection(subspace: str, normalized: bool = False) -> Method:
+    return _one_by_one(
+        lambda stack, key, w: projection.kernel_projection(
+            w, stack.rank, activation=stack.activation, subspace=subspace, normalized=normalized, group=stack.group
+        )
+    )
+
+
+SAMPLED = "function_approximation"  # the method that can be given samples of the layers' inputs
+
+METHODS: dict[str, Method] = {
+    "kernel_projection": leading.project,
+    "kernel_projection_search": _projection("search"),
+    "kernel_projection_refine": _projection("refine"),
+    SAMPLED: approximation.approximate,
+    "spectral": projection.spectral_stacks,
+    "norm_preserving": functools.partial(leading.project, normalized=True),
+    "norm_preserving_refine": _projection("refine", normalized=True),
+    "spectral_global_scale": _one_by_one(
+        lambda stack, key, w: ablations.spectral_global_scale(w, stack.rank, activation=stack.activation, group=stack.group)
+    ),
+    "spectral_column_scales": _one_by_one(
+        lambda stack, key, w: ablations.spectral_column_scales(w, stack.rank, activation=stack.activation, group=stack.group)
+    ),
+    "random_subspace": _one_by_one(
+        lambda stack, key, w: ablations.random_subspace(key, w, stack.rank, activation=stack.activation, group=stack.group)
+    ),
+    "unit_spectral": _one_by_one(lambda stack, key, w: ablations.unit_spectral(w, stack.rank)),
+    "random": _one_by_one(lambda stack, key, w: ablations.random_factors(key, w, stack.rank)),
+}
+
+
+def factor(
+    method: str, key: jax.Array, w: jax.Array, rank: int, *, activation: ActivationLike = "relu", group: int = 1
+) -> Pair:
+    """A single matrix `[n, m]` by a method of the table: u `[n, rank]` and v `[rank, m]`.
+
+    Raises:
+      ValueError: no such method or activation, w is not a matrix of real, finite numbers, or the rank or group does not fit it.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
+    linalg.check_matrix(w)
+    linalg.check_rank(w, rank)
+    linalg.check_group(w, group)
+    activations.get(activation)
+    return _factor(method, key, w, rank, activation, group)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "rank", "activation", "group"))
+def _factor(method: str, key: jax.Array, w: jax.Array, rank: int, activation: ActivationLike, group: int) -> Pair:
+    [(u, v)] = METHODS[method]([Stack(key[None], w[None], rank, activation, group)])
+    return u[0], v[0]

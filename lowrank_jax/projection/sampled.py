@@ -1,0 +1,139 @@
+"""Function approximation by sampling: descend the function risk on random inputs, where no closed form is to be had.
+
+It is what the kernel projection has to match, at a small fraction of the time (docs/mathematics.md, section 7).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_jax.projection import activations, linalg
+from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection.activations import ActivationLike
+from lowrank_jax.projection.linalg import Pair
+from lowrank_jax.projection.padding import Stack
+
+STEPS, BATCH_SIZE, LEARNING_RATE = 1000, 256, 0.01
+
+
+def function_approximation(
+    key: jax.Array,
+    w: jax.Array,
+    rank: int,
+    *,
+    activation: ActivationLike = "relu",
+    group: int = 1,
+    inputs: jax.Array | None = None,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+) -> Pair:
+    """Minimises the sampled function risk over both factors with Adam, from the spectral ones.
+
+    Args:
+      key: for the inputs drawn at every step.
+      w: `[n, m]`.
+      rank: from 1 to min(n, m).
+      activation: what follows the kernel: a name in `activations.ACTIVATIONS`, or any elementwise function in jax.
+      group: columns an output; each of them meets inputs of its own.
+      inputs: samples of what the layer is fed, `[samples, group, n]`; by default x ~ N(0, I), new at every step.
+      steps, batch_size: how long, and on how many inputs a step.
+
+    Returns:
+      u `[n, rank]` and v `[rank, m]` in the dtype of w, balanced: UᵀU = VVᵀ.
+
+    Raises:
+      ValueError: w is not a matrix of real, finite numbers, the rank is out of range, the activation is unknown, group does
+        not divide m, the inputs have another shape or are not finite, or steps or batch_size is below 1.
+    """
+    linalg.check_matrix(w)
+    linalg.check_rank(w, rank)
+    linalg.check_group(w, group)
+    if inputs is not None and (inputs.ndim != 3 or inputs.shape[1:] != (group, w.shape[0])):
+        raise ValueError(f"inputs must be [samples, {group}, {w.shape[0]}], got {list(inputs.shape)}")
+    if inputs is not None and (not len(inputs) or not linalg.known_finite(inputs)):
+        raise ValueError("inputs are empty or not finite")
+    activations.get(activation)
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps ({steps}) and batch_size ({batch_size}) must be at least 1")
+    return _one(key, w, rank, activation, group, inputs, steps, batch_size)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "activation", "group", "steps", "batch_size"))
+def _one(
+    key: jax.Array,
+    w: jax.Array,
+    rank: int,
+    activation: ActivationLike,
+    group: int,
+    inputs: jax.Array | None,
+    steps: int,
+    batch_size: int,
+) -> Pair:
+    stack = Stack(key[None], w[None], rank, activation, group, None if inputs is None else inputs[None])
+    ((u, v),) = approximate([stack], steps=steps, batch_size=batch_size)
+    return u[0], v[0]
+
+
+@linalg.highest_precision
+def approximate(stacks: Sequence[Stack], *, steps: int = STEPS, batch_size: int = BATCH_SIZE) -> list[Pair]:
+    """`function_approximation` of many kernels at once: one scan over the steps, in which all of them take theirs.
+
+    Returns:
+      For every stack u `[k, n, rank]` and v `[k, rank, m]`.
+    """
+    kernels = [stack.w.astype(linalg.wide(stack.w.dtype)) for stack in stacks]
+    spectral = projection.spectral_stacks([dataclasses.replace(stack, w=w) for stack, w in zip(stacks, kernels, strict=True)])
+    # Factors in units of their own size: a step of Adam is then the same fraction of every one of them.
+    sizes = jax.tree.map(lambda factor: jnp.sqrt(jnp.mean(factor**2, axis=(1, 2), keepdims=True)), spectral)
+    start = jax.tree.map(lambda factor, size: factor / jnp.where(size > 0, size, 1), spectral, sizes)
+    adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+
+    def factors(params: Any) -> list[Pair]:
+        return jax.tree.map(jnp.multiply, params, sizes)
+
+    def loss(params: Any, step: jax.Array) -> jax.Array:
+        # Every kernel's loss depends on its own factors alone, so the gradient of the sum is all of their gradients.
+        parts = [
+            jnp.sum(_relative_loss(stack, w, pair, step, batch_size))
+            for stack, w, pair in zip(stacks, kernels, factors(params), strict=True)
+        ]
+        return sum(parts, start=jnp.zeros(()))
+
+    def advance(carry: Any, step: jax.Array) -> tuple[Any, None]:
+        params, state = carry
+        updates, state = adam.update(jax.grad(loss)(params, step), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(advance, (start, adam.init(start)), jnp.arange(steps))
+    us, vs = zip(*factors(params), strict=True)
+    balanced = linalg.rebalance(us, vs)
+    return [(u.astype(stack.w.dtype), v.astype(stack.w.dtype)) for stack, (u, v) in zip(stacks, balanced, strict=True)]
+
+
+def _relative_loss(stack: Stack, w: jax.Array, pair: Pair, step: jax.Array, batch_size: int) -> jax.Array:
+    """|sigma(xW) - sigma(xUV)|² over |sigma(xW) - sigma(0)|² on a batch of inputs, `[k]`."""
+    fn = activations.get(stack.activation).fn
+
+    def one(key: jax.Array, w: jax.Array, u: jax.Array, v: jax.Array, inputs: jax.Array | None) -> jax.Array:
+        n, m = w.shape
+        key = jax.random.fold_in(key, step)
+        if inputs is None:
+            x = jax.random.normal(key, (batch_size, stack.group, n), w.dtype)
+        else:
+            x = inputs[jax.random.randint(key, (batch_size,), 0, len(inputs))].astype(w.dtype)
+        outputs = m // stack.group
+
+        def layer(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            """`[batch, group, k] -> [batch, outputs]`."""
+            return fn(jnp.einsum("bgk,kgo->bo", x, kernel.reshape(-1, stack.group, outputs)))
+
+        wanted, got = layer(x, w), layer(x @ u, v)
+        return linalg.ratio(jnp.sum((wanted - got) ** 2), jnp.sum((wanted - fn(jnp.zeros((), w.dtype))) ** 2))
+
+    assert stack.keys is not None
+    return jax.vmap(one)(stack.keys, w, *pair, stack.inputs)

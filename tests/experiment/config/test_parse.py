@@ -1,0 +1,249 @@
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment.config.parse import Config, ConfigError, Duration, default, legal_keys, override, parse, to_dict
+from lowrank_jax.experiment.config.schema import LowRankConfig
+from lowrank_jax.planning.rules import Rule
+
+
+def changed(**overrides):
+    config = default()
+    config.steps = 100
+    for key, value in overrides.items():
+        override(config, key.replace("__", "."), value)
+    return config
+
+
+def problems(config, **settings):
+    with pytest.raises(ConfigError) as caught:
+        parse(config, **settings)
+    return caught.value.problems
+
+
+def test_the_default_has_every_legal_key_and_parses_to_the_dataclasses():
+    config = default()
+    config.epochs = 3.0
+    assert parse(config) == Config(epochs=3.0)
+    flat = {f"{section}.{key}" for section, keys in config.items() if isinstance(keys, ConfigDict) for key in keys}
+    assert flat == {key for key in legal_keys() if "." in key}
+
+
+def test_a_parsed_config_survives_json():
+    config = changed(lowrank__rules="({'path': 'head/kernel', 'rank': 3},)", optim__step_at="('10 steps', '2 epochs')")
+    parsed = parse(config)
+    assert parse(json.loads(json.dumps(to_dict(parsed)))) == parsed
+
+
+def test_overrides_are_read_by_the_keys_type():
+    parsed = parse(
+        changed(
+            batch_size="64", optim__lr="1", optim__nesterov="false", eval__every="250", lowrank__rank="4", lowrank__scale="None"
+        )
+    )
+    assert (parsed.batch_size, parsed.optim.lr, parsed.optim.nesterov) == (64, 1.0, False)
+    assert (parsed.eval.every, parsed.lowrank.rank, parsed.lowrank.scale) == (Duration(250, "step"), 4, None)
+    mlp = parse(changed(model__name="mlp", model__kwargs__widths="(8, 4)", model__kwargs__batch_norm="True"))
+    assert mlp.model.kwargs == {"widths": (8, 4), "batch_norm": True}
+
+
+def test_a_learning_rate_for_so_many_images_grows_with_the_batch():
+    assert parse(changed(optim__lr="0.1", batch_size="1024")).peak_lr == pytest.approx(0.1)
+    assert parse(changed(optim__lr="0.1", optim__lr_per_images="256", batch_size="1024")).peak_lr == pytest.approx(0.4)
+
+
+def test_models_compute_in_the_configs_dtype():
+    model = parse(changed(model__name="resnet20", model__dtype="bfloat16")).build_model()
+    assert model.dtype == jnp.bfloat16
+    assert problems(changed(model__dtype="float16")) == ["model.dtype: 'float16'; unknown; did you mean bfloat16?"]
+    found = problems(changed(model__kwargs__dtype="bfloat16"))
+    assert found and found[0].startswith("model.kwargs.dtype: resnet8 has no such setting")
+
+
+def test_a_batch_must_be_divisible_into_its_parts():
+    config = changed(batch_size="64", optim__accumulate="3")
+    assert problems(config) == problems(config, devices=8) == ["optim.accumulate: 3; batch_size 64 is no multiple of it"]
+    config = changed(batch_size="64", optim__accumulate="16")
+    assert problems(config, devices=8) == ["optim.accumulate: 16; 64 images cannot be cut in so many on 8 devices"]
+    assert parse(changed(batch_size="64", optim__accumulate="8"), devices=8).optim.accumulate == 8
+
+
+def test_all_problems_come_at_once_each_with_its_key():
+    config = changed(
+        lowrank__scael="0.1",
+        batch_size="-3",
+        optim__name="sdg",
+        optim__lr="fast",
+        model__name="resnet9",
+        dataset__name="digit",
+        lowrank__method="spectrl",
+        eval__every="soon",
+        optim__weight_decay="nan",
+        oprim__lr="1",
+    )
+    found = problems(config)
+    for expected in (
+        "lowrank.scael: unknown key; did you mean lowrank.scale?",
+        "batch_size: -3; must be at least 1",
+        "optim.name: 'sdg'; unknown; did you mean sgd?",
+        "optim.lr: 'fast'; must be a number",
+        "model.name: unknown model 'resnet9'; did you mean resnet8?",
+        "dataset.name: 'digit'; unknown; did you mean digits?",
+        "lowrank.method: 'spectrl'; unknown; did you mean spectral?",
+        "eval.every: 'soon'; must be a duration",
+        "optim.weight_decay: 'nan'; must be a number",
+        "oprim: unknown key",
+    ):
+        assert sum(problem.startswith(expected) for problem in found) == 1, (expected, found)
+    assert len(found) == 10
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"steps": "None"}, "steps: neither steps nor epochs"),
+        ({"epochs": "3"}, "steps: both steps (100) and epochs (3)"),
+        ({"lowrank__rank": "-1", "lowrank__scale": "None"}, "lowrank.rank: -1; must be at least 1"),
+        ({"lowrank__rank": "3"}, "lowrank.rank: 3 beside scale 0.25"),
+        ({"lowrank__scale": "None"}, "lowrank.scale: neither scale nor rank"),
+        ({"lowrank__scale": "1.5"}, "lowrank.scale: 1.5; must be in (0, 1]"),
+        ({"lowrank__scheme": "spacial"}, "lowrank: rule '.*': unknown scheme 'spacial'; did you mean spatial?"),
+        ({"lowrank__rules": "({'path': 'a', 'scael': 1},)"}, "unknown key 'scael'; did you mean scale?"),
+        ({"lowrank__rules": "({'scale': 0.1},)"}, "no path"),
+        ({"lowrank__rules": "({'path': '(a'},)"}, "is not a regular expression"),
+        ({"optim__warmup": "20 epochs"}, "optim.warmup: 225 steps; longer than the training of 100 steps"),
+        ({"dataset__train_split": "trian"}, "dataset.train_split: digits has no split 'trian'; did you mean train?"),
+        ({"dataset__kwargs__size": "3"}, "dataset.kwargs.size: digits takes none"),
+        ({"dataset__name": "synthetic", "dataset__kwargs__sise": "3"}, "dataset.kwargs.sise: unknown key"),
+        ({"model__kwargs__depth": "3"}, "model.kwargs.depth: resnet8 has no such setting"),
+        ({"model__kwargs__norm": "batchnorm"}, "model.kwargs.norm: 'batchnorm'; must be one of 'batch', 'none'"),
+        ({"model__kwargs__widths": "64"}, "model.kwargs.widths: 64; must be a sequence"),
+        ({"seed__x": "1"}, "seed: {'x': 1}; must be a whole number"),
+        ({"optim": "3"}, "optim: 3; must be a section"),
+        ({"checkpoint__keep": "1"}, "checkpoint.keep: 1; must be at least 2"),
+        ({"optim__label_smoothing": "1"}, "optim.label_smoothing: 1.0; must be in [0, 1)"),
+        ({"eval__every": "0"}, "eval.every: 0 steps; must be above 0"),
+        ({"batch_size": "True"}, "batch_size: True; must be a whole number"),
+        ({"lowrank__rules": "({'path': 'head/kernel', 'rank': 2.5},)"}, "rank 2.5 must be a whole number"),
+        ({"lowrank__rules": "({'path': 'head/kernel', 'multiple_of': 2.5},)"}, "multiple_of 2.5 must be a whole number"),
+        ({"lowrank__rules": "({'path': 'head/kernel', 'scale': 'x'},)"}, "scale 'x' must be a number"),
+        ({"lowrank__rules": "({'path': 'hed/kernel', 'rank': 2},)"}, "matches no parameter; the nearest is 'head/kernel'"),
+        ({"lowrank__rank": "5000", "lowrank__scale": "None"}, "rank 5000 is above full rank"),
+        ({"optim__decay_rules": "()"}, "optim.decay_rules: (); must not be empty"),
+        ({"optim__decay_rules": "(('(', 1.0),)"}, "is not a regular expression"),
+        ({"optim__decay_rules": "(('.*', -1),)"}, "the multiplier of '.*' must be at least 0"),
+        ({"optim__schedule": "step"}, "optim.step_at: empty"),
+        ({"optim__warmup": "1e999"}, "optim.warmup: '1e999'; must be a duration"),
+        ({"seed": "4294967296"}, "seed: 4294967296; must be from 0 to 4294967295"),
+        ({"steps": "None", "epochs": "1e300"}, "epochs: 1e+300; must be from"),
+        ({"steps": "1000000000000"}, "steps: 1000000000000; must be from 1 to 2147483647"),
+        (
+            {"dataset__name": "synthetic", "dataset__kwargs__train_size": "-5"},
+            "dataset.kwargs.train_size: -5; must be at least 1",
+        ),
+        (
+            {"dataset__name": "synthetic", "dataset__kwargs__image_shape": "(8, 8)"},
+            "image_shape: (8, 8); must be a sequence of 3",
+        ),
+        ({"model__name": "mlp", "model__kwargs__dropout": "1.5"}, "setting dropout: 1.5; must be in [0, 1)"),
+        ({"model__name": "vit_s16", "model__kwargs__heads": "0"}, "setting heads: 0; must be at least 1"),
+        ({"model__name": "efficientnet_b0", "model__kwargs__depth": "0"}, "setting depth: 0; must be above 0"),
+        ({"model__name": ".foo:bar"}, "model.name: model '.foo:bar' cannot be imported"),
+        ({"model__name": "math:floor"}, "model or lowrank: "),
+    ],
+)
+def test_each_problem_has_one_clear_line(overrides, message):
+    found = problems(changed(**overrides))
+    assert len(found) == 1, found
+    assert message in found[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"mesh__data": "3"}, "a mesh of 3x1x1 does not fit 8 devices"),
+        ({"mesh__fsdp": "-1"}, "mesh.fsdp: -1, and so is mesh.data"),
+        ({"batch_size": "12"}, "batch_size: 12; must be a multiple of the 8 devices"),
+        (
+            {"mesh__rules": "({'path': 'head/bias', 'spec': ('data',)},)"},
+            "mesh.rules: rule 'head/bias': head/bias [10] cannot be cut into 8 parts along axis 0 by data",
+        ),
+    ],
+)
+def test_the_mesh_is_held_against_the_devices(overrides, message):
+    parse(changed(**overrides))
+    (problem,) = problems(changed(**overrides), devices=8)
+    assert message in problem
+
+
+def test_rules_are_exceptions_to_the_settings_above_them():
+    entries = ({"path": "a", "method": "none"}, {"path": "b", "rank": 3}, {"path": "c", "activation": "identity"})
+    config = LowRankConfig(method="spectral", rules=entries)
+    common = {"method": "spectral", "activation": "relu"}
+    assert config.to_rules() == (
+        Rule("a"),
+        Rule("b", rank=3, **common),
+        Rule("c", scale=0.25, **{**common, "activation": "identity"}),
+        Rule(".*", scale=0.25, **common),
+    )
+    assert dataclasses.replace(config, method="none").to_rules() == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("500", 500), (500, 500), ("500 steps", 500), ("2 epochs", 45), ("0.5 epoch", 11), ("1e3 examples", 16)]
+)
+def test_durations_become_steps(text, steps):
+    assert Duration.read(text).steps(batch_size=64, epoch_size=1437) == steps
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def get_config(): return 3", "must return a ConfigDict, not int"),
+        ("def get_config(): return 1 / 0", "it fails with ZeroDivisionError: division by zero"),
+        ("def get_config(:", "it fails with SyntaxError"),
+        ("x = 1", "it fails with AttributeError"),
+        ("import sys; sys.exit(0)", "it fails with SystemExit"),
+    ],
+)
+def test_a_config_file_that_fails_says_so(tmp_path, source, message):
+    (tmp_path / "config.py").write_text(source)
+    with pytest.raises(ConfigError, match=message):
+        configs.load(str(tmp_path / "config.py"))
+
+
+def test_what_is_no_python_file_is_refused(repository):
+    with pytest.raises(ConfigError, match="it is not a Python file"):
+        configs.load(str(repository / "README.md"))
+
+
+def test_config_files_take_an_argument_and_near_misses_are_proposed(tmp_path):
+    (tmp_path / "config.py").write_text(
+        "from lowrank_jax.config import default\n"
+        "def get_config(name):\n    config = default()\n    config.model.name = name\n    return config\n"
+    )
+    assert configs.load(f"{tmp_path}/config.py:resnet20").model.name == "resnet20"
+    with pytest.raises(ConfigError, match=r"there is no such file; did you mean .*config.py"):
+        configs.load(f"{tmp_path}/confg.py")
+
+
+def test_none_is_a_word_where_a_model_may_have_it_and_nothing_elsewhere():
+    config = parse(changed(model__name="resnet8", model__kwargs__norm="none", optim__clip_norm="none"))
+    assert config.model.kwargs == {"norm": "none"} and config.optim.clip_norm is None
+
+
+@pytest.mark.parametrize(
+    ("valid", "clash"), [("train[1000:]", "train_split"), ("test[:10]", "eval_split"), ("train[1400:]+test", "eval_split")]
+)
+def test_what_is_chosen_by_is_neither_trained_on_nor_reported(valid, clash):
+    config = configs.default()
+    config.steps = 1
+    config.dataset.train_split, config.dataset.valid_split = "train[:1200]", "train[1200:]"
+    configs.parse(config)
+    config.dataset.valid_split = valid
+    with pytest.raises(configs.ConfigError, match=f"shares examples with dataset.{clash}"):
+        configs.parse(config)

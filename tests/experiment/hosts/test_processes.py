@@ -1,0 +1,202 @@
+"""Several processes as one run, on loopback: real processes, real signals."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import sys
+
+import numpy as np
+import pytest
+from tests.test_imagenet import settings as imagenet
+from tests.test_train import final_state, wait_for
+
+from lowrank_jax.experiment.hosts.processes import Cluster, ClusterError, gather, several, start
+from lowrank_jax.experiment.training.loop import train
+from tests import running
+from tests.imagenet_files import names
+
+SUPERVISE = running.ROOT / "scripts" / "supervise.sh"
+
+# Neither two nor four processes divide 250 examples by 64.
+SETTINGS = {
+    "steps": 40,
+    "log__every": "1 step",
+    "checkpoint__every": "10 steps",
+    "eval__every": "20 steps",
+    "dataset__eval_split": "test[:250]",
+    "lowrank__moment_batches": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run that several processes have to repeat, by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, train(running.config(**SETTINGS), str(folder))
+
+
+def losses(lines):
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def test_four_processes_train_as_one_does(alone, tmp_path):
+    _, run = alone
+    command = running.command(tmp_path / "four", **SETTINGS, mesh__data=2, mesh__fsdp=2)
+    processes = running.start_all(command, 4)
+    first, *others = running.wait_all(processes)
+    assert [process.returncode for process in processes] == [0] * 4, first
+    assert others == [""] * 3  # process 0 alone speaks
+
+    lines = running.metrics(tmp_path / "four")
+    theirs = losses(lines)
+    assert sorted(theirs) == list(range(1, 41))
+    np.testing.assert_allclose([theirs[i] for i in range(1, 21)], [run.train[i]["train/loss"] for i in range(1, 21)], rtol=1e-4)
+    evaluated = [line for line in lines if "eval/top1" in line]
+    assert [(line["step"], line["eval/examples"]) for line in evaluated] == [(20, 250), (40, 250)]
+    np.testing.assert_allclose(evaluated[-1]["eval/loss"], run.evals[40]["loss"], rtol=1e-3)
+    assert len(list((tmp_path / "four" / "checkpoints" / "40" / "state").glob("ocdbt.process_*"))) == 4  # each wrote its part
+    step, arrays = final_state(tmp_path / "four", **SETTINGS)  # its digests included
+    assert step == 40
+    np.testing.assert_allclose(arrays["params/dense1/kernel/u"], run.state.params["dense1"]["kernel"].u, rtol=1e-2, atol=1e-3)
+
+
+def test_two_processes_evaluate_what_one_has_trained(alone, tmp_path):
+    folder, run = alone
+    command = [*running.command(folder)[:3], "evaluate", f"--workdir={folder}", f"--json={tmp_path / 'out.json'}"]
+    processes = running.start_all(command, 2)
+    first, second = running.wait_all(processes)
+    assert [process.returncode for process in processes] == [0, 0], first
+    assert "250" in first and second == ""
+    assert json.loads((tmp_path / "out.json").read_text())["metrics"] == pytest.approx(run.evals[40], rel=1e-5)
+
+
+def child(supervisor, process):
+    """The process id of one of those that a supervisor has started."""
+    for pid in pathlib.Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split():
+        if f"--process={process}".encode() in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            return int(pid)
+    raise AssertionError(f"process {process} is not running")
+
+
+def test_a_killed_process_ends_all_and_the_relaunched_ones_go_on_exactly(alone, tmp_path):
+    """Then SIGTERM to one of them saves on all, and they go on once more."""
+    _, run = alone
+    command = running.command(tmp_path, **SETTINGS, mesh__data=1, mesh__model=2)  # each batch is on both
+    supervise = [str(SUPERVISE), "--processes=2", "--pause=0", *command]
+    with running.start(supervise) as supervisor:
+        wait_for(supervisor, "saved@20")  # which begins when step 10 is on disk
+        os.kill(child(supervisor, 1), signal.SIGKILL)
+        said = wait_for(supervisor, "restart 1 of 20")
+        killed = losses(running.metrics(tmp_path))
+        said = wait_for(supervisor, "resuming")
+        resumed_from = int(said.split("from step ")[1].split()[0])
+        wait_for(supervisor, "[25/40")
+        os.kill(child(supervisor, 1), signal.SIGTERM)
+        output = supervisor.stdout.read()
+    assert supervisor.returncode == 0, output
+    stopped = int(output.split("stopping: saved step ")[1].split()[0])
+    assert 25 <= stopped < 40
+    assert "ended with status 75; restart 2 of 20" in output and f"from step {stopped} " in output
+
+    lines = running.metrics(tmp_path)
+    again = losses(lines)
+    assert sorted(again) == list(range(1, 41))
+    repeated = [step for step in killed if step > resumed_from]
+    assert repeated and {step: again[step] for step in killed} == killed  # to the bit
+    np.testing.assert_allclose([again[i] for i in range(1, 21)], [run.train[i]["train/loss"] for i in range(1, 21)], rtol=1e-4)
+    np.testing.assert_allclose(again[40], run.train[40]["train/loss"], rtol=1e-2)
+    assert json.loads((tmp_path / "result.json").read_text())["step"] == 40
+
+
+def test_a_loss_that_is_not_finite_ends_all_with_one_message(tmp_path):
+    flaw = {"optim__lr": 1e30, "optim__warmup": "0 steps", "model__kwargs": {"widths": (8,)}, "log__every": "1 step"}
+    command = running.command(tmp_path, **flaw, checkpoint__every="1 step")
+    done = running.run([str(SUPERVISE), "--processes=2", *command])
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.count("Lower optim.lr or set optim.clip_norm") == 1 and "restart" not in done.stderr
+    assert json.loads((tmp_path / "failure.json").read_text())["status"] == "diverged"
+    last_good = done.stderr.split("Last good checkpoint: ")[1].split(".")[0]
+    assert (tmp_path / "checkpoints" / last_good).is_dir()  # it was still being written
+
+
+def test_an_image_that_one_process_cannot_read_saves_and_ends_all(small_imagenet, tmp_path):
+    stored = names(small_imagenet, "train").index(small_imagenet.truncated["train"])
+    orders = ((seed, np.random.default_rng([seed, 0]).permutation(small_imagenet.train)) for seed in range(100))
+    seed = next(seed for seed, order in orders if list(order).index(stored) // 8 == 6)  # it is in the seventh batch
+    changes = {"steps": 24, "batch_size": 8, "checkpoint__every": "1000 steps", "dataset__max_undecodable": 0, "seed": seed}
+    processes = running.start_all(running.command(tmp_path, **imagenet(small_imagenet, **changes)), 2)
+    outputs = running.wait_all(processes)
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert sum(said.count("Raise the limit") for said in outputs) == 1 and "Traceback" not in "".join(outputs)
+    assert f"saved step 6 to {tmp_path}; the same command continues it" in outputs[0]
+    assert (tmp_path / "checkpoints" / "6").is_dir()
+
+
+def test_a_process_that_cannot_write_its_part_of_a_checkpoint_ends_all(tmp_path):
+    no_files = 'case $* in *--process=1*) ulimit -f 0 ;; esac; exec "$@"'
+    processes = running.start_all(["bash", "-c", no_files, "bash", *running.command(tmp_path)], 2)
+    outputs = running.wait_all(processes)
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert "process 1: " in outputs[0] and "a checkpoint could not be written" in outputs[0]
+    assert not (tmp_path / "checkpoints" / "10").exists()
+
+
+def test_processes_of_different_settings_leave_the_work_directory_alone(tmp_path):
+    seeds = 'case $* in *--process=1*) set -- "$@" --config.seed=1 ;; esac; exec "$@"'
+    processes = running.start_all(["bash", "-c", seeds, "bash", *running.command(tmp_path / "run")], 2)
+    first, _ = running.wait_all(processes)
+    assert [process.returncode for process in processes] == [2, 2], first
+    assert "process 1 was given other settings than process 0: seed is 1, not 0" in first
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--processes=08", "--restarts=x", "--pause=09", "--grace=-1"])
+def test_the_supervisor_refuses_what_is_no_number(option):
+    done = running.run([str(SUPERVISE), option, "true"])
+    assert done.returncode == 2 and "must be a whole number" in done.stderr
+
+
+def test_the_supervisor_starts_nothing_again_that_cannot_be_run():
+    done = running.run([str(SUPERVISE), "--pause=0", "no-such-command"])
+    assert done.returncode == 127 and "restart" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ({"processes": 2}, "--coordinator and --process: needed too"),
+        ({"coordinator": "a:1", "processes": 2, "process": 2}, "--process: 2 of 2; they are counted from 0"),
+        ({"coordinator": "a", "processes": 2, "process": 1}, "'a' is no HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_fit_together_are_refused(flags, problem):
+    with pytest.raises(ClusterError, match=problem):
+        start(Cluster(**flags))
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"port {port} of this machine cannot be used: Address already in use"):
+            start(Cluster(coordinator=f"127.0.0.1:{port}", processes=2, process=0))
+
+
+def test_a_coordinator_that_nobody_is_ends_in_words(tmp_path):
+    address = f"127.0.0.1:{running.free_port()}"
+    flags = [f"--coordinator={address}", "--processes=2", "--process=1", "--patience=1"]
+    done = running.run([*running.command(tmp_path), *flags])
+    assert done.returncode == 2
+    assert f"not all of 2 processes met at {address} within 1 s" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_process_is_alone_whatever_its_environment_says(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "nowhere.invalid:1")
+    start(Cluster(processes=1))
+    assert not several() and gather("me") == ["me"]
+
+
+def test_a_process_ends_with_its_status_though_nobody_listens():
+    code = "import os; from lowrank_jax.experiment.hosts.processes import _exit; r, w = os.pipe(); os.close(r); os.dup2(w, 2); _exit(4, 'why')"
+    assert running.run([sys.executable, "-c", code]).returncode == 4

@@ -1,0 +1,126 @@
+"""The comparison of initialisations against its parts computed by hand, and its files."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_jax as lr
+from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment.data import datasets
+from lowrank_jax.experiment.report import before_training as init_report
+from lowrank_jax.experiment.training import state
+from tests import running
+
+SETTINGS = init_report.Settings(scales=(0.1, 0.5), methods=("spectral", "kernel_projection"), seeds=2, batch_size=8)
+UNNORMALISED = {"model__kwargs": {"widths": (32, 24)}}
+
+
+@pytest.fixture(scope="module")
+def report():
+    config, lines = running.config(**UNNORMALISED), []
+    return config, init_report.compare(config, SETTINGS, say=lines.append), lines
+
+
+def test_every_arm_is_there_and_told_of(report):
+    _, arms, lines = report
+    assert [(arm.seed, arm.scale, arm.method) for arm in arms] == [
+        (seed, scale, method) for seed in (0, 1) for scale in (0.1, 0.5) for method in SETTINGS.methods
+    ]
+    assert len(lines) == 8 and lines[0].startswith("[1/8] seed 0  scale 0.1  spectral") and "eta" in lines[0]
+    assert all(arm.seconds > 0 and arm.compile_seconds > 0 for arm in arms)
+
+
+def test_figures_are_those_of_the_parts(report):
+    config, arms, _ = report
+    arm = next(arm for arm in arms if (arm.seed, arm.scale, arm.method) == (1, 0.1, "kernel_projection"))
+    assert arm.rank == {"dense1/kernel": 3, "dense2/kernel": 2, "head/kernel": 1}
+    model = config.build_model()
+    variables = state.init_dense(model, jnp.zeros((1, 8, 8, 1)), 1)
+    images = jax.random.normal(state.key(1, "init-report", 0), (8, 8, 8, 1))
+    x, y = images, images
+    for name, rank in arm.rank.items():
+        w, bias = (variables["params"][name.split("/")[0]][leaf] for leaf in ("kernel", "bias"))
+        u, v = lr.projection.kernel_projection(w, rank)
+        risk = lr.projection.risk(w, u @ v) / lr.projection.risk(w, 0 * w)
+        np.testing.assert_allclose(arm.risk[name], risk, rtol=1e-4)
+        x, y = x.reshape(8, -1) @ w + bias, y.reshape(8, -1) @ u @ v + bias
+        x, y = (x, y) if name == "head/kernel" else (jax.nn.relu(x), jax.nn.relu(y))
+    x, y = x - x.mean(0), y - y.mean(0)
+    np.testing.assert_allclose(arm.logit_error, jnp.sum((x - y) ** 2) / jnp.sum(x**2), rtol=1e-3)
+
+
+def test_the_projection_loses_less_of_every_kernel(report):
+    _, arms, _ = report
+    for spectral, ours in zip(arms[::2], arms[1::2], strict=True):
+        assert all(ours.risk[name] <= spectral.risk[name] + 1e-6 for name in ours.risk)
+
+
+def test_with_batchnorm_it_makes_no_difference_to_the_logits():
+    config = running.config(
+        model__kwargs={"widths": (32, 24), "batch_norm": True}, lowrank__rules=({"path": "head/kernel", "method": "none"},)
+    )
+    spectral, ours = init_report.compare(config, init_report.Settings((0.2,), SETTINGS.methods))
+    np.testing.assert_allclose(ours.logit_error, spectral.logit_error, rtol=1e-3)
+    assert ours.mean_risk < spectral.mean_risk
+
+
+def test_on_real_images_moments_keep_more_of_the_function():
+    settings = init_report.Settings((0.1,), ("kernel_projection",), images="data", batch_size=64)
+    [plain] = init_report.compare(running.config(**UNNORMALISED), settings)
+    [aware] = init_report.compare(running.config(**UNNORMALISED, lowrank__moment_batches=3), settings)
+    assert aware.logit_error < 0.95 * plain.logit_error
+
+
+def test_the_report_holds_its_command_tables_and_picture(report, tmp_path):
+    config, arms, _ = report
+    prefix = tmp_path / "mlp"
+    paths = init_report.write(arms, str(prefix), command="lowrank init-report --x", config=config, settings=SETTINGS)
+    assert [path.name for path in paths] == ["mlp.md", "mlp.json", "mlp.png"]
+    text = paths[0].read_text()
+    assert (
+        "    lowrank init-report --x" in text and "Seeds 0 to 1" in text and "![risk and logit error by scale](mlp.png)" in text
+    )
+    assert text.count("| dense1/kernel | 64x32 |") == 2
+    stored = json.loads(paths[1].read_text())["arms"]
+    assert len(stored) == 8 and stored[3]["risk"] == arms[3].risk
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_problems_come_at_once():
+    settings = init_report.Settings(scales=(0.1, 1.5), methods=("specral",), images="dat", batch_size=1)
+    with pytest.raises(configs.ConfigError) as error:
+        init_report.compare(running.config(), settings)
+    assert error.value.problems == [
+        "--scales: 1.5; must be in (0, 1]",
+        "--methods: unknown 'specral'; did you mean spectral?",
+        "--images: unknown 'dat'; did you mean data?",
+        "--batch-size: 1; must be at least 2, for logits to differ",
+    ]
+
+
+def test_more_images_than_there_are_and_arms_that_come_twice_are_refused():
+    settings = init_report.Settings(scales=(0.1, 0.1), images="data", batch_size=500)
+    assert settings.problems(running.config(lowrank__moment_batches=2)) == [
+        "--scales: names one of them twice",
+        "--batch-size: 500; needs 1500 images in all, the training split has 1437",
+    ]
+
+
+def test_a_kernel_of_zeros_loses_nothing():
+    model = nn.Dense(6, kernel_init=nn.initializers.zeros)
+    x = jnp.ones((2, 8))
+    params, plan = model.init(jax.random.key(0), x)["params"], lr.plan(model, x, [lr.Rule("kernel", rank=2)])
+    merged = lr.merge(lr.factorize(params, plan, key=jax.random.key(1)))
+    assert init_report.relative_risks(params, merged, plan) == {"kernel": 0.0}
+
+
+def test_data_that_is_missing_and_kernels_that_stay_dense_are_said(tmp_path):
+    config = running.config(dataset__name="fashion_mnist", dataset__data_dir=str(tmp_path))
+    with pytest.raises(datasets.DataError, match="fashion_mnist is not prepared"):
+        init_report.compare(config, init_report.Settings(images="data"))
+    with pytest.raises(configs.ConfigError, match="at scale 1 no kernel of this network would be factored"):
+        init_report.compare(running.config(), init_report.Settings(scales=(1.0,)))

@@ -1,0 +1,354 @@
+"""Reports over work directories written by hand, so that every number in them is known."""
+
+import base64
+import csv
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment.report.arms import Interval, group, paired
+from lowrank_jax.experiment.report.page import Report
+from lowrank_jax.experiment.report.runs import find
+from lowrank_jax.experiment.sweep.trials import expand
+from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
+from tests import running
+
+NOISE = [0.003, -0.002, 0.001, 0.0, -0.004]
+
+
+def make(home, name, *, top1=None, raw=None, valid=None, failure=None, loss=1.0, **changes):
+    """A work directory as a run leaves it; without top1, one that has not finished."""
+    config = configs.default()
+    for key, value in {**running.TINY, **{key.replace("__", "."): value for key, value in changes.items()}}.items():
+        configs.override(config, key, str(value))
+    folder = Workdir(home / name)
+    folder.claim(configs.to_dict(configs.parse(config)))
+    folder.append_line("metrics.jsonl", {"step": 10, "train/loss": loss, "train/images_per_second": 10.0})
+    folder.append_line("metrics.jsonl", {"step": 20, "train/loss": loss / 2, "train/images_per_second": 100.0})
+    if failure:
+        folder.note_failure(diverged=True, reason=failure)
+    if top1 is not None:
+        folder.append_line("metrics.jsonl", {"step": 20, "eval/top1": top1, "train/images_per_second": None})
+        method = changes.get("lowrank__method", "kernel_projection")
+        params = 1000 if method == "none" else int(1000 * changes.get("lowrank__scale", 0.25))
+        result = {"params": params, "macs": 2 * params, "seconds": 1.5, "versions": {"jax": "1"}}
+        evaluated = {"eval": {"top1": top1, "top5": 1.0, "loss": 0.5}, "valid": valid and {"top1": valid, "loss": 1 - valid}}
+        folder.write_json("result.json", {**result, **evaluated, "eval_raw": raw and {"top1": raw, "top5": 1.0, "loss": 0.5}})
+
+
+def comparison(home):
+    for seed, noise in enumerate(NOISE):
+        make(home, f"dense{seed}", top1=0.95 + noise, seed=seed, lowrank__method="none", lowrank__scale=0.3)
+        for scale in (0.1, 0.25):
+            shared = {"seed": seed, "lowrank__scale": scale}
+            make(home, f"spectral{scale}{seed}", top1=0.8 + scale + noise, loss=2.0, lowrank__method="spectral", **shared)
+            gain = 0.01 + noise**2 if scale == 0.1 else noise * (-1) ** seed
+            make(home, f"projection{scale}{seed}", top1=0.8 + scale + noise + gain, loss=1.0 + noise, **shared)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    comparison(tmp_path)
+    return tmp_path
+
+
+def test_intervals_are_those_of_scipy_and_hold_the_mean_as_often_as_they_say():
+    values = np.random.default_rng(0).normal(3, 2, (4000, 5))
+    inside = 0
+    for row in values:
+        interval = Interval.of(row)
+        inside += abs(interval.mean - 3) <= interval.half
+    low, high = stats.ttest_1samp(values[0], 0).confidence_interval(0.95)
+    first = Interval.of(values[0])
+    np.testing.assert_allclose([first.mean - first.half, first.mean + first.half], [low, high])
+    assert abs(inside / len(values) - 0.95) < 4 * np.sqrt(0.95 * 0.05 / len(values))  # four standard errors
+    assert np.isnan(Interval.of([1.0]).half)
+
+
+def test_where_weights_are_averaged_the_report_says_so_and_has_the_raw_ones_beside_them(tmp_path):
+    make(tmp_path, "plain", top1=0.5, seed=1)
+    report = Report([str(tmp_path)])
+    assert "averaged" not in report.markdown() and "eval_raw" not in report.csv()
+    make(tmp_path, "averaged", top1=0.9, raw=0.7, optim__ema_decay=0.99)
+    report = Report([str(tmp_path)])
+    assert "of the averaged weights where a run keeps any" in report.markdown()
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(report.csv()))}
+    assert (rows["averaged"]["eval/top1"], rows["averaged"]["eval_raw/top1"]) == ("0.9", "0.7")
+    assert rows["plain"]["eval_raw/top1"] == "nan"
+
+
+def test_differences_are_paired_by_seed(runs):
+    arms = group(find([str(runs)]), ["optim.lr"])
+    differences = {dict(d.arm.size)["lowrank.scale"]: d for d in paired(arms, ("lowrank.method", "spectral"), "eval/top1")}
+    assert set(differences) == {0.1, 0.25}
+    gains = [0.01 + noise**2 for noise in NOISE]
+    reference = stats.ttest_rel([0.9 + n + g for n, g in zip(NOISE, gains, strict=True)], [0.9 + n for n in NOISE])
+    interval = differences[0.1].interval
+    np.testing.assert_allclose(
+        [interval.mean - interval.half, interval.mean + interval.half], reference.confidence_interval(0.95), rtol=1e-6
+    )
+    assert interval.excludes_zero and not differences[0.25].interval.excludes_zero
+    # Unpaired, the seeds' own spread would drown it less than here.
+    assert interval.half < Interval.of(NOISE).half / 10
+
+
+def test_the_table_has_an_arm_a_row_and_the_dense_one_once(runs):
+    header, *rows = Report([str(runs)]).summary()
+    assert header[:5] == ["scale", "arm", "params", "MACs", "top-1"]
+    assert [(row[0], row[1]) for row in rows] == [
+        ("", "dense"),
+        ("0.1", "kernel_projection"),
+        ("0.1", "spectral"),
+        ("0.25", "kernel_projection"),
+        ("0.25", "spectral"),
+    ]
+    spectral = rows[2]
+    half = stats.t.ppf(0.975, 4) * np.std(NOISE, ddof=1) / np.sqrt(5)
+    assert spectral[4] == f"{0.9 + np.mean(NOISE):.4f} ± {half:.4f}"
+    assert (
+        spectral[2].startswith("100 (-90%)") and spectral[5] == "5" and spectral[7] == "100"
+    )  # the first window is not counted
+
+
+def test_the_learning_rate_is_chosen_on_the_held_out_split_and_reported_on_test(tmp_path):
+    held_out = {"dataset__train_split": "train[:90%]", "dataset__valid_split": "train[90%:]"}
+    for lr, valid, top1 in ((0.1, 0.7, 0.9), (0.2, 0.8, 0.5), (0.3, 0.6, 0.99)):  # test would choose another one
+        make(tmp_path, f"a{lr}", valid=valid, top1=top1, optim__lr=lr, **held_out)
+    make(tmp_path, "a0.4", failure="loss is nan", optim__lr=0.4, **held_out)
+    for seed in (1, 2):
+        make(tmp_path, f"b{seed}", valid=0.1, top1=0.52, optim__lr=0.2, seed=seed, **held_out)
+    make(tmp_path, "b3", failure="loss is nan", optim__lr=0.2, seed=3, **held_out)
+
+    report = Report([str(tmp_path)])
+    (arm,) = report.arms
+    assert dict(arm.tuning) == {"optim.lr": 0.2} and set(arm.runs) == {0, 1, 2} and arm.missing == 1
+    assert not arm.at_edge  # 0.3 and 0.4 lie beyond
+    text = report.markdown()
+    assert "lr 0.1: 0.7000; lr 0.2: 0.8000; lr 0.3: 0.6000; lr 0.4: diverged" in text
+    assert f"{(0.5 + 2 * 0.52) / 3:.4f}" in text and "3 (1 missing)" in text
+    assert text.count("loss is nan") == 2
+
+
+def test_at_the_edge_of_what_was_tried_it_says_so(tmp_path):
+    held_out = {"dataset__train_split": "train[:90%]", "dataset__valid_split": "train[90%:]"}
+    for lr, valid in ((0.1, 0.7), (0.2, 0.8)):
+        make(tmp_path, f"{lr}", valid=valid, top1=0.5, optim__lr=lr, **held_out)
+    assert "at the edge of what was tried" in Report([str(tmp_path)]).markdown()
+
+
+def test_without_a_held_out_split_nothing_is_chosen(tmp_path):
+    for lr in (0.1, 0.2):
+        make(tmp_path, f"{lr}", top1=lr, optim__lr=lr)
+    report = Report([str(tmp_path)])
+    assert [arm.label for arm in report.arms] == ["kernel_projection, lr 0.1", "kernel_projection, lr 0.2"]
+    assert "nothing is chosen" in report.markdown()
+
+
+def test_what_has_no_result_is_listed_with_the_reason(runs):
+    make(runs, "diverged", failure="loss is nan at step 412", seed=7)
+    make(runs, "half", seed=8)
+    make(runs, "poor", seed=9)
+    Workdir(runs / "poor").write_json("stopped.json", {"by": "asha", "step": 20})
+    Workdir(runs).write_json("sweep.json", {"commands": ["lowrank sweep x"], "tuned": [], "trials": {"half": {}, "never": {}}})
+    report = Report([str(runs)])
+    text = report.markdown()
+    for line in (
+        "| `diverged` | diverged | loss is nan at step 412 |",
+        "| `half` | unfinished | at step 20 |",
+        "| `poor` | stopped | by asha at step 20 |",
+        "| `never` | not started |  |",
+    ):
+        assert line in text
+    assert "    lowrank sweep x" in text
+    rows = list(csv.DictReader(io.StringIO(report.csv())))
+    assert len(rows) == 29 and {row["run"]: row["status"] for row in rows}["never"] == "not started"
+    assert "4 of 29 runs without a result" in report.console()
+
+
+def test_the_page_needs_no_other_file_and_the_markdown_only_its_own(runs, tmp_path):
+    out = tmp_path / "out"
+    paths = Report([str(runs)]).write(out)
+    assert {path.rpartition("/")[2] for path in paths} == {path.name for path in out.iterdir()}
+    html = (out / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert len(sources) == 4
+    for source in sources:
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    assert html.count("<table>") == 2 and "<h1>mlp on digits</h1>" in html
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", (out / "report.md").read_text()):
+        assert (out / name).exists()
+
+
+def test_a_single_run_several_folders_and_the_report_of_a_report(runs, tmp_path):
+    single = Report([str(runs / "dense0")])
+    assert single.summary()[1][:2] == ["dense", "1k"] or single.summary()[1][0] == "dense"
+    single.write(tmp_path / "single")
+    both = Report([str(runs / "dense0"), str(runs / "spectral0.10")])
+    assert [run.name for run in both.found.runs] == ["dense0", "spectral0.10"]
+    before = Report([str(runs)]).markdown()
+    Report([str(runs)]).write(runs)  # beside the runs, where it must not disturb the next one
+    assert Report([str(runs)]).markdown() == before
+
+
+def test_runs_are_read_and_reports_written_where_fsspec_reaches(runs):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(runs), "/bucket/sweep", recursive=True)
+    assert Report(["memory://bucket/sweep"]).markdown() == Report([str(runs)]).markdown()
+    Report(["memory://bucket/sweep"]).write("memory://bucket/out")
+    assert memory.cat("/bucket/out/report.html").startswith(b"<!doctype html>")
+
+
+def test_other_settings_make_other_lines_and_their_own_comparisons(tmp_path):
+    for seed in (0, 1):
+        for decay in (0.0, 0.001):
+            for method, top1 in (("spectral", 0.5), ("random", 0.4 + decay)):
+                settings = {"lowrank__method": method, "optim__frobenius_decay": decay, "optim__weight_decay": 0.0}
+                make(tmp_path, f"{method}{decay}{seed}", top1=top1, seed=seed, **settings)
+        make(tmp_path, f"dense{seed}", top1=0.9, seed=seed, lowrank__method="none", optim__weight_decay=0.0)
+    arms = Report([str(tmp_path)]).arms
+    assert [arm.label for arm in arms] == [
+        "dense",
+        "random, frobenius_decay 0",
+        "spectral, frobenius_decay 0",
+        "random, frobenius_decay 0.001",
+        "spectral, frobenius_decay 0.001",
+    ]
+    by_decay = {d.arm.label: d.interval.mean for d in paired(arms, ("optim.frobenius_decay", "0"), "eval/top1")}
+    assert by_decay == pytest.approx({"random, frobenius_decay 0.001": 0.001, "spectral, frobenius_decay 0.001": 0.0})
+    differences = {d.arm.label: d.interval.mean for d in paired(arms, ("lowrank.method", "spectral"), "eval/top1")}
+    assert differences == pytest.approx({"random, frobenius_decay 0": -0.1, "random, frobenius_decay 0.001": -0.099})
+
+
+@pytest.mark.parametrize("damage", ["config.json", "result.json"])
+def test_a_damaged_run_is_listed_beside_the_others(runs, damage):
+    (runs / "dense0" / damage).write_text('{"a": ')
+    report = Report([str(runs)])
+    assert [(run.name, run.status) for run in report.found.runs if not run.done] == [("dense0", "damaged")]
+    assert f"{damage} is damaged" in report.markdown() and len(report.arms[0].runs) == 4
+
+
+def test_a_damaged_record_of_a_sweep_is_an_error(runs):
+    (runs / "sweep.json").write_text('{"a": ')
+    with pytest.raises(WorkdirError, match=r"sweep.json is damaged"):
+        Report([str(runs)])
+
+
+def test_a_line_that_is_being_written_is_left_out(runs):
+    with (runs / "dense0" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "train/lo')
+    assert json.dumps(find([str(runs)]).runs[0].metrics[-1])
+
+
+def test_no_runs_and_no_such_method_are_errors(runs, tmp_path):
+    with pytest.raises(WorkdirError, match="is not a folder"):
+        Report([str(tmp_path / "nowhere")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WorkdirError, match="no work directory there"):
+        Report([str(tmp_path / "empty")])
+    with pytest.raises(WorkdirError, match=r"no finished run has .*=random; there are: kernel_projection, spectral"):
+        Report([str(runs)], rival="random")
+    with pytest.raises(WorkdirError, match=r"--tune: optim\.lrr: unknown key; did you mean optim\.lr"):
+        Report([str(runs)], tune=["optim.lrr"])
+
+
+def test_before_anything_has_finished_there_is_a_report_too(runs, tmp_path):
+    for file in runs.glob("*/result.json"):
+        file.unlink()
+    paths = Report([str(runs)]).write(tmp_path / "out")
+    assert "No run has finished." in (tmp_path / "out" / "report.md").read_text()
+    assert len(paths) == 3
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_of_equals_the_sweep_and_the_report_choose_the_same(tmp_path):
+    file = str(running.ROOT / "configs" / "digits_resnet.py")
+    held_out = [("dataset.train_split", "train[:90%]"), ("dataset.valid_split", "train[90%:]")]
+    sweep = expand(file, held_out, "seed=0:2; tune(optim.lr=0.1,0.2,0.3)", str(tmp_path))
+    for trial, (top1, loss) in zip(sweep.first, [(0.5, 0.1), (0.7, 0.8), (0.7, 0.9)], strict=True):
+        folder = Workdir(trial.workdir)
+        folder.claim(configs.to_dict(trial.config))
+        folder.append_line("metrics.jsonl", {"step": 1, "train/loss": 1.0, "train/images_per_second": 1.0})
+        result = {"params": 1, "macs": 1, "seconds": 1, "versions": {}, "eval": {"top1": 0.5, "top5": 1, "loss": 1}}
+        folder.write_json("result.json", {**result, "valid": {"top1": top1, "loss": loss}})
+    (arm,) = Report([str(tmp_path)]).arms
+    (second,) = sweep.chosen()
+    assert dict(arm.tuning)["optim.lr"] == second.config.optim.lr == 0.2
+
+
+def test_a_crash_at_one_learning_rate_does_not_hide_what_has_finished(tmp_path):
+    held_out = {"dataset__train_split": "train[:90%]", "dataset__valid_split": "train[90%:]"}
+    for lr, valid in ((0.1, 0.7), (0.2, 0.8)):
+        make(tmp_path, f"a{lr}", valid=valid, top1=valid, optim__lr=lr, **held_out)
+    make(tmp_path, "begun", optim__lr=0.3, **held_out)
+    make(tmp_path, "crashed", optim__lr=0.4, **held_out)
+    Workdir(tmp_path / "crashed").note_failure(diverged=False, reason="killed by SIGKILL")
+    report = Report([str(tmp_path)])
+    (arm,) = report.arms
+    assert dict(arm.tuning) == {"optim.lr": 0.2}
+    assert "lr 0.3: unfinished; lr 0.4: failed" in report.markdown()
+
+
+def test_an_experiment_that_was_run_twice_counts_once(tmp_path):
+    make(tmp_path, "b", top1=0.9)
+    make(tmp_path, "c", top1=0.1)
+    make(tmp_path, "a")  # and once not to its end
+    report = Report([str(tmp_path)])
+    (arm,) = report.arms
+    assert [run.name for run in arm.runs.values()] == ["b"]
+    assert report.markdown().count("the same experiment as b") == 2
+
+
+def test_a_folder_given_twice_is_read_once_and_equal_names_are_told_apart(runs, tmp_path):
+    assert len(Report([str(runs), str(runs / "dense0")]).found.runs) == 25
+    for parent in ("x", "y"):
+        make(tmp_path / parent, "s/a", top1=0.5, seed=ord(parent))
+    names = {run.name for run in Report([str(tmp_path / "x" / "s"), str(tmp_path / "y" / "s")]).found.runs}
+    assert names == {f"{tmp_path}/{parent}/s/a" for parent in ("x", "y")}
+
+
+def test_nothing_in_the_runs_becomes_a_part_of_the_page(runs, tmp_path):
+    make(runs, "hostile`<b>", failure="<img src=x onerror=1> | a\nb $x", seed=98)
+    make(runs, "dollar", top1=0.5, seed=99, lowrank__rules="({'path': '.*/kernel$', 'method': 'spectral', 'scale': 0.5},)")
+    Report([str(runs)]).write(tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<img src=x" not in page and "<b>" not in page
+    assert "<td><code>hostile'&lt;b&gt;</code></td>\n<td>diverged</td>\n<td>&lt;img src=x onerror=1&gt; | a b $x</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result.json", "{}"),
+        ("result.json", '{"params": NaN, "macs": 1, "seconds": 1, "versions": {}, "eval": {"top1": 1, "loss": 1}}'),
+        ("config.json", "{}"),
+        ("metrics.jsonl", "3\n[]\n\udcff"),
+    ],
+)
+def test_foreign_files_are_no_traceback(runs, tmp_path, name, content):
+    (runs / "dense0" / name).write_text(content, errors="surrogateescape")
+    Report([str(runs)]).write(tmp_path / "out")
+    (runs / "dense1" / "metrics.jsonl").unlink()
+    Report([str(runs)]).write(tmp_path / "out")
+
+
+def test_what_is_no_place_to_read_from_says_so():
+    with pytest.raises(WorkdirError, match="foo://x"):
+        Report(["foo://x"])
+
+
+def test_a_tuned_value_may_be_none(tmp_path):
+    held_out = {"dataset__train_split": "train[:90%]", "dataset__valid_split": "train[90%:]"}
+    for clip, valid in (("none", 0.7), (1.0, 0.8), (2.0, 0.6)):
+        make(tmp_path, f"{clip}", valid=valid, top1=valid, optim__clip_norm=clip, **held_out)
+    report = Report([str(tmp_path)], tune=["optim.clip_norm"])
+    (arm,) = report.arms
+    assert dict(arm.tuning) == {"optim.clip_norm": 1.0} and len(arm.candidates) == 3
+    assert "clip_norm 1: 0.8000" in report.markdown()

@@ -1,0 +1,149 @@
+import json
+
+import pytest
+
+from lowrank_jax.experiment.config.parse import ConfigError, to_dict
+from lowrank_jax.experiment.sweep import trials
+from lowrank_jax.experiment.sweep.trials import expand, known_outcome, record
+from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
+from tests import running
+
+CONFIG = str(running.ROOT / "configs" / "digits_resnet.py")
+HELD_OUT = [("dataset.train_split", "train[:80%]"), ("dataset.valid_split", "train[80%:]")]
+
+
+def names(sweep):
+    return [trial.name for trial in sweep.first]
+
+
+def test_a_trial_is_lowrank_train_with_the_values_of_the_sweep(tmp_path):
+    sweep = expand(CONFIG, [("epochs", "2")], "lowrank.scale=0.1; seed=0:2", str(tmp_path))
+    first, second = sweep.first
+    assert first.name == "scale=0.1,seed=0" and second.config.seed == 1
+    assert first.config.epochs == 2 and first.config.lowrank.scale == 0.1
+    assert first.workdir == str(tmp_path / first.name)
+    assert list(second.command) == [
+        "train",
+        f"--config={CONFIG}",
+        "--config.epochs=2",
+        "--config.lowrank.scale=0.1",
+        "--config.seed=1",
+        f"--workdir={tmp_path / 'scale=0.1,seed=1'}",
+    ]
+
+
+def test_values_are_typed_by_the_config(tmp_path):
+    sweep = expand(CONFIG, [], "optim.warmup=2,1 epoch; optim.nesterov=true,false; lowrank.rank=none", str(tmp_path))
+    assert {str(trial.config.optim.warmup) for trial in sweep.first} == {"2 steps", "1 epochs"}
+    assert {trial.config.optim.nesterov for trial in sweep.first} == {True, False}
+    assert {trial.config.lowrank.rank for trial in sweep.first} == {None}
+
+
+def test_the_dense_arm_appears_once(tmp_path):
+    text = "lowrank.scale=0.05,0.1; lowrank.method=none,spectral; optim.frobenius_decay=0,1e-4; seed=0:2"
+    found = names(expand(CONFIG, [], text, str(tmp_path)))
+    assert [name for name in found if "none" in name] == ["method=none,seed=0", "method=none,seed=1"]
+    assert len(found) == 2 + 2 * 2 * 2
+    dense = names(expand(CONFIG, [("lowrank.method", "none")], "lowrank.scale=0.05,0.1; seed=0:2", str(tmp_path)))
+    assert dense == ["seed=0", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lowrank.scael=0.1", "lowrank.scael: unknown key; did you mean lowrank.scale?"),
+        ("lowrank.scale=0.1,2", r"lowrank.scale: 2.0; must be in \(0, 1\]   \(in scale=2\)"),
+        ("lowrank.method=spectal", "did you mean spectral?"),
+        ("seed=0,-1", "seed: -1; must be from 0"),
+        ("seed=0,x", "seed: 'x'; must be a whole number"),
+        ("model.kwargs.nrm=batch", "model.kwargs.nrm: resnet8 has no such setting"),
+        ("epochs=2", "epochs: both swept and set by --config.epochs"),
+        ("tune(optim.lr=0.1,0.2)", "chooses on dataset.valid_split, which is not set"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_starts(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        expand(CONFIG, [("epochs", "2")], text, str(tmp_path / "sweep"))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_folders_of_hostile_values_are_plain_and_different(tmp_path):
+    text = "dataset.train_split=train[:50%],train[50%:],train[:50%]+train[60%:]"
+    found = names(expand(CONFIG, [], text, str(tmp_path)))
+    assert len(set(found)) == 3
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_=,+-.") for name in found)
+
+
+def finish(trial, top1, loss=0.0):
+    folder = Workdir(trial.workdir)
+    folder.claim(to_dict(trial.config))
+    folder.write_json("result.json", {"valid": {"top1": top1, "loss": loss}, "eval": {"top1": 0.0}})
+
+
+def test_the_later_stage_takes_each_arms_best_by_validation(tmp_path):
+    text = "lowrank.method=none,spectral; seed=0:3; tune(optim.lr=0.1,0.2,0.3)"
+    sweep = expand(CONFIG, HELD_OUT, text, str(tmp_path))
+    assert {trial.config.seed for trial in sweep.first} == {0} and len(sweep.first) == 6
+    scores = {("none", 0.1): 0.5, ("none", 0.2): 0.7, ("none", 0.3): 0.6, ("spectral", 0.1): 0.8, ("spectral", 0.2): 0.1}
+    for trial in sweep.first:
+        score = scores.get((trial.config.lowrank.method, trial.config.optim.lr))
+        if score is None:
+            Workdir(trial.workdir).claim(to_dict(trial.config))
+            Workdir(trial.workdir).note_failure(diverged=True, reason="loss is nan")
+        else:
+            finish(trial, score)
+    assert [(t.config.lowrank.method, t.config.optim.lr, t.config.seed) for t in sweep.chosen()] == [
+        ("none", 0.2, 1),
+        ("none", 0.2, 2),
+        ("spectral", 0.1, 1),
+        ("spectral", 0.1, 2),
+    ]
+    assert "and 4 more at the best optim.lr" in sweep.table()
+
+
+def test_what_ended_for_good_is_known(tmp_path):
+    done, diverged, failed, new = expand(CONFIG, [], "seed=0:4", str(tmp_path)).first
+    finish(done, 0.5)
+    for trial, way in ((diverged, True), (failed, False)):
+        Workdir(trial.workdir).claim(to_dict(trial.config))
+        Workdir(trial.workdir).note_failure(diverged=way, reason="why")
+    assert known_outcome(done).status == "done" and known_outcome(diverged).status == "diverged"
+    assert known_outcome(failed) is None and known_outcome(new) is None
+
+
+def test_a_folder_of_another_experiment_stops_the_sweep(tmp_path):
+    finish(expand(CONFIG, [], "seed=0:2", str(tmp_path)).first[1], 0.5)
+    other = expand(CONFIG, [("optim.lr", "0.7")], "seed=0:2", str(tmp_path))
+    with pytest.raises(WorkdirError, match=r"seed=1 belongs to another experiment: optim.lr is 0.1 there, 0.7 here"):
+        trials.check_workdirs(other.first)
+
+
+def test_a_second_sweep_of_a_folder_is_recorded_beside_the_first(tmp_path):
+    for text in ("seed=0:2", "seed=1:3"):
+        sweep = expand(CONFIG, [], text, str(tmp_path))
+        record(tmp_path, sweep, sweep.first, f"lowrank sweep {text}")
+    stored = json.loads((tmp_path / "sweep.json").read_text())
+    assert list(stored["trials"]) == ["seed=0", "seed=1", "seed=2"]
+    assert stored["commands"] == ["lowrank sweep seed=0:2", "lowrank sweep seed=1:3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.lr=0.1,1e-1", "lr=0.1 and lr=1e-1 are the same experiment"),
+        ("model.kwargs={}; model.kwargs.norm=none", "model.kwargs: given beside model.kwargs.norm"),
+        ("tune(seed=0,1)", "seed: cannot be tuned"),
+        ("tune(lowrank.method=none,spectral)", "lowrank.method: cannot be tuned"),
+        ("zip(seed=0,1; lowrank.scale=0.1,0.2); tune(optim.lr=0.1,0.2)", "the seed has to be a term of its own"),
+        ("seed=0:99999999999", "99999999999 values; more than 2000"),
+        ("seed=0:1000; optim.lr=1,2,3", "3000 trials; more than 2000"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        expand(CONFIG, HELD_OUT, text, str(tmp_path))
+
+
+def test_quotes_protect_and_come_off(tmp_path):
+    (trial,) = expand(CONFIG, [], "optim.name='sgd'", str(tmp_path)).first
+    assert trial.config.optim.name == "sgd"

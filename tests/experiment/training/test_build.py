@@ -1,0 +1,151 @@
+"""The state before the first step: by the devices or the host, on one device or laid out over many."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_jax as lr
+from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment.config.schema import InitConfig
+from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.kernel import is_low_rank
+from lowrank_jax.paths import named_leaves
+from lowrank_jax.projection import matrix as projection
+from tests import running
+
+
+class Zoo(nn.Module):
+    """Kernels of several shapes: a convolution, a repeated layer, one of rank one and one of zeros."""
+
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.relu(nn.Conv(16, (3, 3), name="conv")(x)).mean((1, 2))
+        x = nn.relu(nn.Dense(24, name="wide")(x))
+        scan = nn.scan(Layer, variable_axes={"params": 0, "lowrank_inputs": 0}, split_rngs={"params": True}, length=3)
+        x, _ = scan(name="layers")(x, None)
+        x = nn.relu(nn.Dense(32, kernel_init=_rank_one, name="deficient")(x))
+        x = nn.relu(nn.Dense(32, kernel_init=nn.initializers.zeros, name="zero")(x) + 1)
+        return nn.BatchNorm(use_running_average=not train)(nn.Dense(self.num_classes, name="head")(x))
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.relu(nn.Dense(24, name="dense")(x)), None
+
+
+def _rank_one(key, shape, dtype=jnp.float32):
+    row, column = jax.random.split(key)
+    return jax.random.normal(row, (shape[0], 1), dtype) @ jax.random.normal(column, (1, shape[1]), dtype)
+
+
+ZOO = {
+    "model__name": f"{__name__}:Zoo",
+    "model__kwargs": {},
+    "lowrank__rules": ({"path": "conv/kernel", "scheme": "spatial"},),
+    "optim__ema_decay": 0.9,
+}
+
+
+def factored(config, batches=(), devices=None):
+    """Of an initial state: all leaves by name, and the kernels as matrices by name."""
+    state = experiments.build(config, devices=devices).init(batches)
+    params = jax.device_get(state.params)
+    return state, {name: leaf.merge() for name, leaf in named_leaves(params, is_leaf=is_low_rank).items() if is_low_rank(leaf)}
+
+
+def with_init(config, svd):
+    return dataclasses.replace(config, init=InitConfig(svd))
+
+
+def check_same_risks(config, one, other):
+    plan = configs.make_plan(config)
+    params = experiments.build(
+        dataclasses.replace(config, lowrank=dataclasses.replace(config.lowrank, method="none", rules=()))
+    )
+    dense = named_leaves(params.init().params)
+    assert one.keys() == other.keys() == {kernel.name for kernel in plan.factored}
+    for kernel in plan.factored:
+        view = kernel.view
+        w, a, b = (
+            view.to_matrix(jnp.asarray(part)).reshape(-1, view.n, view.m)
+            for part in (dense[kernel.name], one[kernel.name], other[kernel.name])
+        )
+        for i in range(len(w)):
+            ours, theirs = (float(projection.relative_risk(w[i], y[i], activation="relu", group=view.group)) for y in (a, b))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("moments", [0, 2])
+def test_the_host_decomposes_as_the_devices_do(moments):
+    config = running.config(**ZOO, lowrank__moment_batches=moments)
+    rng = np.random.default_rng(0)
+    batches = [{"image": rng.integers(0, 17, (32, 8, 8, 1), np.uint8)} for _ in range(moments)]
+    state, ours = factored(config, batches)
+    other, theirs = factored(with_init(config, "host"), batches)
+    check_same_risks(config, ours, theirs)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), state) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), other
+    )
+    untouched = ("bias", "scale", "mean", "head/kernel")
+    for (name, one), two in zip(named_leaves(state.params).items(), named_leaves(other.params).values(), strict=True):
+        if name.endswith(untouched) and "conv" not in name:
+            np.testing.assert_array_equal(one, two, err_msg=name)
+
+
+def test_a_mesh_that_shards_parameters_has_the_factors_of_one_device():
+    config = running.config(**ZOO)
+    parts = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=2, fsdp=4))
+    alone = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1))
+    state, sharded = factored(parts)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+    _, single = factored(alone, devices=jax.devices()[:1])
+    _, by_host = factored(with_init(parts, "host"))
+    for name, kernel in single.items():
+        np.testing.assert_allclose(sharded[name], kernel, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(by_host[name], kernel, atol=2e-5, err_msg=name)
+
+
+def test_the_initialiser_of_a_large_network_has_few_decompositions(repository):
+    given = configs.load(str(repository / "configs" / "imagenet_resnet50_lowrank.py"))
+    experiment = experiments.build(configs.parse(given, devices=8))
+    assert len({(kernel.view.n, kernel.view.m) for kernel in experiment.plan.factored if kernel.view}) == 19
+    text = experiment.lower_init().as_text()
+    assert 1 <= text.count("lapack_ssyevd_ffi") <= 12
+    assert text.count("lapack_spotrf_ffi") <= 4
+    for other in ("lapack_sgesdd_ffi", "lapack_sgeqrf_ffi"):
+        assert other not in text
+    by_host = experiments.build(configs.parse(given, devices=8))
+    lowered = dataclasses.replace(by_host, config=with_init(by_host.config, "host")).lower_init()
+    assert "lapack" not in lowered.as_text()
+
+
+def test_init_takes_one_of_two_values():
+    given = configs.default()
+    configs.override(given, "init.svd", "hots")
+    with pytest.raises(configs.ConfigError, match=r"init\.svd: .*did you mean host"):
+        configs.parse(given)
+
+
+def test_a_process_without_a_cpu_device_says_what_to_do(monkeypatch):
+    def none(**_):
+        raise RuntimeError("Unknown backend cpu")
+
+    config = with_init(running.config(), "host")
+    experiment = experiments.build(config)
+    monkeypatch.setattr(jax, "local_devices", none)
+    with pytest.raises(configs.ConfigError, match=r"init\.svd: .*add cpu to it"):
+        experiment.init()
+
+
+def test_a_plan_of_nothing_initialises():
+    model = nn.Dense(8)
+    params = model.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    plan = lr.plan(model, jnp.ones((1, 4)), [])
+    assert lr.factorize(params, plan, key=jax.random.key(0)).keys() == params.keys()

@@ -1,0 +1,146 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lowrank_jax import models, plan
+from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.training import state, step
+from lowrank_jax.experiment.training.mixing import Mixing, normalizer
+from lowrank_jax.planning.rules import Rule
+from tests import running
+
+
+def setup(**kwargs):
+    model = models.build("mlp", num_classes=6, widths=(16, 16), **kwargs)
+    images = jnp.zeros((1, 4, 4, 1))
+    planned = plan(model, images, [Rule("head/kernel"), Rule(".*", rank=2)])
+    optimizer = optax.sgd(0.1)
+    batch = {
+        "image": jax.random.randint(jax.random.key(0), (8, 4, 4, 1), 0, 256).astype(jnp.uint8),
+        "label": jnp.arange(8) % 6,
+        "mask": jnp.ones(8),
+    }
+    return model, optimizer, state.init_state(model, planned, optimizer, images, seed=0), batch
+
+
+SCHEDULE = optax.constant_schedule(0.1)
+NORMALIZE = normalizer((0.5,), (0.25,))
+PLAIN = Mixing(NORMALIZE, num_classes=6)
+
+
+def test_a_step_is_gradient_descent_on_the_smoothed_loss():
+    model, optimizer, before, batch = setup()
+    train_step = step.make_train_step(model, optimizer, SCHEDULE, Mixing(NORMALIZE, 6, label_smoothing=0.1))
+    after, metrics = jax.jit(train_step)(before, batch)
+    x = (np.asarray(batch["image"], np.float32) / 255 - 0.5) / 0.25
+
+    from lowrank_jax import apply, merge
+
+    logits = model.apply({"params": merge(before.params)}, x)
+    targets = 0.9 * np.eye(6)[np.asarray(batch["label"])] + 0.1 / 6
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    np.testing.assert_allclose(metrics["loss"], -(targets * log_p).sum(-1).mean(), rtol=1e-5)
+
+    def loss(params):
+        return -(targets * jax.nn.log_softmax(apply(model, {"params": params}, x))).sum(-1).mean()
+
+    grads = jax.grad(loss)(before.params)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, before.params, grads)
+    for ours, theirs in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert int(after.step) == 1
+
+
+def test_dropout_differs_from_step_to_step_and_repeats_for_one():
+    model, optimizer, before, batch = setup(dropout=0.5)
+    train_step = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, seed=3))
+    first, again = (train_step(before, batch)[1]["loss"] for _ in range(2))
+    later = train_step(before.replace(step=before.step + 1), batch)[1]["loss"]
+    assert first == again != later
+
+
+def test_a_batch_in_parts_takes_the_same_step():
+    model, optimizer, before, batch = setup()
+    whole, parts = (
+        jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, accumulate=accumulate))(before, batch)
+        for accumulate in (1, 4)
+    )
+    assert jax.tree.structure(whole) == jax.tree.structure(parts)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)  # sums in another order
+
+
+def test_batch_norm_normalises_each_part_by_itself():
+    model, optimizer, before, batch = setup(batch_norm=True)
+    order = jnp.array([0, 1, 2, 3] * 2)  # part i takes every fourth example from the i-th on: two equal ones
+    pairs = {name: value[order] for name, value in batch.items()}
+    after, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, accumulate=4))(before, pairs)
+    np.testing.assert_allclose(after.batch_stats["norm1"]["var"], 0.9 * before.batch_stats["norm1"]["var"], rtol=1e-4)
+
+
+def test_every_part_of_a_batch_drops_its_own_units():
+    model, optimizer, before, batch = setup(dropout=0.5)
+    twins = {name: jnp.concatenate([value[:1]] * 8) for name, value in batch.items()}
+    four, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, accumulate=4))(before, twins)
+    # The first part's draws are those of a batch that it is all of; if the others repeated them, this would be the same step.
+    one, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN))(before, {k: v[:2] for k, v in twins.items()})
+    assert not np.allclose(one.params["head"]["kernel"], four.params["head"]["kernel"])
+
+
+def test_the_average_follows_parameters_and_statistics():
+    model, optimizer, _, batch = setup(batch_norm=True)
+    images = jnp.zeros((1, 4, 4, 1))
+    current = state.init_state(model, plan(model, images, []), optimizer, images, seed=0, ema=True)
+    train_step = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, ema_decay=0.3))
+    expected = jax.tree.map(np.asarray, current.ema)
+    for i in range(1, 6):
+        current, _ = train_step(current, batch)
+        decay = min(0.3, (1 + i) / (10 + i))  # 2/11, 3/12, 4/13, then 0.3
+        now = {"params": current.params, "batch_stats": current.batch_stats}
+        expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * np.asarray(new), expected, now)
+        for ours, theirs in zip(jax.tree.leaves(current.ema), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert current.variables()[""] is current.ema and current.variables()["_raw"]["params"] is current.params
+
+
+def test_batch_norm_statistics_move():
+    model, optimizer, before, batch = setup(batch_norm=True)
+    after, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN))(before, batch)
+    assert not np.allclose(after.batch_stats["norm1"]["mean"], before.batch_stats["norm1"]["mean"])
+
+
+def test_sums_leave_masked_examples_out_even_if_they_are_nan():
+    model, _, before, batch = setup()
+    eval_step = jax.jit(step.make_eval_step(model, lambda x: x.astype(jnp.float32)))
+    whole = eval_step(before.params, {}, {**batch, "image": batch["image"].astype(jnp.float32)})
+    filled = {
+        "image": jnp.concatenate([batch["image"].astype(jnp.float32), jnp.full((2, 4, 4, 1), jnp.nan)]),
+        "label": jnp.concatenate([batch["label"], jnp.zeros(2, int)]),
+        "mask": jnp.concatenate([batch["mask"], jnp.zeros(2)]),
+    }
+    masked = eval_step(before.params, {}, filled)
+    for name in ("loss", "top1", "top5", "count"):
+        np.testing.assert_allclose(masked[name], whole[name], rtol=1e-6)
+
+
+def test_the_place_of_the_label_is_that_of_a_stable_sort_and_nan_puts_it_last():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(0, 4, (200, 7)).astype(np.float32)  # many ties
+    label = rng.integers(0, 7, 200)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    expected = np.argmax(order == label[:, None], axis=-1)
+    np.testing.assert_array_equal(step.rank_of_label(jnp.asarray(logits), jnp.asarray(label)), expected)
+    np.testing.assert_array_equal(step.rank_of_label(jnp.full((2, 7), jnp.nan), jnp.array([0, 3])), 7)
+
+
+def test_no_images_travel_between_devices_but_those_at_the_edges():
+    settings = {"dataset__mixup": 0.2, "dataset__cutmix": 1.0, "dataset__random_erasing": 0.5, "optim__accumulate": 2}
+    for changes, permitted in (({"optim__accumulate": 2, "dataset__mixup": 0.0}, set()), (settings, {"collective-permute"})):
+        text = experiments.build(running.config(**changes)).lower_train_step().compile().as_text()
+        assert text is not None and "all-reduce" in text
+        found = re.findall(r"= \(?f32\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute|reduce-scatter)", text)
+        assert {kind for _, kind in found} == permitted
+        assert all(shape.startswith("1,") for shape, _ in found)  # an image, or the target of one

@@ -1,0 +1,91 @@
+import json
+
+import pytest
+
+from lowrank_jax.experiment.config.parse import Config, to_dict
+from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError, config_digest
+
+
+def config(**changes):
+    values = to_dict(Config(steps=10))
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            values[section] = {**values[section], name: value}
+        else:
+            values[section] = value
+    return values
+
+
+def test_an_experiment_may_come_back_to_its_folder(tmp_path):
+    folder = Workdir(tmp_path / "run")
+    folder.claim(config())
+    folder.claim(config(log__every="7 steps", mesh__data=4, checkpoint__keep=5, dataset__data_dir="/elsewhere"))
+    assert config_digest(config()) == config_digest(config(mesh__data=4))
+
+
+def test_another_experiment_is_refused_with_the_keys_that_differ(tmp_path):
+    folder = Workdir(tmp_path / "run")
+    folder.claim(config(lowrank__scale=0.05))
+    message = (
+        r"belongs to another experiment: lowrank.scale is 0.05 there, 0.2 here; seed is 0 there, 3 here. Use a new --workdir"
+    )
+    with pytest.raises(WorkdirError, match=message):
+        folder.claim(config(lowrank__scale=0.2, seed=3))
+    assert folder.read_config()["lowrank"]["scale"] == 0.05
+    assert config_digest(config(seed=3)) != config_digest(config())
+
+
+def test_a_setting_that_is_younger_than_the_experiment_has_its_default(tmp_path):
+    old = config(seed=3)
+    digest = config_digest(old)
+    del old["dataset"]["mixup"], old["log"]
+    folder = Workdir(tmp_path)
+    folder.write_json("config.json", old)
+    folder.check(config(seed=3))
+    assert folder.read_config() == json.loads(json.dumps(config(seed=3)))
+    assert config_digest(old) == digest != config_digest(config())
+    with pytest.raises(WorkdirError, match=r"dataset.mixup is 0.0 there, 0.2 here"):
+        folder.check(config(seed=3, dataset__mixup=0.2))
+
+
+def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkdirError, match="is a file"):
+        Workdir(tmp_path / "file").claim(config())
+    with pytest.raises(WorkdirError, match=r"has no config\.json"):
+        Workdir(tmp_path).read_config()
+    (tmp_path / "config.json").write_text('{"model": {}, "dataset": {}, "lowrank": {}}')
+    with pytest.raises(WorkdirError, match=r"config\.json is not an experiment's"):
+        Workdir(tmp_path).read_config()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WorkdirError, match=r"config\.json is damaged"):
+        Workdir(tmp_path).read_config()
+
+
+def test_a_bucket_out_of_reach_is_an_error_not_a_wait(monkeypatch):
+    monkeypatch.setenv("EPATH_USE_TF", "false")  # which takes seconds to import, to say the same
+    with pytest.raises(WorkdirError, match="cannot reach az://bucket: "):
+        Workdir("az://bucket/run").claim(config())
+
+
+def test_metrics_beyond_the_resumed_step_are_forgotten(tmp_path):
+    folder = Workdir(tmp_path)
+    for step in (10, 20, 30):
+        folder.append_line("metrics.jsonl", {"step": step, "train/loss": 1.0})
+        folder.append_line("metrics.jsonl", {"step": step, "eval/top1": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "tra')  # a kill in mid-line
+    folder.forget_metrics_after(20, evaluated=True)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "eval/top1" in line) for line in lines] == [(10, False), (10, True), (20, False), (20, True)]
+    folder.forget_metrics_after(20, evaluated=False)  # it will be evaluated again
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_one_process_at_a_time(tmp_path):
+    first, second = Workdir(tmp_path), Workdir(tmp_path)
+    with first.locked(), pytest.raises(WorkdirError, match="another process is training in"), second.locked(seconds=0.2):
+        pass
+    with second.locked(seconds=0.2):
+        pass

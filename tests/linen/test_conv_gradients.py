@@ -1,0 +1,114 @@
+"""Convolutions whose gradients are products on CPU."""
+
+import functools
+
+import flax.linen as nn
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank_jax.linen import conv_gradients as windows
+
+numbers = st.integers(1, 3)
+
+
+def plain(conv, kernel, x) -> jax.Array:
+    return conv.apply({"params": {"kernel": kernel}}, x)  # type: ignore[return-value]
+
+
+def example(conv, space, channels=4, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    window = conv.kernel_size
+    x, dx = (jax.random.normal(key, (2, *space, channels)) for key in keys[:2])
+    kernel, dkernel = (jax.random.normal(key, (*window, channels, conv.features)) for key in keys[2:])
+    return (kernel, x), (dkernel, dx)
+
+
+@st.composite
+def cases(draw):
+    """A convolution of one or two axes with few filters, and the size of an image, which may be smaller than its window."""
+    axes = draw(st.integers(1, 2))
+    window, strides, dilation = (tuple(draw(numbers) for _ in range(axes)) for _ in range(3))
+    explicit = st.tuples(*[st.tuples(st.integers(0, 2), st.integers(0, 2))] * axes)
+    padding = draw(st.one_of(st.sampled_from(("SAME", "VALID")), st.integers(0, 2), explicit))
+    conv = nn.Conv(1, window, strides, padding, kernel_dilation=dilation, use_bias=False)
+    space = tuple(draw(st.integers(1, (k - 1) * d + 3)) for k, d in zip(window, dilation, strict=True))
+    return conv, space
+
+
+@given(cases())
+@hypothesis.example((nn.Conv(1, (3, 3), padding="VALID", use_bias=False), (1, 4)))  # no output at all
+def test_values_and_derivatives_are_those_of_the_convolution(case):
+    conv, space = case
+    primals, tangents = example(conv, space, channels=3)
+
+    @jax.jit  # one program, rather than one for every operation
+    def both(primals, tangents):
+        def derivatives(convolve):
+            y, dy = jax.jvp(functools.partial(convolve, conv), primals, tangents)
+            return y, dy, *jax.vjp(functools.partial(convolve, conv), *primals)[1](jnp.cos(y))
+
+        return derivatives(windows.convolve), derivatives(plain)
+
+    for found, expected in zip(*both(primals, tangents), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_higher_derivatives_and_batches_of_kernels():
+    conv = nn.Conv(2, (3, 3), 2, use_bias=False)
+    (kernel, x), (dkernel, _) = example(conv, (5, 4), channels=6)
+
+    def curvature(convolve):
+        def loss(kernel):
+            return jnp.sum(jnp.tanh(convolve(conv, kernel, x)))
+
+        return jax.jvp(jax.grad(loss), (kernel,), (dkernel,))[1]
+
+    np.testing.assert_allclose(curvature(windows.convolve), curvature(plain), rtol=1e-4, atol=1e-4)
+    kernels = jnp.stack([kernel, dkernel])
+    gradients = jax.vmap(jax.grad(lambda w: jnp.sum(windows.convolve(conv, w, x) ** 2)))(kernels)
+    for gradient, w in zip(gradients, kernels, strict=True):
+        wanted = jax.grad(lambda w: jnp.sum(plain(conv, w, x) ** 2))(w)
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("filters", "platform", "convolutions", "products"),
+    [
+        (16, "cpu", 1, 2),  # forward, as products cannot be
+        (64, "cpu", 3, 0),  # writing 9 x 64 channels for 64 would take too long
+        (16, "tpu", 3, 0),
+        (16, "cuda", 3, 0),
+    ],
+)
+def test_gradients_are_products_on_cpu_where_filters_are_few(filters, platform, convolutions, products):
+    conv = nn.Conv(filters, (3, 3), use_bias=False)
+    primals, _ = example(conv, (8, 8), channels=64)
+    loss = jax.value_and_grad(lambda *args: jnp.sum(windows.convolve(conv, *args) ** 2), (0, 1))
+    text = jax.jit(loss).trace(*primals).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.convolution") == convolutions
+    assert text.count("stablehlo.dot_general") == products
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"padding": "CIRCULAR"}, {"padding": "REFLECT"}, {"input_dilation": 2, "padding": 1}],
+)
+def test_what_has_no_products_is_left_to_the_layer(settings):
+    conv = nn.Conv(1, (3, 3), use_bias=False, **settings)
+    (kernel, x), _ = example(conv, (5, 4), channels=9)
+    jaxpr = jax.make_jaxpr(lambda *args: windows.convolve(conv, *args))(kernel, x)
+    assert "custom_jvp" not in str(jaxpr)
+    np.testing.assert_array_equal(windows.convolve(conv, kernel, x), plain(conv, kernel, x))
+
+
+def test_the_dtype_is_the_layers():
+    conv = nn.Conv(1, (3, 3), dtype=jnp.bfloat16, use_bias=False)
+    (kernel, x), _ = example(conv, (5, 4), channels=9)
+    y, pull = jax.vjp(lambda *args: windows.convolve(conv, *args), kernel, x)
+    assert y.dtype == jnp.bfloat16
+    assert [gradient.dtype for gradient in pull(y)] == [jnp.float32, jnp.float32]

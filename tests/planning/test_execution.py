@@ -1,0 +1,169 @@
+"""How factored kernels run: the same function either way, and the choice between them."""
+
+import dataclasses
+import importlib.util
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_jax as lr
+from lowrank_jax import models
+from lowrank_jax.experiment.preflight.compiler import compile_program, topology
+from lowrank_jax.paths import named_leaves
+from lowrank_jax.planning.chips import CHIPS, Chip
+from lowrank_jax.planning.execution import seconds
+
+HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
+
+
+class Scanned(nn.Module):
+    """Three dense layers with stacked kernels."""
+
+    @nn.compact
+    def __call__(self, x):
+        def body(layer, x, _):
+            return nn.relu(layer(x)), None
+
+        stack = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        x, _ = stack(nn.Dense(12, name="layer"), x, None)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (models.build("resnet8", num_classes=5, norm="none", blocks=(1, 1), widths=(8, 12)), (2, 8, 8, 3)),
+        (Scanned(), (4, 12)),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_either_execution_gives_the_same_function_and_gradients(model, shape, scheme):
+    x = jax.random.normal(jax.random.key(0), shape)
+    params = model.init(jax.random.key(1), x)["params"]
+
+    def run(execution):
+        plan = lr.plan(model, x, [lr.Rule(".*", scale=0.25, scheme=scheme, execution=execution)])
+        assert {kernel.execution for kernel in plan.factored} == {execution}
+        factored = lr.factorize(params, plan, key=jax.random.key(2))
+        return jax.jit(jax.value_and_grad(lambda p: (lr.apply(model, {"params": p}, x) ** 2).sum()))(factored)
+
+    (loss, grads), (merged_loss, merged_grads) = run("factored"), run("merged")
+    np.testing.assert_allclose(loss, merged_loss, rtol=1e-4)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
+    for name, grad in named_leaves(grads).items():  # float32's sums in another order; some gradients are zero but for rounding
+        np.testing.assert_allclose(grad, named_leaves(merged_grads)[name], rtol=1e-3, atol=1e-5 * largest, err_msg=name)
+
+
+def dense_plan(n, m, rank, **rule):
+    return lr.plan(nn.Dense(m, use_bias=False), jnp.zeros((1, n)), [lr.Rule(".*", rank=rank, **rule)])
+
+
+def test_the_costs_of_a_dense_layer_are_those_of_its_products():
+    """One chip does a FLOP a second and moves bytes at once; the other moves a byte a second and computes at once."""
+    (kernel,) = dense_plan(48, 80, 5).factored
+    computing, moving = Chip("a", "a", 1, 1e30, 1), Chip("b", "b", 1e30, 1, 1)
+    batch, n, m, r = 32, 48, 80, 5
+    assert seconds(kernel, "factored", computing, batch) == 3 * 2 * batch * (n * r + r * m)
+    assert seconds(kernel, "merged", computing, batch) == 3 * 2 * (batch * n * m + n * m * r)
+    x, y, h, w = (4 * size for size in (batch * n, batch * m, batch * r, n * m))
+    assert seconds(kernel, "factored", moving, batch) == pytest.approx(4 * x + 5 * y + 6 * h)
+    assert seconds(kernel, "merged", moving, batch) == pytest.approx(4 * x + 5 * y + 3 * w)
+
+
+def test_tiles_that_an_axis_does_not_fill_are_moved_whole():
+    (kernel,) = dense_plan(128, 256, 4).factored
+    plain = Chip("b", "b", 1e30, 1, 1)
+    tiled = dataclasses.replace(plain, tile=(8, 128))
+    # 64 examples of 4 elements: 64 x 4 in tiles of 8 x 128 is either 8 x 128, four times as much, or 64 x 128.
+    more = seconds(kernel, "factored", tiled, 64) - seconds(kernel, "factored", plain, 64)
+    assert more == pytest.approx(6 * (4 - 1) * 64 * 4 * 4)
+
+
+def test_what_computes_slowly_runs_on_factors_and_what_moves_slowly_does_not():
+    model = models.build("resnet20", num_classes=10)
+    plan = lr.plan(model, jnp.zeros((1, 32, 32, 3)), [lr.Rule(".*", scale=0.25)])
+    for chip, expected in (
+        (Chip("a", "a", 1e9, 1e30, 1), "factored"),
+        (Chip("b", "b", 1e30, 1e9, 1), "merged"),
+        (None, "factored"),
+    ):
+        chosen = lr.choose_execution(plan, chip, batch=128)
+        assert {kernel.execution for kernel in chosen.factored} == {expected}
+        assert all(kernel.execution is None for kernel in chosen.kernels if kernel.rank is None)
+
+
+def test_a_rule_that_says_how_is_obeyed():
+    for execution in ("factored", "merged"):
+        plan = lr.choose_execution(dense_plan(64, 64, 4, execution=execution), CHIPS["cpu"], batch=1)
+        assert plan.factored[0].execution == execution and execution in str(plan)
+    assert "auto" in str(dense_plan(64, 64, 4))
+
+
+def test_an_execution_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match=r"unknown execution 'merge'; did you mean merged\?"):
+        lr.Rule(".*", rank=1, execution="merge")
+
+
+@pytest.mark.parametrize("execution", ["factored", "merged"])
+def test_a_drop_in_module_runs_as_it_is_told(execution):
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
+    layer = lr.LowRankConv(8, (3, 3), rank=2, execution=execution)
+    params = layer.init(jax.random.key(1), x)["params"]
+    assert params["kernel"].execution == execution
+    expected = nn.Conv(8, (3, 3)).apply({"params": lr.merge(params)}, x)
+    np.testing.assert_allclose(layer.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-5)
+
+
+class Layer(nn.Module):
+    """A convolution as networks have it."""
+
+    features: int
+    window: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(self.features, (self.window, self.window), use_bias=False, dtype=x.dtype)(x)
+        return nn.relu(nn.BatchNorm(use_running_average=False, dtype=x.dtype)(x))
+
+
+def tpu_estimate(model, x, plan, placed):
+    """Seconds of both gradients, by the TPU's compiler."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    params = jax.eval_shape(lambda p: lr.factorize(p, plan, key=jax.random.key(0)), variables["params"])
+
+    def loss(params, batch_stats, x):
+        y, _ = lr.apply(model, {"params": params, "batch_stats": batch_stats}, x, mutable=["batch_stats"])
+        return y.astype(jnp.float32).sum()
+
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), (params, variables["batch_stats"], x)
+    )
+    compiled = compile_program(jax.jit(jax.grad(loss, argnums=(0, 2))).lower(*arguments), CHIPS["v5e"])
+    return compiled.cost.seconds
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
+@pytest.mark.parametrize(
+    ("features", "window", "side", "rank", "faster"),
+    [
+        (256, 3, 14, 64, "factored"),
+        (64, 3, 56, 16, "merged"),
+        (256, 1, 28, 8, "merged"),
+        (64, 1, 56, 1, "factored"),  # the output is not stored
+    ],
+)
+def test_the_choice_is_what_the_compiler_of_the_tpu_expects_to_be_faster(features, window, side, rank, faster):
+    placed = jax.sharding.SingleDeviceSharding(topology("v5e:2x2")[0])
+    model, batch = nn.Sequential([Layer(features, window), Layer(features, window)]), 64
+    x = jax.ShapeDtypeStruct((batch, side, side, features), jnp.bfloat16)
+    plans = {
+        execution: lr.plan(model, x, [lr.Rule(".*", rank=rank, execution=execution)])
+        for execution in ("auto", "factored", "merged")
+    }
+    chosen = lr.choose_execution(plans.pop("auto"), CHIPS["v5e"], batch=batch, itemsize=2)
+    estimates = {execution: tpu_estimate(model, x, plan, placed) for execution, plan in plans.items()}
+    assert min(estimates, key=estimates.get) == faster
+    assert {kernel.execution for kernel in chosen.factored} == {faster}

@@ -1,0 +1,303 @@
+"""plan, factorize, apply and merge on models whose authors never heard of low rank."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_jax as lr
+from lowrank_jax.kernel import LowRankKernel, is_low_rank
+from lowrank_jax.paths import named_leaves
+from lowrank_jax.projection import matrix as projection
+
+KEY = jax.random.key(0)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(16, name="down")(nn.relu(nn.Dense(32, name="up")(x))), None
+
+
+class Zoo(nn.Module):
+    """Setup and compact modules, scan over remat, a shared layer, attention, an embedding, convolutions of every kind."""
+
+    def setup(self):
+        self.conv = nn.Conv(16, (3, 3), strides=2)
+        self.depthwise = nn.Conv(16, (3, 3), feature_group_count=16)
+        self.grouped = nn.Conv(16, (3, 3), feature_group_count=4)
+        self.shared = nn.Dense(16)
+        self.embed = nn.Embed(5, 16)
+        self.attention = nn.MultiHeadDotProductAttention(4, qkv_features=16)
+        self.layers = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=5)()
+        self.head = nn.Dense(10)
+
+    def __call__(self, x):
+        x = self.grouped(self.depthwise(self.conv(x)))
+        x = x.reshape(x.shape[0], -1, 16) + self.embed(jnp.zeros((1,), int))
+        x = self.shared(nn.relu(self.shared(x)))
+        x, _ = self.layers(self.attention(x), None)
+        return self.head(x.mean(1))
+
+
+RULES = [
+    lr.Rule("head/kernel"),
+    lr.Rule("conv/kernel", scale=0.2, scheme="spatial", method="spectral"),
+    lr.Rule(".*", scale=0.25),
+]
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    model, x = Zoo(), jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+    return model, x, model.init(KEY, x)["params"], lr.plan(model, x, RULES)
+
+
+def by_name(plan):
+    return {kernel.name: kernel for kernel in plan.kernels}
+
+
+def test_every_kernel_is_in_the_plan_with_its_rank_or_its_reason(zoo):
+    _, _, params, plan = zoo
+    kernels = by_name(plan)
+    notes = {name: kernel.note for name, kernel in kernels.items() if kernel.rank is None}
+    assert notes == {
+        "depthwise/kernel": "depthwise convolution",
+        "grouped/kernel": "grouped convolution (4 groups)",
+        "embed/embedding": "embedding",
+        "head/kernel": "kept dense by rule 1",
+    }
+    ranks = {name: kernel.rank for name, kernel in kernels.items() if kernel.rank is not None}
+    assert ranks == {
+        "conv/kernel": 2,  # 9 x 48
+        "shared/kernel": 4,
+        **{f"attention/{part}/kernel": 4 for part in ("query", "key", "value", "out")},
+        "layers/up/kernel": 4,
+        "layers/down/kernel": 4,
+    }
+    kernel_names = {name for name in named_leaves(params) if name.endswith(("kernel", "embedding"))}
+    assert set(kernels) == kernel_names
+    for text in ("depthwise convolution", "kernel_projection", "total"):
+        assert text in str(plan)
+
+
+def test_planned_parameters_are_those_that_factorize_makes(zoo):
+    _, _, params, plan = zoo
+    factored = lr.factorize(params, plan, key=KEY)
+    assert sum(leaf.size for leaf in jax.tree.leaves(factored)) == plan.params
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == plan.dense_params
+
+
+def test_macs_are_counted_as_the_program_runs(zoo):
+    kernels = by_name(zoo[3])
+    assert kernels["conv/kernel"].macs == 4 * 4 * 3 * 3 * 3 * 16
+    assert kernels["conv/kernel"].planned_macs == 4 * 8 * (3 * 3) * 2 + 4 * 4 * 2 * (3 * 16)
+    assert kernels["shared/kernel"].macs == 2 * 16 * 16 * 16  # called twice on 16 positions
+    assert kernels["layers/up/kernel"].macs == 5 * 16 * 16 * 32  # once in each of five layers
+
+
+def test_paths_stay_and_factors_stand_where_kernels_stood(zoo):
+    _, _, params, plan = zoo
+    factored = lr.factorize(params, plan, key=KEY)
+    assert named_leaves(factored, is_leaf=is_low_rank).keys() == named_leaves(params).keys()
+    assert factored["layers"]["up"]["kernel"].u.shape == (5, 16, 4)
+    merged = lr.merge(factored)
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
+
+
+def test_apply_on_factors_equals_the_plain_model_on_merged_kernels(zoo):
+    model, x, params, plan = zoo
+    factored = lr.factorize(params, plan, key=KEY)
+    logits = lr.apply(model, {"params": factored}, x)
+    plain = model.apply({"params": lr.merge(factored)}, x)
+    np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-5 * float(jnp.abs(plain).max()))
+
+
+def test_gradients_reach_both_factors_everywhere(zoo):
+    model, x, params, plan = zoo
+    factored = lr.factorize(params, plan, key=KEY)
+    grads = jax.jit(jax.grad(lambda p: (lr.apply(model, {"params": p}, x) ** 2).sum()))(factored)
+    assert jax.tree.structure(grads) == jax.tree.structure(factored)
+    for name, grad in named_leaves(grads).items():
+        if "/kernel" in name:
+            assert float(jnp.abs(grad).max()) > 0, name
+
+
+def test_kernels_decompose_the_same_together_and_alone(zoo):
+    _, _, params, plan = zoo
+    together = lr.factorize(params, plan, key=KEY)["layers"]["up"]["kernel"]
+    w = params["layers"]["up"]["kernel"]
+    for i in range(5):
+        u, v = projection.kernel_projection(w[i], 4)
+        np.testing.assert_allclose(together.merge()[i], u @ v, atol=1e-5)
+
+
+def test_factorize_is_deterministic_and_a_draw_depends_on_its_own_name_alone(zoo):
+    model, x, params, _ = zoo
+    few = lr.plan(model, x, [lr.Rule("shared/kernel", scale=0.25, method="random")])
+    many = lr.plan(model, x, [lr.Rule(".*", scale=0.25, method="random")])
+    one = lr.factorize(params, few, key=KEY)["shared"]["kernel"].u
+    other = lr.factorize(params, many, key=KEY)["shared"]["kernel"].u
+    np.testing.assert_array_equal(one, other)
+    assert not np.allclose(one, lr.factorize(params, few, key=jax.random.key(9))["shared"]["kernel"].u)
+
+
+def test_factorize_runs_inside_jit_and_compiles_each_shape_once():
+    model = nn.Sequential([nn.Dense(32) for _ in range(6)])
+    x = jnp.ones((1, 32))
+    plan = lr.plan(model, x, [lr.Rule(".*", scale=0.1)])
+    params = model.init(KEY, x)["params"]
+    jitted = jax.jit(lambda p: lr.factorize(p, plan, key=KEY))
+    # One decomposition of the kernels and two of one size to balance them, for six layers.
+    text = jitted.lower(params).as_text()
+    assert 1 <= text.count("lapack_ssyevd_ffi") <= 3 and "lapack_sgesdd_ffi" not in text
+    np.testing.assert_allclose(
+        jitted(params)["layers_0"]["kernel"].u, lr.factorize(params, plan, key=KEY)["layers_0"]["kernel"].u, atol=1e-5
+    )
+
+
+class Vmapped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        heads = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3)
+        return heads(8, name="heads")(x)
+
+
+def test_vmapped_modules_are_stacked_and_counted_once_a_copy():
+    model, x = Vmapped(), jnp.ones((2, 16))
+    plan = lr.plan(model, x, [lr.Rule(".*", rank=2)])
+    assert by_name(plan)["heads/kernel"].macs == 3 * 16 * 8
+    params = lr.factorize(model.init(KEY, x)["params"], plan, key=KEY)
+    np.testing.assert_allclose(
+        lr.apply(model, {"params": params}, x), model.apply({"params": lr.merge(params)}, x), rtol=1e-5, atol=1e-6
+    )
+
+
+class Own(nn.Dense):
+    """A layer that looks like nn.Dense and computes something else."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        return inputs @ self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features)) ** 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "note"),
+    [
+        (Own(8), "Own computes in its own way"),
+        (nn.ConvTranspose(8, (3, 3)), "ConvTranspose is not nn.Dense, nn.DenseGeneral or nn.Conv"),
+        (nn.ConvLocal(8, (3, 3)), "ConvLocal is not nn.Dense, nn.DenseGeneral or nn.Conv"),
+        (nn.Conv(8, (3, 3), mask=np.ones((3, 3, 8, 8))), "masked convolution"),
+        (nn.Conv(8, (3, 3), conv_general_dilated=jax.lax.conv_general_dilated), "convolves in its own way"),
+        (nn.DenseGeneral(8, batch_dims=0), "one kernel for each batch index"),
+    ],
+)
+def test_what_cannot_be_factored_says_why(layer, note):
+    x = jnp.ones((2, 8, 8, 8))
+    assert lr.plan(layer, x, [lr.Rule(".*", rank=1)]).kernels[0].note == note
+
+
+@pytest.mark.parametrize(
+    ("rule", "note"),
+    [
+        (lr.Rule("kernel", scale=1.0), "rank 8 would not be smaller"),
+        (lr.Rule("kernel", rank=4), "rank 4 would not be smaller"),
+        (lr.Rule("kernel", scale=0.6, multiple_of=16), "rank 16 is above full rank 8"),
+    ],
+)
+def test_never_larger_than_dense(rule, note):
+    assert lr.plan(nn.Dense(8), jnp.ones((1, 8)), [rule]).kernels[0].note == note
+
+
+class Wrapped(nn.Module):
+    """Layers that a wrapper or a lift keeps from running on factors, and one that it does not."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.WeightNorm(nn.Dense(16, name="normed"))(x)
+        x = nn.SpectralNorm(nn.Dense(16, name="spectral"))(x, update_stats=False)
+        scan = nn.scan(Block, variable_axes={"params": 1}, split_rngs={"params": True}, length=16)
+        x, _ = scan(name="odd")(x, None)
+        return nn.Dense(16, name="plain")(x)
+
+
+def test_layers_that_do_not_run_on_factors_stay_dense_and_say_so():
+    model, x = Wrapped(), jnp.ones((2, 16))
+    plan = lr.plan(model, x, [lr.Rule(".*", rank=2)])
+    assert [name for name, kernel in by_name(plan).items() if kernel.rank is not None] == ["plain/kernel"]
+    assert all(kernel.note for name, kernel in by_name(plan).items() if name != "plain/kernel")
+    variables = model.init(KEY, x)
+    params = lr.factorize(variables["params"], plan, key=KEY)
+    assert lr.apply(model, {**variables, "params": params}, x).shape == (2, 16)
+
+
+def test_a_model_with_drop_in_modules_can_be_planned():
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(32, name="plain")(lr.LowRankDense(16, rank=2, name="low")(x))
+
+    model, x = Mixed(), jnp.ones((2, 16))
+    plan = lr.plan(model, x, [lr.Rule(".*", rank=2)])
+    params = lr.factorize(model.init(KEY, x)["params"], plan, key=KEY)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == plan.params
+    assert lr.apply(model, {"params": params}, x).shape == (2, 32)
+
+
+def test_a_kernel_that_no_rule_matches_stays_dense_and_says_so():
+    model = nn.Sequential([nn.Dense(8), nn.Dense(8)])
+    plan = lr.plan(model, jnp.ones((1, 8)), [lr.Rule("layers_0/kernel", rank=1)])
+    assert [kernel.note for kernel in plan.kernels] == ["", "no rule matches"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([lr.Rule("layers_0/bias", rank=1)], "matches no parameter; the nearest is 'layers_0/kernel'"),
+        ([lr.Rule("layer_0/kernel", rank=1)], "matches no parameter; the nearest is 'layers_0/kernel'"),
+        ([lr.Rule(".*", rank=9)], "rank 9 is above full rank 8, and so it is for every kernel"),
+    ],
+)
+def test_bad_plans_are_refused(rules, message):
+    with pytest.raises(ValueError, match=message):
+        lr.plan(nn.Sequential([nn.Dense(8), nn.Dense(8)]), jnp.ones((1, 8)), rules)
+
+
+def test_factorize_refuses_parameters_of_another_model(zoo):
+    _, _, params, plan = zoo
+    other = {**params, "shared": {"kernel": jnp.ones((4, 4))}}
+    other.pop("conv")
+    with pytest.raises(
+        ValueError, match=r"(?s)conv/kernel: in the plan, not in the parameters.*planned as \[16, 16\], is \[4, 4\]"
+    ):
+        lr.factorize(other, plan, key=KEY)
+    with pytest.raises(ValueError, match="already factored; merge first"):
+        lr.factorize(lr.factorize(params, plan, key=KEY), plan, key=KEY)
+
+
+def test_partitioned_parameters_are_unboxed():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    model, x = nn.Dense(16, kernel_init=init), jnp.ones((2, 16))
+    params = model.init(KEY, x)["params"]
+    factored = lr.factorize(params, lr.plan(model, x, [lr.Rule("kernel", rank=2)]), key=KEY)
+    assert isinstance(factored["kernel"], LowRankKernel)
+    assert lr.apply(model, {"params": factored}, x).shape == (2, 16)
+
+
+def test_inputs_may_be_several_and_abstract():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, a, b, *, scale):
+            return scale * nn.Dense(32)(a + b)
+
+    shape = jax.ShapeDtypeStruct((4, 32), jnp.float32)
+    plan = lr.plan(Two(), (shape, shape), [lr.Rule(".*", rank=1)], scale=2.0)
+    assert (plan.dense_macs, plan.macs) == (32 * 32, 2 * 32)
+
+
+def test_kernels_that_are_not_finite_are_named(zoo):
+    _, _, params, plan = zoo
+    broken = {**params, "shared": {**params["shared"], "kernel": params["shared"]["kernel"].at[0, 0].set(jnp.nan)}}
+    with pytest.raises(ValueError, match="kernels with elements that are not finite: shared/kernel"):
+        lr.factorize(broken, plan, key=KEY)
