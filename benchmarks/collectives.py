@@ -7,12 +7,12 @@ From the programs that the TPU's compiler makes for v5e:2x4 at its lowest effort
 
 import pathlib
 
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.hosts.sharding import bytes_per_device
-from lowrank_jax.experiment.preflight import compiler as preflight
+from lowrank_jax.experiment.preflight import compiler
 from lowrank_jax.experiment.preflight.collectives import collectives
-from lowrank_jax.experiment.training import build as experiments
-from lowrank_jax.planning.plans import align
+from lowrank_jax.experiment.training.build import Experiment, build
+from lowrank_jax.text import align
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "imagenet_resnet50_lowrank.py"
 # Factored throughout: of a merged kernel the devices sum the product's gradient, which is as large as the dense one.
@@ -27,7 +27,7 @@ MB = 1e6
 
 
 def main() -> None:
-    devices = preflight.topology("v5e:2x4")
+    devices = compiler.topology("v5e:2x4")
     rows = [
         [
             "all devices on",
@@ -43,8 +43,8 @@ def main() -> None:
     for axis, arms in MESHES.items():
         dense = None
         for arm in arms:
-            experiment = build(axis, arm, devices)
-            with preflight.compiling("fast"):
+            experiment = compiled(axis, arm, devices)
+            with compiler.compiling("fast"):
                 found = collectives(str(experiment.lower_train_step().compile().as_text()))
             total = sum(found.values())
             dense = dense or total
@@ -56,12 +56,12 @@ def main() -> None:
     print(align(rows))
 
 
-def build(axis: str, arm: str, devices) -> experiments.Experiment:
+def compiled(axis: str, arm: str, devices) -> Experiment:
     loaded = configs.load(str(CONFIG))
     mesh = {f"mesh.{name}": len(devices) if name == axis else 1 for name in MESHES}
     for key, value in {**ARMS[arm], **mesh}.items():
         configs.override(loaded, key, str(value))
-    return experiments.build(configs.parse(loaded, devices=len(devices)), devices=devices)
+    return build(configs.parse(loaded, devices=len(devices)), devices=devices)
 
 
 if __name__ == "__main__":

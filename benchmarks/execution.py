@@ -15,14 +15,14 @@ import jax
 import numpy as np
 
 from benchmarks.turns import Times, ratio, take_turns
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.hosts.sharding import put_batch
-from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.training.build import Experiment, build
 
 ARMS = ("dense", "auto", "factored", "merged")
 
 
-def experiment(arm: str, args: argparse.Namespace) -> experiments.Experiment:
+def experiment(arm: str, args: argparse.Namespace) -> Experiment:
     given = configs.default()
     given.steps, given.batch_size = 1, args.batch
     given.dataset.name = "synthetic"
@@ -33,13 +33,13 @@ def experiment(arm: str, args: argparse.Namespace) -> experiments.Experiment:
         given.lowrank.method, given.lowrank.rules = "none", ()
     else:
         given.lowrank.execution = arm
-    return experiments.build(configs.parse(given, devices=jax.device_count()))
+    return build(configs.parse(given, devices=jax.device_count()))
 
 
 class Steps:
     """Training steps of an experiment on one batch."""
 
-    def __init__(self, built: experiments.Experiment):
+    def __init__(self, built: Experiment):
         rng = np.random.default_rng(0)
         size = built.config.batch_size
         images = rng.integers(0, 256, (size, *built.dataset.image_shape), np.uint8)

@@ -14,10 +14,10 @@ import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import InitConfig
-from lowrank_jax.experiment.preflight import compiler as preflight
-from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.preflight import compiler
+from lowrank_jax.experiment.training.build import build
 
 DECOMPOSITIONS = {
     "eigenvectors": "@Eigh",
@@ -29,18 +29,18 @@ DECOMPOSITIONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="configs/imagenet_resnet50_lowrank.py")
-    parser.add_argument("--effort", choices=preflight.EFFORTS, default="fast")
+    parser.add_argument("--effort", choices=compiler.EFFORTS, default="fast")
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--svd", choices=("device", "host"), nargs="*", default=["device", "host"])
     flags = parser.parse_args()
-    parsed, devices = configs.parse(configs.load(flags.config)), preflight.topology(flags.topology)
+    parsed, devices = configs.parse(configs.load(flags.config)), compiler.topology(flags.topology)
     for svd in flags.svd:
-        experiment = experiments.build(dataclasses.replace(parsed, init=InitConfig(svd)), devices=devices)
+        experiment = build(dataclasses.replace(parsed, init=InitConfig(svd)), devices=devices)
         lowered = experiment.lower_init()
         text = lowered.as_text()
         counts = ", ".join(f"{len(re.findall(pattern, text))} {name}" for name, pattern in DECOMPOSITIONS.items())
         begin = time.process_time()
-        with preflight.compiling(flags.effort):
+        with compiler.compiling(flags.effort):
             lowered.compile()
         seconds = time.process_time() - begin
         print(

@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.hosts.sharding import put_batch
-from lowrank_jax.experiment.training import build as experiments
 from lowrank_jax.experiment.training import loop as train
+from lowrank_jax.experiment.training.build import build
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.experiment.workdir.writer import Writer
@@ -58,7 +58,7 @@ def bare_turn(step: Any, state: Any, batch: Any) -> tuple[float, Any]:
 
 def main() -> None:
     config = settings()
-    experiment = experiments.build(config)
+    experiment = build(config)
     arrays = datasets.load(experiment.dataset, "train", None)
     data = {"train": arrays, "eval": arrays}
     with tempfile.TemporaryDirectory() as name:

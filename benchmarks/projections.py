@@ -17,7 +17,7 @@ import numpy as np
 
 import lowrank_jax as lr
 from benchmarks.turns import Times, ratio, take_turns
-from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection import matrix
 
 TURNS = 5
 KERNELS = ((512, 512, 26), (576, 64, 6), (2304, 256, 26))
@@ -25,9 +25,9 @@ ACTIVATIONS = ("relu", "silu")
 
 
 def ways(rank: int, activation: str) -> dict[str, Callable[[jax.Array], Any]]:
-    project = functools.partial(projection.kernel_projection, rank=rank, activation=activation)
+    project = functools.partial(matrix.kernel_projection, rank=rank, activation=activation)
     return {
-        "spectral": functools.partial(projection.spectral, rank=rank),
+        "spectral": functools.partial(matrix.spectral, rank=rank),
         "top": project,
         "search": functools.partial(project, subspace="search"),
         "refine": functools.partial(project, subspace="refine"),
@@ -42,13 +42,13 @@ def main() -> None:
         for activation in ACTIVATIONS:
             runs: dict[str, Callable[[], Any]] = {"numpy": lambda host=host: np.linalg.svd(host, full_matrices=False)}
             risks, compile_seconds = {}, {}
-            whole = projection.risk(w, 0 * w, activation=activation)
+            whole = matrix.risk(w, 0 * w, activation=activation)
             for name, way in ways(rank, activation).items():
                 begin = time.perf_counter()
                 compiled = jax.jit(way).lower(w).compile()
                 compile_seconds[name] = time.perf_counter() - begin
                 u, v = compiled(w)
-                risks[name] = float(projection.risk(w, u @ v, activation=activation) / whole)
+                risks[name] = float(matrix.risk(w, u @ v, activation=activation) / whole)
                 runs[name] = lambda compiled=compiled, w=w: jax.block_until_ready(compiled(w))
             report(f"{n}x{m} at rank {rank}, {activation}", take_turns(runs, TURNS), risks, compile_seconds)
 

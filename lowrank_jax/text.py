@@ -19,3 +19,30 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     candidates = [str(c) for c in candidates]
     close = difflib.get_close_matches(str(name), candidates, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(candidates) or 'none'}"
+
+
+def align(rows: list[list[str]]) -> str:
+    """Rows as lines of left-aligned columns."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows as a table of Markdown, the first one its header."""
+    header, *body = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+
+
+def with_change(planned: int, dense: int) -> str:
+    """A count, and by how many per cent it differs from the dense one."""
+    change = f" {100 * (planned - dense) / dense:+.0f}%" if dense and planned != dense else ""
+    return count(planned) + change
+
+
+def count(n: int) -> str:
+    """A count in three digits: 9.41k, 118M, 4.1G."""
+    for size, suffix in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if n >= size:
+            return f"{n / size:.3g}{suffix}" if n < 999.5 * size else f"{n / size:.0f}{suffix}"
+    return str(n)

@@ -1,4 +1,4 @@
-"""Which part of a TPU's peak and bandwidth its own compiler reckons with: `reached` in the table of lowrank_jax/planning/chips.py.
+"""The part of a TPU's peak and bandwidth that its own compiler reckons with: `reached` in lowrank_jax/planning/chips.py.
 
     python -m scripts.calibrate_chips
 

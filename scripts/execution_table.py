@@ -19,11 +19,11 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.preflight.compiler import compile_program, topology
-from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.training.build import build
 from lowrank_jax.planning.chips import CHIPS
-from lowrank_jax.planning.plans import markdown_table
+from lowrank_jax.text import markdown_table
 
 RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 SCALES = (0.05, 0.25, 0.5)
@@ -67,7 +67,7 @@ def estimate(network: str, chip: str, arm: str, scale: float) -> dict[str, Any]:
     for name, value in (changes | low_rank).items():
         configs.override(given, name, value)
     devices = topology(SLICES[chip])
-    experiment = experiments.build(configs.parse(given, devices=len(devices)), devices=devices)
+    experiment = build(configs.parse(given, devices=len(devices)), devices=devices)
     executions = {kernel.execution for kernel in experiment.plan.factored}
     pure = next(iter(executions)) if len(executions) == 1 else None
     if arm == "auto" and pure is not None and key(network, chip, pure, scale) in known():

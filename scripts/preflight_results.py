@@ -18,19 +18,18 @@ import time as clock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from lowrank_jax.experiment import config
 from lowrank_jax.experiment.cli.commands import cache_home
 from lowrank_jax.experiment.cli.flags import DOES_NOT_FIT
-from lowrank_jax.experiment.config import parse as config
 from lowrank_jax.experiment.config.schema import Config
-from lowrank_jax.experiment.preflight import arms as estimates
-from lowrank_jax.experiment.preflight import compiler as preflight
-from lowrank_jax.experiment.preflight import report as preflight_report
+from lowrank_jax.experiment.preflight import arms
 from lowrank_jax.experiment.preflight.arms import Cache, Compiler, Wanted
-from lowrank_jax.experiment.preflight.compiler import Program
-from lowrank_jax.experiment.preflight.report import Report, exchanged, flops, memory, moved, ratio, roofline_seconds, time
-from lowrank_jax.experiment.training import build as experiment
+from lowrank_jax.experiment.preflight.compiler import PreflightError, Program, versions
+from lowrank_jax.experiment.preflight.compiler import topology as topology_devices
+from lowrank_jax.experiment.preflight.report import Report, exchanged, flops, memory, moved, ratio, roofline_seconds, run, time
+from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.planning import chips
-from lowrank_jax.planning.plans import count, markdown_table
+from lowrank_jax.text import count, markdown_table
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "results" / "preflight.md"
 SECONDS = PAGE.with_suffix(".json")
@@ -85,7 +84,7 @@ class Slices:
 
     def compiler(self, topology: str, effort: str = "fast") -> Compiler:
         if (topology, effort) not in self._known:
-            devices = preflight.topology(topology)
+            devices = topology_devices(topology)
             chip = chips.of_device(devices[0])
             assert chip is not None
             self._known[topology, effort] = Compiler(topology, devices, chip, effort, self.cache, say)
@@ -97,7 +96,7 @@ class Slices:
         seconds = self._timed(file, topology)
         given = parsed(file)
         wanted = Wanted("dense" if given.lowrank.method == "none" else "low rank", given)
-        report = preflight_report.run([wanted], topology, source=file, effort="fast", cache=self.cache, say=say)
+        report = run([wanted], topology, source=file, effort="fast", cache=self.cache, say=say)
         return report, seconds
 
     def _timed(self, file: str, topology: str) -> float:
@@ -117,10 +116,10 @@ class Slices:
             SECONDS.write_text(json.dumps(known, indent=1) + "\n")
         return known[name]
 
-    def step(self, file: str, topology: str, effort: str = "fast", **changes: str) -> tuple[experiment.Experiment, Program]:
+    def step(self, file: str, topology: str, effort: str = "fast", **changes: str) -> tuple[Experiment, Program]:
         """The training step alone of a config with other settings; `a__b` sets "a.b"."""
         compiler = self.compiler(topology, effort)
-        built = experiment.build(estimates.check(parsed(file, **changes), file, len(compiler.devices)), file, compiler.devices)
+        built = build(arms.check(parsed(file, **changes), file, len(compiler.devices)), file, compiler.devices)
         return built, compiler.program(f"{file} {topology} {changes} {effort}", built.lower_train_step)
 
 
@@ -201,7 +200,7 @@ def sizes(slices: Slices) -> str:
             built, program = slices.step(file, SIZED_ON, **changes)
             assert program.cost is not None, f"{file} {scale} does not fit"
             values = (
-                built.plan.params, built.plan.macs, estimates.device_bytes(built.shapes), program.peak_bytes,
+                built.plan.params, built.plan.macs, arms.device_bytes(built.shapes), program.peak_bytes,
                 program.cost.flops, roofline_seconds(program.cost, chip),
             )  # fmt: skip
             dense = dense or values
@@ -233,12 +232,12 @@ def efforts(slices: Slices) -> str:
 def main() -> None:
     slices = Slices()
     parts = [*(functools.partial(shipped, file=file) for file in CONFIGS), weak_scaling, sizes, efforts]
-    page = HEAD.format(**preflight.versions())
+    page = HEAD.format(**versions())
     try:
         for i, part in enumerate(parts):
             page += f"\n{part(slices)}"
             PAGE.write_text(page if i + 1 == len(parts) else page + STOPPED)
-    except (preflight.PreflightError, config.ConfigError) as error:
+    except (PreflightError, config.ConfigError) as error:
         sys.exit(str(error))
 
 

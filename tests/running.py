@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 
 ROOT = pathlib.Path(__file__).parent.parent
 

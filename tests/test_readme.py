@@ -4,7 +4,7 @@ import re
 
 import jax
 
-from lowrank_jax.experiment.config.parse import legal_keys
+from lowrank_jax.experiment.config.files import legal_keys
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import named_leaves
 

@@ -8,60 +8,12 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from lowrank_jax.kernel import MatrixView, channel_view, dense_view, is_low_rank, spatial_view
+from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import named_leaves
+from lowrank_jax.planning.uses import KernelUse
 
 SUPPORTED = (nn.Dense, nn.DenseGeneral, nn.Conv)
 _MARK = "lowrank_jax.kernel_use:"
-
-
-@dataclasses.dataclass
-class KernelUse:
-    """What tracing saw of one kernel.
-
-    Attributes:
-      module: the class that owns it, for messages.
-      shape: its shape inside the module, without stack axes.
-      contracted: how many leading axes a dense layer sums over; None for convolutions.
-      refusal: why it cannot be factored; empty if it can.
-      positions: at how many output positions the kernel is applied, over the whole traced batch.
-      widened: the same for the first stage of the spatial scheme, which keeps the input's width.
-      inputs: how many elements the layer reads, over the whole traced batch.
-    """
-
-    module: str
-    shape: tuple[int, ...]
-    contracted: int | None
-    refusal: str
-    positions: int = 0
-    widened: int = 0
-    inputs: int = 0
-
-    def view(self, scheme: str) -> MatrixView:
-        """The kernel as a matrix.
-
-        Raises:
-          ValueError: the spatial scheme is asked of a convolution that is not two-dimensional.
-        """
-        if self.contracted is not None:
-            return dense_view(self.shape, self.contracted)
-        if scheme == "channel":
-            return channel_view(self.shape)
-        if len(self.shape) != 4:
-            raise ValueError("the spatial scheme needs a 2-D convolution")
-        return spatial_view(self.shape)
-
-    def macs(self) -> int:
-        """Multiply-accumulates of the dense kernel over the traced batch."""
-        return self.positions * math.prod(self.shape)
-
-    def factored_macs(self, view: MatrixView, rank: int) -> int:
-        """Multiply-accumulates of both stages over the traced batch."""
-        return self.hidden_positions(view) * view.n * rank + self.positions * rank * view.m
-
-    def hidden_positions(self, view: MatrixView) -> int:
-        """At how many positions the first stage has outputs, over the traced batch."""
-        return self.widened if view.group > 1 else self.positions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.kernel import SPATIAL_ROWS, Execution, LowRankKernel, MatrixView, channel_view, dense_view, spatial_view
-from lowrank_jax.linen import conv_gradients as windows
+from lowrank_jax.linen import conv_gradients
 from lowrank_jax.linen.conv_gradients import per_axis
 from lowrank_jax.linen.discover import SUPPORTED
 from lowrank_jax.projection import methods
@@ -83,8 +83,8 @@ def _merged(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.
     product = kernel.product(dtype, module.precision)
     if not isinstance(module, nn.Conv):
         return _on(module.clone(name=None), product, x, bias)
-    x, product, bias = windows.promoted(module, x, product, bias)
-    y = windows.convolve(module, product, x)
+    x, product, bias = conv_gradients.promoted(module, x, product, bias)
+    y = conv_gradients.convolve(module, product, x)
     return y if bias is None else y + bias
 
 
@@ -117,7 +117,7 @@ def _channel_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Ar
     if _is_pointwise(module):
         hidden = _on(product.clone(**narrow), kernel.u.reshape(-1, kernel.rank), x)
         return _on(product, kernel.v, hidden, bias)
-    hidden = windows.convolve(module.clone(**narrow, name=None), kernel.u, x)
+    hidden = conv_gradients.convolve(module.clone(**narrow, name=None), kernel.u, x)
     # With all positions on one axis CPUs need no copy for the weight gradient.  TPUs do not mind here, behind a window; between
     # products they would lay every activation out anew.
     return _on(product, kernel.v, hidden.reshape(-1, kernel.rank), bias).reshape(*hidden.shape[:-1], module.features)
@@ -158,7 +158,7 @@ def _spatial_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Ar
             **changes,
         )
 
-    hidden = windows.convolve(stage(0, (kh, 1), features=kernel.rank), kernel.u[:, None], x)
+    hidden = conv_gradients.convolve(stage(0, (kh, 1), features=kernel.rank), kernel.u[:, None], x)
     return _on(stage(1, (1, kw)), kernel.v.swapaxes(0, 1)[None], hidden, bias)
 
 

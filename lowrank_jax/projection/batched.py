@@ -14,7 +14,8 @@ import numpy as np
 from lowrank_jax.projection import activations, linalg
 from lowrank_jax.projection.activations import Activation
 from lowrank_jax.projection.linalg import Pair, lengths, ratio, wide
-from lowrank_jax.projection.padding import FREE_IN_PRODUCTS, Group, Stack, groups, padded, split, stacked
+from lowrank_jax.projection.padding import FREE_IN_PRODUCTS, Group, groups, padded, split, stacked
+from lowrank_jax.projection.stack import Stack
 
 _OUTPUTS = 2**11  # whose best lengths are sought at a time, where that takes a series for each; a TPU's compiler minds how many
 

@@ -23,7 +23,7 @@ from lowrank_jax.projection import batched as leading
 from lowrank_jax.projection.activations import Activation, ActivationLike
 from lowrank_jax.projection.batched import measure
 from lowrank_jax.projection.linalg import Pair, grouped, lengths, ratio, wide
-from lowrank_jax.projection.padding import Stack
+from lowrank_jax.projection.stack import Stack
 from lowrank_jax.projection.subspaces import SUBSPACES
 from lowrank_jax.text import did_you_mean
 

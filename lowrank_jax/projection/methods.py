@@ -11,7 +11,7 @@ from lowrank_jax.projection import matrix as projection
 from lowrank_jax.projection import sampled as approximation
 from lowrank_jax.projection.activations import ActivationLike
 from lowrank_jax.projection.linalg import Pair
-from lowrank_jax.projection.padding import Stack
+from lowrank_jax.projection.stack import Stack
 from lowrank_jax.text import did_you_mean
 
 # All kernels that are to be factored by a method, in stacks of one shape; for every stack u [k, n, rank] and v [k, rank, m].

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.projection.activations import ActivationLike
-
 Shape = tuple[int, ...]
 
 # Multiply-accumulates that are not worth a shape of their own: of decompositions, which take many for each, and of products,
@@ -21,25 +19,6 @@ Shape = tuple[int, ...]
 FREE = 2e7
 FREE_IN_PRODUCTS = 1.5e9
 _SLACK = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Stack:
-    """Kernels of one shape that are factored alike.
-
-    Attributes:
-      keys: a key for each, `[k]`; None where nothing is drawn.
-      w: their matrices, `[k, n, m]`.
-      rank, activation, group: as in `projection.kernel_projection`.
-      inputs: samples of what each layer is fed, `[k, samples, group, n]`; None for Gaussian inputs.
-    """
-
-    keys: jax.Array | None
-    w: jax.Array
-    rank: int
-    activation: ActivationLike = "relu"
-    group: int = 1
-    inputs: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

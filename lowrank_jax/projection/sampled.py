@@ -16,7 +16,7 @@ from lowrank_jax.projection import activations, linalg
 from lowrank_jax.projection import matrix as projection
 from lowrank_jax.projection.activations import ActivationLike
 from lowrank_jax.projection.linalg import Pair
-from lowrank_jax.projection.padding import Stack
+from lowrank_jax.projection.stack import Stack
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 1000, 256, 0.01
 

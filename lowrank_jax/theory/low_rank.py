@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection import matrix
 from lowrank_jax.projection.linalg import highest_precision, is_count, solve_gram
 from lowrank_jax.projection.subspaces import SUBSPACES
 from lowrank_jax.text import did_you_mean
@@ -79,7 +79,7 @@ def learn_low_rank(
 
     Args:
       rank: from 1 to min(n, width).
-      subspace: as in `projection.kernel_projection`.
+      subspace: as in `matrix.kernel_projection`.
 
     Raises:
       ValueError: the rank is out of range or the subspace unknown; a SampleError is one too.
@@ -98,9 +98,9 @@ def learn_low_rank(
 def _project(learned: ReluNetwork, root: jax.Array, rank: int, subspace: str, keep: bool) -> LowRankNetwork:
     """For inputs of the second moment RᵀR; A is kept or fitted anew."""
     w = root @ learned.w
-    u, v = projection.kernel_projection(w, rank, subspace=subspace)
-    best = (u, v) if subspace == "refine" else projection.kernel_projection(w, rank, subspace="refine")
-    risk, optimum, whole = (float(projection.risk(w, y)) for y in (u @ v, best[0] @ best[1], 0 * w))
+    u, v = matrix.kernel_projection(w, rank, subspace=subspace)
+    best = (u, v) if subspace == "refine" else matrix.kernel_projection(w, rank, subspace="refine")
+    risk, optimum, whole = (float(matrix.risk(w, y)) for y in (u @ v, best[0] @ best[1], 0 * w))
     a, output_risk = _outputs(w, learned.a, u @ v, keep)
     back = jax.scipy.linalg.solve_triangular(root, u)
     bound = float(risk_bound(w, rank))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax.linen import conv_gradients as windows
+from lowrank_jax.linen import conv_gradients
 
 numbers = st.integers(1, 3)
 
@@ -52,7 +52,7 @@ def test_values_and_derivatives_are_those_of_the_convolution(case):
             y, dy = jax.jvp(functools.partial(convolve, conv), primals, tangents)
             return y, dy, *jax.vjp(functools.partial(convolve, conv), *primals)[1](jnp.cos(y))
 
-        return derivatives(windows.convolve), derivatives(plain)
+        return derivatives(conv_gradients.convolve), derivatives(plain)
 
     for found, expected in zip(*both(primals, tangents), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -68,9 +68,9 @@ def test_higher_derivatives_and_batches_of_kernels():
 
         return jax.jvp(jax.grad(loss), (kernel,), (dkernel,))[1]
 
-    np.testing.assert_allclose(curvature(windows.convolve), curvature(plain), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(curvature(conv_gradients.convolve), curvature(plain), rtol=1e-4, atol=1e-4)
     kernels = jnp.stack([kernel, dkernel])
-    gradients = jax.vmap(jax.grad(lambda w: jnp.sum(windows.convolve(conv, w, x) ** 2)))(kernels)
+    gradients = jax.vmap(jax.grad(lambda w: jnp.sum(conv_gradients.convolve(conv, w, x) ** 2)))(kernels)
     for gradient, w in zip(gradients, kernels, strict=True):
         wanted = jax.grad(lambda w: jnp.sum(plain(conv, w, x) ** 2))(w)
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-3)
@@ -88,7 +88,7 @@ def test_higher_derivatives_and_batches_of_kernels():
 def test_gradients_are_products_on_cpu_where_filters_are_few(filters, platform, convolutions, products):
     conv = nn.Conv(filters, (3, 3), use_bias=False)
     primals, _ = example(conv, (8, 8), channels=64)
-    loss = jax.value_and_grad(lambda *args: jnp.sum(windows.convolve(conv, *args) ** 2), (0, 1))
+    loss = jax.value_and_grad(lambda *args: jnp.sum(conv_gradients.convolve(conv, *args) ** 2), (0, 1))
     text = jax.jit(loss).trace(*primals).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.convolution") == convolutions
     assert text.count("stablehlo.dot_general") == products
@@ -101,14 +101,14 @@ def test_gradients_are_products_on_cpu_where_filters_are_few(filters, platform, 
 def test_what_has_no_products_is_left_to_the_layer(settings):
     conv = nn.Conv(1, (3, 3), use_bias=False, **settings)
     (kernel, x), _ = example(conv, (5, 4), channels=9)
-    jaxpr = jax.make_jaxpr(lambda *args: windows.convolve(conv, *args))(kernel, x)
+    jaxpr = jax.make_jaxpr(lambda *args: conv_gradients.convolve(conv, *args))(kernel, x)
     assert "custom_jvp" not in str(jaxpr)
-    np.testing.assert_array_equal(windows.convolve(conv, kernel, x), plain(conv, kernel, x))
+    np.testing.assert_array_equal(conv_gradients.convolve(conv, kernel, x), plain(conv, kernel, x))
 
 
 def test_the_dtype_is_the_layers():
     conv = nn.Conv(1, (3, 3), dtype=jnp.bfloat16, use_bias=False)
     (kernel, x), _ = example(conv, (5, 4), channels=9)
-    y, pull = jax.vjp(lambda *args: windows.convolve(conv, *args), kernel, x)
+    y, pull = jax.vjp(lambda *args: conv_gradients.convolve(conv, *args), kernel, x)
     assert y.dtype == jnp.bfloat16
     assert [gradient.dtype for gradient in pull(y)] == [jnp.float32, jnp.float32]

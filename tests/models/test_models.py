@@ -8,7 +8,8 @@ import pytest
 
 import lowrank_jax as lr
 from lowrank_jax import models
-from lowrank_jax.experiment.config.parse import ConfigError, default, parse
+from lowrank_jax.experiment.config.files import ConfigError, default
+from lowrank_jax.experiment.config.parse import parse
 from lowrank_jax.paths import named_leaves
 from tests import drawn
 

@@ -9,7 +9,7 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection import matrix
 
 KEY = jax.random.key(0)
 
@@ -129,7 +129,7 @@ def test_kernels_decompose_the_same_together_and_alone(zoo):
     together = lr.factorize(params, plan, key=KEY)["layers"]["up"]["kernel"]
     w = params["layers"]["up"]["kernel"]
     for i in range(5):
-        u, v = projection.kernel_projection(w[i], 4)
+        u, v = matrix.kernel_projection(w[i], 4)
         np.testing.assert_allclose(together.merge()[i], u @ v, atol=1e-5)
 
 

@@ -3,10 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax.projection import batched as leading
+from lowrank_jax.projection import batched, methods
 from lowrank_jax.projection import matrix as projection
-from lowrank_jax.projection import methods
-from lowrank_jax.projection.padding import Stack
+from lowrank_jax.projection.stack import Stack
 
 RNG = np.random.default_rng(0)
 
@@ -47,7 +46,7 @@ def test_kernels_of_many_shapes_together_are_what_they_are_alone(method):
 
 
 def test_the_risk_is_that_of_float64():
-    together = leading.project([stack(*kernel) for kernel in KERNELS])
+    together = batched.project([stack(*kernel) for kernel in KERNELS])
     for (w, rank, group, activation), (u, v) in zip(KERNELS, together, strict=True):
         with jax.enable_x64(True):
             wide = jnp.asarray(w[0], jnp.float64)
@@ -61,7 +60,7 @@ def test_the_risk_is_that_of_float64():
 
 def test_best_lengths_are_found_in_pieces_where_outputs_are_many(monkeypatch):
     stacks = [stack(normal(1, 6, 25), 3, 1, "silu")]
-    [(u, v)] = leading.project(stacks)
-    monkeypatch.setattr(leading, "_OUTPUTS", 10)
-    [(a, b)] = leading.project(stacks)
+    [(u, v)] = batched.project(stacks)
+    monkeypatch.setattr(batched, "_OUTPUTS", 10)
+    [(a, b)] = batched.project(stacks)
     np.testing.assert_allclose(u @ v, a @ b, rtol=1e-5, atol=1e-6)  # float32, summed in another order

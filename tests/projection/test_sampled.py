@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.test_projection import relative_risk
 
 import lowrank_jax as lr
 from lowrank_jax.projection import matrix as projection
-from lowrank_jax.projection import sampled as approximation
+from lowrank_jax.projection import sampled
 from lowrank_jax.projection.sampled import Stack
+from tests.projection.test_matrix import relative_risk
 
 KEY = jax.random.key(0)
 
@@ -43,7 +43,7 @@ def test_samples_of_the_inputs_are_what_it_serves():
 def test_kernels_of_several_shapes_go_together_as_they_go_alone():
     wide, tall = jax.random.normal(KEY, (8, 20)), jax.random.normal(KEY, (16, 6))
     keys = jax.random.split(KEY, 2)
-    both = approximation.approximate([Stack(keys[:1], wide[None], 2), Stack(keys[1:], tall[None], 3)], steps=50)
+    both = sampled.approximate([Stack(keys[:1], wide[None], 2), Stack(keys[1:], tall[None], 3)], steps=50)
     for key, w, rank, (u, v) in zip(keys, (wide, tall), (2, 3), both, strict=True):
         a, b = lr.function_approximation(key, w, rank, steps=50)
         np.testing.assert_allclose(u[0] @ v[0], a @ b, atol=1e-4)

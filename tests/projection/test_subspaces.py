@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.test_projection import golden_matrix, relative_risk
 
 from lowrank_jax.projection import activations, subspaces
 from lowrank_jax.projection import matrix as projection
+from tests.projection.test_matrix import golden_matrix, relative_risk
 
 GOLDEN = [(12, 8, 1, 0.652598), (12, 8, 4, 0.283737), (32, 48, 1, 0.818698), (32, 48, 2, 0.757338)]
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "tpu_vm.sh"
 WHERE = ["--name=r50", "--zone=us-west4-a"]
 RUN = [*WHERE, "--type=v5e-16"]

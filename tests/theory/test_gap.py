@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection import matrix
 from lowrank_jax.theory import gap, gaussian_gap, relative_gap, risk_bound, sampled_gap
 
 SHAPES = [(8, 12, 2), (12, 8, 3)]
@@ -34,8 +34,8 @@ cases = st.tuples(st.integers(0, 999), st.sampled_from(SHAPES))
 def test_the_gap_is_the_difference_of_the_risks(case):
     seed, (n, m, rank) = case
     w = draw(seed, n, m)
-    spectral, ours = (u @ v for u, v in (projection.spectral(w, rank), projection.kernel_projection(w, rank)))
-    wanted = (projection.risk(w, spectral) - projection.risk(w, ours)) / projection.risk(w, 0 * w)
+    spectral, ours = (u @ v for u, v in (matrix.spectral(w, rank), matrix.kernel_projection(w, rank)))
+    wanted = (matrix.risk(w, spectral) - matrix.risk(w, ours)) / matrix.risk(w, 0 * w)
     np.testing.assert_allclose(relative_gap(w, rank), wanted, rtol=1e-8, atol=1e-12)
     np.testing.assert_allclose(relative_gap(1e9 * w, rank), wanted, rtol=1e-8, atol=1e-12)
 
@@ -114,25 +114,25 @@ def test_the_gap_at_rank_two_grows_with_the_inputs_as_tabled(n, tabled):
 def test_nothing_of_the_rank_has_less_risk_than_the_bound(case, other):
     seed, (n, m, rank) = case
     w = draw(seed, n, m)
-    made = [projection.kernel_projection(w, rank, subspace=subspace) for subspace in ("top", "search", "refine")]
+    made = [matrix.kernel_projection(w, rank, subspace=subspace) for subspace in ("top", "search", "refine")]
     rng = np.random.default_rng(other)
     made.append((rng.standard_normal((n, rank)), rng.standard_normal((rank, m))))
     q = jnp.linalg.qr(w @ rng.standard_normal((m, rank)))[0]
-    made.append(projection.on_subspace(w, q))
+    made.append(matrix.on_subspace(w, q))
     u, v = made[2]
     made.append((u + 0.01 * rng.standard_normal(u.shape), v))
-    whole = projection.risk(w, 0 * w)
+    whole = matrix.risk(w, 0 * w)
     bound = risk_bound(w, rank)
-    assert all(bound <= projection.risk(w, u @ v) + 1e-12 * whole for u, v in made)
-    assert bound > 0.5 * projection.risk(w, made[2][0] @ made[2][1])  # or nothing would do as well
+    assert all(bound <= matrix.risk(w, u @ v) + 1e-12 * whole for u, v in made)
+    assert bound > 0.5 * matrix.risk(w, made[2][0] @ made[2][1])  # or nothing would do as well
 
 
 def test_the_bound_holds_at_every_number_of_steps_and_tightens():
     w = draw(3, 8, 12)
-    u, v = projection.kernel_projection(w, 2, subspace="refine")
+    u, v = matrix.kernel_projection(w, 2, subspace="refine")
     bounds = [float(risk_bound(w, 2, steps=steps)) for steps in (1, 3, 10, 200)]
     assert (np.diff(bounds) >= 0).all()
-    assert bounds[0] < bounds[-1] <= projection.risk(w, u @ v)
+    assert bounds[0] < bounds[-1] <= matrix.risk(w, u @ v)
 
 
 def test_in_the_plane_the_bound_is_below_the_best_of_all_lines():
@@ -164,8 +164,8 @@ def test_in_float32_too_it_is_a_bound_where_it_is_tight(shape):
     for seed in range(3):
         w = jax.random.normal(jax.random.key(seed), shape, jnp.float32)
         for scale in (1e-25, 1.0, 1e15):
-            u, v = projection.kernel_projection(scale * w, rank)
-            assert 0 <= risk_bound(scale * w, rank) <= max(projection.risk(scale * w, u @ v), 0)
+            u, v = matrix.kernel_projection(scale * w, rank)
+            assert 0 <= risk_bound(scale * w, rank) <= max(matrix.risk(scale * w, u @ v), 0)
 
 
 def test_float32_gives_the_bound_of_float64():

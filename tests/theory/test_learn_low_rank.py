@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection import matrix
 from lowrank_jax.projection.subspaces import SUBSPACES
 from lowrank_jax.theory import draw_network, draw_samples, learn_low_rank, low_rank
 
@@ -77,7 +77,7 @@ def test_the_risk_is_the_projections_own(learned):
     assert learned.learned.converged
     np.testing.assert_allclose(jnp.linalg.norm(learned.learned.a, axis=1), 1, rtol=1e-12)
     w = learned.learned.w
-    np.testing.assert_allclose(learned.risk, projection.risk(w, learned.u @ learned.v), rtol=1e-10)
+    np.testing.assert_allclose(learned.risk, matrix.risk(w, learned.u @ learned.v), rtol=1e-10)
     np.testing.assert_allclose(learned.whole, jnp.sum(w**2) / 2, rtol=1e-12)
 
 
@@ -94,17 +94,17 @@ def test_it_is_as_good_as_the_projection_of_the_network_that_was_not_seen(truth,
     network = learn_low_rank(*standard, WIDTH, RANK, key=KEY, subspace=subspace)
     assert np.linalg.matrix_rank(truth.w) == WIDTH
     assert np.linalg.matrix_rank(network.u @ network.v) == RANK
-    best = projection.kernel_projection(truth.w, RANK, subspace=subspace)
-    least, whole = (projection.risk(truth.w, other) for other in (best[0] @ best[1], 0 * truth.w))
+    best = matrix.kernel_projection(truth.w, RANK, subspace=subspace)
+    least, whole = (matrix.risk(truth.w, other) for other in (best[0] @ best[1], 0 * truth.w))
     assert least > 0.05 * whole
-    assert projection.risk(truth.w, in_order_of(network, truth.w)) - least < 1e-6 * least
+    assert matrix.risk(truth.w, in_order_of(network, truth.w)) - least < 1e-6 * least
     assert network.bound <= network.optimum <= network.risk * (1 + 1e-12) < network.whole
 
 
 def test_the_correlation_of_inputs_is_heeded(truth, learned_of_correlated, correlated):
     """Over the samples themselves it loses less than the projection of the true W for independent inputs does."""
     x, _ = correlated
-    u, v = projection.kernel_projection(truth.w, RANK, subspace="refine")
+    u, v = matrix.kernel_projection(truth.w, RANK, subspace="refine")
     ours = in_order_of(learned_of_correlated, truth.w)
     lost, without = (np.mean(np.sum((relu(x @ truth.w) - relu(x @ y)) ** 2, axis=1)) for y in (ours, u @ v))
     assert lost < 0.95 * without
@@ -124,7 +124,7 @@ def test_at_full_rank_nothing_is_lost(truth, standard):
 def test_hidden_units_that_rank_one_makes_alike_leave_a_good_output_layer(truth, standard, dtype):
     """Their Gram matrix is singular, of rank two: all that they make is relu(z) and relu(-z) of one z."""
     w, a = truth.w.astype(dtype), truth.a.astype(dtype)
-    u, v = projection.kernel_projection(w, 1)
+    u, v = matrix.kernel_projection(w, 1)
     fitted, risk = low_rank._outputs(w, a, u @ v, False)
     x, wanted = standard
     both = relu(np.outer(x @ u[:, 0], [1, -1]))

@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from lowrank_jax.experiment.config.parse import ConfigError
-    from lowrank_jax.experiment.data.datasets import DataError
+    from lowrank_jax.experiment.config.files import ConfigError
+    from lowrank_jax.experiment.data.base import DataError
     from lowrank_jax.experiment.hosts.processes import ClusterError, OtherFailed, end_with_the_others, several
     from lowrank_jax.experiment.preflight.compiler import PreflightError
-    from lowrank_jax.experiment.training.loop import Diverged
+    from lowrank_jax.experiment.training.window import Diverged
     from lowrank_jax.experiment.workdir.checkpoint import CheckpointError
     from lowrank_jax.experiment.workdir.workdir import WorkdirError
 
@@ -95,7 +95,7 @@ def _failed(status: int, message: str) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from lowrank_jax.experiment.config import parse as configs
+    from lowrank_jax.experiment import config as configs
     from lowrank_jax.experiment.training.loop import train
 
     _join(args)
@@ -129,7 +129,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator") -> int:
-    from lowrank_jax.experiment.config.parse import ConfigError
+    from lowrank_jax.experiment.config.files import ConfigError
     from lowrank_jax.experiment.evaluation.watch import watch
 
     if flags := _given(args, HOSTS):
@@ -143,9 +143,9 @@ def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator"
 
 
 def _join(args: argparse.Namespace) -> None:
-    from lowrank_jax.experiment.hosts import processes as distributed
+    from lowrank_jax.experiment.hosts import processes
 
-    distributed.start(distributed.Cluster(**_given(args, HOSTS)))
+    processes.start(processes.Cluster(**_given(args, HOSTS)))
 
 
 def _say(text: str) -> None:
@@ -210,7 +210,7 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _check_sweep_flags(args: argparse.Namespace) -> None:
-    from lowrank_jax.experiment.config.parse import ConfigError
+    from lowrank_jax.experiment.config.files import ConfigError
 
     ways = {"--engine=ray": (args.engine == "ray" and not args.emit, RAY), "--emit=jobset": (args.emit == "jobset", JOBSET)}
     problems = [
@@ -249,7 +249,7 @@ def _engine(args: argparse.Namespace, sweep: "Sweep") -> "Engine":
 
 
 def _emitted(args: argparse.Namespace, sweep: "Sweep") -> str:
-    from lowrank_jax.experiment.config.parse import ConfigError
+    from lowrank_jax.experiment.config.files import ConfigError
     from lowrank_jax.experiment.sweep import emit, trials
 
     chosen = bool(sweep.later) and all(trials.known_outcome(trial) for trial in sweep.first)
@@ -275,7 +275,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _overview(args: argparse.Namespace) -> int:
-    from lowrank_jax.experiment.config import parse as configs
+    from lowrank_jax.experiment import config as configs
     from lowrank_jax.experiment.training.overview import overview
 
     jax.config.update("jax_platforms", "cpu")  # not even to look at: another process may hold the accelerators
@@ -286,7 +286,7 @@ def _overview(args: argparse.Namespace) -> int:
 
 
 def _preflight(args: argparse.Namespace) -> int:
-    from lowrank_jax.experiment.preflight import arms as estimates
+    from lowrank_jax.experiment.preflight import arms
     from lowrank_jax.experiment.preflight import report as preflight_report
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine may be in use, and is not what is asked about
@@ -304,7 +304,7 @@ def _preflight(args: argparse.Namespace) -> int:
             args.topology,
             source=args.config,
             effort=args.effort,
-            cache=estimates.Cache(None if args.no_cache else cache_home() / "preflight"),
+            cache=arms.Cache(None if args.no_cache else cache_home() / "preflight"),
             say=_complain,
         )
         print(report)
@@ -313,7 +313,7 @@ def _preflight(args: argparse.Namespace) -> int:
 
 
 def _wanted(args: argparse.Namespace) -> "list[Wanted]":
-    from lowrank_jax.experiment.config import parse as configs
+    from lowrank_jax.experiment import config as configs
     from lowrank_jax.experiment.preflight.arms import Wanted
     from lowrank_jax.experiment.sweep import trials
 
@@ -328,29 +328,29 @@ def _wanted(args: argparse.Namespace) -> "list[Wanted]":
 
 
 def _init_report(args: argparse.Namespace) -> int:
-    from lowrank_jax.experiment.config import parse as configs
-    from lowrank_jax.experiment.report import before_training as init_report
-    from lowrank_jax.planning.plans import align
+    from lowrank_jax.experiment import config as configs
+    from lowrank_jax.experiment.report import before_training
+    from lowrank_jax.text import align
 
     source, loaded = _load(args)
     config = configs.parse(loaded, source=source)
     given = {name: getattr(args, name) for name in ("scales", "methods", "seeds", "images", "batch_size")}
-    settings = init_report.Settings(**{name: value for name, value in given.items() if value is not None})
+    settings = before_training.Settings(**{name: value for name, value in given.items() if value is not None})
     settings.check(config)
     jax.config.update("jax_enable_compilation_cache", False)  # what compilation takes is part of the report
     first = pathlib.Path(f"{args.out}.md")
     first.parent.mkdir(parents=True, exist_ok=True)
     first.touch()  # rather now than after all of it
-    arms = init_report.compare(config, settings, say=_say)
-    print(align(init_report.summary(arms)))
+    arms = before_training.compare(config, settings, say=_say)
+    print(align(before_training.summary(arms)))
     command = f"lowrank init-report {shlex.join(args.given)}"
-    for path in init_report.write(arms, args.out, command=command, config=config, settings=settings):
+    for path in before_training.write(arms, args.out, command=command, config=config, settings=settings):
         print(path)
     return 0
 
 
 def _load(args: argparse.Namespace):
-    from lowrank_jax.experiment.config import parse as configs
+    from lowrank_jax.experiment import config as configs
 
     config = configs.load(args.config)
     for key, text in args.overrides:

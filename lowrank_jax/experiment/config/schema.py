@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lowrank_jax import models
 from lowrank_jax.checks import above, at_least, below_one
 from lowrank_jax.experiment import optim
-from lowrank_jax.experiment.data import datasets
+from lowrank_jax.experiment.data import datasets, splits
 from lowrank_jax.experiment.data.augment import Augmentation
 from lowrank_jax.experiment.hosts.sharding import AXES, ShardingRule, mesh_sizes, read_rules
 from lowrank_jax.paths import compile_pattern
@@ -302,7 +302,7 @@ class Config:
 
     @property
     def epoch_size(self) -> int:
-        return datasets.split_size(self.description, self.dataset.train_split)
+        return splits.split_size(self.description, self.dataset.train_split)
 
     @property
     def total_steps(self) -> int:

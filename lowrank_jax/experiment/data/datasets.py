@@ -6,86 +6,15 @@ import io
 import shlex
 import zipfile
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from lowrank_jax.experiment.data import stored
 from lowrank_jax.experiment.data.augment import Augmentation, augment
-from lowrank_jax.text import did_you_mean
-
-Batch = dict[str, np.ndarray]
-
-
-class DataError(Exception):
-    """Data is missing or unusable; the message says what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """How images of many sizes are read.
-
-    Attributes:
-      eval_crop: for evaluation, the square in the middle of so large a fraction of the shorter side.
-      max_undecodable: so many images of a split each process may find not to decode.
-    """
-
-    eval_crop: float = 0.875
-    max_undecodable: int = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """What is known of a data set beforehand.
-
-    Attributes:
-      name: its name in TFDS.
-      image_shape: `(height, width, channels)`, as a network gets them.
-      num_classes: labels run from 0 to num_classes - 1.
-      sizes: the number of examples in each split.
-      mean, std: per channel, of pixels scaled to [0, 1]; taken over the training split.
-      prepare: what to run when it is not there; empty when it is made on first use.
-      decoding: set where images are stored encoded and in many sizes; None where all have one size and fit into memory.
-      classes: what the labels mean; a network can be evaluated on other data sets of the same.  Default: the name.
-    """
-
-    name: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    sizes: dict[str, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    prepare: str = ""
-    decoding: Decoding | None = None
-    classes: str = ""
-
-    def __post_init__(self):
-        object.__setattr__(self, "classes", self.classes or self.name)
-
-
-class Split(Protocol):
-    """Examples by index: batches of `image` uint8 `[batch, height, width, channels]` and `label` int32 `[batch]`."""
-
-    @property
-    def prefetch(self) -> int:
-        """How many batches to make ahead of time, on other threads."""
-        ...
-
-    @property
-    def undecodable(self) -> dict[int, str]:
-        """The examples that this process could not decode so far: their names by index."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def augmented(self, index: np.ndarray, bits: np.ndarray, augmentation: Augmentation) -> Batch:
-        """Examples for training, each varied by its own 64 bits, `[batch]`."""
-        ...
-
-    def plain(self, index: np.ndarray) -> Batch:
-        """Examples for evaluation, with a float32 `mask` that is 0 where there is no image."""
-        ...
+from lowrank_jax.experiment.data.base import Batch, DataError, Dataset, Decoding, Split
+from lowrank_jax.experiment.data.splits import split_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,54 +133,6 @@ def _describe_synthetic(options: SyntheticOptions) -> Dataset:
     sizes = {"train": options.train_size, "test": options.test_size}
     mean, std = (0.5,) * channels, (0.25,) * channels
     return Dataset("synthetic", (height, width, channels), options.num_classes, sizes, mean, std)
-
-
-def split_parts(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
-    """A split such as "train[:90%]" as ranges of stored splits: `(name, start, stop)`; TFDS's own slicing syntax.
-
-    Raises:
-      ValueError: no such split, or not its syntax.
-    """
-    import tensorflow_datasets as tfds
-
-    bare = [part.split("[")[0].strip() for part in split.split("+")]
-    for name in bare:
-        if name not in dataset.sizes:
-            raise ValueError(f"{dataset.name} has no split {name!r}{did_you_mean(name, dataset.sizes)}")
-    if "shard" in split:
-        raise ValueError(f"split {split!r} counts in shards; count in examples or per cent, as in {bare[0]}[:10%]")
-    try:
-        instruction: Any = tfds.core.ReadInstruction.from_spec(split)
-        parts = instruction.to_absolute({name: _SplitSize(size) for name, size in dataset.sizes.items()})
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"split {split!r} is not understood: {error}") from None
-    ranges = [
-        (part.splitname, part.from_ or 0, dataset.sizes[part.splitname] if part.to is None else part.to) for part in parts
-    ]
-    if any(start >= stop for _, start, stop in ranges):
-        raise ValueError(f"split {split!r} is empty, or a part of it: give a slice whose end comes after its beginning")
-    return ranges
-
-
-@dataclasses.dataclass(frozen=True)
-class _SplitSize:
-    """The one attribute of TFDS's split info that slicing asks for."""
-
-    num_examples: int
-
-
-def split_size(dataset: Dataset, split: str) -> int:
-    """How many examples a split has, slices included."""
-    return sum(stop - start for _, start, stop in split_parts(dataset, split))
-
-
-def share_examples(dataset: Dataset, one: str, other: str) -> bool:
-    """Whether two splits have an example in common."""
-    return any(
-        name == other_name and max(start, other_start) < min(stop, other_stop)
-        for name, start, stop in split_parts(dataset, one)
-        for other_name, other_start, other_stop in split_parts(dataset, other)
-    )
 
 
 def load(dataset: Dataset, split: str, data_dir: str | None) -> Split:

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax.experiment.data.augment import Augmentation, random_bits
-from lowrank_jax.experiment.data.datasets import Batch, DataError, Split
+from lowrank_jax.experiment.data.augment import Augmentation
+from lowrank_jax.experiment.data.base import Batch, DataError, Split
+from lowrank_jax.experiment.data.random import random_bits
 from lowrank_jax.experiment.hosts.sharding import BATCH_AXES
 
 

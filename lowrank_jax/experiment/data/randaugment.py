@@ -12,7 +12,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from lowrank_jax.experiment.data.augment import uniforms
+from lowrank_jax.experiment.data.random import uniforms
 
 _CROPS = 64  # draws left to whatever happens before
 _GREY = (128, 128, 128)

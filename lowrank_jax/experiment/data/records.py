@@ -14,8 +14,9 @@ import numpy as np
 
 from lowrank_jax.experiment.data import augment, crops
 from lowrank_jax.experiment.data.augment import Augmentation
-from lowrank_jax.experiment.data.datasets import Batch, DataError, Dataset
+from lowrank_jax.experiment.data.base import Batch, DataError, Dataset
 from lowrank_jax.experiment.data.decode import Choose, Undecodable, decode_box
+from lowrank_jax.experiment.data.random import uniforms
 from lowrank_jax.text import first_line
 
 _CHUNK = 4  # examples that a thread takes at a time: few enough that all end at about the same time
@@ -87,7 +88,7 @@ class Records:
     def _crops(self, bits: np.ndarray, augmentation: Augmentation) -> list[Choose]:
         if augmentation.crop_area is None:
             return [self._central_crop] * len(bits)
-        draws = augment.uniforms(bits, crops.DRAWS)
+        draws = uniforms(bits, crops.DRAWS)
         return [functools.partial(crops.random_crop, area=augmentation.crop_area, draws=row) for row in draws]
 
     def _central_crop(self, height: int, width: int) -> crops.Box:

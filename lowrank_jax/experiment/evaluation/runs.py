@@ -6,97 +6,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config, MeshConfig
 from lowrank_jax.experiment.data import datasets
-from lowrank_jax.experiment.data.datasets import DataError, Split
-from lowrank_jax.experiment.data.pipeline import EvalBatches, shard_of
-from lowrank_jax.experiment.hosts.processes import OtherFailed, several
-from lowrank_jax.experiment.hosts.sharding import put_batch
-from lowrank_jax.experiment.hosts.votes import FAIL, STOP, Votes
-from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.data.base import DataError, Split
+from lowrank_jax.experiment.hosts.processes import several
+from lowrank_jax.experiment.training.build import Experiment, build
+from lowrank_jax.experiment.training.evaluate import evaluate
 from lowrank_jax.experiment.training.state import evaluated_variables
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints, Restored
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
-from lowrank_jax.planning.plans import align, count
-from lowrank_jax.text import did_you_mean
+from lowrank_jax.text import align, count, did_you_mean
 
 UNUSABLE = (configs.ConfigError, WorkdirError, DataError, CheckpointError, OSError)
 """What may be wrong with one work directory while the others can be evaluated."""
 
 _HEADER = ["split", "examples", "top1", "top5", "loss", "step", "params", "dense params"]
-
-
-class Interrupted(Exception):
-    """A stop was asked for."""
-
-
-def evaluate(
-    eval_step: Callable[..., dict[str, jax.Array]],
-    variables: dict[str, dict[str, Any]],
-    examples: Split,
-    *,
-    batch_size: int,
-    mesh: Mesh,
-    stop_requested: Callable[[], bool] = lambda: False,
-) -> dict[str, dict[str, float]]:
-    """`top1`, `top5` and `loss` over every example once, whatever the batch size.
-
-    `examples` says over how many, and `undecodable` how many images could not be read; it is left out where there are none.
-
-    Args:
-      eval_step: from `step.make_eval_step`.
-      variables: sets of `params` and `batch_stats` by name, from `state.evaluated_variables`; all in one pass over the data.
-      examples: what to evaluate on.
-      batch_size: over all devices.
-      mesh: the devices.
-      stop_requested: is asked before every batch.
-
-    Raises:
-      DataError: more images do not decode than `dataset.max_undecodable` allows.
-      Interrupted: `stop_requested` became true on the way, in this process or another.
-      OtherFailed: another process could not read its part.
-    """
-    batches, votes = EvalBatches(examples, batch_size, shard_of(mesh)), Votes(mesh, stop_requested)
-    reader, failure = iter(batches), None
-    sums: list[dict[str, dict[str, jax.Array]]] = []
-    for _ in range(len(batches)):
-        if votes.outcome == STOP:
-            raise Interrupted
-        if votes.outcome == FAIL:
-            break
-        try:
-            batch = batches.blank() if failure else next(reader)
-        except DataError as error:
-            if not votes.shared:
-                raise
-            batch, failure = batches.blank(), error  # the others count on this process until they know
-        placed = votes.cast(put_batch(batch, mesh), failed=failure is not None)
-        results = votes.count(*(eval_step(part["params"], part["batch_stats"], placed) for part in variables.values()))
-        sums.append(dict(zip(variables, results, strict=True)))
-        if len(sums) > 2:  # never far ahead of the devices
-            jax.block_until_ready(sums[-3])
-    if votes.settle() == FAIL:
-        raise failure or OtherFailed
-    parts = jax.device_get(sums)
-    return {name: _means([part[name] for part in parts], examples, votes.shared) for name in variables}
-
-
-def _means(sums: list[dict[str, Any]], examples: Split, shared: bool) -> dict[str, float]:
-    """From the sums of every batch to means over what could be read."""
-    # In float64 on the host: a float32 sum over 50,000 losses would lose digits.
-    totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
-    seen = int(totals.pop("count"))
-    skipped = len(examples) - seen
-    # Other processes know of their own undecodable images only.
-    known = len(examples.undecodable)
-    assert skipped == known or (shared and skipped > known), f"evaluated {seen} of {len(examples)} examples"
-    if not seen:
-        raise DataError("none of the images that were to be evaluated decodes")
-    means = {name: total / seen for name, total in totals.items()}
-    return {**means, "examples": seen, **({"undecodable": skipped} if skipped else {})}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +105,7 @@ class Subject:
     """
 
     folder: Workdir
-    experiment: experiments.Experiment
+    experiment: Experiment
     eval_step: Callable[..., dict[str, jax.Array]]
     split: str
     examples: Split
@@ -231,7 +157,7 @@ class Evaluator:
         max_undecodable: int | None = None,
     ):
         self._split, self._data_dir, self._dataset, self._max_undecodable = split, data_dir, dataset, max_undecodable
-        self._experiments: dict[str, experiments.Experiment] = {}
+        self._experiments: dict[str, Experiment] = {}
         self._eval_steps: dict[str, Callable[..., dict[str, jax.Array]]] = {}
         self._splits: dict[tuple[str, str, str | None], Split] = {}
 
@@ -262,13 +188,13 @@ class Evaluator:
         batch_size = -(-config.eval.batch_size // devices) * devices
         return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size)
 
-    def _experiment(self, config: Config, workdir: str) -> experiments.Experiment:
+    def _experiment(self, config: Config, workdir: str) -> Experiment:
         key = repr((config.model, config.description, config.lowrank, config.optim.ema_decay is None))
         if key not in self._experiments:
-            self._experiments[key] = experiments.build(dataclasses.replace(config, mesh=MeshConfig()), workdir)
+            self._experiments[key] = build(dataclasses.replace(config, mesh=MeshConfig()), workdir)
         return self._experiments[key]
 
-    def _eval_step(self, experiment: experiments.Experiment) -> Callable[..., dict[str, jax.Array]]:
+    def _eval_step(self, experiment: Experiment) -> Callable[..., dict[str, jax.Array]]:
         """One for all plans: jit tells them apart by the kernels, which hold their own ranks and schemes."""
         key = repr((experiment.config.model, experiment.dataset))
         if key not in self._eval_steps:

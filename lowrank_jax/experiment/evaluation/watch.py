@@ -7,8 +7,9 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lowrank_jax.experiment.evaluation.runs import UNUSABLE, Evaluator, Interrupted, Rows, Subject, complaint
-from lowrank_jax.experiment.training.loop import StopSignal
+from lowrank_jax.experiment.evaluation.runs import UNUSABLE, Evaluator, Rows, Subject, complaint
+from lowrank_jax.experiment.training.evaluate import Interrupted
+from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.experiment.workdir.writer import Writer

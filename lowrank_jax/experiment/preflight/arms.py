@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -14,11 +15,11 @@ from typing import Any
 
 import jax
 
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config, LowRankConfig
-from lowrank_jax.experiment.preflight import compiler as preflight
+from lowrank_jax.experiment.preflight import collectives, compiler
 from lowrank_jax.experiment.preflight.compiler import EVALUATE, INITIALISE, TRAIN, Cost, PreflightError, Program
-from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.planning.chips import Chip
 
 
@@ -157,8 +158,8 @@ class Compiler:
 
     Attributes:
       topology: such as "v5e:4x4".
-      devices, chip: what `preflight.topology` and `chips.of_device` say.
-      effort: a key of `preflight.EFFORTS`.
+      devices, chip: what `compiler.topology` and `chips.of_device` say.
+      effort: a key of `compiler.EFFORTS`.
       cache: of the answers.
       say: is told of progress.
     """
@@ -180,14 +181,14 @@ class Compiler:
         Raises:
           PreflightError, ConfigError: one does not compile, for another reason than memory; the parts do not fit together.
         """
-        built = [experiments.build(wanted.config, wanted.name, self.devices) for wanted, _ in arms]
+        built = [build(wanted.config, wanted.name, self.devices) for wanted, _ in arms]
         pool = ThreadPoolExecutor(_cores())
-        with preflight.compiling(self.effort):
+        with compiler.compiling(self.effort):
             started: list[dict[str, Future[Program]]] = [{} for _ in arms]
             try:
                 for name in (TRAIN, INITIALISE, EVALUATE):  # the longest first
                     for futures, (wanted, _), experiment in zip(started, arms, built, strict=True):
-                        lower = preflight.programs(experiment)[name]
+                        lower = compiler.programs(experiment)[name]
                         futures[name] = pool.submit(self.program, f"{wanted.name}: {name}", lower)
                 return [
                     _arm(wanted, asked, experiment, {name: futures[name].result() for name in (TRAIN, EVALUATE, INITIALISE)})
@@ -210,7 +211,7 @@ class Compiler:
             return program
         self.say(f"{label}: compiling")
         try:
-            program = preflight.compile_program(lowered, self.chip, self.effort)
+            program = compiler.compile_program(lowered, self.chip, self.effort)
         except PreflightError as error:
             raise PreflightError(f"{label}: {error}") from None
         try:
@@ -224,7 +225,7 @@ class Compiler:
         """Of everything that the answer depends on.  The program itself, rather than the config that it was made from: it
         knows of every setting, of the code and of the libraries, and making it takes seconds where compiling takes minutes."""
         flags = {name: os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-        parts = [lowered.as_text(), self.topology, repr(self.chip), self.effort, preflight.versions(), flags, _own_code()]
+        parts = [lowered.as_text(), self.topology, repr(self.chip), self.effort, compiler.versions(), flags, _own_code()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -234,7 +235,7 @@ def _cores() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), memory // 2**31))
 
 
-def _arm(wanted: Wanted, asked: bool, experiment: experiments.Experiment, programs: dict[str, Program]) -> Arm:
+def _arm(wanted: Wanted, asked: bool, experiment: Experiment, programs: dict[str, Program]) -> Arm:
     parts = wanted.config.optim.accumulate
     plan, state = experiment.plan, device_bytes(experiment.shapes)
     merged = sum(kernel.execution == "merged" for kernel in plan.factored)
@@ -272,8 +273,7 @@ def in_parts(program: Program, parts: int) -> Program:
 @functools.cache
 def _own_code() -> str:
     """A digest of the modules that read the compiler's answers."""
-    here = pathlib.Path(__file__).parent
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in ("preflight.py", "collectives.py"))).hexdigest()
+    return hashlib.sha256("".join(map(inspect.getsource, (compiler, collectives))).encode()).hexdigest()
 
 
 def device_bytes(shapes: Any) -> int:

@@ -6,13 +6,12 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lowrank_jax.experiment.config.parse import ConfigError
-from lowrank_jax.experiment.preflight import compiler as preflight
-from lowrank_jax.experiment.preflight import slices
+from lowrank_jax.experiment.config.files import ConfigError
+from lowrank_jax.experiment.preflight import compiler, slices
 from lowrank_jax.experiment.preflight.arms import Arm, Cache, Compiler, Wanted, check, grouped
 from lowrank_jax.experiment.preflight.compiler import Cost
 from lowrank_jax.planning.chips import Chip, of_device
-from lowrank_jax.planning.plans import align, count
+from lowrank_jax.text import align, count
 
 Rows = list[list[str]]
 
@@ -42,7 +41,7 @@ class Report:
     @property
     def usable(self) -> int:
         """Bytes of a device's memory that a program can have."""
-        return preflight.usable_bytes(self.topology)
+        return compiler.usable_bytes(self.topology)
 
     @property
     def fits(self) -> bool:
@@ -129,7 +128,7 @@ class Report:
             f"{self.chip.flops / self.chip.bandwidth:.0f} FLOPs a byte; products and memory are taken to overlap, and "
             "exchanges between devices to take no time. It is a lower bound, and the images/s, of all devices, an upper one.",
             f"Collectives: bytes of the arrays that are summed or gathered. Compiled at effort {self.effort} by libtpu "
-            f"{preflight.versions()['libtpu']}.",
+            f"{compiler.versions()['libtpu']}.",
         ]
         if any(arm.parts > 1 for arm in self.arms):
             lines.append(
@@ -157,7 +156,7 @@ class Report:
             "devices": self.devices,
             "chip": dataclasses.asdict(self.chip),
             "effort": self.effort,
-            "versions": preflight.versions(),
+            "versions": compiler.versions(),
             "fits": self.fits,
             "arms": arms,
         }
@@ -201,13 +200,13 @@ def run(wanted: list[Wanted], topology: str, *, source: str, effort: str, cache:
     Raises:
       PreflightError, ConfigError: it cannot be done; the message says why.
     """
-    devices = preflight.topology(topology)
+    devices = compiler.topology(topology)
     chip = of_device(devices[0])
     assert chip is not None, f"{slices.parse(topology).generation} is not in the table of chips"
     judged = _judged(wanted, source, len(devices))
-    compiler = Compiler(topology, devices, chip, effort, cache, say)
+    compile = Compiler(topology, devices, chip, effort, cache, say)
     groups = [[(group.dense, group.wanted), *((arm, True) for arm in group.others)] for group in grouped(judged)]
-    arms = iter(compiler.estimates(list(itertools.chain(*groups))))
+    arms = iter(compile.estimates(list(itertools.chain(*groups))))
     return Report(topology, chip, len(devices), effort, tuple(tuple(itertools.islice(arms, len(group))) for group in groups))
 
 

@@ -1,1 +1,1 @@
-"""Reports: what finished runs say, on one page."""
+"""Reports: what finished runs say, and what initialisations do before training, on one page."""

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.pipeline import TrainBatches
+from lowrank_jax.experiment.data.splits import split_size
 from lowrank_jax.experiment.training import state
 from lowrank_jax.experiment.training.build import blank_images
 from lowrank_jax.experiment.training.mixing import normalizer
@@ -25,11 +26,11 @@ from lowrank_jax.experiment.workdir.writer import duration
 from lowrank_jax.linen import inputs
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning import factorize as surgery
-from lowrank_jax.planning.plans import Plan, markdown_table
+from lowrank_jax.planning.plans import Plan
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection import matrix as projection
 from lowrank_jax.projection.methods import METHODS
-from lowrank_jax.text import did_you_mean
+from lowrank_jax.text import did_you_mean, markdown_table
 
 SCALES = (0.05, 0.1, 0.25)
 COMPARED = (
@@ -95,7 +96,7 @@ class Settings:
         if self.batch_size < 2:
             found.append(f"--batch-size: {self.batch_size}; must be at least 2, for logits to differ")
         if self.images == "data":
-            there = datasets.split_size(config.description, config.dataset.train_split)
+            there = split_size(config.description, config.dataset.train_split)
             needed = self.batch_size * (1 + config.lowrank.moment_batches)
             if needed > there:
                 found.append(f"--batch-size: {self.batch_size}; needs {needed} images in all, the training split has {there}")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank_jax.experiment.report.arms import Arm, text
-from lowrank_jax.planning.plans import count
+from lowrank_jax.text import count
 
 # Okabe and Ito's colours, which most colour-blind readers can tell apart; the marker tells the lines apart again.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#555555")

@@ -17,8 +17,7 @@ from lowrank_jax.experiment.report import figures
 from lowrank_jax.experiment.report.arms import Arm, Interval, short, text
 from lowrank_jax.experiment.report.runs import Found, Run, find
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
-from lowrank_jax.planning.plans import align, count, markdown_table
-from lowrank_jax.text import did_you_mean
+from lowrank_jax.text import align, count, did_you_mean, markdown_table
 
 Table = list[list[str]]
 

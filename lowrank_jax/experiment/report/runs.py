@@ -10,7 +10,8 @@ from typing import Any
 from etils import epath
 
 from lowrank_jax.experiment.sweep.trials import meaningless_when_dense, read_record
-from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError, config_digest, differing_keys, flatten
+from lowrank_jax.experiment.workdir.identity import config_digest, differing_keys, flatten
+from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
 _DEPTH = 3  # how far below a given folder work directories are looked for
 

@@ -183,14 +183,14 @@ def _start_server() -> None:
 
 def _train(arguments: list[str], log: str) -> None:
     """In the child: `lowrank` with these arguments, its output in a file."""
-    from lowrank_jax.experiment.cli import commands as cli
+    from lowrank_jax.experiment.cli import commands
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(file, stream.fileno())
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    cli.main(arguments)
+    commands.main(arguments)
 
 
 def _end_with_the_parent() -> None:

@@ -27,10 +27,12 @@ from typing import Any
 
 import jax
 
-from lowrank_jax.experiment.config import parse as configs
-from lowrank_jax.experiment.data.datasets import DataError
+from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.data.base import DataError
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial, known_outcome
-from lowrank_jax.experiment.training.loop import Diverged, StopSignal, score, train
+from lowrank_jax.experiment.training.loop import score, train
+from lowrank_jax.experiment.training.stop import StopSignal
+from lowrank_jax.experiment.training.window import Diverged
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 

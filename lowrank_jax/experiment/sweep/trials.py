@@ -10,12 +10,12 @@ from typing import Any, Literal
 from etils import epath
 from ml_collections import ConfigDict
 
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.sweep import grammar
-from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError, flatten
-from lowrank_jax.planning.plans import align, count
-from lowrank_jax.text import did_you_mean
+from lowrank_jax.experiment.workdir.identity import flatten
+from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
+from lowrank_jax.text import align, count, did_you_mean
 
 # Settings that mean nothing where no kernel is factored: a dense arm appears once, whatever they are.
 _OF_FACTORS = ("lowrank.", "optim.frobenius_decay", "optim.nuclear_decay")

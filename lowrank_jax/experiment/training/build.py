@@ -14,9 +14,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from lowrank_jax.experiment import optim
-from lowrank_jax.experiment.config.parse import ConfigError, make_plan
+from lowrank_jax.experiment.config.files import ConfigError
+from lowrank_jax.experiment.config.plan import make_plan
 from lowrank_jax.experiment.config.schema import Config
-from lowrank_jax.experiment.data.datasets import Dataset
+from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.experiment.hosts import votes
 from lowrank_jax.experiment.hosts.sharding import (
     absent_mesh,

@@ -1,41 +1,37 @@
 """The training loop, top to bottom as a run happens."""
 
-import collections
-import contextlib
 import dataclasses
 import json
 import platform
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import jax
 import numpy as np
 
-from lowrank_jax.experiment.config.parse import Config, to_dict
+from lowrank_jax.experiment.config.files import to_dict
+from lowrank_jax.experiment.config.parse import Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.pipeline import Feed, TrainBatches, shard_of
-from lowrank_jax.experiment.evaluation.runs import Interrupted, evaluate
 from lowrank_jax.experiment.hosts.processes import OtherFailed, gather
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
-from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.training.build import Experiment, build
+from lowrank_jax.experiment.training.evaluate import Interrupted, evaluate
 from lowrank_jax.experiment.training.overview import describe
 from lowrank_jax.experiment.training.profiler import Tracer
 from lowrank_jax.experiment.training.state import TrainState
+from lowrank_jax.experiment.training.stop import StopSignal
+from lowrank_jax.experiment.training.window import Diverged, Window
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
-from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError, config_digest, flatten
+from lowrank_jax.experiment.workdir.identity import config_digest, flatten
+from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.experiment.workdir.writer import Writer, duration, progress_line
-from lowrank_jax.planning.plans import count
+from lowrank_jax.text import count
 
 OnEvaluation = Callable[[int, dict[str, dict[str, float]]], None]
-
-
-class Diverged(Exception):
-    """The loss or the gradient is not finite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,82 +49,6 @@ class Run:
     train: dict[int, dict[str, float]]
     evals: dict[int, dict[str, float]]
     interrupted: bool
-
-
-class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours between steps; a second Ctrl-C ends without saving."""
-
-    def __init__(self):
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-class Window:
-    """The metrics of the steps since the last log, left on the devices until they are asked for."""
-
-    def __init__(self, batch_size: int, step: int, rows: list[dict[str, float]]):
-        self._batch_size = batch_size
-        self._metrics: list[dict[str, Any]] = list(rows)  # of an earlier process, when resuming within a window
-        self._in_flight: collections.deque[jax.Array] = collections.deque()
-        self._first = step - len(rows) + 1
-        self._timed = 0
-        self._begin = time.perf_counter()
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Notes a step.  Waits for the last but one, so that the devices always have work and their queue stays short."""
-        self._first = self._first if self._metrics else step
-        self._metrics.append(metrics)
-        self._timed += 1
-        self._in_flight.append(metrics["loss"])
-        if len(self._in_flight) > 2:
-            self._in_flight.popleft().block_until_ready()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside does not count as training time."""
-        begin = time.perf_counter()
-        yield
-        self._begin += time.perf_counter() - begin
-
-    def check(self, last_good: int | None) -> list[dict[str, float]]:
-        """The metrics of each step.
-
-        Raises:
-          Diverged: one of them is not finite.
-        """
-        rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(self._metrics)]
-        for i, row in enumerate(rows):
-            loss, norm, lr = row["loss"], row["grad_norm"], row["lr"]
-            if not np.isfinite([loss, norm]).all():
-                before = f"Last good checkpoint: {last_good}." if last_good is not None else "There is no checkpoint yet."
-                culprit = f"gradient norm is {norm:g}" if np.isfinite(loss) else f"loss is {loss:g}"
-                raise Diverged(
-                    f"{culprit} at step {self._first + i} (learning rate {lr:.3g}, loss {loss:.3g}, gradient norm {norm:.3g})."
-                    f" {before} Lower optim.lr or set optim.clip_norm."
-                )
-        return rows
-
-    def summary(self, last_good: int | None) -> dict[str, float]:
-        """Means over the window, which starts anew."""
-        rows = self.check(last_good)
-        scalars = {f"train/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
-        scalars["train/images_per_second"] = self._batch_size * self._timed / (time.perf_counter() - self._begin)
-        self._metrics, self._timed, self._begin = [], 0, time.perf_counter()
-        return scalars
 
 
 def train(
@@ -155,7 +75,7 @@ def train(
       Diverged: it cannot go on.
       OtherFailed: another process of the run cannot.
     """
-    experiment = experiments.build(config, source)
+    experiment = build(config, source)
     data = {
         kind: datasets.load(experiment.dataset, split, config.dataset.data_dir)
         for kind in ("train", "eval", "valid")
@@ -186,7 +106,7 @@ class _Loop:
 
     def __init__(
         self,
-        experiment: experiments.Experiment,
+        experiment: Experiment,
         data: dict[str, datasets.Split],
         folder: Workdir,
         writer: Writer,
@@ -423,7 +343,7 @@ def score(evaluated: dict[str, dict[str, float]]) -> float:
     return evaluated.get("valid", evaluated["eval"])["top1"]
 
 
-def _headline(experiment: experiments.Experiment) -> str:
+def _headline(experiment: Experiment) -> str:
     config, plan = experiment.config, experiment.plan
     return (
         f"{config.model.name} on {config.dataset.name}: {len(plan.factored)} of {len(plan.kernels)} kernels factored by"

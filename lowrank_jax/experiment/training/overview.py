@@ -7,9 +7,9 @@ import jax
 
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.hosts.sharding import bytes_per_device
-from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.planning.plans import align, count
+from lowrank_jax.text import align, count
 
 
 def overview(config: Config, devices: int, source: str = "config") -> str:
@@ -18,10 +18,10 @@ def overview(config: Config, devices: int, source: str = "config") -> str:
     Raises:
       ConfigError: the parts of the config do not fit together.
     """
-    return describe(experiments.build(config, source, devices))
+    return describe(build(config, source, devices))
 
 
-def describe(experiment: experiments.Experiment) -> str:
+def describe(experiment: Experiment) -> str:
     """See `overview`.  Arrays are shown one by one where the mesh cuts any."""
     sizes, state = dict(experiment.mesh.shape), experiment.shapes
     parts = [str(experiment.plan)]

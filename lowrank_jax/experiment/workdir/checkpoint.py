@@ -6,15 +6,9 @@ step stores a digest of each array, restoring compares them, and a damaged step 
 
 import contextlib
 import dataclasses
-import gc
 import importlib
 import json
-import logging
-import re
-import sys
-import threading
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,16 +20,11 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from lowrank_jax.experiment.hosts.processes import gather, several
 from lowrank_jax.experiment.workdir.digest import digests
+from lowrank_jax.experiment.workdir.orbax_quiet import alone, barrier, hush_saves, quiet_failure, together
 from lowrank_jax.text import first_line
 
 _SCORES = "scores.json"
 _GONE = "gone"
-# What orbax's threads log of a save that fails, with a traceback each, and Python of what they leave.
-_TOLD_ANYWAY = re.compile(
-    r"Failed to write metadata|Failed to json parse Metadata file: \S+\.orbax-checkpoint-tmp"
-    r"|_SignalingThread\.run\(\) raised|Handler Commit operations|Save Finalize thread"
-    r"|(?s:exception was never retrieved.*orbax)"
-)
 _STRAGGLERS = 0.1  # seconds for the reads beside one that failed to end, while nobody listens to their complaints
 _OPENINGS = 5  # attempts to list the steps of a run that may be deleting some
 
@@ -98,11 +87,11 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
             create=False,  # orbax refuses to, where barriers are the coordinator's
-            multiprocessing_options=_together(),
-            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()) if several() else None,
+            multiprocessing_options=together(),
+            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier()) if several() else None,
         )
-        _hush_saves()
-        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone())
+        hush_saves()
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone())
         self._manager = self._open()
         self._scores = self._read_scores()
 
@@ -150,7 +139,7 @@ class Checkpoints:
             return {step: info["score"] for step, info in records.items() if info and info.get("score") is not None}
 
     def _read_record(self, step: int) -> dict[str, Any] | None:
-        with _quiet_failure():
+        with quiet_failure():
             try:
                 return _unseal(self._read_items(step, info=ocp.args.JsonRestore()).info)
             except Exception:  # restoring the step will say what is wrong with it
@@ -247,7 +236,7 @@ class Checkpoints:
         return result
 
     def _try(self, step: int, target: Any) -> Restored | str:
-        with _quiet_failure():
+        with quiet_failure():
             try:
                 return self._read(step, target)
             except (PermissionError, MemoryError):  # the step may well be good
@@ -290,71 +279,6 @@ def _absolute(path: epath.Path) -> epath.Path:
         except ImportError:
             raise CheckpointError(f"{path}: checkpoints there need pip install 'lowrank_jax[gcs]'") from None
     return path
-
-
-def _together() -> ocp.options.MultiprocessingOptions:
-    """Barriers of the coordinator's instead of computations on the devices, which other threads' would get in the way of."""
-    everyone = set(range(jax.process_count())) if several() else None
-    return ocp.options.MultiprocessingOptions(active_processes=everyone)
-
-
-def _barrier() -> Callable[..., None]:
-    """Orbax's own, but for a save that fails in this process, which orbax would hide while it waits for the others."""
-    wait, caller = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count()))), threading.current_thread()
-
-    def sync(*, key: str, timeout_ms: int) -> None:
-        failure = sys.exc_info()[1]  # what orbax's thread is about to end with; the caller may be handling one of its own
-        if failure and threading.current_thread() is not caller:
-            raise failure
-        wait(key=key, timeout_ms=timeout_ms)
-
-    return sync
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """No barriers: nobody waits for a process whose part is damaged."""
-    own = jax.process_index()
-    return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"read{own}")
-
-
-@contextlib.contextmanager
-def _quiet_failure() -> Iterator[None]:
-    """When a read fails, orbax leaves its other reads unfinished, and Python complains of each as it is collected."""
-    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    level = log.level
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-        log.setLevel(logging.CRITICAL)
-        sys.unraisablehook = lambda unraisable: None
-        try:
-            yield
-            gc.collect()
-        finally:
-            sys.unraisablehook = hook
-            log.setLevel(level)
-
-
-def _hush_saves() -> None:
-    """Leaves a save that fails to the CheckpointError; its threads would complain too, at any time until they end."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_news)
-    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
-        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or not _TOLD_ANYWAY.search(record.getMessage())
-
-
-@dataclasses.dataclass(frozen=True)
-class _WithoutClosedLoops:
-    """A hook that keeps quiet of writes beside one that failed, which end after the loop that waited for them."""
-
-    otherwise: Callable[[Any], object]
-
-    def __call__(self, unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            self.otherwise(unraisable)
 
 
 def _reason(error: Exception) -> str:

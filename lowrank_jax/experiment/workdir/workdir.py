@@ -2,8 +2,6 @@
 
 import contextlib
 import fcntl
-import functools
-import hashlib
 import json
 import re
 import time
@@ -13,17 +11,8 @@ from typing import Any
 from etils import epath
 from upath import UPath
 
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment.workdir.identity import defaults, differences, flatten
 from lowrank_jax.text import first_line
-
-# What may change between two starts of one experiment: where things are, what is written and how often, how many devices, how
-# layers run on them, what decomposes their kernels, and how many images may be passed over, which no figure depends on as long
-# as it is enough.
-_FREE = (
-    "dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "init.", "log.", "profile.",
-    "lowrank.execution", "mesh.",
-)  # fmt: skip
-
 
 # Without these a config.json is something else's.
 _NEEDED = {"seed", "dataset.name", "model.name", "lowrank.method"}
@@ -105,10 +94,10 @@ class Workdir:
             raise WorkdirError(f"{self.path} is a file; --workdir must name a folder")
         stored = self.path / "config.json"
         if stored.exists():
-            differences = _differences(self.read_config(), config)
-            if differences:
+            differing = differences(self.read_config(), config)
+            if differing:
                 raise WorkdirError(
-                    f"{self.path} belongs to another experiment: {'; '.join(differences)}."
+                    f"{self.path} belongs to another experiment: {'; '.join(differing)}."
                     " Use a new --workdir, or the old values."
                 )
 
@@ -129,11 +118,11 @@ class Workdir:
         config = self.read_json("config.json")
         if config is None:
             raise WorkdirError(f"{self.path} is not a work directory: it has no config.json")
-        defaults = _defaults()
-        sections = {key: value for key, value in defaults.items() if isinstance(value, dict)}
+        usual = defaults()
+        sections = {key: value for key, value in usual.items() if isinstance(value, dict)}
         if not all(isinstance(config.get(key, {}), dict) for key in sections) or not flatten(config).keys() >= _NEEDED:
             raise WorkdirError(f"{self.path}/config.json is not an experiment's")
-        return {**defaults, **config, **{key: {**value, **config.get(key, {})} for key, value in sections.items()}}
+        return {**usual, **config, **{key: {**value, **config.get(key, {})} for key, value in sections.items()}}
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The object in a file; None if there is no such file.
@@ -219,39 +208,3 @@ def _try_lock(file: Any) -> bool:
     except OSError:  # a file system without locks
         pass
     return True
-
-
-@functools.cache
-def _defaults() -> dict[str, Any]:
-    """Every setting's default, as JSON has it."""
-    return json.loads(json.dumps(configs.to_dict(configs.Config())))
-
-
-def config_digest(config: dict[str, Any]) -> str:
-    """A short name for an experiment: equal for configs that may share a work directory."""
-    flat, defaults = flatten(json.loads(json.dumps(config))), flatten(_defaults())
-    # What is at its default is left out, so that the name stays the same when settings are added.
-    chosen = {key: value for key, value in flat.items() if key not in defaults or value != defaults[key]}
-    text = json.dumps({key: value for key, value in sorted(chosen.items()) if not key.startswith(_FREE)})
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    old, new = flatten(old), flatten(json.loads(json.dumps(new)))
-    return [f"{key} is {old.get(key, 'not set')} there, {new.get(key, 'not set')} here" for key in differing_keys([old, new])]
-
-
-def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The keys in which experiments differ, other than where things are and how often they are written."""
-    keys = dict.fromkeys(key for values in settings for key in values)
-    return sorted(
-        key for key in keys if not key.startswith(_FREE) and any(v.get(key) != settings[0].get(key) for v in settings)
-    )
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config's values by dotted key."""
-    flat = {}
-    for key, value in tree.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from lowrank_jax.experiment.config import parse as configs
-from lowrank_jax.experiment.config.parse import Config, ConfigError, Duration, default, legal_keys, override, parse, to_dict
-from lowrank_jax.experiment.config.schema import LowRankConfig
+from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.config import Config, parse
+from lowrank_jax.experiment.config.files import ConfigError, default, legal_keys, override, to_dict
+from lowrank_jax.experiment.config.schema import Duration, LowRankConfig
 from lowrank_jax.planning.rules import Rule
 
 

@@ -9,12 +9,12 @@ import os
 
 import pytest
 
-from lowrank_jax.experiment.config import parse as configs
-from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.training.build import build
 from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.models.efficientnet import VARIANTS
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.planning.plans import align
+from lowrank_jax.text import align
 from tests.running import ROOT
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -36,7 +36,7 @@ def test_golden_file(name):
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.model": 2}
     for key, value in mesh.items():
         configs.override(loaded, key, str(value))
-    shapes = experiments.build(configs.parse(loaded, devices=8)).shapes
+    shapes = build(configs.parse(loaded, devices=8)).shapes
     shards = [["parameter", "shape", f"sharding at {mesh}".replace("'", "")]]
     shards += [[leaf, str(value.shape), str(value.sharding.spec)] for leaf, value in named_leaves(shapes.params).items()]
     parts = [json.dumps(configs.to_dict(config), indent=2), str(configs.make_plan(config)), align(shards)]

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from lowrank_jax.experiment.data import datasets
-from lowrank_jax.experiment.data.datasets import DataError, SyntheticOptions, describe, load, split_parts, split_size
+from lowrank_jax.experiment.data.base import DataError
+from lowrank_jax.experiment.data.datasets import SyntheticOptions, describe, load
+from lowrank_jax.experiment.data.splits import split_parts, split_size
 
 
 def test_digits_come_whole_through_the_real_builder():

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from lowrank_jax.experiment.data import decode
-from lowrank_jax.experiment.data.augment import random_bits, uniforms
 from lowrank_jax.experiment.data.crops import ASPECTS, DRAWS, Box, central_crop, random_crop
 from lowrank_jax.experiment.data.decode import Undecodable, decode_box, resample
+from lowrank_jax.experiment.data.random import random_bits, uniforms
 from tests.imagenet_files import jpeg, natural_images
 
 

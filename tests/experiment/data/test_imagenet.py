@@ -6,12 +6,12 @@ import signal
 
 import flax.linen as nn
 import pytest
-from tests.test_train import wait_for
 
-from lowrank_jax.experiment.cli import commands as cli
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.cli import commands
 from lowrank_jax.experiment.data import datasets
 from tests import running
+from tests.experiment.training.test_loop import wait_for
 from tests.imagenet_files import names, prepare_small_v2
 
 SEED = 0  # of which the flawed image comes up in training, but not in its first batches
@@ -76,7 +76,7 @@ def test_they_are_evaluated_on_another_data_set_of_the_same_classes(trained, sma
     monkeypatch.setitem(datasets._TFDS, "imagenet_v2", dataclasses.replace(described, sizes={"test": 4}))
     arguments = ["evaluate", f"--workdir={folder / 'whole'}", "--dataset=imagenet_v2", f"--data-dir={tmp_path / 'data'}"]
     with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
+        commands.main(arguments)
     output = capsys.readouterr()
     assert ended.value.code == 0, output.err
     assert output.out.splitlines()[-1].split()[:2] == ["imagenet_v2/test", "4"]
@@ -98,7 +98,7 @@ def test_they_are_evaluated_on_another_data_set_of_the_same_classes(trained, sma
 def test_what_does_not_fit_the_run_is_refused(trained, arguments, message, capsys):
     folder, _ = trained
     with pytest.raises(SystemExit) as ended:
-        cli.main(["evaluate", f"--workdir={folder / 'whole'}", *arguments])
+        commands.main(["evaluate", f"--workdir={folder / 'whole'}", *arguments])
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
@@ -146,14 +146,14 @@ def test_an_evaluation_may_have_a_limit_of_its_own(trained, capsys):
     folder, _ = trained
     arguments = ["evaluate", f"--workdir={folder / 'whole'}"]
     with pytest.raises(SystemExit) as ended:
-        cli.main([*arguments, "--max-undecodable=0"])
+        commands.main([*arguments, "--max-undecodable=0"])
     assert ended.value.code == 2
     assert "(lowrank evaluate: --max-undecodable) to go on without them" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
-        cli.main([*arguments, "--max-undecodable=1"])
+        commands.main([*arguments, "--max-undecodable=1"])
     assert ended.value.code == 0
     with pytest.raises(SystemExit) as ended:
-        cli.main([*arguments, "--max-undecodable=-1"])
+        commands.main([*arguments, "--max-undecodable=-1"])
     assert ended.value.code == 2 and "must be a whole number" in capsys.readouterr().err
 
 

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from lowrank_jax.experiment.data import randaugment as ra
-from lowrank_jax.experiment.data.augment import Augmentation, augment, random_bits
+from lowrank_jax.experiment.data.augment import Augmentation, augment
+from lowrank_jax.experiment.data.random import random_bits
 from tests.imagenet_files import natural_images
 
 STRENGTHS = (-1.0, -0.4, 0.3, 0.9)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.augment import Augmentation
-from lowrank_jax.experiment.data.datasets import DataError, Decoding, describe, load
+from lowrank_jax.experiment.data.base import DataError, Decoding
+from lowrank_jax.experiment.data.datasets import describe, load
 from lowrank_jax.experiment.data.pipeline import EvalBatches, Feed, Shard, TrainBatches
 from lowrank_jax.experiment.data.prepare import prepare
 from tests.imagenet_files import WORDNET_IDS, jpeg, names, natural_images, write_archives

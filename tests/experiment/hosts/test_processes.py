@@ -9,12 +9,12 @@ import sys
 
 import numpy as np
 import pytest
-from tests.test_imagenet import settings as imagenet
-from tests.test_train import final_state, wait_for
 
 from lowrank_jax.experiment.hosts.processes import Cluster, ClusterError, gather, several, start
 from lowrank_jax.experiment.training.loop import train
 from tests import running
+from tests.experiment.data.test_imagenet import settings as imagenet
+from tests.experiment.training.test_loop import final_state, wait_for
 from tests.imagenet_files import names
 
 SUPERVISE = running.ROOT / "scripts" / "supervise.sh"
@@ -198,5 +198,6 @@ def test_one_process_is_alone_whatever_its_environment_says(monkeypatch):
 
 
 def test_a_process_ends_with_its_status_though_nobody_listens():
-    code = "import os; from lowrank_jax.experiment.hosts.processes import _exit; r, w = os.pipe(); os.close(r); os.dup2(w, 2); _exit(4, 'why')"
+    code = "import os; from lowrank_jax.experiment.hosts.processes import _exit\n"
+    code += "r, w = os.pipe(); os.close(r); os.dup2(w, 2); _exit(4, 'why')"
     assert running.run([sys.executable, "-c", code]).returncode == 4

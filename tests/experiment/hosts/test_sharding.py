@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lowrank_jax.experiment.config.parse import ConfigError
+from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.hosts.sharding import (
     absent_mesh,
     batch_sharding,
@@ -18,7 +18,7 @@ from lowrank_jax.experiment.hosts.sharding import (
     state_shardings,
 )
 from lowrank_jax.experiment.preflight.collectives import collectives
-from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.training.build import build as build_experiment
 from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.kernel import LowRankKernel
@@ -179,11 +179,11 @@ RULES = {
 def build(net, mesh, **changes):
     """On eight devices."""
     axes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__model"), mesh, strict=True))
-    return experiments.build(running.config(**{**NETS[net], **axes, **changes}))
+    return build_experiment(running.config(**{**NETS[net], **axes, **changes}))
 
 
 def alone(net):
-    return experiments.build(running.config(**NETS[net]), devices=jax.devices()[:1])
+    return build_experiment(running.config(**NETS[net]), devices=jax.devices()[:1])
 
 
 def lay_out(arrays, experiment):

@@ -4,12 +4,12 @@ import importlib.util
 import jax
 import pytest
 
-from lowrank_jax.experiment.config.parse import ConfigError
-from lowrank_jax.experiment.preflight import arms as estimates
+from lowrank_jax.experiment.config.files import ConfigError
+from lowrank_jax.experiment.preflight import arms
 from lowrank_jax.experiment.preflight.arms import Arm, Cache, Compiler, Wanted, grouped, in_parts
 from lowrank_jax.experiment.preflight.compiler import Cost, Program, compile_program, programs, topology
 from lowrank_jax.experiment.preflight.report import Report, run
-from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.training.build import build
 from lowrank_jax.planning.chips import CHIPS
 from tests import running
 
@@ -47,7 +47,7 @@ def test_a_batch_in_parts_takes_as_many_products_as_a_whole_one():
     """The compiler counts the body of a loop once, whose length TPUs do not state."""
     devices, costs = topology("v5e:2x4"), []
     for parts in (1, 4):
-        experiment = experiments.build(running.config(**SMALL, batch_size=1024, optim__accumulate=parts), devices=devices)
+        experiment = build(running.config(**SMALL, batch_size=1024, optim__accumulate=parts), devices=devices)
         costs.append(in_parts(compile_program(experiment.lower_train_step(), V5E), parts).cost)
     assert costs[1].flops == pytest.approx(costs[0].flops, rel=0.1)
     assert costs[1].collectives["all-reduce"] > 3 * 4 * experiment.plan.params  # gradients are exchanged after each part
@@ -66,7 +66,7 @@ def test_a_batch_in_parts_takes_as_many_products_as_a_whole_one():
 def test_a_program_is_told_from_another(tmp_path, changes, others):
     compiler = compiler_of(tmp_path)
     mine, its = (
-        {name: compiler.key(lower()) for name, lower in programs(experiments.build(running.config(**SMALL, **given))).items()}
+        {name: compiler.key(lower()) for name, lower in programs(build(running.config(**SMALL, **given))).items()}
         for given in ({}, changes)
     )
     assert {name for name in mine if mine[name] != its[name]} == others
@@ -95,8 +95,7 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(tmp_path):
 
 def test_state_is_counted_as_it_lies_on_one_device():
     whole, parts = (
-        estimates.device_bytes(experiments.build(running.config(**SMALL, **mesh)).shapes)
-        for mesh in ({}, {"mesh__data": 2, "mesh__fsdp": 4})
+        arms.device_bytes(build(running.config(**SMALL, **mesh)).shapes) for mesh in ({}, {"mesh__data": 2, "mesh__fsdp": 4})
     )
     assert whole / 4 < parts < whole / 2  # the number of classes is not a multiple of four
 

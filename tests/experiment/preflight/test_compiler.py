@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from lowrank_jax.experiment.preflight.compiler import PreflightError, believable_seconds, compile_program, programs, topology
-from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.training.build import build
 from lowrank_jax.planning.chips import CHIPS
 from tests import running
 
@@ -17,7 +17,7 @@ V5E = CHIPS["v5e"]
 
 
 def test_the_programs_of_a_run_are_estimated():
-    experiment = experiments.build(running.config(lowrank__method="none", model__kwargs={"widths": (32,)}))
+    experiment = build(running.config(lowrank__method="none", model__kwargs={"widths": (32,)}))
     compiled = {name: compile_program(lower(), V5E) for name, lower in programs(experiment).items()}
     assert list(compiled) == ["training step", "evaluation", "initialiser"]
     step, evaluation = compiled["training step"], compiled["evaluation"]
@@ -91,7 +91,7 @@ def test_a_time_that_cannot_be_is_not_believed(estimate, untimed, seconds, doubt
 @pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
 def test_what_the_compiler_charges_for_operations_without_a_time_is_known():
     """At full effort this step has two such operations; without them its time is near that of least effort."""
-    experiment = experiments.build(
+    experiment = build(
         running.config(lowrank__method="none", batch_size=2048, model__kwargs={"widths": (512, 512)}),
         devices=topology("v5e:2x4"),
     )

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lr
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.data import datasets
-from lowrank_jax.experiment.report import before_training as init_report
+from lowrank_jax.experiment.report import before_training
 from lowrank_jax.experiment.training import state
 from tests import running
 
-SETTINGS = init_report.Settings(scales=(0.1, 0.5), methods=("spectral", "kernel_projection"), seeds=2, batch_size=8)
+SETTINGS = before_training.Settings(scales=(0.1, 0.5), methods=("spectral", "kernel_projection"), seeds=2, batch_size=8)
 UNNORMALISED = {"model__kwargs": {"widths": (32, 24)}}
 
 
 @pytest.fixture(scope="module")
 def report():
     config, lines = running.config(**UNNORMALISED), []
-    return config, init_report.compare(config, SETTINGS, say=lines.append), lines
+    return config, before_training.compare(config, SETTINGS, say=lines.append), lines
 
 
 def test_every_arm_is_there_and_told_of(report):
@@ -63,22 +63,22 @@ def test_with_batchnorm_it_makes_no_difference_to_the_logits():
     config = running.config(
         model__kwargs={"widths": (32, 24), "batch_norm": True}, lowrank__rules=({"path": "head/kernel", "method": "none"},)
     )
-    spectral, ours = init_report.compare(config, init_report.Settings((0.2,), SETTINGS.methods))
+    spectral, ours = before_training.compare(config, before_training.Settings((0.2,), SETTINGS.methods))
     np.testing.assert_allclose(ours.logit_error, spectral.logit_error, rtol=1e-3)
     assert ours.mean_risk < spectral.mean_risk
 
 
 def test_on_real_images_moments_keep_more_of_the_function():
-    settings = init_report.Settings((0.1,), ("kernel_projection",), images="data", batch_size=64)
-    [plain] = init_report.compare(running.config(**UNNORMALISED), settings)
-    [aware] = init_report.compare(running.config(**UNNORMALISED, lowrank__moment_batches=3), settings)
+    settings = before_training.Settings((0.1,), ("kernel_projection",), images="data", batch_size=64)
+    [plain] = before_training.compare(running.config(**UNNORMALISED), settings)
+    [aware] = before_training.compare(running.config(**UNNORMALISED, lowrank__moment_batches=3), settings)
     assert aware.logit_error < 0.95 * plain.logit_error
 
 
 def test_the_report_holds_its_command_tables_and_picture(report, tmp_path):
     config, arms, _ = report
     prefix = tmp_path / "mlp"
-    paths = init_report.write(arms, str(prefix), command="lowrank init-report --x", config=config, settings=SETTINGS)
+    paths = before_training.write(arms, str(prefix), command="lowrank init-report --x", config=config, settings=SETTINGS)
     assert [path.name for path in paths] == ["mlp.md", "mlp.json", "mlp.png"]
     text = paths[0].read_text()
     assert (
@@ -91,9 +91,9 @@ def test_the_report_holds_its_command_tables_and_picture(report, tmp_path):
 
 
 def test_all_problems_come_at_once():
-    settings = init_report.Settings(scales=(0.1, 1.5), methods=("specral",), images="dat", batch_size=1)
+    settings = before_training.Settings(scales=(0.1, 1.5), methods=("specral",), images="dat", batch_size=1)
     with pytest.raises(configs.ConfigError) as error:
-        init_report.compare(running.config(), settings)
+        before_training.compare(running.config(), settings)
     assert error.value.problems == [
         "--scales: 1.5; must be in (0, 1]",
         "--methods: unknown 'specral'; did you mean spectral?",
@@ -103,7 +103,7 @@ def test_all_problems_come_at_once():
 
 
 def test_more_images_than_there_are_and_arms_that_come_twice_are_refused():
-    settings = init_report.Settings(scales=(0.1, 0.1), images="data", batch_size=500)
+    settings = before_training.Settings(scales=(0.1, 0.1), images="data", batch_size=500)
     assert settings.problems(running.config(lowrank__moment_batches=2)) == [
         "--scales: names one of them twice",
         "--batch-size: 500; needs 1500 images in all, the training split has 1437",
@@ -115,12 +115,12 @@ def test_a_kernel_of_zeros_loses_nothing():
     x = jnp.ones((2, 8))
     params, plan = model.init(jax.random.key(0), x)["params"], lr.plan(model, x, [lr.Rule("kernel", rank=2)])
     merged = lr.merge(lr.factorize(params, plan, key=jax.random.key(1)))
-    assert init_report.relative_risks(params, merged, plan) == {"kernel": 0.0}
+    assert before_training.relative_risks(params, merged, plan) == {"kernel": 0.0}
 
 
 def test_data_that_is_missing_and_kernels_that_stay_dense_are_said(tmp_path):
     config = running.config(dataset__name="fashion_mnist", dataset__data_dir=str(tmp_path))
     with pytest.raises(datasets.DataError, match="fashion_mnist is not prepared"):
-        init_report.compare(config, init_report.Settings(images="data"))
+        before_training.compare(config, before_training.Settings(images="data"))
     with pytest.raises(configs.ConfigError, match="at scale 1 no kernel of this network would be factored"):
-        init_report.compare(running.config(), init_report.Settings(scales=(1.0,)))
+        before_training.compare(running.config(), before_training.Settings(scales=(1.0,)))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.report.arms import Interval, group, paired
 from lowrank_jax.experiment.report.page import Report
 from lowrank_jax.experiment.report.runs import find

@@ -12,7 +12,7 @@ import time
 import pytest
 from ray.cluster_utils import Cluster
 
-from lowrank_jax.experiment.config.parse import ConfigError
+from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.sweep import ray_tune
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial
 from lowrank_jax.experiment.workdir.workdir import Workdir

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lowrank_jax.experiment.config.parse import ConfigError, to_dict
+from lowrank_jax.experiment.config.files import ConfigError, to_dict
 from lowrank_jax.experiment.sweep import trials
 from lowrank_jax.experiment.sweep.trials import expand, known_outcome, record
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lr
-from lowrank_jax.experiment.config import parse as configs
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import InitConfig
-from lowrank_jax.experiment.training import build as experiments
+from lowrank_jax.experiment.training.build import build
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection import matrix
 from tests import running
 
 
@@ -55,7 +55,7 @@ ZOO = {
 
 def factored(config, batches=(), devices=None):
     """Of an initial state: all leaves by name, and the kernels as matrices by name."""
-    state = experiments.build(config, devices=devices).init(batches)
+    state = build(config, devices=devices).init(batches)
     params = jax.device_get(state.params)
     return state, {name: leaf.merge() for name, leaf in named_leaves(params, is_leaf=is_low_rank).items() if is_low_rank(leaf)}
 
@@ -66,9 +66,7 @@ def with_init(config, svd):
 
 def check_same_risks(config, one, other):
     plan = configs.make_plan(config)
-    params = experiments.build(
-        dataclasses.replace(config, lowrank=dataclasses.replace(config.lowrank, method="none", rules=()))
-    )
+    params = build(dataclasses.replace(config, lowrank=dataclasses.replace(config.lowrank, method="none", rules=())))
     dense = named_leaves(params.init().params)
     assert one.keys() == other.keys() == {kernel.name for kernel in plan.factored}
     for kernel in plan.factored:
@@ -78,7 +76,7 @@ def check_same_risks(config, one, other):
             for part in (dense[kernel.name], one[kernel.name], other[kernel.name])
         )
         for i in range(len(w)):
-            ours, theirs = (float(projection.relative_risk(w[i], y[i], activation="relu", group=view.group)) for y in (a, b))
+            ours, theirs = (float(matrix.relative_risk(w[i], y[i], activation="relu", group=view.group)) for y in (a, b))
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -114,14 +112,14 @@ def test_a_mesh_that_shards_parameters_has_the_factors_of_one_device():
 
 def test_the_initialiser_of_a_large_network_has_few_decompositions(repository):
     given = configs.load(str(repository / "configs" / "imagenet_resnet50_lowrank.py"))
-    experiment = experiments.build(configs.parse(given, devices=8))
+    experiment = build(configs.parse(given, devices=8))
     assert len({(kernel.view.n, kernel.view.m) for kernel in experiment.plan.factored if kernel.view}) == 19
     text = experiment.lower_init().as_text()
     assert 1 <= text.count("lapack_ssyevd_ffi") <= 12
     assert text.count("lapack_spotrf_ffi") <= 4
     for other in ("lapack_sgesdd_ffi", "lapack_sgeqrf_ffi"):
         assert other not in text
-    by_host = experiments.build(configs.parse(given, devices=8))
+    by_host = build(configs.parse(given, devices=8))
     lowered = dataclasses.replace(by_host, config=with_init(by_host.config, "host")).lower_init()
     assert "lapack" not in lowered.as_text()
 
@@ -138,7 +136,7 @@ def test_a_process_without_a_cpu_device_says_what_to_do(monkeypatch):
         raise RuntimeError("Unknown backend cpu")
 
     config = with_init(running.config(), "host")
-    experiment = experiments.build(config)
+    experiment = build(config)
     monkeypatch.setattr(jax, "local_devices", none)
     with pytest.raises(configs.ConfigError, match=r"init\.svd: .*add cpu to it"):
         experiment.init()

@@ -9,10 +9,12 @@ import pytest
 
 import lowrank_jax as lr
 from lowrank_jax.experiment.data import datasets
-from lowrank_jax.experiment.evaluation.runs import Evaluator, evaluate
-from lowrank_jax.experiment.training import build as experiments
-from lowrank_jax.experiment.training.loop import Diverged, train
+from lowrank_jax.experiment.evaluation.runs import Evaluator
+from lowrank_jax.experiment.training.build import build
+from lowrank_jax.experiment.training.evaluate import evaluate
+from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.training.mixing import normalizer
+from lowrank_jax.experiment.training.window import Diverged
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.paths import named_leaves
 from tests import running
@@ -22,7 +24,7 @@ ALL_DEVICES = 8
 
 def final_state(workdir, **changes):
     """Every array of the newest checkpoint by name, read on this process's devices."""
-    experiment = experiments.build(running.config(**changes))
+    experiment = build(running.config(**changes))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore(experiment.shapes)
     assert not restored.damaged
@@ -230,7 +232,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(tmp_path):
     for path in (tmp_path / "checkpoints").iterdir():
         assert int(path.name) < 5
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore(experiments.build(config).shapes)
+        restored = checkpoints.restore(build(config).shapes)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.state.params))
 
 
@@ -250,7 +252,7 @@ def test_averaged_weights_are_what_is_evaluated_and_the_raw_ones_beside_them(tmp
     run = train(running.config(optim__ema_decay=0.9), str(tmp_path))
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["eval"] == run.evals[40] != result["eval_raw"]
-    experiment = experiments.build(running.config())
+    experiment = build(running.config())
     arrays = datasets.load(experiment.dataset, "test", None)
     for name, variables in (("eval", run.state.ema), ("eval_raw", run.state.variables()["_raw"])):
         logits = lr.apply(

@@ -6,9 +6,10 @@ import time
 import jax
 import pytest
 
-from lowrank_jax.experiment.config.parse import ConfigError
+from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.hosts.sharding import put_batch
-from lowrank_jax.experiment.training.loop import Diverged, train
+from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.training.window import Diverged
 from tests import running
 
 SETTINGS = {"log__every": "1 step", "dataset__mixup": 0.0}

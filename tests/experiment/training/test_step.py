@@ -6,8 +6,8 @@ import numpy as np
 import optax
 
 from lowrank_jax import models, plan
-from lowrank_jax.experiment.training import build as experiments
 from lowrank_jax.experiment.training import state, step
+from lowrank_jax.experiment.training.build import build
 from lowrank_jax.experiment.training.mixing import Mixing, normalizer
 from lowrank_jax.planning.rules import Rule
 from tests import running
@@ -139,7 +139,7 @@ def test_the_place_of_the_label_is_that_of_a_stable_sort_and_nan_puts_it_last():
 def test_no_images_travel_between_devices_but_those_at_the_edges():
     settings = {"dataset__mixup": 0.2, "dataset__cutmix": 1.0, "dataset__random_erasing": 0.5, "optim__accumulate": 2}
     for changes, permitted in (({"optim__accumulate": 2, "dataset__mixup": 0.0}, set()), (settings, {"collective-permute"})):
-        text = experiments.build(running.config(**changes)).lower_train_step().compile().as_text()
+        text = build(running.config(**changes)).lower_train_step().compile().as_text()
         assert text is not None and "all-reduce" in text
         found = re.findall(r"= \(?f32\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute|reduce-scatter)", text)
         assert {kind for _, kind in found} == permitted

@@ -2,8 +2,10 @@ import json
 
 import pytest
 
-from lowrank_jax.experiment.config.parse import Config, to_dict
-from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError, config_digest
+from lowrank_jax.experiment.config.files import to_dict
+from lowrank_jax.experiment.config.parse import Config
+from lowrank_jax.experiment.workdir.identity import config_digest
+from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
 
 def config(**changes):

@@ -1,0 +1,73 @@
+"""The plan of a config's model: which of its kernels are factored."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lowrank_jax.experiment.config.files import ConfigError
+from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.linen.plan import plan as plan_model
+from lowrank_jax.planning.plans import Plan
+from lowrank_jax.text import first_line
+
+
+def make_plan(config: Config) -> Plan:
+    """Which of the model's kernels are factored; nothing is computed.  A second time the answer is at hand.
+
+    Raises:
+      ConfigError: the model cannot be built on these images, or a rule does not fit it.
+    """
+    parts = repr((config.model, config.dataset, config.lowrank))
+    if parts not in _PLANS:
+        _PLANS[parts] = _make_plan(config)
+    return _PLANS[parts]
+
+
+_PLANS: dict[str, Plan] = {}
+
+
+def _make_plan(config: Config) -> Plan:
+    outputs: list[Any] = []
+
+    def note_output(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        output = call(*args, **kwargs)
+        if not context.module.path:
+            outputs.append(output)
+        return output
+
+    try:
+        model = config.build_model()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{config.model.name} makes {type(model).__name__}, which is not a Linen module")
+        with nn.intercept_methods(note_output):
+            plan = plan_model(model, images_like(config), config.lowrank.to_rules())
+    except Exception as error:  # whatever somebody's model may raise
+        raise ConfigError("config", [f"model or lowrank: {line}" for line in _lines(error)]) from error
+    _check_logits(config, outputs[-1])  # the outermost module returns last
+    return plan
+
+
+def _check_logits(config: Config, output: Any) -> None:
+    """Raises ConfigError unless a model's output for one image is a logit for each class."""
+    dataset, model = config.description, config.model.name
+    shape = getattr(output, "shape", None)
+    if shape is None or len(shape) != 2:
+        found = f"{type(output).__name__}" if shape is None else f"shape {shape}"
+        raise ConfigError("config", [f"model: {model} gives {found} for a batch of one, not logits [1, {dataset.num_classes}]"])
+    if shape[1] != dataset.num_classes:
+        raise ConfigError(
+            "config", [f"model: {model} gives {shape[1]} logits, {dataset.name} has {dataset.num_classes} classes"]
+        )
+
+
+def images_like(config: Config) -> jax.ShapeDtypeStruct:
+    """One image of the config's data set, for tracing a model."""
+    return jax.ShapeDtypeStruct((1, *config.description.image_shape), jnp.float32)
+
+
+def _lines(error: Exception) -> list[str]:
+    """An error as one line; our own ValueErrors hold a problem a line."""
+    ours = isinstance(error, ValueError) and str(error).startswith(("rule ", "setting "))
+    return str(error).splitlines() if ours else [first_line(error)[:300]]

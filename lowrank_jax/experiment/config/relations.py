@@ -1,0 +1,178 @@
+"""What has to hold between the values of a config."""
+
+import math
+
+import flax.linen as nn
+import jax
+
+from lowrank_jax import models
+from lowrank_jax.experiment.config.files import ConfigError
+from lowrank_jax.experiment.config.plan import images_like, make_plan
+from lowrank_jax.experiment.config.schema import Config, DatasetConfig
+from lowrank_jax.experiment.config.typed import read_section, read_value
+from lowrank_jax.experiment.data import datasets, splits
+from lowrank_jax.experiment.hosts.sharding import AXES, read_rules, rule_problems
+from lowrank_jax.text import did_you_mean, first_line
+
+
+def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> list[str]:
+    """What is wrong between values that are right each by itself; `wrong` are the keys already reported."""
+    problems: list[str] = []
+    if config.optim.schedule == "step" and not config.optim.step_at and not wrong & {"optim.schedule", "optim.step_at"}:
+        problems.append('optim.step_at: empty; the schedule "step" needs at least one, such as ("30 epochs",)')
+    if config.steps is None and config.epochs is None and not wrong & {"steps", "epochs"}:
+        problems.append("steps: neither steps nor epochs is given")
+    if config.steps is not None and config.epochs is not None:
+        problems.append(f"steps: both steps ({config.steps}) and epochs ({config.epochs:g}) are given; set one to None")
+    if config.batch_size % config.optim.accumulate and not wrong & {"batch_size", "optim.accumulate"}:
+        problems.append(f"optim.accumulate: {config.optim.accumulate}; batch_size {config.batch_size} is no multiple of it")
+    parts = [] if wrong & {"dataset.name"} else _dataset_problems(config, wrong)
+    parts += _model_problems(config) + _rule_problems(config, wrong)
+    if not parts and not any(key.startswith(("dataset.", "model.", "lowrank.")) for key in wrong):
+        parts = _plan_problems(config)
+    problems += parts
+    mesh = _mesh_problems(config, devices) if devices else []
+    problems += mesh
+    if not mesh and not problems and not any(key.startswith(("dataset.", "model", "mesh.")) for key in wrong):
+        problems += _mesh_rule_problems(config, devices)
+    return problems
+
+
+def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
+    options = datasets.OPTIONS.get(config.dataset.name)
+    problems: list[str] = []
+    if options:
+        read_section(options, config.dataset.kwargs, "dataset.kwargs.", problems)
+    else:
+        problems += [f"dataset.kwargs.{key}: {config.dataset.name} takes none" for key in config.dataset.kwargs]
+    problems = problems or _image_problems(config)
+    if problems:
+        return problems
+    for key in ("train_split", "eval_split", "valid_split"):
+        split = getattr(config.dataset, key)
+        if split is None:
+            continue
+        try:
+            splits.split_size(config.description, split)
+        except ValueError as error:
+            problems.append(f"dataset.{key}: {first_line(error)}")
+    if not problems and config.dataset.valid_split:
+        problems += _overlaps(config)
+    if not problems and not wrong & {"steps", "epochs", "batch_size", "optim.warmup"} and (config.steps or config.epochs):
+        warmup = config.in_steps(config.optim.warmup)
+        if config.total_steps >= 2**31:
+            problems.append(f"epochs: {config.epochs:g}; more than 2^31 steps")
+        traced = config.profile.steps
+        if traced and traced[1] > config.total_steps:
+            problems.append(f"profile.steps: {traced}; beyond the training of {config.total_steps} steps")
+        if warmup > config.total_steps:
+            problems.append(f"optim.warmup: {warmup} steps; longer than the training of {config.total_steps} steps")
+    return problems
+
+
+_DECODING_KEYS = ("image_size", "crop_area", "eval_crop", "max_undecodable")
+
+
+def _image_problems(config: Config) -> list[str]:
+    """What is asked of images that are not of that kind."""
+    given, dataset, name = config.dataset, config.description, config.dataset.name
+    if "train" not in dataset.sizes:
+        return [f"dataset.name: {name!r}; it is for evaluation only: lowrank evaluate --dataset={name}"]
+    height, width, channels = dataset.image_shape
+    problems = []
+    if dataset.decoding is None:
+        problems += [
+            f"dataset.{key}: {getattr(given, key)!r}; {name} is stored at {height}x{width}, which stays as it is"
+            for key in _DECODING_KEYS
+            if getattr(given, key) != getattr(DatasetConfig(), key)
+        ]
+    elif given.crop_padding:
+        problems.append(f"dataset.crop_padding: {given.crop_padding}; {name} is cropped by dataset.crop_area instead")
+    if given.randaugment_layers and channels != 3:
+        problems.append(f"dataset.randaugment_layers: {given.randaugment_layers}; RandAugment needs colours, {name} has none")
+    return problems
+
+
+def _overlaps(config: Config) -> list[str]:
+    """What is chosen on examples that were trained on, or are reported on, is not chosen honestly."""
+    held_out = config.dataset.valid_split or ""
+    return [
+        f"dataset.valid_split: {held_out!r}; shares examples with dataset.{key}, {getattr(config.dataset, key)!r}"
+        for key in ("train_split", "eval_split")
+        if splits.share_examples(config.description, held_out, getattr(config.dataset, key))
+    ]
+
+
+def _model_problems(config: Config) -> list[str]:
+    try:
+        settings = models.settings(config.model.name)
+    except ValueError as error:
+        return [f"model.name: {error}"]
+    if settings is None:
+        return []
+    problems = []
+    for key, value in config.model.kwargs.items():
+        if key not in settings:
+            problems.append(f"model.kwargs.{key}: {config.model.name} has no such setting{did_you_mean(key, settings)}")
+            continue
+        try:
+            read_value(value, settings[key])
+        except ValueError as error:
+            problems.append(f"model.kwargs.{key}: {value!r}; must be {error}")
+    return problems
+
+
+def _plan_problems(config: Config) -> list[str]:
+    try:
+        make_plan(config)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _rule_problems(config: Config, wrong: set[str]) -> list[str]:
+    low = config.lowrank
+    if low.method != "none" and low.scale is None and low.rank is None and not wrong & {"lowrank.scale", "lowrank.rank"}:
+        return ["lowrank.scale: neither scale nor rank is given; the dense arm is lowrank.method=none"]
+    if low.scale is not None and low.rank is not None:
+        # A scale that was reported as wrong has fallen back to its default: not the user's.
+        return [] if wrong & {"lowrank.scale"} else [f"lowrank.rank: {low.rank} beside scale {low.scale:g}; set one to None"]
+    try:
+        low.to_rules()
+    except ValueError as error:
+        return [f"lowrank: {line}" for line in str(error).splitlines()]
+    return []
+
+
+def _mesh_rule_problems(config: Config, devices: int | None) -> list[str]:
+    """What of the sharding rules does not fit the network, or the mesh as far as it is known."""
+    if not config.mesh.rules:
+        return []
+    rules, problems = read_rules(config.mesh.rules)
+    sizes = config.mesh.sizes(devices) if devices else {axis: getattr(config.mesh, axis) for axis in AXES}
+    known = {axis: size for axis, size in sizes.items() if size != -1}
+    model = config.build_model()
+    variables = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images_like(config))
+    problems += rule_problems(rules, nn.meta.unbox(variables["params"]), known)
+    return [f"mesh.rules: {problem}" for problem in problems]
+
+
+def _mesh_problems(config: Config, devices: int) -> list[str]:
+    axes = {axis: getattr(config.mesh, axis) for axis in AXES}
+    fixed = math.prod(size for size in axes.values() if size != -1)
+    free = [axis for axis, size in axes.items() if size == -1]
+    if len(free) > 1:
+        return [f"mesh.{free[1]}: -1, and so is mesh.{free[0]}; only one axis can take what is left"]
+    if devices % fixed or (not free and fixed != devices):
+        return [f"mesh.data: a mesh of {'x'.join(str(size) for size in axes.values())} does not fit {devices} devices"]
+    sizes = {axis: devices // fixed if size == -1 else size for axis, size in axes.items()}
+    shards = sizes["data"] * sizes["fsdp"]
+    problems = [
+        f"{key}: {size}; must be a multiple of the {shards} devices that share a batch"
+        for key, size in (("batch_size", config.batch_size), ("eval.batch_size", config.eval.batch_size))
+        if size % shards
+    ]
+    parts = config.optim.accumulate
+    if not problems and config.batch_size % parts == 0 and config.batch_size % (shards * parts):
+        problems.append(f"optim.accumulate: {parts}; {config.batch_size} images cannot be cut in so many on {shards} devices")
+    return problems

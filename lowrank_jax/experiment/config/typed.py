@@ -1,0 +1,86 @@
+"""Values checked against the types of a dataclass's fields."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from lowrank_jax.experiment.config.files import legal_keys, type_of
+from lowrank_jax.experiment.config.schema import Config, Duration
+from lowrank_jax.text import did_you_mean
+
+
+def read_section(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+    """A dataclass from a mapping; a field that cannot be read keeps its default, and its problem is noted."""
+    hints, read = typing.get_type_hints(cls), {}
+    for key in values:
+        if key not in hints:
+            problems.append(f"{prefix}{key}: unknown key{did_you_mean(prefix + str(key), _known(cls, prefix))}")
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        name, value, hint = prefix + field.name, values[field.name], hints[field.name]
+        if dataclasses.is_dataclass(hint) and hint is not Duration:
+            if isinstance(value, dict):
+                read[field.name] = read_section(hint, value, name + ".", problems)
+            else:
+                problems.append(f"{name}: {value!r}; must be a section with keys of its own")
+            continue
+        try:
+            value = read_value(value, hint)
+        except ValueError as error:
+            problems.append(f"{name}: {value!r}; must be {error}")
+            continue
+        check = field.metadata.get("check")
+        complaint = check(value) if check and value is not None else None
+        if complaint:
+            problems.append(f"{name}: {value if isinstance(value, Duration) else repr(value)}; {complaint}")
+        else:
+            read[field.name] = value
+    return cls(**read)
+
+
+def _known(cls: Any, prefix: str) -> list[str]:
+    """The keys to propose for an unknown one: all of the config's, or those of a section that is not part of it."""
+    return legal_keys() if cls is Config or type_of(prefix[:-1]) is cls else legal_keys(cls, prefix)
+
+
+def read_value(value: Any, hint: Any) -> Any:
+    """The value as the hinted type; a ValueError that names the type if it is not one."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return read_value(value, next(arg for arg in args if arg is not type(None)))
+    if origin is typing.Literal:
+        if value not in args:
+            raise ValueError("one of " + ", ".join(map(repr, args)))
+        return value
+    if hint is Duration:
+        return value if isinstance(value, Duration) else Duration.read(value)
+    if origin is not None and issubclass(origin, Sequence):
+        return _typed_tuple(value, args)
+    if hint is dict and isinstance(value, dict):
+        return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float and number:
+        return float(value)
+    if hint in (int, bool, str) and type(value) is hint:
+        return value
+    if hint is Any:
+        return value
+    kinds = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: "a mapping"}
+    if hint not in kinds:  # some other model's own type, which only it can judge
+        return value
+    raise ValueError(kinds[hint])
+
+
+def _typed_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError("a sequence, such as (1, 2)")
+    if len(args) == 1 or args[1:] == (Ellipsis,):  # Sequence[int], or tuple[int, ...]
+        return tuple(read_value(item, args[0]) for item in value)
+    if len(value) != len(args):
+        raise ValueError(f"a sequence of {len(args)}")
+    return tuple(read_value(item, arg) for item, arg in zip(value, args, strict=True))

@@ -1,0 +1,83 @@
+"""Classification metrics over a whole split, exact whatever the batch size."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lowrank_jax.experiment.data.base import DataError, Split
+from lowrank_jax.experiment.data.pipeline import EvalBatches, shard_of
+from lowrank_jax.experiment.hosts.processes import OtherFailed
+from lowrank_jax.experiment.hosts.sharding import put_batch
+from lowrank_jax.experiment.hosts.votes import FAIL, STOP, Votes
+
+
+class Interrupted(Exception):
+    """A stop was asked for."""
+
+
+def evaluate(
+    eval_step: Callable[..., dict[str, jax.Array]],
+    variables: dict[str, dict[str, Any]],
+    examples: Split,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> dict[str, dict[str, float]]:
+    """`top1`, `top5` and `loss` over every example once, whatever the batch size.
+
+    `examples` says over how many, and `undecodable` how many images could not be read; it is left out where there are none.
+
+    Args:
+      eval_step: from `step.make_eval_step`.
+      variables: sets of `params` and `batch_stats` by name, from `state.evaluated_variables`; all in one pass over the data.
+      examples: what to evaluate on.
+      batch_size: over all devices.
+      mesh: the devices.
+      stop_requested: is asked before every batch.
+
+    Raises:
+      DataError: more images do not decode than `dataset.max_undecodable` allows.
+      Interrupted: `stop_requested` became true on the way, in this process or another.
+      OtherFailed: another process could not read its part.
+    """
+    batches, votes = EvalBatches(examples, batch_size, shard_of(mesh)), Votes(mesh, stop_requested)
+    reader, failure = iter(batches), None
+    sums: list[dict[str, dict[str, jax.Array]]] = []
+    for _ in range(len(batches)):
+        if votes.outcome == STOP:
+            raise Interrupted
+        if votes.outcome == FAIL:
+            break
+        try:
+            batch = batches.blank() if failure else next(reader)
+        except DataError as error:
+            if not votes.shared:
+                raise
+            batch, failure = batches.blank(), error  # the others count on this process until they know
+        placed = votes.cast(put_batch(batch, mesh), failed=failure is not None)
+        results = votes.count(*(eval_step(part["params"], part["batch_stats"], placed) for part in variables.values()))
+        sums.append(dict(zip(variables, results, strict=True)))
+        if len(sums) > 2:  # never far ahead of the devices
+            jax.block_until_ready(sums[-3])
+    if votes.settle() == FAIL:
+        raise failure or OtherFailed
+    parts = jax.device_get(sums)
+    return {name: _means([part[name] for part in parts], examples, votes.shared) for name in variables}
+
+
+def _means(sums: list[dict[str, Any]], examples: Split, shared: bool) -> dict[str, float]:
+    """From the sums of every batch to means over what could be read."""
+    # In float64 on the host: a float32 sum over 50,000 losses would lose digits.
+    totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
+    seen = int(totals.pop("count"))
+    skipped = len(examples) - seen
+    # Other processes know of their own undecodable images only.
+    known = len(examples.undecodable)
+    assert skipped == known or (shared and skipped > known), f"evaluated {seen} of {len(examples)} examples"
+    if not seen:
+        raise DataError("none of the images that were to be evaluated decodes")
+    means = {name: total / seen for name, total in totals.items()}
+    return {**means, "examples": seen, **({"undecodable": skipped} if skipped else {})}
