@@ -1,13 +1,14 @@
 # make setup        a virtual environment in .venv with everything that follows needs
 # make quickstart   dense, spectral and kernel projection against each other on handwritten digits, and a report
-# make test         the tests
+# make test         the fast tests: minutes
+# make test-all     all tests, with real processes and signals, Ray and the TPU's compiler
 # make check        format, lint and types
 # make bench        benchmarks; each prints a ratio against a rival measured in the same run
 PYTHON ?= python3
 EXTRAS ?= train,dev
 BIN := .venv/bin
 
-.PHONY: setup quickstart test check bench clean
+.PHONY: setup quickstart test test-all check bench clean
 
 STAMP := .venv/ready-$(EXTRAS)
 
@@ -25,8 +26,13 @@ quickstart: setup
 	$(BIN)/lowrank report runs/quickstart
 
 # A worker that crashes ends the tests: with another in its place they would wait for ever.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile --max-worker-restart=0
+
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist=loadfile --max-worker-restart=0
+	$(PYTEST) -m "not slow"
+
+test-all: setup
+	$(PYTEST)
 
 check: setup
 	$(BIN)/ruff format --check .

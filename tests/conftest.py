@@ -1,16 +1,20 @@
-"""Eight CPU devices, a compilation cache and a data folder for all tests of a worker; set before jax is imported."""
+"""Eight CPU devices, a compilation cache that all workers share and a data folder for each; set before jax is imported."""
 
 import os
 import pathlib
+import shutil
 import tempfile
 
-_SCRATCH = pathlib.Path(tempfile.gettempdir()) / f"lowrank_jax_tests_{os.getuid()}" / os.environ.get("PYTEST_XDIST_WORKER", "")
+_SCRATCH = pathlib.Path(tempfile.gettempdir()) / f"lowrank_jax_tests_{os.getuid()}"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compilation takes most of the tests' time: at the lowest effort it takes a third less.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["TFDS_DATA_DIR"] = str(_SCRATCH / "data")
+os.environ["TFDS_DATA_DIR"] = str(_SCRATCH / os.environ.get("PYTEST_XDIST_WORKER", "") / "data")
+# By default jax keeps what took over a second to compile; nearly all programs of tests are smaller.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_SCRATCH / "xla")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 # Its threads wait for each other by spinning: on a busy machine hundreds of small decompositions took a minute, not a second.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -24,6 +28,17 @@ logging.set_verbosity(logging.ERROR)
 # Compilation makes the first example of a property slow: a deadline would only measure that.
 hypothesis.settings.register_profile("project", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("project")
+
+
+_CACHE_BYTES = 2 * 2**30  # of compiled programs; beyond, they are those of many versions
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    cache = _SCRATCH / "xla"
+    if hasattr(config, "workerinput") or not cache.is_dir():
+        return
+    if sum(file.stat().st_size for file in os.scandir(cache)) > _CACHE_BYTES:
+        shutil.rmtree(cache)
 
 
 @pytest.fixture(scope="module", autouse=True)
