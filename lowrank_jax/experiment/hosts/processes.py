@@ -18,6 +18,8 @@ import jax
 from jax._src import distributed as _jax_distributed  # its client of the coordinator has no public name
 from jax._src import xla_bridge
 
+from lowrank_jax.experiment.errors import BAD_INPUT, UserError
+
 _FAILURE = "lowrank/failure"
 _DAY = 24 * 60 * 60 * 1000  # in ms: a process that is lost ends the others by its missing heartbeat, not by a timeout
 _ENDING = 10.0  # seconds until a process that failed ends without the others
@@ -28,7 +30,7 @@ _TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _rounds = itertools.count()
 
 
-class ClusterError(Exception):
+class ClusterError(UserError):
     """The processes of a run do not find each other; the message says what to do."""
 
 
@@ -195,7 +197,7 @@ def _deadline(cluster: Cluster) -> Iterator[None]:
 
     def wait() -> None:
         if not done.wait(cluster.patience):
-            _exit(2, _absence(cluster))
+            _exit(BAD_INPUT, _absence(cluster))
 
     threading.Thread(target=wait, daemon=True).start()
     try:
