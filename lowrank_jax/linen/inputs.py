@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lowrank_jax.linen.discover import SUPPORTED
 from lowrank_jax.linen.layers import apply
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.planning.plans import Plan, PlannedKernel
+from lowrank_jax.planning.plans import FactoredKernel, Plan
 
 COLLECTION = "lowrank_inputs"
 
@@ -69,12 +69,10 @@ def second_moments(
 
 def moment_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     """What `second_moments` returns, as shapes."""
-    shapes = {}
-    for kernel in plan.factored:
-        assert kernel.view is not None
-        stack = kernel.shape[: len(kernel.shape) - len(kernel.view.shape)]
-        shapes[kernel.name] = jax.ShapeDtypeStruct((*stack, kernel.view.n, kernel.view.n), jnp.float32)
-    return shapes
+    return {
+        kernel.name: jax.ShapeDtypeStruct((*kernel.stack, kernel.view.n, kernel.view.n), jnp.float32)
+        for kernel in plan.factored
+    }
 
 
 def samples(
@@ -154,10 +152,9 @@ def _capture(
     return found
 
 
-def _inputs(module: Any, kernel: PlannedKernel, x: jax.Array) -> jax.Array:
+def _inputs(module: Any, kernel: FactoredKernel, x: jax.Array) -> jax.Array:
     """What a kernel's matrix is multiplied with at every output position: `[positions, group, n]`, float32."""
     view = kernel.view
-    assert view is not None
     fed = view.shape[:-1] if isinstance(module, nn.Conv) else tuple(view.shape[axis] for axis in view.rows)
     size = math.prod(fed)
     layer = module.clone(features=size, use_bias=False, dtype=jnp.float32, precision="highest", name=None)
@@ -169,7 +166,7 @@ def _inputs(module: Any, kernel: PlannedKernel, x: jax.Array) -> jax.Array:
     return seen.swapaxes(1, 2).reshape(-1, view.group, view.n)  # [positions, kh, kw, c_in]: an output owns kw columns
 
 
-def _check_found(found: dict[str, Any], planned: Mapping[str, PlannedKernel]) -> None:
+def _check_found(found: dict[str, Any], planned: Mapping[str, FactoredKernel]) -> None:
     missing = [name for name in planned if name not in found]
     if missing:
         raise ValueError(

@@ -1,6 +1,5 @@
 """Plans for Linen modules."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from lowrank_jax.linen import discover
 from lowrank_jax.linen.layers import takes_factors
 from lowrank_jax.paths import first_match, map_named, named_leaves
 from lowrank_jax.planning.decide import check_ranks, is_matrix, plan_kernel
-from lowrank_jax.planning.plans import Plan, PlannedKernel
+from lowrank_jax.planning.plans import DenseKernel, FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.rules import Rule
 
 
@@ -42,11 +41,11 @@ def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], **kwargs: Any) ->
     first = jax.tree.leaves(inputs)[0]
     batch = first.shape[0] if first.ndim else 1
 
-    kernels = []
+    kernels: list[PlannedKernel] = []
     for name in names:
         index = matches[name]
         rule = None if index is None else rules[index]
-        kernels.append(plan_kernel(name, leaves[name].shape, uses.get(name), rule, index, batch))
+        kernels.append(plan_kernel(name, tuple(leaves[name].shape), uses.get(name), rule, index, batch))
     check_ranks(rules, kernels)
     kernels = _without_wrapped(model, inputs, kwargs, variables, kernels)
     low_rank = [leaf for leaf in leaves.values() if is_low_rank(leaf)]
@@ -54,34 +53,32 @@ def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], **kwargs: Any) ->
     return Plan(tuple(kernels), plain + sum(leaf.u.size + leaf.v.size for leaf in low_rank))
 
 
-def _without_wrapped(model, inputs, kwargs, variables, kernels: list[PlannedKernel]) -> list[PlannedKernel]:
-    """Keeps kernels dense whose layer turns out not to run on factors."""
-
+def _without_wrapped(
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], variables: Any, kernels: list[PlannedKernel]
+) -> list[PlannedKernel]:
+    """Keeps kernels dense that something besides their layer reads, which does not know factors."""
     leaves = named_leaves(variables["params"], is_leaf=is_low_rank)
 
-    def runs_with(chosen: list[PlannedKernel]) -> bool:
-        factored = {kernel.name: _factor_shapes(kernel, leaves[kernel.name].dtype) for kernel in chosen}
-        params = map_named(lambda name, leaf: factored.get(name, leaf), variables["params"], is_leaf=is_low_rank)
+    def runs_with(chosen: list[FactoredKernel]) -> bool:
+        pairs = {kernel.name: _factor_shapes(kernel, leaves[kernel.name].dtype) for kernel in chosen}
+        params = map_named(lambda name, leaf: pairs.get(name, leaf), variables["params"], is_leaf=is_low_rank)
         return takes_factors(model, inputs, kwargs, {**variables, "params": params})
 
-    factored = [kernel for kernel in kernels if kernel.rank is not None]
+    factored = [kernel for kernel in kernels if isinstance(kernel, FactoredKernel)]
     if not factored or runs_with(factored) or not runs_with([]):  # a model that fails anyway will say so itself
         return kernels
-    wrapped = {kernel.name for kernel in factored if not runs_with([kernel])}
-    note = "what wraps its layer does not run on factors"
-    return [
-        dataclasses.replace(kernel, view=None, rank=None, note=note, planned_macs=kernel.macs, traffic=None)
-        if kernel.name in wrapped
-        else kernel
-        for kernel in kernels
-    ]
+    note = "a wrapper reads this kernel and does not accept factors"
+    wrapped = {
+        kernel.name: DenseKernel(name=kernel.name, shape=kernel.shape, macs=kernel.macs, rule=kernel.rule, note=note)
+        for kernel in factored
+        if not runs_with([kernel])
+    }
+    return [wrapped.get(kernel.name, kernel) for kernel in kernels]
 
 
-def _factor_shapes(kernel: PlannedKernel, dtype: Any) -> Any:
+def _factor_shapes(kernel: FactoredKernel, dtype: Any) -> Any:
     """The factor pair that a kernel will become, as shapes."""
-    view, rank = kernel.view, kernel.rank
-    assert view is not None and rank is not None
-    stack = kernel.shape[: len(kernel.shape) - len(view.shape)]
+    view, rank, stack = kernel.view, kernel.rank, kernel.stack
     return jax.eval_shape(
         lambda: view.from_factors(jnp.zeros((*stack, view.n, rank), dtype), jnp.zeros((*stack, rank, view.m), dtype))
     )

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowrank_jax.kernel import is_low_rank
-from lowrank_jax.planning.plans import PlannedKernel, Traffic
-from lowrank_jax.planning.rules import Rule, wanted_rank
+from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, PlannedKernel, Traffic
+from lowrank_jax.planning.rules import SCHEMES, Rule, wanted_rank
+from lowrank_jax.planning.uses import KernelUse
 
 
 def is_matrix(name: str, leaf: Any) -> bool:
@@ -14,37 +15,77 @@ def is_matrix(name: str, leaf: Any) -> bool:
     return not is_low_rank(leaf) and leaf.ndim >= 2 and name.rsplit("/", 1)[-1] not in ("bias", "scale")
 
 
-def plan_kernel(name, shape, use, rule, index, batch) -> PlannedKernel:
+def plan_kernel(
+    name: str, shape: tuple[int, ...], use: KernelUse | None, rule: Rule | None, index: int | None, batch: int
+) -> PlannedKernel:
+    """The line of one kernel.
+
+    Args:
+      name: the parameter's name.
+      shape: its shape as stored.
+      use: what tracing saw of it; None where no layer was seen to use it.
+      rule: the first rule that matches its name.
+      index: that rule's place among the rules.
+      batch: the number of examples in the traced batch.
+    """
     macs = use.macs() // batch if use else 0
-    dense = functools.partial(PlannedKernel, name, tuple(shape), None, None, rule, macs=macs, planned_macs=macs)
+    dense = functools.partial(DenseKernel, name=name, shape=shape, macs=macs, rule=rule)
     if use is None:
         return dense(note="embedding" if name.rsplit("/", 1)[-1] == "embedding" else "no plain layer was seen to use it")
     if use.refusal:
         return dense(note=use.refusal)
-    if tuple(shape[len(shape) - len(use.shape) :]) != use.shape:
-        return dense(note="stacked along an axis that is not the first")
-    if rule is None:
+    if shape[len(shape) - len(use.shape) :] != use.shape:
+        return dense(note="stacked along an axis other than the first")
+    if rule is None or index is None:
         return dense(note="no rule matches")
     try:
-        view = use.view(rule.scheme)
+        use.view(rule.scheme)
     except ValueError as error:
         return dense(note=str(error))
-    rank = wanted_rank(rule, view)
+    choices = _choices(use, rule, batch)
+    rank = wanted_rank(rule, choices[0].view)
     if rank is None:
         return dense(note=f"kept dense by rule {index + 1}")
-    if rank > view.full_rank:
-        return dense(note=f"rank {rank} is above full rank {view.full_rank}")
-    if rank * (view.n + view.m) >= view.n * view.m:
-        return dense(note=f"rank {rank} would not be smaller")
-    planned = use.factored_macs(view, rank) // batch
-    traffic = Traffic(use.inputs // batch, use.positions // batch, use.hidden_positions(view) // batch)
+    if problem := _problem(choices[0], rank):
+        return dense(note=problem, choices=choices)
     execution = None if rule.execution == "auto" else rule.execution
-    return PlannedKernel(name, tuple(shape), view, rank, rule, "", macs, planned, traffic, execution)
+    return FactoredKernel(
+        name=name, shape=shape, macs=macs, rule=rule, choices=choices, choice=choices[0], rank=rank, execution=execution
+    )
 
 
-def check_ranks(rules: Sequence[Rule], kernels: list[PlannedKernel]) -> None:
-    """A rank above all that its rule matches is a mistake; above some of it, it is a way to say 'large ones only'."""
+def _choices(use: KernelUse, rule: Rule, batch: int) -> tuple[Choice, ...]:
+    """Every scheme that the kernel has, the rule's own first."""
+    views = []
+    for scheme in sorted(SCHEMES, key=lambda scheme: scheme != rule.scheme):
+        try:
+            view = use.view(scheme)
+        except ValueError:
+            continue
+        if view not in views:
+            views.append(view)
+    return tuple(Choice(view, Traffic(batch, use.inputs, use.positions, use.hidden_positions(view))) for view in views)
+
+
+def _problem(choice: Choice, rank: int) -> str:
+    """Why a kernel cannot be factored, or is not worth factoring, at this rank; empty if it is."""
+    view = choice.view
+    if rank > view.full_rank:
+        return f"rank {rank} is above full rank {view.full_rank}"
+    return f"rank {rank} would not be smaller" if choice.params(rank) >= view.n * view.m else ""
+
+
+def check_ranks(rules: Sequence[Rule], kernels: Sequence[PlannedKernel]) -> None:
+    """Refuses a rank above the full rank of every kernel that its rule matches; above that of some it means "large ones only".
+
+    Raises:
+      ValueError: there is such a rule.
+    """
     for rule in rules:
-        notes = [kernel.note for kernel in kernels if kernel.rule is rule]
-        if rule.rank is not None and notes and all("above full rank" in note for note in notes):
-            raise ValueError(f"rule {rule.path!r}: {notes[0]}, and so it is for every kernel that the rule matches")
+        matched = [kernel.choices for kernel in kernels if kernel.rule is rule]
+        if rule.rank is None or not matched or not all(matched):
+            continue
+        rank = wanted_rank(rule, matched[0][0].view)
+        largest = max(choices[0].view.full_rank for choices in matched)
+        if rank is not None and rank > largest:
+            raise ValueError(f"rule {rule.path!r}: rank {rank} is above full rank {largest}, the largest that it matches")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from lowrank_jax.kernel import SPATIAL_ROWS, Execution
 from lowrank_jax.planning.chips import Chip
-from lowrank_jax.planning.plans import Plan, PlannedKernel
+from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
 
 Operation = tuple[float, float]  # FLOPs, and bytes to and from memory
 
@@ -33,7 +33,7 @@ def choose_execution(plan: Plan, chip: Chip | None, *, batch: int, itemsize: int
     """
 
     def chosen(kernel: PlannedKernel) -> PlannedKernel:
-        if kernel.rank is None or kernel.execution is not None:
+        if not isinstance(kernel, FactoredKernel) or kernel.execution is not None:
             return kernel
         execution: Execution = "factored"
         if chip is not None and seconds(kernel, "merged", chip, batch, itemsize) < seconds(
@@ -45,7 +45,7 @@ def choose_execution(plan: Plan, chip: Chip | None, *, batch: int, itemsize: int
     return dataclasses.replace(plan, kernels=tuple(chosen(kernel) for kernel in plan.kernels))
 
 
-def seconds(kernel: PlannedKernel, execution: Execution, chip: Chip, batch: int, itemsize: int = 4) -> float:
+def seconds(kernel: FactoredKernel, execution: Execution, chip: Chip, batch: int, itemsize: int = 4) -> float:
     """What a factored kernel's layer takes of a training step by the model: forward, and both gradients.
 
     Args:
@@ -59,13 +59,12 @@ def seconds(kernel: PlannedKernel, execution: Execution, chip: Chip, batch: int,
     return sum(chip.seconds(flops, moved) for flops, moved in operations(kernel, chip, batch, itemsize))
 
 
-def _factored(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int) -> Sequence[Operation]:
-    view, rank, traffic = kernel.view, kernel.rank, kernel.traffic
-    assert view is not None and rank is not None and traffic is not None
+def _factored(kernel: FactoredKernel, chip: Chip, batch: int, itemsize: int) -> Sequence[Operation]:
+    view, rank, traffic = kernel.view, kernel.rank, kernel.traffic.scaled(batch)
     x, y = _ends(kernel, chip, batch, itemsize)
-    h = _stored(batch * traffic.hidden_positions * rank, rank, chip, batch, itemsize)
-    first = 2 * batch * traffic.hidden_positions * view.n * rank
-    second = 2 * batch * traffic.positions * rank * view.m
+    h = _stored(traffic.hidden_positions * rank, rank, chip, batch, itemsize)
+    first = 2 * traffic.hidden_positions * view.n * rank
+    second = 2 * traffic.positions * rank * view.m
     # At rank 1 the second product multiplies elements, which is done anew wherever the output is read, rather than stored.
     output = h if rank == 1 and view.rows != SPATIAL_ROWS else y
     return [
@@ -78,8 +77,7 @@ def _factored(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int) -> S
     ]
 
 
-def _merged(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int) -> Sequence[Operation]:
-    assert kernel.rank is not None
+def _merged(kernel: FactoredKernel, chip: Chip, batch: int, itemsize: int) -> Sequence[Operation]:
     x, y = _ends(kernel, chip, batch, itemsize)
     flops = 2 * batch * kernel.macs
     elements = math.prod(kernel.shape)
@@ -94,17 +92,16 @@ def _merged(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int) -> Seq
     ]
 
 
-def _ends(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int) -> tuple[float, float]:
+def _ends(kernel: FactoredKernel, chip: Chip, batch: int, itemsize: int) -> tuple[float, float]:
     """Bytes of the layer's input and output.
 
     Backward, what follows the layer is computed anew wherever its gradient is read, for which the output is read again; and so
     is the input, which what comes before was computed from.  Hence the twos above.
     """
-    view, traffic = kernel.view, kernel.traffic
-    assert view is not None and traffic is not None
+    view, traffic = kernel.view, kernel.traffic.scaled(batch)
     inputs, outputs = view.shape[max(view.rows)], view.m // view.group
-    x = _stored(batch * traffic.inputs, inputs, chip, batch, itemsize)
-    y = _stored(batch * traffic.positions * outputs, outputs, chip, batch, itemsize)
+    x = _stored(traffic.inputs, inputs, chip, batch, itemsize)
+    y = _stored(traffic.positions * outputs, outputs, chip, batch, itemsize)
     return x, y
 
 

@@ -14,7 +14,7 @@ from jax.scipy.linalg import solve_triangular
 
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import map_named, named_leaves
-from lowrank_jax.planning.plans import Plan, PlannedKernel
+from lowrank_jax.planning.plans import FactoredKernel, Plan
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.methods import METHODS, SAMPLED, Method
 from lowrank_jax.projection.stack import Stack
@@ -77,7 +77,7 @@ def _factorize(
 
 @linalg.highest_precision
 def _data_aware(
-    method: Method, stacks: list[Stack], groups: list[list[PlannedKernel]], moments: Mapping[str, jax.Array]
+    method: Method, stacks: list[Stack], groups: list[list[FactoredKernel]], moments: Mapping[str, jax.Array]
 ) -> list[linalg.Pair]:
     """With S = RᵀR the inputs of RW are isotropic: it is what the method factors, and R's inverse leads U back."""
     roots = [
@@ -100,23 +100,21 @@ def _roots(moments: Any, n: int) -> jax.Array:
 
 def _by_method(
     kernels: dict[str, jax.Array], plan: Plan, inputs: Mapping[str, jax.Array] | None
-) -> dict[str, list[list[PlannedKernel]]]:
+) -> dict[str, list[list[FactoredKernel]]]:
     """The plan's factored kernels by method, and those together that one compiled decomposition serves."""
-    methods: dict[str, dict[Any, list[PlannedKernel]]] = {}
+    methods: dict[str, dict[Any, list[FactoredKernel]]] = {}
     for kernel in plan.factored:
         view, rule = kernel.view, kernel.rule
-        assert view is not None and rule is not None
         samples = 0 if inputs is None else inputs[kernel.name].shape[-3]
         alike = (view.n, view.m, view.group, kernel.rank, rule.activation, kernels[kernel.name].dtype, samples)
         methods.setdefault(rule.method, {}).setdefault(alike, []).append(kernel)
     return {method: list(groups.values()) for method, groups in methods.items()}
 
 
-def _stack(members: list[PlannedKernel], kernels: dict[str, jax.Array], key: jax.Array, inputs: Any) -> Stack:
+def _stack(members: list[FactoredKernel], kernels: dict[str, jax.Array], key: jax.Array, inputs: Any) -> Stack:
     """Kernels of one shape as matrices, those of repeated modules one by one."""
     view, rule, rank = members[0].view, members[0].rule, members[0].rank
-    assert view is not None and rule is not None and rank is not None
-    matrices = [kernel.view.to_matrix(kernels[kernel.name]).reshape(-1, view.n, view.m) for kernel in members if kernel.view]
+    matrices = [kernel.view.to_matrix(kernels[kernel.name]).reshape(-1, view.n, view.m) for kernel in members]
     keys = [
         jax.random.split(jax.random.fold_in(key, zlib.crc32(kernel.name.encode())), len(stack))
         for kernel, stack in zip(members, matrices, strict=True)
@@ -127,14 +125,12 @@ def _stack(members: list[PlannedKernel], kernels: dict[str, jax.Array], key: jax
     return Stack(jnp.concatenate(keys), jnp.concatenate(matrices), rank, rule.activation, view.group, fed)
 
 
-def _unstacked(members: list[PlannedKernel], u: jax.Array, v: jax.Array) -> dict[str, Any]:
+def _unstacked(members: list[FactoredKernel], u: jax.Array, v: jax.Array) -> dict[str, Any]:
     """The factors of a stack by kernel name."""
     factors, start = {}, 0
     for kernel in members:
-        assert kernel.view is not None
-        stack = kernel.shape[: len(kernel.shape) - len(kernel.view.shape)]
-        end = start + math.prod(stack)
-        u_k, v_k = (part[start:end].reshape(*stack, *part.shape[1:]) for part in (u, v))
+        end = start + math.prod(kernel.stack)
+        u_k, v_k = (part[start:end].reshape(*kernel.stack, *part.shape[1:]) for part in (u, v))
         factors[kernel.name] = kernel.view.from_factors(u_k, v_k, kernel.execution or "factored")
         start = end
     return factors
@@ -163,14 +159,12 @@ def _check_finite(kernels: dict[str, jax.Array]) -> None:
 def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Mapping[str, jax.Array] | None) -> None:
     if moments is not None and inputs is not None:
         raise ValueError("give moments or inputs, not both: samples of the inputs have their second moment in them")
-    sampled = [kernel for kernel in plan.factored if kernel.rule and kernel.rule.method == SAMPLED]
+    sampled = [kernel for kernel in plan.factored if kernel.rule.method == SAMPLED]
     if inputs is not None and len(sampled) < len(plan.factored):
         raise ValueError(f"inputs are for the method {SAMPLED!r}; other kernels of this plan take moments")
     problems = []
     for kernel in plan.factored:
-        assert kernel.view is not None
-        name, n, group = kernel.name, kernel.view.n, kernel.view.group
-        stack = kernel.shape[: len(kernel.shape) - len(kernel.view.shape)]
+        name, stack, n, group = kernel.name, kernel.stack, kernel.view.n, kernel.view.group
         if moments is not None:
             moment = moments.get(name)
             problems += _misfit(name, "moments", moment, (*stack, n, n)) or _unusable(name, "moments", _roots(moment, n))

@@ -1,5 +1,6 @@
 """A plan: for every kernel of a model the rank that it will have, or the reason why it stays dense."""
 
+import abc
 import dataclasses
 import math
 
@@ -10,57 +11,161 @@ from lowrank_jax.text import align, count, with_change
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """The activations around a kernel, an example.
+    """The activations around a kernel, over a whole batch.
 
     Attributes:
+      batch: the number of examples.
       inputs: elements that the layer reads.
       positions: at which it has outputs.
-      hidden_positions: at which the first stage has, that runs on a factor.
+      hidden_positions: at which the first stage has outputs, the one that runs on the factor U.
     """
 
+    batch: int
     inputs: int
     positions: int
     hidden_positions: int
 
+    def scaled(self, batch: int) -> "Traffic":
+        """The same for another batch size."""
+        return Traffic(
+            batch,
+            batch * (self.inputs // self.batch),
+            batch * (self.positions // self.batch),
+            batch * (self.hidden_positions // self.batch),
+        )
+
 
 @dataclasses.dataclass(frozen=True)
-class PlannedKernel:
-    """One line of a plan.
+class Choice:
+    """A way to factor a kernel; the rank is open, up to `view.full_rank`.
+
+    Attributes:
+      view: the kernel as a matrix.
+      traffic: what the layer and its stages read and write then.
+    """
+
+    view: MatrixView
+    traffic: Traffic
+
+    def macs(self, rank: int) -> int:
+        """Multiply-accumulates of both stages at this rank, per example."""
+        first, second = self.traffic.hidden_positions * self.view.n, self.traffic.positions * self.view.m
+        return rank * (first + second) // self.traffic.batch
+
+    def params(self, rank: int) -> int:
+        """Parameters of both factors at this rank, without stack axes."""
+        return rank * (self.view.n + self.view.m)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedKernel(abc.ABC):
+    """One line of a plan: a `FactoredKernel` or a `DenseKernel`.
 
     Attributes:
       name: the parameter's name.
       shape: its shape as stored, stack axes included.
-      view: the kernel as a matrix; None where it stays dense.
-      rank: the rank; None where it stays dense.
+      macs: multiply-accumulates of the dense kernel, per example.
       rule: the rule that decided; None if none matches.
-      note: why it stays dense; empty where it is factored.
-      macs: multiply-accumulates of the dense kernel, an example.
-      planned_macs: the same as planned.
-      traffic: what the layer reads and writes, where it is factored.
-      execution: how the layer will run, where it is factored and that is known.
+      choices: the ways to factor the kernel that are open to a budget, the rule's own scheme first; empty where the rule, or
+        the layer, keeps the kernel dense.
     """
 
     name: str
     shape: tuple[int, ...]
-    view: MatrixView | None
-    rank: int | None
-    rule: Rule | None
-    note: str
     macs: int
-    planned_macs: int
-    traffic: "Traffic | None" = None
-    execution: Execution | None = None
+    rule: Rule | None
+    choices: tuple[Choice, ...] = ()
 
     @property
     def params(self) -> int:
+        """Parameters of the dense kernel."""
         return math.prod(self.shape)
 
     @property
+    @abc.abstractmethod
     def planned_params(self) -> int:
-        if self.view is None or self.rank is None:
-            return self.params
-        copies = math.prod(self.shape) // math.prod(self.view.shape)
-        return copies * self.rank * (self.view.n + self.view.m)
+        """Parameters as planned."""
+
+    @property
+    @abc.abstractmethod
+    def planned_macs(self) -> int:
+        """Multiply-accumulates as planned, per example."""
+
+    def row(self) -> list[str]:
+        """The kernel's row of the plan's table."""
+        rank, method, execution, note = self._cells()
+        params = with_change(self.planned_params, self.params)
+        macs = with_change(self.planned_macs, self.macs) if self.macs else "-"
+        return [self.name, "x".join(map(str, self.shape)), rank, method, execution, params, macs, note]
+
+    @abc.abstractmethod
+    def _cells(self) -> tuple[str, str, str, str]:
+        """Rank, method, execution and note, as text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactoredKernel(PlannedKernel):
+    """A kernel that `factorize` replaces by a pair of factors.
+
+    Attributes:
+      rule: the rule that decided.
+      choice: which of `choices` was taken.
+      rank: the rank.
+      execution: how the layer will run; None if that is not known yet.
+    """
+
+    rule: Rule
+    choice: Choice
+    rank: int
+    execution: Execution | None = None
+
+    @property
+    def view(self) -> MatrixView:
+        """The kernel as a matrix, without stack axes."""
+        return self.choice.view
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the layer reads and writes."""
+        return self.choice.traffic
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading axes that `nn.scan` and `nn.vmap` add to a repeated module's parameters."""
+        return self.shape[: len(self.shape) - len(self.view.shape)]
+
+    @property
+    def planned_params(self) -> int:
+        return math.prod(self.stack) * self.choice.params(self.rank)
+
+    @property
+    def planned_macs(self) -> int:
+        return self.choice.macs(self.rank)
+
+    def _cells(self) -> tuple[str, str, str, str]:
+        return str(self.rank), self.rule.method, self.execution or self.rule.execution, ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseKernel(PlannedKernel):
+    """A kernel that stays as it is.
+
+    Attributes:
+      note: why.
+    """
+
+    note: str
+
+    @property
+    def planned_params(self) -> int:
+        return self.params
+
+    @property
+    def planned_macs(self) -> int:
+        return self.macs
+
+    def _cells(self) -> tuple[str, str, str, str]:
+        return "-", "dense", "", self.note
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +181,9 @@ class Plan:
     other_params: int
 
     @property
-    def factored(self) -> tuple[PlannedKernel, ...]:
-        return tuple(kernel for kernel in self.kernels if kernel.rank is not None)
+    def factored(self) -> tuple[FactoredKernel, ...]:
+        """The kernels that will be factored."""
+        return tuple(kernel for kernel in self.kernels if isinstance(kernel, FactoredKernel))
 
     @property
     def params(self) -> int:
@@ -86,46 +192,28 @@ class Plan:
 
     @property
     def dense_params(self) -> int:
+        """Parameters of the dense model, everything included."""
         return self.other_params + sum(kernel.params for kernel in self.kernels)
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of all kernels as planned, an example."""
+        """Multiply-accumulates of all kernels as planned, per example."""
         return sum(kernel.planned_macs for kernel in self.kernels)
 
     @property
     def dense_macs(self) -> int:
+        """Multiply-accumulates of all kernels of the dense model, per example."""
         return sum(kernel.macs for kernel in self.kernels)
 
     def rows(self) -> list[list[str]]:
-        """The table as text: a header, a row a kernel, a row for all other parameters and the total."""
-        body = [_row(kernel) for kernel in self.kernels]
+        """The table as text: a header, a row per kernel, a row for all other parameters and the total."""
         rest = ["(biases, norms, ...)", "", "-", "dense", "", count(self.other_params), "", ""]
         total = [
             "total", "", "", "", "",
             with_change(self.params, self.dense_params), with_change(self.macs, self.dense_macs), "",
         ]  # fmt: skip
-        return [["parameter", "shape", "rank", "method", "execution", "params", "MACs", "note"], *body, rest, total]
+        header = ["parameter", "shape", "rank", "method", "execution", "params", "MACs", "note"]
+        return [header, *(kernel.row() for kernel in self.kernels), rest, total]
 
     def __str__(self) -> str:
         return align(self.rows())
-
-
-def _row(kernel: PlannedKernel) -> list[str]:
-    method = kernel.rule.method if kernel.rank is not None and kernel.rule is not None else "dense"
-    return [
-        kernel.name,
-        "x".join(map(str, kernel.shape)),
-        "-" if kernel.rank is None else str(kernel.rank),
-        method,
-        _execution(kernel),
-        with_change(kernel.planned_params, kernel.params),
-        with_change(kernel.planned_macs, kernel.macs) if kernel.macs else "-",
-        kernel.note,
-    ]
-
-
-def _execution(kernel: PlannedKernel) -> str:
-    if kernel.rank is None or kernel.rule is None:
-        return ""
-    return kernel.execution or kernel.rule.execution

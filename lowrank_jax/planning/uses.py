@@ -46,10 +46,6 @@ class KernelUse:
         """Multiply-accumulates of the dense kernel over the traced batch."""
         return self.positions * math.prod(self.shape)
 
-    def factored_macs(self, view: MatrixView, rank: int) -> int:
-        """Multiply-accumulates of both stages over the traced batch."""
-        return self.hidden_positions(view) * view.n * rank + self.positions * rank * view.m
-
     def hidden_positions(self, view: MatrixView) -> int:
         """At how many positions the first stage has outputs, over the traced batch."""
         return self.widened if view.group > 1 else self.positions

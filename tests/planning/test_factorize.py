@@ -9,6 +9,7 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
 from lowrank_jax.paths import named_leaves
+from lowrank_jax.planning.plans import DenseKernel, FactoredKernel
 from lowrank_jax.projection import matrix
 
 KEY = jax.random.key(0)
@@ -61,14 +62,14 @@ def by_name(plan):
 def test_every_kernel_is_in_the_plan_with_its_rank_or_its_reason(zoo):
     _, _, params, plan = zoo
     kernels = by_name(plan)
-    notes = {name: kernel.note for name, kernel in kernels.items() if kernel.rank is None}
+    notes = {name: kernel.note for name, kernel in kernels.items() if isinstance(kernel, DenseKernel)}
     assert notes == {
         "depthwise/kernel": "depthwise convolution",
         "grouped/kernel": "grouped convolution (4 groups)",
         "embed/embedding": "embedding",
         "head/kernel": "kept dense by rule 1",
     }
-    ranks = {name: kernel.rank for name, kernel in kernels.items() if kernel.rank is not None}
+    ranks = {kernel.name: kernel.rank for kernel in plan.factored}
     assert ranks == {
         "conv/kernel": 2,  # 9 x 48
         "shared/kernel": 4,
@@ -225,7 +226,7 @@ class Wrapped(nn.Module):
 def test_layers_that_do_not_run_on_factors_stay_dense_and_say_so():
     model, x = Wrapped(), jnp.ones((2, 16))
     plan = lr.plan(model, x, [lr.Rule(".*", rank=2)])
-    assert [name for name, kernel in by_name(plan).items() if kernel.rank is not None] == ["plain/kernel"]
+    assert [kernel.name for kernel in plan.factored] == ["plain/kernel"]
     assert all(kernel.note for name, kernel in by_name(plan).items() if name != "plain/kernel")
     variables = model.init(KEY, x)
     params = lr.factorize(variables["params"], plan, key=KEY)
@@ -248,7 +249,8 @@ def test_a_model_with_drop_in_modules_can_be_planned():
 def test_a_kernel_that_no_rule_matches_stays_dense_and_says_so():
     model = nn.Sequential([nn.Dense(8), nn.Dense(8)])
     plan = lr.plan(model, jnp.ones((1, 8)), [lr.Rule("layers_0/kernel", rank=1)])
-    assert [kernel.note for kernel in plan.kernels] == ["", "no rule matches"]
+    factored, dense = plan.kernels
+    assert isinstance(factored, FactoredKernel) and dense.note == "no rule matches"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_a_kernel_that_no_rule_matches_stays_dense_and_says_so():
     [
         ([lr.Rule("layers_0/bias", rank=1)], "matches no parameter; the nearest is 'layers_0/kernel'"),
         ([lr.Rule("layer_0/kernel", rank=1)], "matches no parameter; the nearest is 'layers_0/kernel'"),
-        ([lr.Rule(".*", rank=9)], "rank 9 is above full rank 8, and so it is for every kernel"),
+        ([lr.Rule(".*", rank=9)], "rank 9 is above full rank 8, the largest that it matches"),
     ],
 )
 def test_bad_plans_are_refused(rules, message):

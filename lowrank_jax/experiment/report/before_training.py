@@ -199,7 +199,7 @@ class _Network:
         logits = self.programs.forward({**self.variables, "params": merged}, self.images, self.dropout)
         error = jnp.sum((logits - self.logits) ** 2) / jnp.sum(self.logits**2)
         risks = relative_risks(params, merged, plan, moments)
-        ranks = {kernel.name: kernel.rank for kernel in plan.factored if kernel.rank is not None}
+        ranks = {kernel.name: kernel.rank for kernel in plan.factored}
         return Arm(method, scale, self.config.seed, ranks, risks, float(error), seconds, factorizer.compile_seconds)
 
     def _moments(self, plan: Plan) -> dict[str, jax.Array] | None:
@@ -248,7 +248,7 @@ def relative_risks(params: Any, merged: Any, plan: Plan, moments: dict[str, jax.
     """
     before, after = named_leaves(params), named_leaves(merged)
     # What the risks depend on; not the rank or the method, so that one program serves all of them.
-    judged = tuple((kernel.name, kernel.view, kernel.rule.activation) for kernel in plan.factored if kernel.rule)
+    judged = tuple((kernel.name, kernel.view, kernel.rule.activation) for kernel in plan.factored)
     names = [name for name, *_ in judged]
     risks = _risks(judged, {name: before[name] for name in names}, {name: after[name] for name in names}, moments)
     return {name: float(risk) for name, risk in risks.items()}
