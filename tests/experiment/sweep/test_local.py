@@ -1,6 +1,7 @@
-"""Sweeps as a user runs them: real processes, killed with real signals."""
+"""Sweeps on this machine: what becomes of a trial, and, slow, real processes that are killed with real signals."""
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -10,9 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
+from rich.console import Console
 
+from lowrank_jax.experiment.cli import commands
+from lowrank_jax.experiment.sweep import local
+from lowrank_jax.experiment.sweep.trials import Outcome, Trial
+from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 
 BASE = [
@@ -28,6 +35,115 @@ def sweep(workdir, text, *flags, steps=20):
     file = running.ROOT / "configs" / "digits_resnet.py"
     given = [f"--config={file}", f"--workdir={workdir}", f"--sweep={text}", f"--config.steps={steps}", *BASE, *EVERY, *flags]
     return [sys.executable, "-m", "lowrank_jax", "sweep", *given]
+
+
+# --- what becomes of a trial, without its process ---
+
+
+def trial(folder, name="seed=0"):
+    (folder / name).mkdir(parents=True)
+    return Trial(name, {}, running.config(), str(folder / name), ("train",))
+
+
+def end(engine, trial, status, tries=1):
+    """Tells an engine that a trial's process has ended."""
+    engine._ended(local._Running(trial, types.SimpleNamespace(exitcode=status), tries, time.monotonic()))
+
+
+@pytest.mark.parametrize(
+    ("status", "tries", "outcome"),
+    [
+        (0, 1, "done"),
+        (4, 1, "diverged"),  # it would only diverge again
+        (2, 1, "failed"),  # so would what cannot be used
+        (1, 1, None),  # tried once more
+        (-9, 1, None),
+        (1, 2, "failed"),
+        (-9, 2, "failed"),
+    ],
+)
+def test_what_becomes_of_a_trial_by_the_status_of_its_process(tmp_path, capsys, status, tries, outcome):
+    one = trial(tmp_path)
+    engine = local._Engine([one], jobs=1)
+    assert engine.waiting == [(one, 1)]
+    engine.waiting.clear()
+    folder = Workdir(one.workdir)
+    if status == 0:
+        folder.write_json("result.json", {"eval": {"top1": 0.75}})
+    if status == 4:
+        folder.note_failure(diverged=True, reason="loss is nan at step 3")
+    if status == 2:
+        (tmp_path / one.name / "log.txt").write_text("begun\n\nno such data\n\n")
+    end(engine, one, status, tries)
+
+    said = capsys.readouterr().out
+    if outcome is None:
+        assert engine.waiting == [(one, 2)] and not engine.outcomes and "seed=0" in said
+        return
+    reason = {0: "", 4: "loss is nan at step 3", 2: "no such data", 1: "ended with status 1", -9: "killed by SIGKILL"}[status]
+    assert not engine.waiting and engine.outcomes == {"seed=0": Outcome(outcome, reason)}
+    assert said.startswith(f"[1/1] {outcome}") and ("top1 0.7500" if status == 0 else reason) in said
+    if outcome == "failed":
+        assert folder.read_json("failure.json") == {"status": "failed", "reason": reason}
+
+
+def test_what_ends_after_a_signal_is_interrupted_and_what_has_ended_is_not_run(tmp_path):
+    done, diverged, stopped = (trial(tmp_path, name) for name in ("done", "diverged", "stopped"))
+    Workdir(done.workdir).write_json("result.json", {})
+    Workdir(diverged.workdir).note_failure(diverged=True, reason="why")
+    engine = local._Engine([done, diverged, stopped], jobs=2)
+    assert engine.waiting == [(stopped, 1)]
+    engine.waiting.clear()
+    engine.stopping = True
+    end(engine, stopped, 75)
+    assert {name: outcome.status for name, outcome in engine.outcomes.items()} == {
+        "done": "done", "diverged": "diverged", "stopped": "interrupted",
+    }  # fmt: skip
+
+
+def test_the_table_says_what_runs_and_what_its_trial_says(tmp_path):
+    running_, waiting = trial(tmp_path, "lr=[0.1]"), trial(tmp_path, "waits")
+    (tmp_path / "lr=[0.1]" / "log.txt").write_text("begun\n[     10/2000] loss 1.5\n")
+    engine = local._Engine([running_, waiting], jobs=1)
+    engine.waiting.pop(0)
+    engine.running.append(local._Running(running_, None, 1, time.monotonic()))
+    console = Console(file=io.StringIO(), width=120)
+    console.print(engine.board._picture())
+    text = console.file.getvalue()
+    assert "0 done, 1 running, 0 failed, 1 waiting of 2" in text and "eta ..." in text
+    assert re.search(r"lr=\[0\.1\] +\d+s +\[ +10/2000\] loss 1\.5", text)
+
+
+def lowrank(arguments):
+    """The command in this process; returns its status."""
+    with pytest.raises(SystemExit) as ended:
+        commands.main(arguments[3:])
+    return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lowrank.scael=1", "did you mean lowrank.scale?"),
+        ("seed", "not of the form key=value"),
+        ("seed=0:2", "'0' must be a whole"),
+    ],
+)
+def test_mistakes_start_nothing(tmp_path, capsys, text, message):
+    status = lowrank(sweep(tmp_path / "w", text, *(["--jobs=0"] if "0:2" in text else [])))
+    assert status == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_dry_run_prints_the_trials_and_starts_nothing(tmp_path, capsys):
+    text = "lowrank.scale=0.1,0.25; lowrank.method=none,spectral; seed=0:2"
+    assert lowrank(sweep(tmp_path / "w", text, "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "6 trials" and "scale=0.25,method=spectral,seed=1" in said
+    assert not (tmp_path / "w").exists()
+
+
+# --- real processes ---
 
 
 def results(workdir):
@@ -54,6 +170,7 @@ def wait_until(condition, process, seconds=60):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_past_a_divergence_and_does_not_repeat_what_is_done(tmp_path):
     command = sweep(tmp_path, "optim.lr=0.1,1e30; seed=0:2", "--jobs=2")
     first = running.run(command)
@@ -71,6 +188,7 @@ def test_a_sweep_goes_on_past_a_divergence_and_does_not_repeat_what_is_done(tmp_
     assert written == {name: (tmp_path / name / "result.json").stat().st_mtime_ns for name in results(tmp_path)}
 
 
+@pytest.mark.slow
 def test_a_killed_trial_is_tried_once_more_and_an_interrupted_sweep_goes_on(tmp_path):
     command = sweep(tmp_path, "seed=0:2", "--config.checkpoint.every=200 steps", steps=10_000_000)
     with started(command) as process:
@@ -96,6 +214,7 @@ def test_a_killed_trial_is_tried_once_more_and_an_interrupted_sweep_goes_on(tmp_
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_what_runs(tmp_path):
     master, slave = pty.openpty()
     command = sweep(tmp_path, "seed=0:1", steps=2000)
@@ -112,28 +231,6 @@ def test_a_terminal_shows_what_runs(tmp_path):
     assert "0 done, 1 running, 0 failed, 0 waiting of 1" in text and "eta" in text
     assert re.search(r"seed=0 +\d+s +\[ *\d+/2000", text)  # the last line of the trial's own output
     assert "[1/1] done" in text
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("lowrank.scael=1", "did you mean lowrank.scale?"),
-        ("seed", "not of the form key=value"),
-        ("seed=0:2", "'0' must be a whole"),
-    ],
-)
-def test_mistakes_start_nothing(tmp_path, text, message):
-    result = running.run(sweep(tmp_path / "w", text, *(["--jobs=0"] if "0:2" in text else [])))
-    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
-    assert not (tmp_path / "w").exists()
-
-
-def test_a_dry_run_prints_the_trials_and_starts_nothing(tmp_path):
-    text = "lowrank.scale=0.1,0.25; lowrank.method=none,spectral; seed=0:2"
-    result = running.run(sweep(tmp_path / "w", text, "--dry-run"))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "6 trials" and "scale=0.25,method=spectral,seed=1" in result.stdout
-    assert not (tmp_path / "w").exists()
 
 
 def all_pids():

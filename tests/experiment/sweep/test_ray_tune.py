@@ -1,4 +1,4 @@
-"""Sweeps on a Ray cluster: two real nodes, a killed worker, a scheduler that ends a trial, a signal."""
+"""Sweeps through Ray: whom ASHA ends, and, slow, two real nodes, a killed worker, a signal."""
 
 import importlib
 import json
@@ -8,9 +8,9 @@ import signal
 import sys
 import threading
 import time
+import types
 
 import pytest
-from ray.cluster_utils import Cluster
 
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.sweep import ray_tune
@@ -25,6 +25,8 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:Runtime
 @pytest.fixture(scope="module")
 def cluster():
     """Two nodes of one CPU each."""
+    from ray.cluster_utils import Cluster
+
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     nodes.add_node(num_cpus=1)
     yield nodes.address
@@ -60,6 +62,7 @@ def once_it_says():
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_trial_whose_worker_is_killed_ends_where_an_undisturbed_one_does(cluster, tmp_path, once_it_says):
     long = {"steps": 1000, "checkpoint__every": "70 steps", "log__every": "100 steps", "eval__every": "250 steps"}
     broken, whole = trial(tmp_path, "broken", **long), trial(tmp_path, "whole", **long)
@@ -94,6 +97,7 @@ def final(trial):
     return result["step"], result["eval"], result["best_step"]
 
 
+@pytest.mark.slow
 def test_asha_ends_a_poor_trial_for_good(cluster, tmp_path):
     good = trial(tmp_path, "good", eval__every="10 steps")  # ended in an earlier call
     (tmp_path / "good").mkdir()
@@ -111,6 +115,7 @@ def test_asha_ends_a_poor_trial_for_good(cluster, tmp_path):
     assert ray_tune.run([good, poor]) == {"good": outcomes["good"], "poor": outcomes["poor"]}  # without any cluster
 
 
+@pytest.mark.slow
 def test_a_signal_saves_what_runs_and_the_same_call_would_go_on(cluster, tmp_path, once_it_says):
     endless = {"steps": 10**6, "checkpoint__every": "100000 steps", "log__every": "100 steps"}
     trials = [trial(tmp_path, name, **endless) for name in ("runs", "waits")]
@@ -120,6 +125,87 @@ def test_a_signal_saves_what_runs_and_the_same_call_would_go_on(cluster, tmp_pat
     assert "stopping: saved step" in (tmp_path / "runs" / "log.txt").read_text()
     assert list((tmp_path / "runs" / "checkpoints").glob("[0-9]*")) and not (tmp_path / "waits").exists()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def judged(asha, trials, evaluations):
+    """The trials that ASHA ends, with the step, when their evaluations come in this order."""
+    scheduler, ended = asha.scheduler(trials), {}
+    for trial in trials:
+        scheduler.on_trial_add(None, ray_tune._StandIn(trial.name))
+    for name, step, top1 in evaluations:
+        if name not in ended:
+            decision = scheduler.on_trial_result(None, ray_tune._StandIn(name), {"step": step, "top1": top1})
+            ended |= {name: step} if decision == "STOP" and step < 40 else {}
+    return ended
+
+
+def test_asha_keeps_the_best_half_at_each_rung(tmp_path):
+    """By hand, with rungs at 10 and 20: the first one has no rival; the others end below the median of those before them."""
+    trials = [trial(tmp_path, name) for name in "abcd"]
+    order = [
+        ("a", 10, 0.5),  # alone
+        ("b", 10, 0.4),  # below 0.5
+        ("c", 10, 0.6),  # above the median of 0.4 and 0.5
+        ("d", 10, 0.45),  # below the median of 0.4, 0.5 and 0.6
+        ("a", 15, 0.1),  # no rung
+        ("a", 20, 0.5),
+        ("c", 20, 0.45),  # better at 10, worse at 20
+        ("a", 40, 0.5),
+    ]
+    assert judged(ray_tune.Asha(grace=10, reduction=2), trials, order) == {"b": 10, "d": 10, "c": 20}
+    assert judged(ray_tune.Asha(grace=30, reduction=2), trials, order) == {}  # nobody before its time
+
+
+def test_asha_judges_by_trials_of_earlier_calls_too(tmp_path):
+    earlier, poor, good = (trial(tmp_path, name) for name in ("earlier", "poor", "good"))
+    (tmp_path / "earlier").mkdir()
+    lines = [json.dumps({"step": step, "eval/top1": 0.9}) for step in (10, 20)]
+    (tmp_path / "earlier" / "metrics.jsonl").write_text("\n".join(lines))
+    scheduler = ray_tune.Asha(grace=20, reduction=2).scheduler([earlier, poor, good])
+    ray_tune._replay(scheduler, [earlier])
+    for name, top1, decision in (("poor", 0.1, "STOP"), ("good", 0.95, "CONTINUE")):
+        scheduler.on_trial_add(None, ray_tune._StandIn(name))
+        assert scheduler.on_trial_result(None, ray_tune._StandIn(name), {"step": 20, "top1": top1}) == decision
+
+
+@pytest.mark.parametrize(
+    ("asha", "names"), [({"grace": 41}, "grace: 41; must be from 1 to 40"), ({"grace": 1, "reduction": 1}, "reduction: 1")]
+)
+def test_an_asha_that_cannot_work_is_refused_before_a_cluster_is_looked_for(tmp_path, asha, names):
+    with pytest.raises(ConfigError, match=names):
+        ray_tune.run([trial(tmp_path, "a")], asha=ray_tune.Asha(**asha))
+
+
+def test_how_a_trial_of_tune_ended_is_noted_in_its_folder(tmp_path):
+    """What Tune tells its callbacks, as far as they look at it."""
+    trials = {name: trial(tmp_path, name) for name in ("done", "diverged", "poor", "lost")}
+    for name in trials:
+        (tmp_path / name).mkdir()
+    (tmp_path / "error").write_text("Traceback\n  ...\nray.exceptions.ActorDiedError: died. Some common causes include: many\n")
+    said = []
+    events = ray_tune._Events(trials, said.append)
+
+    def told(name, **last):
+        run = types.SimpleNamespace(num_failures=1)
+        return types.SimpleNamespace(
+            config={"trial": name}, last_result=last, run_metadata=run, error_file=str(tmp_path / "error")
+        )
+
+    events.on_trial_complete(0, [], told("done", **ray_tune._report("done", step=40, top1=0.75)))
+    events.on_trial_complete(0, [], told("diverged", **ray_tune._report("diverged", "loss is nan")))
+    events.on_trial_complete(0, [], told("poor", step=20, top1=0.1))
+    events.on_trial_recover(0, [], told("lost"))
+    events.on_trial_error(0, [], told("lost"))
+    reason = "ray.exceptions.ActorDiedError: died.; 1 attempts"
+    assert events.outcomes == {
+        "done": Outcome("done"),
+        "diverged": Outcome("diverged", "loss is nan"),
+        "poor": Outcome("stopped", "by asha at step 20"),
+        "lost": Outcome("failed", reason),
+    }
+    assert said[0].startswith("[1/4]  done") and "top1 0.7500" in said[0] and "attempt 2 of 3" in said[3]
+    assert Workdir(trials["poor"].workdir).read_json("stopped.json") == {"by": "asha", "step": 20, "top1": 0.1}
+    assert Workdir(trials["lost"].workdir).read_json("failure.json") == {"status": "failed", "reason": reason}
 
 
 def test_without_ray_there_is_one_clear_message(monkeypatch):
