@@ -20,8 +20,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from lowrank_jax.experiment import config
 from lowrank_jax.experiment.cli.commands import cache_home
-from lowrank_jax.experiment.cli.flags import DOES_NOT_FIT
 from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.errors import DOES_NOT_FIT
 from lowrank_jax.experiment.preflight import arms
 from lowrank_jax.experiment.preflight.arms import Cache, Compiler, Wanted
 from lowrank_jax.experiment.preflight.compiler import PreflightError, Program, versions

@@ -83,6 +83,7 @@ start() {
   done
 }
 
+# Statuses as in lowrank_jax/experiment/errors.py, to which a test holds this.
 # The status of a round: the first failure's, but 2 and 4 before others, and 75 only where nothing failed.
 note() {  # STATUS
   case $1 in

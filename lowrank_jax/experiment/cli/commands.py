@@ -17,19 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jax
 from absl import logging
 
-from lowrank_jax.experiment.cli.flags import (
-    BAD_INPUT,
-    DIVERGED,
-    DOES_NOT_FIT,
-    FAILED,
-    HOSTS,
-    INTERRUPTED,
-    JOBSET,
-    KILLED,
-    RAY,
-    parser,
-    split_overrides,
-)
+from lowrank_jax.experiment.cli.flags import HOSTS, JOBSET, RAY, parser, split_overrides
+from lowrank_jax.experiment.errors import BAD_INPUT, DIVERGED, DOES_NOT_FIT, FAILED, INTERRUPTED, KILLED, UserError
 from lowrank_jax.text import first_line
 
 if TYPE_CHECKING:
@@ -53,17 +42,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from lowrank_jax.experiment.config.files import ConfigError
-    from lowrank_jax.experiment.data.base import DataError
-    from lowrank_jax.experiment.hosts.processes import ClusterError, OtherFailed, end_with_the_others, several
-    from lowrank_jax.experiment.preflight.compiler import PreflightError
+    from lowrank_jax.experiment.hosts.processes import OtherFailed, end_with_the_others, several
     from lowrank_jax.experiment.training.window import Diverged
-    from lowrank_jax.experiment.workdir.checkpoint import CheckpointError
-    from lowrank_jax.experiment.workdir.workdir import WorkdirError
 
     try:
         return args.command(args)
-    except (ConfigError, WorkdirError, DataError, CheckpointError, ClusterError, PreflightError) as error:
+    except UserError as error:
         return _failed(BAD_INPUT, str(error))
     except OSError as error:  # no such folder, no permission, no space left
         return _failed(BAD_INPUT, f"lowrank: {error.filename or 'input or output'}: {error.strerror or error}")

@@ -7,19 +7,12 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-FAILED, BAD_INPUT, DOES_NOT_FIT, DIVERGED, INTERRUPTED, KILLED = 1, 2, 3, 4, 75, 130
+from lowrank_jax.experiment.errors import BAD_INPUT, MEANINGS
 
 # The flags that say which of several processes this is.
 HOSTS = ("coordinator", "processes", "process", "heartbeat", "patience")
 
-_STATUS = f"""exit status:
-  0  done
-  {FAILED}  some trials of a sweep did not succeed
-  {BAD_INPUT}  a config, command line, file, work directory or data set that cannot be used
-  {DOES_NOT_FIT}  preflight: it does not fit into the memory of the chips
-  {DIVERGED}  the loss or the gradient is not finite
-  {INTERRUPTED}  stopped by SIGTERM or Ctrl-C after saving; the same command continues
-  {KILLED}  stopped by Ctrl-C before there was anything to save, or by a second one"""
+_STATUS = "\n".join(["exit status:", *(f"  {status:<3}  {meaning}" for status, meaning in MEANINGS.items())])
 
 _OVERRIDES = """Any key of the config can be set from the command line: --config.optim.lr=0.05 --config.lowrank.scale=0.1"""
 

@@ -12,10 +12,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lowrank_jax.experiment.config.schema import Config, Duration
+from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.text import did_you_mean
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """What is wrong with a config or a command line, one problem an entry."""
 
     def __init__(self, source: str, problems: Sequence[str]):

@@ -6,11 +6,12 @@ from typing import Protocol
 import numpy as np
 
 from lowrank_jax.experiment.data.augment import Augmentation
+from lowrank_jax.experiment.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Data is missing or unusable; the message says what to do."""
 
 

@@ -10,17 +10,15 @@ import jax
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config, MeshConfig
 from lowrank_jax.experiment.data import datasets
-from lowrank_jax.experiment.data.base import DataError, Split
+from lowrank_jax.experiment.data.base import Split
+from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.hosts.processes import several
 from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.experiment.training.evaluate import evaluate
 from lowrank_jax.experiment.training.state import evaluated_variables
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints, Restored
-from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
+from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.text import align, count, did_you_mean
-
-UNUSABLE = (configs.ConfigError, WorkdirError, DataError, CheckpointError, OSError)
-"""What may be wrong with one work directory while the others can be evaluated."""
 
 _HEADER = ["split", "examples", "top1", "top5", "loss", "step", "params", "dense params"]
 
@@ -256,7 +254,7 @@ def evaluate_all(
     for workdir in workdirs:
         try:
             done[workdir] = evaluator.evaluate(workdir, step)
-        except UNUSABLE as error:
+        except (UserError, OSError) as error:
             if several():  # the others may be in the middle of it
                 raise
             complain(complaint(workdir, error))

@@ -7,7 +7,8 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lowrank_jax.experiment.evaluation.runs import UNUSABLE, Evaluator, Rows, Subject, complaint
+from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.evaluation.runs import Evaluator, Rows, Subject, complaint
 from lowrank_jax.experiment.training.evaluate import Interrupted
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints
@@ -95,7 +96,7 @@ class _Run:
             self._look(self._subject or self._open())
         except Interrupted:
             return
-        except UNUSABLE as error:
+        except (UserError, OSError) as error:
             self._fail(error)
             self.finished = True
 

@@ -18,6 +18,8 @@ import jax
 from jax._src import distributed as _jax_distributed  # its client of the coordinator has no public name
 from jax._src import xla_bridge
 
+from lowrank_jax.experiment.errors import BAD_INPUT, UserError
+
 _FAILURE_KEY = "lowrank/failure"
 _DAY_MS = 24 * 60 * 60 * 1000  # a lost process ends the others through its missing heartbeat, not through a timeout
 _EXIT_SECONDS = 10.0  # after which a process that failed exits without the others
@@ -28,7 +30,7 @@ _TASK_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _exchanges = itertools.count()
 
 
-class ClusterError(Exception):
+class ClusterError(UserError):
     """The processes of a run cannot connect; the message says what to do."""
 
 
@@ -204,7 +206,7 @@ def _deadline(options: ProcessOptions) -> Iterator[None]:
 
     def wait() -> None:
         if not done.wait(options.patience):
-            _exit(2, _timeout_message(options))
+            _exit(BAD_INPUT, _timeout_message(options))
 
     threading.Thread(target=wait, daemon=True).start()
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.preflight import slices
 from lowrank_jax.experiment.preflight.collectives import collectives
 from lowrank_jax.experiment.training.build import Experiment
@@ -28,7 +29,7 @@ _USABLE = {"v3": 15.48, "v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-class PreflightError(Exception):
+class PreflightError(UserError):
     """There is no compiler, no such slice, or the compiler gives up; the message says why."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lowrank_jax.experiment.cli.flags import BAD_INPUT, DIVERGED, INTERRUPTED
+from lowrank_jax.experiment.errors import HOPELESS, INTERRUPTED
 from lowrank_jax.experiment.preflight import slices
 from lowrank_jax.experiment.preflight.slices import Slice
 from lowrank_jax.experiment.sweep.trials import Trial
@@ -41,9 +41,10 @@ def shell(trials: Sequence[Trial]) -> str:
     broken = [trial.name for trial in trials if any("\n" in word for word in trial.command)]
     if broken:
         raise ValueError(f"a value with a line break does not fit on a line of shell: {', '.join(broken)}")
+    hopeless = ", ".join(map(str, HOPELESS))
     head = [
         f"# {len(trials)} trials of `lowrank train`, one a line, in any order, wherever the work directories can be reached.",
-        f"# Exit status {INTERRUPTED}: give the line again, and it goes on where it stopped; {BAD_INPUT}, {DIVERGED}: do not.",
+        f"# Exit status {INTERRUPTED}: give the line again, and it goes on where it stopped; {hopeless}: do not.",
     ]
     return "\n".join([*head, *(shlex.join(["lowrank", *trial.command]) for trial in trials), ""])
 
@@ -201,7 +202,7 @@ def _metadata(trial: Trial, cluster: Cluster, slice_: Slice) -> dict[str, Any]:
 
 
 def _job(trial: Trial, cluster: Cluster, slice_: Slice) -> dict[str, Any]:
-    hopeless = {"operator": "In", "values": sorted([BAD_INPUT, DIVERGED])}
+    hopeless = {"operator": "In", "values": sorted(HOPELESS)}
     return {
         "parallelism": slice_.hosts,
         "completions": slice_.hosts,

@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_jax.experiment.cli.flags import BAD_INPUT, DIVERGED
+from lowrank_jax.experiment.errors import DIVERGED, HOPELESS
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial, known_outcome
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.experiment.workdir.writer import duration
@@ -96,7 +96,7 @@ class _Engine:
             self._note(trial, Outcome("interrupted", "the same command continues it"))
         elif status == DIVERGED:
             self._note(trial, known_outcome(trial) or Outcome("diverged"))
-        elif status == BAD_INPUT or run.tries == _TRIES:
+        elif status in HOPELESS or run.tries == _TRIES:
             reason = _last_line(trial) or _exit_in_words(status)
             Workdir(trial.workdir).note_failure(diverged=False, reason=reason)
             self._note(trial, Outcome("failed", reason))

@@ -28,13 +28,12 @@ from typing import Any
 import jax
 
 from lowrank_jax.experiment import config as configs
-from lowrank_jax.experiment.data.base import DataError
+from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial, known_outcome
 from lowrank_jax.experiment.training.loop import score, train
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.training.window import Diverged
-from lowrank_jax.experiment.workdir.checkpoint import CheckpointError
-from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
+from lowrank_jax.experiment.workdir.workdir import Workdir
 
 try:
     import ray
@@ -313,7 +312,7 @@ def _work(job: _Job, folder: str, flag: Any) -> None:
             report = _train(job, flag)
         except Diverged as error:
             report = _report("diverged", _one_line(error))
-        except (configs.ConfigError, WorkdirError, DataError, CheckpointError) as error:
+        except UserError as error:
             report = _report("failed", _one_line(error))
         except Exception:
             traceback.print_exc()

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
+from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.hosts import processes
 from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.experiment.workdir.orbax_quiet import alone, barrier, hush_saves, quiet_failure, together
@@ -29,7 +30,7 @@ _STRAGGLERS = 0.1  # seconds for the reads beside one that failed to end, while 
 _OPENINGS = 5  # attempts to list the steps of a run that may be deleting some
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint that is needed cannot be read or written; the message says which and why."""
 
 

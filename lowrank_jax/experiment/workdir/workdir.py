@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 from upath import UPath
 
+from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.workdir.identity import defaults, differences, flatten
 from lowrank_jax.text import first_line
 
@@ -19,7 +20,7 @@ _NEEDED = {"seed", "dataset.name", "model.name", "lowrank.method"}
 _EPATH = ("gs://", "s3://", "az://", "hf://")
 
 
-class WorkdirError(Exception):
+class WorkdirError(UserError):
     """The work directory cannot be used; the message says what to do."""
 
 

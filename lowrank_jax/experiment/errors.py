@@ -1,0 +1,21 @@
+"""How a command ends: errors that the user can mend, exit statuses, and which statuses are worth a restart."""
+
+DONE, FAILED, BAD_INPUT, DOES_NOT_FIT, DIVERGED, INTERRUPTED, KILLED = 0, 1, 2, 3, 4, 75, 130
+
+MEANINGS = {
+    DONE: "success",
+    FAILED: "some trials of a sweep failed",
+    BAD_INPUT: "a config, command line, file, work directory or data set cannot be used",
+    DOES_NOT_FIT: "preflight: the program does not fit into the memory of the chips",
+    DIVERGED: "training diverged: the loss or a gradient is not finite",
+    INTERRUPTED: "stopped by SIGTERM or Ctrl-C after saving; the same command resumes",
+    KILLED: "stopped by Ctrl-C before there was anything to save, or by a second Ctrl-C",
+}
+
+# The sweep engines, the JobSets and scripts/*.sh all follow this; a test holds the scripts to it.
+HOPELESS = (BAD_INPUT, DIVERGED)
+"""Failures that a restart would only repeat. Nothing restarts these, or success; everything else is worth another try."""
+
+
+class UserError(Exception):
+    """Something that the user can mend; the message says what, and the command exits with `BAD_INPUT`, without a traceback."""
