@@ -55,6 +55,6 @@ def repository() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def small_imagenet(tmp_path_factory):
-    from tests.imagenet_files import prepare_small
+    from tests.imagenet_files import write_small
 
-    return prepare_small(tmp_path_factory.mktemp("imagenet"))
+    return write_small(tmp_path_factory.mktemp("imagenet"))

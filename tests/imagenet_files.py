@@ -98,24 +98,97 @@ class SmallImageNet:
         return {"train_size": self.train, "validation_size": self.validation}
 
 
+_TRUNCATED = {"train": "n01443537_3.JPEG", "validation": "ILSVRC2012_val_00000005.JPEG"}
+
+
+def write_small(folder: pathlib.Path, *, train: int = 64, validation: int = 24, side: int = 160) -> SmallImageNet:
+    """Writes the files that TFDS's builder would leave behind, without the builder, which takes much longer."""
+    files = _small_files(folder / "archives", train, validation, side)
+    shuffled = np.random.default_rng(0).permutation(list(files)).tolist()
+    records = {
+        split: [example(files[name], _label(name), name) for name in shuffled if name.startswith(prefix)]
+        for split, prefix in (("train", "n"), ("validation", "ILSVRC2012_val"))
+    }
+    write_prepared("imagenet2012", folder / "data", records)
+    return SmallImageNet(folder / "data", train, validation, files, _TRUNCATED)
+
+
 def prepare_small(folder: pathlib.Path, *, train: int = 64, validation: int = 24, side: int = 160) -> SmallImageNet:
-    """Runs the script on small archives."""
-    truncated = {"train": "n01443537_3.JPEG", "validation": "ILSVRC2012_val_00000005.JPEG"}
-    images = [jpeg(image) for image in natural_images(train + validation, side=side)]
-    files = write_archives(folder / "archives", images[:train], images[train:], truncate=tuple(truncated.values()))
+    """Runs the script, and with it TFDS's builder, on small archives."""
+    files = _small_files(folder / "archives", train, validation, side)
     command = [ROOT / "scripts" / "prepare_imagenet.sh", folder / "archives", folder / "data"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return SmallImageNet(folder / "data", train, validation, files, truncated)
+    return SmallImageNet(folder / "data", train, validation, files, _TRUNCATED)
 
 
-def names(small: SmallImageNet, split: str) -> list[str]:
-    """The files in the order in which they are stored, by TFDS's own reading."""
+def _small_files(archives: pathlib.Path, train: int, validation: int, side: int) -> dict[str, bytes]:
+    images = [jpeg(image) for image in natural_images(train + validation, side=side)]
+    return write_archives(archives, images[:train], images[train:], truncate=tuple(_TRUNCATED.values()))
+
+
+def _label(name: str) -> int:
+    """The class of a training image; TFDS's builder has a list of those of the validation images."""
+    return WORDNET_IDS.index(name.split("_")[0]) if name.startswith("n") else int(name[-10:-5]) % 1000
+
+
+def example(image: bytes, label: int, name: str) -> bytes:
+    """A TensorFlow Example as TFDS stores it."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    stored = tf_example_pb2.Example()  # type: ignore[attr-defined]
+    features = stored.features.feature
+    features["image"].bytes_list.value.append(image)
+    features["label"].int64_list.value.append(label)
+    features["file_name"].bytes_list.value.append(name.encode())
+    return stored.SerializeToString()
+
+
+def write_prepared(name: str, data_dir: pathlib.Path, records: dict[str, list[bytes]]) -> None:
+    """Writes a data set of TFDS's as its builder would store it, as array_record in one file a split."""
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module  # type: ignore[attr-defined]
+
+    builder = tfds.builder(name, data_dir=str(data_dir), file_format="array_record")
+    folder = pathlib.Path(builder.data_path)
+    folder.mkdir(parents=True)
+    splits = []
+    for split, stored in records.items():
+        files = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=builder.name, split=split, filetype_suffix="array_record"
+        )
+        writer = array_record_module.ArrayRecordWriter(str(files.sharded_filepath(shard_index=0, num_shards=1)), "group_size:1")
+        for record in stored:
+            writer.write(record)
+        writer.close()
+        size = sum(map(len, stored))
+        splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[len(stored)], num_bytes=size, filename_template=files))
+    builder.info.set_splits(tfds.core.SplitDict(splits))
+    builder.info.write_to_directory(folder)
+
+
+def stored_records(small: SmallImageNet, split: str) -> list[bytes]:
+    """The records of a split in their order, by TFDS's own reading."""
     import tensorflow_datasets as tfds
 
     builder: Any = tfds.builder("imagenet2012", data_dir=str(small.data_dir), file_format="array_record")
-    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    return [example["file_name"].decode() for example in source]
+    source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+    return list(source.data_source)
+
+
+def names(small: SmallImageNet, split: str) -> list[str]:
+    """The files in the order in which they are stored."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    parse = tf_example_pb2.Example.FromString  # type: ignore[attr-defined]
+    records = (parse(record).features.feature for record in stored_records(small, split))
+    return [record["file_name"].bytes_list.value[0].decode() for record in records]
+
+
+def write_small_v2(data_dir: pathlib.Path, images: dict[int, bytes]) -> None:
+    """Writes ImageNet-v2 of one image for each of some classes."""
+    records = [example(data, label, f"{label}.jpeg") for label, data in images.items()]
+    write_prepared("imagenet_v2/matched-frequency", data_dir, {"test": records})
 
 
 def prepare_small_v2(data_dir: pathlib.Path, folder: pathlib.Path, images: dict[int, bytes]) -> None:

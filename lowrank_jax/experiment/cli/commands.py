@@ -129,7 +129,7 @@ def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator"
 def _join(args: argparse.Namespace) -> None:
     from lowrank_jax.experiment.hosts import processes
 
-    processes.start(processes.Cluster(**_given(args, HOSTS)))
+    processes.start(processes.ProcessOptions(**_given(args, HOSTS)))
 
 
 def _say(text: str) -> None:

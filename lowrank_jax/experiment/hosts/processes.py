@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, tell each other things, and end together."""
+"""One run of several processes: how they connect, exchange messages and exit together."""
 
 import atexit
 import contextlib
@@ -20,34 +20,34 @@ from jax._src import xla_bridge
 
 from lowrank_jax.experiment.errors import BAD_INPUT, UserError
 
-_FAILURE = "lowrank/failure"
-_DAY = 24 * 60 * 60 * 1000  # in ms: a process that is lost ends the others by its missing heartbeat, not by a timeout
-_ENDING = 10.0  # seconds until a process that failed ends without the others
-_PRECEDENCE = 2000  # ms that the other processes wait for process 0 to speak
-_HEARING = 2.0  # seconds for the others to hear of a failure
-_LOOK = 1000  # ms between two looks at whether the run is over
-_TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-_rounds = itertools.count()
+_FAILURE_KEY = "lowrank/failure"
+_DAY_MS = 24 * 60 * 60 * 1000  # a lost process ends the others through its missing heartbeat, not through a timeout
+_EXIT_SECONDS = 10.0  # after which a process that failed exits without the others
+_PRECEDENCE_MS = 2000  # that the other processes leave process 0 to report a failure first
+_ACKNOWLEDGE_SECONDS = 2.0  # that process 0 waits for the others to read a failure
+_POLL_MS = 1000  # between checks whether the run is over
+_TASK_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_exchanges = itertools.count()
 
 
 class ClusterError(UserError):
-    """The processes of a run do not find each other; the message says what to do."""
+    """The processes of a run cannot connect; the message says what to do."""
 
 
 class OtherFailed(Exception):
-    """Another process of the run has failed, and will say why."""
+    """Another process of the run failed and reports why."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Cluster:
-    """Where a process stands among those of its run; what is not given is detected.
+class ProcessOptions:
+    """How a process joins its run; what is not given is detected.
 
     Attributes:
       coordinator: "host:port" of process 0.
-      processes: how many there are; 1 keeps a process alone whatever its environment says.
-      process: which of them this is, from 0.
-      heartbeat: a process counts as lost after so many seconds without a sign of life, which ends the others.
-      patience: seconds to wait for the others at the start.
+      processes: the number of processes; 1 runs alone, whatever the environment says.
+      process: the index of this one, from 0.
+      heartbeat: seconds without a heartbeat before a process counts as lost, which ends the others.
+      patience: seconds to wait for the other processes at start-up.
     """
 
     coordinator: str | None = None
@@ -57,62 +57,66 @@ class Cluster:
     patience: int = 300
 
     def problems(self) -> list[str]:
-        """What does not fit together."""
+        """One line for each contradiction between the flags."""
         given = {"--coordinator": self.coordinator, "--processes": self.processes, "--process": self.process}
         missing = [flag for flag, value in given.items() if value is None]
         if self.processes == 1 and self.coordinator is None and self.process in (None, 0):
             return []
         if 0 < len(missing) < len(given):
-            return [f"{' and '.join(missing)}: needed too (or none of the three, where the cluster is detected)"]
+            return [f"{' and '.join(missing)}: missing; give all three of the flags, or none to detect the cluster"]
         problems = []
         if self.coordinator is not None and not _port(self.coordinator):
-            problems.append(f"--coordinator: {self.coordinator!r} is no HOST:PORT such as 10.0.0.1:1234")
+            problems.append(f"--coordinator: {self.coordinator!r} must be HOST:PORT, such as 10.0.0.1:1234")
         if self.processes is not None and self.process is not None and self.process >= self.processes:
-            problems.append(f"--process: {self.process} of {self.processes}; they are counted from 0")
+            problems.append(f"--process: {self.process} must be less than --processes={self.processes}; counting starts at 0")
         return problems
 
 
-def start(cluster: Cluster) -> None:
-    """Joins this process to the others of its run; it has to come before any use of the devices.
+def start(options: ProcessOptions) -> None:
+    """Connects this process to the others of its run; call it before any use of the devices.
 
-    Without flags jax looks for a cluster in the environment (TPU slices, GKE, Slurm, Open MPI); where it finds none, or one of
-    a single task, the process is alone, as it is with `processes=1`, and stays as it is where its devices are in use already.
+    Without flags jax looks for a cluster in the environment (TPU slices, GKE, Slurm, Open MPI).  The process runs alone if
+    there is none or it has a single task, with `processes=1`, and if its devices are in use already.
 
     Raises:
-      ClusterError: the others cannot be found.
+      ClusterError: the processes cannot connect.
     """
-    if problems := cluster.problems():
+    if problems := options.problems():
         raise ClusterError("\n".join(problems))
-    detected = cluster.coordinator is None
-    single = any(os.environ.get(name) == "1" for name in _TASKS)
-    if cluster.processes == 1 or (detected and (single or xla_bridge.backends_are_initialized())):
+    detect = options.coordinator is None
+    single = any(os.environ.get(name) == "1" for name in _TASK_COUNTS)
+    if options.processes == 1 or (detect and (single or xla_bridge.backends_are_initialized())):
         return
-    if cluster.process == 0:
-        _check_free(cluster.coordinator)
-    with _deadline(cluster):
-        try:
-            jax.distributed.initialize(
-                cluster.coordinator,
-                cluster.processes,
-                cluster.process,
-                cluster_detection_method=None if detected else "deactivate",
-                initialization_timeout=cluster.patience + 60,  # it would abort; the deadline comes first
-                heartbeat_timeout_seconds=cluster.heartbeat,
-            )
-        except ValueError as error:
-            if detected and "JAX_COORDINATOR_ADDRESS" not in os.environ:
-                return  # there is no cluster
-            raise ClusterError(f"{error} Give --coordinator, --processes and --process.") from None
-        except Exception as error:
-            raise ClusterError(f"the other processes cannot be joined: {error}. --processes=1 goes without them.") from error
+    if options.process == 0:
+        _check_free(options.coordinator)
+    with _deadline(options):
+        _connect(options, detect)
     # jax's own handler would keep SIGTERM from ending a process that has nothing to save yet.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if several():
         over = threading.Event()
         watcher = threading.Thread(target=_watch, args=(over,), daemon=True)
         watcher.start()
-        # Where Python ends while a thread is in jax's hands, it aborts.  What is registered last runs first, before jax leaves.
+        # Python aborts if it ends while a thread is inside jax.  The last handler registered runs first, before jax's own.
         atexit.register(lambda: (over.set(), watcher.join()))
+
+
+def _connect(options: ProcessOptions, detect: bool) -> None:
+    try:
+        jax.distributed.initialize(
+            options.coordinator,
+            options.processes,
+            options.process,
+            cluster_detection_method=None if detect else "deactivate",
+            initialization_timeout=options.patience + 60,  # jax aborts when it is over; _deadline comes first
+            heartbeat_timeout_seconds=options.heartbeat,
+        )
+    except ValueError as error:
+        if detect and "JAX_COORDINATOR_ADDRESS" not in os.environ:
+            return  # there is no cluster
+        raise ClusterError(f"{error} Give --coordinator, --processes and --process.") from None
+    except Exception as error:
+        raise ClusterError(f"cannot connect to the other processes: {error}. Pass --processes=1 to run alone.") from error
 
 
 def several() -> bool:
@@ -120,63 +124,68 @@ def several() -> bool:
     return _state().client is not None and _state().num_processes > 1
 
 
-def gather(text: str) -> list[str]:
-    """The texts of all processes, in their order; every process has to call it."""
+def barrier() -> None:
+    """Returns when every process of the run has called it."""
+    exchange("")
+
+
+def exchange(text: str) -> list[str]:
+    """The texts of all processes, ordered by process; every process has to call it."""
     if not several():
         return [text]
-    client, key = _state().client, f"lowrank/gather/{next(_rounds)}"
+    client, key = _state().client, f"lowrank/exchange/{next(_exchanges)}"
     client.key_value_set(f"{key}/{_state().process_id}", text)
-    client.wait_at_barrier(key, _DAY)
+    client.wait_at_barrier(key, _DAY_MS)
     texts = {int(name.rpartition("/")[2]): value for name, value in client.key_value_dir_get(f"{key}/")}
     return [texts[process] for process in sorted(texts)]
 
 
 def end_all(status: int, message: str) -> NoReturn:
-    """Ends every process of the run with this status; process 0 says why.
+    """Ends every process of the run with this status; process 0 prints the message.
 
-    Of what befalls several of them the first to speak has its say, and process 0 goes before the others.
+    If several processes fail, the first report counts, and process 0 has precedence over the others.
     """
     client, process = _state().client, _state().process_id
     if process:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client.blocking_key_value_get(_FAILURE, _PRECEDENCE)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
-        client.key_value_set(_FAILURE, json.dumps({"status": status, "process": process, "message": message}))
-    time.sleep(_ENDING)  # _watch ends this process
+            client.blocking_key_value_get(_FAILURE_KEY, _PRECEDENCE_MS)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
+        client.key_value_set(_FAILURE_KEY, json.dumps({"status": status, "process": process, "message": message}))
+    time.sleep(_EXIT_SECONDS)  # _watch ends this process
     _exit(status, message)
 
 
 def end_with_the_others(status: int) -> NoReturn:
-    """Ends this process as soon as the one that failed has said why; by itself with this status if it never does."""
-    time.sleep(_ENDING)
-    _exit(status, "another process failed and did not say why")
+    """Ends this process as soon as the failed one has reported; with this status if it never does."""
+    time.sleep(_EXIT_SECONDS)
+    _exit(status, "another process failed without a message")
 
 
 def _watch(over: threading.Event) -> None:
-    """Ends this process when another has failed: the main thread may be waiting for that one's part of a computation."""
+    """Ends this process when another one failed: the main thread may be waiting for that one's part of a computation."""
     client, process = _state().client, _state().process_id
     failure = None
     while not over.is_set() and failure is None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # not in this time
-            failure = json.loads(client.blocking_key_value_get(_FAILURE, _LOOK))
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # no failure yet
+            failure = json.loads(client.blocking_key_value_get(_FAILURE_KEY, _POLL_MS))
     if failure is None:
         return
     if process:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has ended
-            client.key_value_set(f"{_FAILURE}/heard/{process}", "")
+            client.key_value_set(f"{_FAILURE_KEY}/read/{process}", "")
         _exit(failure["status"])
     who = f"process {failure['process']}: " if failure["process"] else ""
     _say(f"{who}{failure['message']}")
-    # With this process the coordinator ends, and the others are aborted if they have not heard by then.
-    end = time.monotonic() + _HEARING
-    while time.monotonic() < end and len(client.key_value_dir_get(f"{_FAILURE}/heard/")) < _state().num_processes - 1:
+    # The coordinator ends with this process, and jax aborts those that have not read the failure by then.
+    end = time.monotonic() + _ACKNOWLEDGE_SECONDS
+    while time.monotonic() < end and len(client.key_value_dir_get(f"{_FAILURE_KEY}/read/")) < _state().num_processes - 1:
         time.sleep(0.05)
     time.sleep(0.2)
     _exit(failure["status"])
 
 
 def _exit(status: int, message: str = "") -> NoReturn:
-    """Without waiting for the others, as an ordinary end does."""
+    """Exits without waiting for the other processes, as a normal exit would."""
     if message:
         _say(message)
     with contextlib.suppress(OSError):
@@ -185,19 +194,19 @@ def _exit(status: int, message: str = "") -> NoReturn:
 
 
 def _say(message: str) -> None:
-    """To whoever still listens: a closed terminal or pipe must not keep the process from ending."""
+    """Prints to stderr; a closed terminal or pipe must not keep the process from exiting."""
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _deadline(cluster: Cluster) -> Iterator[None]:
-    """Ends the process in words when the others have not come in time; jax would abort it."""
+def _deadline(options: ProcessOptions) -> Iterator[None]:
+    """Ends the process with a message when the others have not connected in time; jax would abort it."""
     done = threading.Event()
 
     def wait() -> None:
-        if not done.wait(cluster.patience):
-            _exit(BAD_INPUT, _absence(cluster))
+        if not done.wait(options.patience):
+            _exit(BAD_INPUT, _timeout_message(options))
 
     threading.Thread(target=wait, daemon=True).start()
     try:
@@ -206,27 +215,27 @@ def _deadline(cluster: Cluster) -> Iterator[None]:
         done.set()
 
 
-def _absence(cluster: Cluster) -> str:
-    if cluster.coordinator is None:
-        return f"not all processes of the cluster came within {cluster.patience} s: start each, or go without: --processes=1"
+def _timeout_message(options: ProcessOptions) -> str:
+    waited = f"timed out after {options.patience} s waiting for the other processes"
+    if options.coordinator is None:
+        return f"{waited}; start them all, or pass --processes=1"
     return (
-        f"not all of {cluster.processes} processes met at {cluster.coordinator} within {cluster.patience} s:"
-        " start each of them, with the address at which process 0 listens as --coordinator"
+        f"{waited} at {options.coordinator}; start all {options.processes}, each with the address of process 0 as --coordinator"
     )
 
 
 def _check_free(address: str | None) -> None:
-    """A port that is taken would crash jax."""
+    """Raises ClusterError if the port is taken, which would crash jax."""
     assert address is not None
     try:
         with socket.create_server(("", _port(address))):
             pass
     except OSError as error:
-        raise ClusterError(f"--coordinator: port {_port(address)} of this machine cannot be used: {error.strerror}") from None
+        raise ClusterError(f"--coordinator: cannot listen on port {_port(address)}: {error.strerror}") from None
 
 
 def _port(address: str) -> int:
-    """0 if there is none."""
+    """The port of "host:port"; 0 if there is none."""
     host, _, port = address.rpartition(":")
     return int(port) if host and port.isascii() and port.isdecimal() and int(port) < 2**16 else 0
 

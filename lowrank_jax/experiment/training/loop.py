@@ -15,7 +15,7 @@ from lowrank_jax.experiment.config.files import to_dict
 from lowrank_jax.experiment.config.parse import Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.pipeline import Feed, TrainBatches, shard_of
-from lowrank_jax.experiment.hosts.processes import OtherFailed, gather
+from lowrank_jax.experiment.hosts.processes import OtherFailed, barrier, exchange
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
 from lowrank_jax.experiment.training.build import Experiment, build
@@ -84,7 +84,7 @@ def train(
     folder = Workdir(workdir, active=jax.process_index() == 0)
     _agree(to_dict(config))
     folder.claim(to_dict(config))
-    gather("claimed")
+    barrier()
     folder.check_shared()
     with folder.locked():
         folder.forget_failure()
@@ -151,7 +151,7 @@ class _Loop:
 
     def advance_to_the_end(self) -> None:
         self.feed.fill()
-        if any(gather("failed" if self.feed.error else "")):
+        if any(exchange("failed" if self.feed.error else "")):
             raise self.feed.error or OtherFailed
         while True:
             with self.window.paused():
@@ -331,7 +331,7 @@ def _agree(config: dict[str, Any]) -> None:
       WorkdirError: they have not.
     """
     ours = {key: value for key, value in flatten(config).items() if key != "dataset.data_dir"}
-    first, *others = [json.loads(text) for text in gather(json.dumps(ours))]
+    first, *others = [json.loads(text) for text in exchange(json.dumps(ours))]
     for process, theirs in enumerate(others, start=1):
         different = [f"{key} is {theirs.get(key)}, not {first[key]}" for key in first if theirs.get(key) != first[key]]
         if different:

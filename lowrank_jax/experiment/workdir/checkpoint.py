@@ -19,7 +19,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
 from lowrank_jax.experiment.errors import UserError
-from lowrank_jax.experiment.hosts.processes import gather, several
+from lowrank_jax.experiment.hosts import processes
 from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.experiment.workdir.orbax_quiet import alone, barrier, hush_saves, quiet_failure, together
 from lowrank_jax.text import first_line
@@ -89,7 +89,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=False,  # orbax refuses to, where barriers are the coordinator's
             multiprocessing_options=together(),
-            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier()) if several() else None,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier()) if processes.several() else None,
         )
         hush_saves()
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone())
@@ -99,7 +99,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if not self._read_only and jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-        gather("opened")
+        processes.barrier()
         for _ in range(_OPENINGS - 1):
             # A run that is still training may delete a step between orbax's listing it and looking at it.
             with contextlib.suppress(FileNotFoundError):
@@ -171,7 +171,7 @@ class Checkpoints:
 
     def __exit__(self, *exception: Any) -> None:
         """Waits for what is being written; not with the others when this process has failed, who know nothing of it."""
-        if exception[0] and several():
+        if exception[0] and processes.several():
             return
         self._reader.close()
         with contextlib.suppress(Exception) if exception[0] else self._reporting():  # what has failed is told already
@@ -220,12 +220,12 @@ class Checkpoints:
 
     def _agreed_steps(self) -> list[int]:
         """Those that the first process sees: a run that is still training may delete some between two looks."""
-        return json.loads(gather(json.dumps(self.steps()))[0])
+        return json.loads(processes.exchange(json.dumps(self.steps()))[0])
 
     def _attempt(self, step: int, target: Any) -> Restored | str:
         """The step, or why it cannot be used: because it is gone, or what is wrong with some process's part."""
         result = self._try(step, target)
-        reasons = [reason for reason in gather(result if isinstance(result, str) else "") if reason]
+        reasons = [reason for reason in processes.exchange(result if isinstance(result, str) else "") if reason]
         if _GONE in reasons:
             return _GONE
         if reasons or isinstance(result, str):
@@ -266,7 +266,7 @@ class Checkpoints:
             for step in steps:
                 copies = sum(1 for other in folder.iterdir() if other.name.split("-")[0] == str(step))
                 (self.directory / str(step)).rename(folder / (f"{step}-{copies}" if copies else str(step)))
-        gather("moved")
+        processes.barrier()
         self._manager.close()
         self._manager = self._open()
 

@@ -1,4 +1,4 @@
-"""ImageNet in small, prepared by its own builder: what is read, in which order, and what becomes of damaged images."""
+"""ImageNet in small: what is read, in which order, and what becomes of damaged images."""
 
 import dataclasses
 import io
@@ -9,6 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.augment import Augmentation
@@ -16,7 +17,15 @@ from lowrank_jax.experiment.data.base import DataError, Decoding
 from lowrank_jax.experiment.data.datasets import describe, load
 from lowrank_jax.experiment.data.pipeline import EvalBatches, Feed, Shard, TrainBatches
 from lowrank_jax.experiment.data.prepare import prepare
-from tests.imagenet_files import WORDNET_IDS, jpeg, names, natural_images, write_archives
+from tests.imagenet_files import (
+    WORDNET_IDS,
+    jpeg,
+    names,
+    natural_images,
+    prepare_small,
+    stored_records,
+    write_archives,
+)
 from tests.running import ROOT
 
 VARIED = Augmentation((0.08, 1.0), flip=True, randaugment_layers=2, randaugment_magnitude=9.0)
@@ -263,44 +272,83 @@ def test_to_look_whether_it_is_there_reads_nothing(small_imagenet, monkeypatch):
     assert len(datasets.load(described(small_imagenet), "train[:10]", str(small_imagenet.data_dir))) == 10
 
 
-@pytest.fixture(scope="module")
-def archives(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("archives")
-    images = [jpeg(image) for image in natural_images(12, side=64)]
-    write_archives(folder, images[:8], images[8:])
-    return {part: (folder / f"ILSVRC2012_img_{part}.tar").read_bytes() for part in ("train", "val")}
+def test_what_is_prepared_already_is_counted_and_a_part_of_it_is_pointed_out(small_imagenet, capsys):
+    prepare("imagenet2012", small_imagenet.data_dir.parent / "archives", str(small_imagenet.data_dir))
+    said = capsys.readouterr()
+    assert f"is ready in {small_imagenet.data_dir}/imagenet2012/5.1.0: 64 examples of train, 24 examples of val" in said.out
+    assert 'set dataset.kwargs to {"train_size": 64, "validation_size": 24}' in said.err
 
 
-def run_script(folder, archives):
-    for part, data in archives.items():
-        (folder / f"ILSVRC2012_img_{part}.tar").write_bytes(data)
-    script = str(ROOT / "scripts" / "prepare_imagenet.sh")
-    return subprocess.run([script, str(folder), str(folder / "data")], capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("part", ["train", "val"])
-@pytest.mark.parametrize("what", ["html", "empty", "half"])
-def test_archives_that_are_none_are_named(archives, tmp_path, part, what):
-    broken = {"html": b"<html>", "empty": b"", "half": archives[part][: len(archives[part]) // 2 - 100]}[what]
-    done = run_script(tmp_path, {**archives, part: broken})
-    assert done.returncode == 1
-    assert f"the files in {tmp_path} are not the published ones (" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_what_was_prepared_is_counted_and_a_part_of_it_is_pointed_out(archives, tmp_path):
-    done = run_script(tmp_path, archives)
-    assert done.returncode == 0, done.stderr
-    assert f"is ready in {tmp_path}/data/imagenet2012/5.1.0: 8 examples of train, 4 examples of validation" in done.stdout
-    assert (
-        "imagenet2012 has 1,281,167 examples of train, 50,000 examples of validation: are the files cut short?" in done.stderr
-    )
-    assert 'set dataset.kwargs to {"train_size": 8, "validation_size": 4}' in done.stderr
+def test_archives_that_are_none_are_named(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / f"ILSVRC2012_img_{part}.tar").write_bytes(b"<html>")
+    with pytest.raises(SystemExit, match=rf"imagenet2012: the files in {tmp_path} are not the published ones \("):
+        prepare("imagenet2012", tmp_path, str(tmp_path / "data"))
 
 
 def test_missing_archives_are_listed(tmp_path):
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"")
-    script = str(ROOT / "scripts" / "prepare_imagenet.sh")
-    done = subprocess.run([script, str(tmp_path), str(tmp_path / "data")], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert f"{tmp_path} lacks ILSVRC2012_img_train.tar; https://image-net.org" in done.stderr and "Traceback" not in done.stderr
-    assert subprocess.run([script], capture_output=True, text=True).stderr.startswith("usage: ")
+    message = rf"{tmp_path} lacks ILSVRC2012_img_train\.tar; https://image-net\.org"
+    with pytest.raises(SystemExit, match=message):
+        prepare("imagenet2012", tmp_path, str(tmp_path / "data"))
+
+
+@pytest.mark.slow
+class TestBuilder:
+    """The script, which runs TFDS's builder in a process of its own."""
+
+    @pytest.fixture(scope="class")
+    def archives(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("archives")
+        images = [jpeg(image) for image in natural_images(12, side=64)]
+        write_archives(folder, images[:8], images[8:])
+        return {part: (folder / f"ILSVRC2012_img_{part}.tar").read_bytes() for part in ("train", "val")}
+
+    def run(self, folder, archives):
+        for part, data in archives.items():
+            (folder / f"ILSVRC2012_img_{part}.tar").write_bytes(data)
+        return self.call(str(folder), str(folder / "data"))
+
+    def call(self, *arguments):
+        return subprocess.run([ROOT / "scripts" / "prepare_imagenet.sh", *arguments], capture_output=True, text=True)
+
+    def test_it_leaves_the_records_that_the_other_tests_write(self, small_imagenet, tmp_path):
+        built = prepare_small(tmp_path)
+        for split in ("train", "validation"):
+            theirs, ours = (sorted(map(without_their_labels, stored_records(s, split))) for s in (built, small_imagenet))
+            assert theirs == ours
+        files, written = (sorted(f.name for f in s.data_dir.glob("imagenet2012/*/*")) for s in (built, small_imagenet))
+        assert files == written
+        assert opened(built, "train").plain(np.arange(built.train))["mask"].sum() == built.train - 1
+
+    @pytest.mark.parametrize("part", ["train", "val"])
+    @pytest.mark.parametrize("what", ["html", "empty", "half"])
+    def test_archives_that_are_none_are_named(self, archives, tmp_path, part, what):
+        broken = {"html": b"<html>", "empty": b"", "half": archives[part][: len(archives[part]) // 2 - 100]}[what]
+        done = self.run(tmp_path, {**archives, part: broken})
+        assert done.returncode == 1
+        assert f"the files in {tmp_path} are not the published ones (" in done.stderr and "Traceback" not in done.stderr
+
+    def test_what_was_prepared_is_counted_and_a_part_of_it_is_pointed_out(self, archives, tmp_path):
+        done = self.run(tmp_path, archives)
+        assert done.returncode == 0, done.stderr
+        assert f"is ready in {tmp_path}/data/imagenet2012/5.1.0: 8 examples of train, 4 examples of validation" in done.stdout
+        expected = "imagenet2012 has 1,281,167 examples of train, 50,000 examples of validation: are the files cut short?"
+        assert expected in done.stderr
+        assert 'set dataset.kwargs to {"train_size": 8, "validation_size": 4}' in done.stderr
+
+    def test_missing_archives_are_listed(self, tmp_path):
+        (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"")
+        done = self.call(str(tmp_path), str(tmp_path / "data"))
+        assert done.returncode == 1
+        assert f"{tmp_path} lacks ILSVRC2012_img_train.tar; https://image-net.org" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert self.call().stderr.startswith("usage: ")
+
+
+def without_their_labels(record):
+    """A record's image, name and, of a training image, its label: the builder has a list of those of the validation images."""
+    features = tf_example_pb2.Example.FromString(record).features.feature
+    name = features["file_name"].bytes_list.value[0].decode()
+    label = features["label"].int64_list.value[0] if name.startswith("n") else None
+    return name, label, features["image"].bytes_list.value[0]

@@ -25,6 +25,12 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def evaluator():
+    """One for all tests that do not ask what it shares."""
+    return Evaluator()
+
+
 @pytest.fixture
 def run(trained, tmp_path):
     """A copy to write to."""
@@ -49,14 +55,14 @@ def silent(_):
     pass
 
 
-def test_what_cannot_be_evaluated_is_reported_and_the_rest_go_on(run, tmp_path):
+def test_what_cannot_be_evaluated_is_reported_and_the_rest_go_on(run, tmp_path, evaluator):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "begun").mkdir()
     shutil.copy(run / "config.json", tmp_path / "begun")
     workdirs = [str(tmp_path / name) for name in ("nowhere", "broken", "begun", "run")]
     said, complaints = [], []
-    done = evaluate_all(workdirs, Evaluator(), "latest", say=said.append, complain=complaints.append)
+    done = evaluate_all(workdirs, evaluator, "latest", say=said.append, complain=complaints.append)
     assert list(done) == [str(run)] and done[str(run)].step == 40
     assert [line.split()[:3] for line in said] == [["workdir", "split", "examples"], [str(run), "test", "360"]]
     for workdir, complaint in zip(workdirs, complaints, strict=False):
@@ -66,7 +72,7 @@ def test_what_cannot_be_evaluated_is_reported_and_the_rest_go_on(run, tmp_path):
 
 def test_what_runs_share_is_read_and_compiled_once(run, tmp_path, monkeypatch):
     other = tmp_path / "other"
-    train(running.config(seed=1, optim__lr=0.1), str(other))
+    train(running.config(steps=10, optim__lr=0.1), str(other))
     reads, load = [], datasets.load
     monkeypatch.setattr(runs.datasets, "load", lambda *args: reads.append(args) or load(*args))
     evaluator = Evaluator()
@@ -81,17 +87,17 @@ def test_what_runs_share_is_read_and_compiled_once(run, tmp_path, monkeypatch):
 
 
 def test_runs_of_different_ranks_are_not_taken_for_each_other(run, tmp_path):
-    train(running.config(lowrank__scale=0.5), str(tmp_path / "wide"))
+    train(running.config(steps=10, lowrank__scale=0.5), str(tmp_path / "wide"))
     evaluator = Evaluator()
     narrow, wide = evaluator.evaluate(str(run)), evaluator.evaluate(str(tmp_path / "wide"))
     assert narrow.params < wide.params
     assert wide.metrics == pytest.approx(final(tmp_path / "wide"), rel=1e-5)
 
 
-def test_a_watch_evaluates_every_checkpoint_once(run):
+def test_a_watch_evaluates_every_checkpoint_once(run, evaluator):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     said = []
-    outcome = watch([str(run)], Evaluator(), poll=0.1, say=said.append, complain=said.append)
+    outcome = watch([str(run)], evaluator, poll=0.1, say=said.append, complain=said.append)
     assert (outcome.interrupted, outcome.failed) == (False, False)
     assert [line.split()[:2] for line in said] == [["split", "examples"], ["test", "360"], ["test", "360"]]
     assert [line["step"] for line in watched(run)] == [*STEPS]
@@ -102,14 +108,14 @@ def test_a_watch_evaluates_every_checkpoint_once(run):
     first = watched(run)[0]
     (run / "watch_test.jsonl").write_text(json.dumps(first) + '\n{"step": 40, "ev')  # killed in mid-line
     said.clear()
-    watch([str(run)], Evaluator(), poll=0.1, say=said.append, complain=said.append)
+    watch([str(run)], evaluator, poll=0.1, say=said.append, complain=said.append)
     assert len(said) == 2 and [line["step"] for line in watched(run)] == [*STEPS]
 
 
-def test_a_watch_of_a_run_that_diverged_ends(run):
+def test_a_watch_of_a_run_that_diverged_ends(run, evaluator):
     (run / "result.json").unlink()
     Workdir(run).note_failure(diverged=True, reason="loss is nan")
-    outcome = watch([str(run)], Evaluator(), poll=0.1, say=silent, complain=silent)
+    outcome = watch([str(run)], evaluator, poll=0.1, say=silent, complain=silent)
     assert not outcome.failed and [line["step"] for line in watched(run)] == [*STEPS]
 
 
@@ -119,18 +125,18 @@ def test_a_watch_of_another_split_has_a_file_of_its_own(run):
     assert [line["eval/examples"] for line in watched(run, "watch_train%5B%3A100%5D.jsonl")] == [100, 100]
 
 
-def test_a_watch_reports_damage_at_the_second_look_and_goes_on(run, tmp_path):
+def test_a_watch_reports_damage_at_the_second_look_and_goes_on(run, tmp_path, evaluator):
     damage(run / "checkpoints" / "20")
     (tmp_path / "file").write_text("")
     complaints = []
-    outcome = watch([str(tmp_path / "file"), str(run)], Evaluator(), poll=0.1, say=silent, complain=complaints.append)
+    outcome = watch([str(tmp_path / "file"), str(run)], evaluator, poll=0.1, say=silent, complain=complaints.append)
     assert (outcome.interrupted, outcome.failed) == (False, True)
     assert [line["step"] for line in watched(run)] == [40]
     assert len(complaints) == 2 and "is not a work directory" in complaints[0]
     assert complaints[1].startswith(f"{run}: checkpoint 20 is damaged: ")
 
 
-def test_a_watch_passes_over_a_step_that_is_deleted_while_it_is_read(run, monkeypatch):
+def test_a_watch_passes_over_a_step_that_is_deleted_while_it_is_read(run, monkeypatch, evaluator):
     from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 
     read = Checkpoints._read
@@ -142,7 +148,7 @@ def test_a_watch_passes_over_a_step_that_is_deleted_while_it_is_read(run, monkey
 
     monkeypatch.setattr(Checkpoints, "_read", too_late)
     complaints = []
-    outcome = watch([str(run)], Evaluator(), poll=0.1, say=silent, complain=complaints.append)
+    outcome = watch([str(run)], evaluator, poll=0.1, say=silent, complain=complaints.append)
     assert not outcome.failed and not complaints
     assert [line["step"] for line in watched(run)] == [40]
 
@@ -158,6 +164,25 @@ def test_a_watch_can_be_stopped_while_it_waits(tmp_path):
     assert outcome.interrupted and said == [f"waiting for {tmp_path / 'later'}"]
 
 
+def test_a_watch_sees_a_run_begin_and_end(trained, tmp_path, evaluator):
+    """What training does beside it is done whenever the watch says something."""
+    run, said = tmp_path / "run", []
+
+    def say(text):
+        said.append(text)
+        if text == f"waiting for {run}":
+            shutil.copytree(trained, run, ignore=shutil.ignore_patterns("40", "result.json"))
+        elif text.startswith("test"):
+            shutil.copytree(trained / "checkpoints" / "40", run / "checkpoints" / "40", dirs_exist_ok=True)
+            shutil.copy(trained / "result.json", run)
+
+    outcome = watch([str(run)], evaluator, poll=0.1, say=say, complain=said.append)
+    assert not outcome.failed and len(said) == 4
+    assert [line["step"] for line in watched(run)] == [*STEPS]
+    assert watched(run)[-1]["eval/top1"] == final(run)["top1"]
+
+
+@pytest.mark.slow
 def test_a_watch_beside_training_sees_it_begin_and_end(tmp_path):
     folder = tmp_path / "run"
     arguments = ["evaluate", f"--workdir={folder}", "--watch", "--poll=0.2"]

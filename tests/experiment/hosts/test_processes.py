@@ -1,4 +1,4 @@
-"""Several processes as one run, on loopback: real processes, real signals."""
+"""Several processes as one run: on loopback with real signals, and each part against a coordinator in this process."""
 
 import json
 import os
@@ -6,11 +6,14 @@ import pathlib
 import signal
 import socket
 import sys
+import threading
 
+import jax
 import numpy as np
 import pytest
 
-from lowrank_jax.experiment.hosts.processes import Cluster, ClusterError, gather, several, start
+from lowrank_jax.experiment.hosts import processes as hosts
+from lowrank_jax.experiment.hosts.processes import ClusterError, ProcessOptions, barrier, end_all, exchange, several, start
 from lowrank_jax.experiment.training.loop import train
 from tests import running
 from tests.experiment.data.test_imagenet import settings as imagenet
@@ -41,6 +44,7 @@ def losses(lines):
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
+@pytest.mark.slow
 def test_four_processes_train_as_one_does(alone, tmp_path):
     _, run = alone
     command = running.command(tmp_path / "four", **SETTINGS, mesh__data=2, mesh__fsdp=2)
@@ -62,6 +66,7 @@ def test_four_processes_train_as_one_does(alone, tmp_path):
     np.testing.assert_allclose(arrays["params/dense1/kernel/u"], run.state.params["dense1"]["kernel"].u, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_what_one_has_trained(alone, tmp_path):
     folder, run = alone
     command = [*running.command(folder)[:3], "evaluate", f"--workdir={folder}", f"--json={tmp_path / 'out.json'}"]
@@ -80,6 +85,7 @@ def child(supervisor, process):
     raise AssertionError(f"process {process} is not running")
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_and_the_relaunched_ones_go_on_exactly(alone, tmp_path):
     """Then SIGTERM to one of them saves on all, and they go on once more."""
     _, run = alone
@@ -110,6 +116,7 @@ def test_a_killed_process_ends_all_and_the_relaunched_ones_go_on_exactly(alone, 
     assert json.loads((tmp_path / "result.json").read_text())["step"] == 40
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_with_one_message(tmp_path):
     flaw = {"optim__lr": 1e30, "optim__warmup": "0 steps", "model__kwargs": {"widths": (8,)}, "log__every": "1 step"}
     command = running.command(tmp_path, **flaw, checkpoint__every="1 step")
@@ -121,6 +128,7 @@ def test_a_loss_that_is_not_finite_ends_all_with_one_message(tmp_path):
     assert (tmp_path / "checkpoints" / last_good).is_dir()  # it was still being written
 
 
+@pytest.mark.slow
 def test_an_image_that_one_process_cannot_read_saves_and_ends_all(small_imagenet, tmp_path):
     stored = names(small_imagenet, "train").index(small_imagenet.truncated["train"])
     orders = ((seed, np.random.default_rng([seed, 0]).permutation(small_imagenet.train)) for seed in range(100))
@@ -134,6 +142,7 @@ def test_an_image_that_one_process_cannot_read_saves_and_ends_all(small_imagenet
     assert (tmp_path / "checkpoints" / "6").is_dir()
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_write_its_part_of_a_checkpoint_ends_all(tmp_path):
     no_files = 'case $* in *--process=1*) ulimit -f 0 ;; esac; exec "$@"'
     processes = running.start_all(["bash", "-c", no_files, "bash", *running.command(tmp_path)], 2)
@@ -143,6 +152,7 @@ def test_a_process_that_cannot_write_its_part_of_a_checkpoint_ends_all(tmp_path)
     assert not (tmp_path / "checkpoints" / "10").exists()
 
 
+@pytest.mark.slow
 def test_processes_of_different_settings_leave_the_work_directory_alone(tmp_path):
     seeds = 'case $* in *--process=1*) set -- "$@" --config.seed=1 ;; esac; exec "$@"'
     processes = running.start_all(["bash", "-c", seeds, "bash", *running.command(tmp_path / "run")], 2)
@@ -166,37 +176,135 @@ def test_the_supervisor_starts_nothing_again_that_cannot_be_run():
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        ({"processes": 2}, "--coordinator and --process: needed too"),
-        ({"coordinator": "a:1", "processes": 2, "process": 2}, "--process: 2 of 2; they are counted from 0"),
-        ({"coordinator": "a", "processes": 2, "process": 1}, "'a' is no HOST:PORT"),
+        ({"processes": 2}, "--coordinator and --process: missing; give all three of the flags, or none"),
+        (
+            {"coordinator": "a:1", "processes": 2, "process": 2},
+            "--process: 2 must be less than --processes=2; counting starts at 0",
+        ),
+        ({"coordinator": "a", "processes": 2, "process": 1}, "'a' must be HOST:PORT"),
     ],
 )
 def test_flags_that_do_not_fit_together_are_refused(flags, problem):
     with pytest.raises(ClusterError, match=problem):
-        start(Cluster(**flags))
+        start(ProcessOptions(**flags))
 
 
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ClusterError, match=f"port {port} of this machine cannot be used: Address already in use"):
-            start(Cluster(coordinator=f"127.0.0.1:{port}", processes=2, process=0))
+        with pytest.raises(ClusterError, match=f"cannot listen on port {port}: Address already in use"):
+            start(ProcessOptions(coordinator=f"127.0.0.1:{port}", processes=2, process=0))
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_nobody_is_ends_in_words(tmp_path):
     address = f"127.0.0.1:{running.free_port()}"
     flags = [f"--coordinator={address}", "--processes=2", "--process=1", "--patience=1"]
     done = running.run([*running.command(tmp_path), *flags])
     assert done.returncode == 2
-    assert f"not all of 2 processes met at {address} within 1 s" in done.stderr and "Traceback" not in done.stderr
+    assert f"timed out after 1 s waiting for the other processes at {address}; start all 2" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_one_process_is_alone_whatever_its_environment_says(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "nowhere.invalid:1")
-    start(Cluster(processes=1))
-    assert not several() and gather("me") == ["me"]
+    start(ProcessOptions(processes=1))
+    barrier()
+    assert not several() and exchange("me") == ["me"]
 
 
+class Coordinator:
+    """The client of a coordinator, in memory: a process of three whose peers are as fast as it is."""
+
+    def __init__(self, process):
+        self.values, self.process_id, self.num_processes, self.client = {}, process, 3, self
+
+    def key_value_set(self, key, value):
+        if key in self.values:
+            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+        self.values[key] = value
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
+
+    def blocking_key_value_get(self, key, timeout):
+        if key not in self.values:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+        return self.values[key]
+
+    def wait_at_barrier(self, key, timeout):
+        for peer in {0, 1, 2} - {self.process_id}:
+            self.values[f"{key}/{peer}"] = f"of {peer}"
+
+
+class Exited(BaseException):
+    pass
+
+
+@pytest.fixture
+def coordinator(monkeypatch):
+    """By process: the coordinator it is connected to; where it would exit, `Exited` is raised with the status."""
+
+    def exit_with(status):
+        raise Exited(status)
+
+    def connect(process):
+        connected = Coordinator(process)
+        monkeypatch.setattr(hosts, "_state", lambda: connected)
+        return connected
+
+    monkeypatch.setattr(hosts.os, "_exit", exit_with)
+    monkeypatch.setattr(hosts, "_ACKNOWLEDGE_SECONDS", 0.0)
+    monkeypatch.setattr(hosts, "_EXIT_SECONDS", 0.0)
+    return connect
+
+
+def test_texts_are_exchanged_in_the_order_of_processes(coordinator):
+    coordinator(1)
+    barrier()
+    assert several() and exchange("mine") == ["of 0", "mine", "of 2"]
+    assert exchange("another") == ["of 0", "another", "of 2"]
+
+
+def test_a_failure_ends_this_process_and_is_left_for_the_others(coordinator, capsys):
+    store = coordinator(0)
+    with pytest.raises(Exited, match="4"):
+        end_all(4, "the loss is nan")
+    failure = json.loads(store.values["lowrank/failure"])
+    assert failure == {"status": 4, "process": 0, "message": "the loss is nan"}
+    store.process_id = 1
+    with pytest.raises(Exited, match="2"):
+        end_all(2, "an echo of it")
+    assert json.loads(store.values["lowrank/failure"]) == failure  # the first report counts
+
+
+@pytest.mark.parametrize(("process", "said"), [(0, "process 2: no space\n"), (1, "")])
+def test_a_process_that_hears_of_a_failure_ends_with_its_status_and_process_0_says_why(coordinator, capsys, process, said):
+    store = coordinator(process)
+    store.values["lowrank/failure"] = json.dumps({"status": 2, "process": 2, "message": "no space"})
+    with pytest.raises(Exited, match="2"):
+        hosts._watch(threading.Event())
+    assert capsys.readouterr().err == said
+    assert ("lowrank/failure/read/1" in store.values) == (process == 1)
+
+
+def test_processes_that_do_not_come_in_time_are_told_of(coordinator, capsys, monkeypatch):
+    statuses = []
+    monkeypatch.setattr(hosts.os, "_exit", statuses.append)
+    for options in (ProcessOptions(patience=0), ProcessOptions("a:1", 4, 2, patience=0)):
+        with hosts._deadline(options):
+            for thread in threading.enumerate():
+                if thread is not threading.main_thread() and thread.name.endswith("(wait)"):
+                    thread.join()
+    assert statuses == [2, 2]
+    assert capsys.readouterr().err == (
+        "timed out after 0 s waiting for the other processes; start them all, or pass --processes=1\n"
+        "timed out after 0 s waiting for the other processes at a:1; start all 4, each with the address of process 0 as"
+        " --coordinator\n"
+    )
+
+
+@pytest.mark.slow
 def test_a_process_ends_with_its_status_though_nobody_listens():
     code = "import os; from lowrank_jax.experiment.hosts.processes import _exit\n"
     code += "r, w = os.pipe(); os.close(r); os.dup2(w, 2); _exit(4, 'why')"

@@ -226,13 +226,14 @@ def of_one_device():
 @pytest.mark.parametrize(
     ("net", "mesh", "rules"),
     [
-        ("conv", (8, 1, 1), "()"),
-        ("conv", (1, 8, 1), "()"),
-        ("conv", (1, 1, 8), "()"),
-        ("conv", (2, 2, 2), "()"),
-        ("conv", (2, 2, 2), RULES["conv"]),
-        ("mlp", (1, 1, 8), "()"),
+        ("mlp", (8, 1, 1), "()"),
         ("mlp", (2, 2, 2), RULES["mlp"]),
+        pytest.param("mlp", (1, 1, 8), "()", marks=pytest.mark.slow),
+        pytest.param("conv", (8, 1, 1), "()", marks=pytest.mark.slow),
+        pytest.param("conv", (1, 8, 1), "()", marks=pytest.mark.slow),
+        pytest.param("conv", (1, 1, 8), "()", marks=pytest.mark.slow),
+        pytest.param("conv", (2, 2, 2), "()", marks=pytest.mark.slow),
+        pytest.param("conv", (2, 2, 2), RULES["conv"], marks=pytest.mark.slow),
     ],
 )
 def test_every_mesh_trains_as_one_device_does(net, mesh, rules, of_one_device):
@@ -257,10 +258,14 @@ def test_a_checkpoint_is_restored_to_another_mesh_and_other_rules(of_one_device,
     assert back.state.params["dense1"]["kernel"].u.sharding.spec == PartitionSpec("fsdp", None)
 
 
-def test_a_step_sums_no_more_than_the_parameters_weigh():
+NETWORKS = pytest.mark.parametrize("net", ["mlp", pytest.param("conv", marks=pytest.mark.slow)])
+
+
+@NETWORKS
+def test_a_step_sums_no_more_than_the_parameters_weigh(net):
     sums, weights = {}, {}
     for arm in ("spectral", "none"):
-        experiment = build("conv", (8, 1, 1), lowrank__method=arm)
+        experiment = build(net, (8, 1, 1), lowrank__method=arm)
         found = collectives(str(experiment.lower_train_step().compile().as_text()))
         shapes = experiment.shapes
         # Forward and backward, BatchNorm takes two means of every channel each; loss and top-1 are means too.
@@ -271,8 +276,9 @@ def test_a_step_sums_no_more_than_the_parameters_weigh():
     assert sums["spectral"] / sums["none"] < 1.2 * weights["spectral"] / weights["none"]
 
 
-def test_a_step_gathers_what_the_fsdp_axis_cuts_once_and_moves_nothing_else():
-    experiment = build("conv", (1, 8, 1), dataset__mixup=0.0)
+@NETWORKS
+def test_a_step_gathers_what_the_fsdp_axis_cuts_once_and_moves_nothing_else(net):
+    experiment = build(net, (1, 8, 1), dataset__mixup=0.0)
     found = collectives(str(experiment.lower_train_step().compile().as_text()))
     cut = sum(4 * leaf.size for leaf in jax.tree.leaves(experiment.shapes.params) if any(leaf.sharding.spec))
     assert set(found) == {"all-gather", "all-reduce"} and found["all-gather"] == cut > 0

@@ -1,5 +1,6 @@
 """Checkpoints that come back exactly, and damage that is noticed."""
 
+import dataclasses
 import gc
 import logging
 import resource
@@ -7,7 +8,6 @@ import shutil
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -17,17 +17,18 @@ from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoin
 from lowrank_jax.kernel import LowRankKernel
 
 
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
 def make_state(seed):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    pair = LowRankKernel(jax.random.normal(keys[0], (64, 8)), jax.random.normal(keys[1], (8, 32)))
-    params = {"dense": {"kernel": pair, "bias": jax.random.normal(keys[2], (32,))}}
-    return TrainState(jnp.int32(seed), params, {"mean": jnp.ones(3)}, (params,))
+    """From numpy: no program has to be compiled for it."""
+    pair = LowRankKernel(normal([seed, 0], 64, 8), normal([seed, 1], 8, 32))
+    params = {"dense": {"kernel": pair, "bias": normal([seed, 2], 32)}}
+    return jax.device_put(TrainState(np.int32(seed), params, {"mean": np.ones(3, np.float32)}, (params,)))
 
 
-TARGET = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
-    make_state(0),
-)
+TARGET = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(0))
 
 
 def info(top1=None):
@@ -49,25 +50,35 @@ def save(folder, tops, **settings):
     return folder
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 1 and 2, which nobody writes to."""
+    return save(tmp_path_factory.mktemp("saved") / "c", [0.6, 0.5], keep=3)
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of them."""
+    return shutil.copytree(saved, tmp_path / "c")
+
+
 def data_files(step_folder):
     """Largest first."""
     return sorted((p for p in step_folder.rglob("*") if p.is_file()), key=lambda p: -p.stat().st_size)
 
 
-def test_a_state_comes_back_with_what_was_saved_beside_it(tmp_path):
-    save(tmp_path / "c", [None, 0.5])
-    with Checkpoints(tmp_path / "c") as checkpoints:
+def test_a_state_comes_back_with_what_was_saved_beside_it(folder):
+    with Checkpoints(folder) as checkpoints:
         restored = checkpoints.restore(TARGET)
     assert (restored.step, restored.damaged) == (2, {})
     assert restored.info["data"] == {"next_index": 3} and restored.info["score"] == 0.5
     assert_equal(restored.state, make_state(2))
 
 
-def test_parts_of_a_state_can_be_read_alone(tmp_path):
-    save(tmp_path / "c", [None])
-    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+def test_parts_of_a_state_can_be_read_alone(saved):
+    with Checkpoints(saved, read_only=True) as checkpoints:
         restored = checkpoints.restore({"params": TARGET.params, "batch_stats": TARGET.batch_stats})
-    assert_equal(restored.state["params"], make_state(1).params)
+    assert_equal(restored.state["params"], make_state(2).params)
 
 
 def test_no_checkpoints_is_no_error(tmp_path):
@@ -97,31 +108,57 @@ def test_a_step_evaluated_after_it_was_saved_can_be_the_best(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "null", '{"body": {"1": 0.99}, "check": 7}'])
-def test_damaged_scores_are_taken_from_the_steps_own_records(tmp_path, content):
-    save(tmp_path / "c", [0.2, 0.9, 0.3], keep=3)
-    (tmp_path / "c" / "scores.json").write_text(content)
-    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
-        assert (checkpoints.best(), checkpoints.best_score()) == (2, 0.9)
-        assert checkpoints.restore(TARGET).step == 3
+def test_damaged_scores_are_taken_from_the_steps_own_records(folder, content):
+    (folder / "scores.json").write_text(content)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert (checkpoints.best(), checkpoints.best_score()) == (1, 0.6)
+        assert checkpoints.restore(TARGET).step == 2
 
 
-@pytest.mark.parametrize("how", ["emptied", "cut", "flipped", "removed"])
-def test_damage_to_any_file_of_a_step_is_noticed_or_harmless(tmp_path, how):
-    folder = save(tmp_path / "c", [0.5, 0.6], keep=3)
-    for number, file in enumerate(data_files(folder / "2")):
-        copy = tmp_path / f"{how}{number}"
-        shutil.copytree(folder, copy / "c")
-        victim = copy / "c" / file.relative_to(folder)
-        content = bytearray(victim.read_bytes())
-        if how == "removed":
-            victim.unlink()
-        elif content:
-            content[len(content) // 3] ^= 0x10
-            victim.write_bytes({"emptied": b"", "cut": bytes(content[: len(content) // 2]), "flipped": content}[how])
-        with Checkpoints(copy / "c", read_only=True) as checkpoints:
-            restored = checkpoints.restore(TARGET)
-        assert_equal(restored.state, make_state(restored.step))
-        assert restored.info["score"] == (0.5 if restored.step == 1 else 0.6), file
+def emptied(file):
+    file.write_bytes(b"")
+
+
+def cut(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    if content:
+        content[len(content) // 3] ^= 0x10
+        file.write_bytes(content)
+
+
+def removed(file):
+    file.unlink()
+
+
+DAMAGES = (emptied, cut, flipped, removed)
+
+
+def check_damage(saved, copy, file, damage):
+    """Whatever becomes of a file of step 2, a good state comes back."""
+    shutil.copytree(saved, copy)
+    damage(copy / file.relative_to(saved))
+    with Checkpoints(copy, read_only=True) as checkpoints:
+        restored = checkpoints.restore(TARGET)
+    assert_equal(restored.state, make_state(restored.step))
+    assert restored.info["score"] == (0.6 if restored.step == 1 else 0.5), file
+
+
+def test_damage_to_any_file_of_a_step_is_noticed_or_harmless(saved, tmp_path):
+    """Each file in one of the four ways; the slow test has all."""
+    for number, file in enumerate(data_files(saved / "2")):
+        check_damage(saved, tmp_path / str(number), file, DAMAGES[number % len(DAMAGES)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_all_damages_to_all_files_of_a_step_are_noticed_or_harmless(saved, tmp_path, damage):
+    for number, file in enumerate(data_files(saved / "2")):
+        check_damage(saved, tmp_path / str(number), file, damage)
 
 
 def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path):
@@ -132,7 +169,7 @@ def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path):
 
 @pytest.mark.parametrize("limit", [0, 2**14])  # at once, and in the background, where only the array is too large
 def test_a_save_that_fails_is_told_once(tmp_path, caplog, capfd, limit):
-    large = TrainState(jnp.int32(2), {"kernel": jax.random.normal(jax.random.key(2), (256, 256))}, {}, ())
+    large = jax.device_put(TrainState(np.int32(2), {"kernel": normal(2, 256, 256)}, {}, ()))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     told = pytest.raises(CheckpointError, match=r"/c: a checkpoint could not be written: .*File too large")
     with told, Checkpoints(save(tmp_path / "c", [None])) as checkpoints:
@@ -147,40 +184,39 @@ def test_a_save_that_fails_is_told_once(tmp_path, caplog, capfd, limit):
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("place", np.linspace(0, 0.99, 12))
-def test_a_flipped_byte_is_noticed_or_harmless(tmp_path, place):
-    file = data_files(save(tmp_path / "c", [None, None], keep=3) / "2")[0]
+@pytest.mark.parametrize("place", [0.0, 0.5, *(pytest.param(i / 12, marks=pytest.mark.slow) for i in range(1, 12) if i != 6)])
+def test_a_flipped_byte_is_noticed_or_harmless(folder, place):
+    file = data_files(folder / "2")[0]
     content = bytearray(file.read_bytes())
     content[int(place * len(content))] ^= 0x10
     file.write_bytes(content)
-    with Checkpoints(tmp_path / "c") as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         restored = checkpoints.restore(TARGET)
         assert restored.step == 1 and list(restored.damaged) == [2] if restored.damaged else restored.step == 2
         assert_equal(restored.state, make_state(restored.step))
 
 
-def test_damage_to_array_bytes_that_orbax_itself_does_not_see_is_named(tmp_path):
+def test_damage_to_array_bytes_that_orbax_itself_does_not_see_is_named(folder, tmp_path):
     """The same step, saved again with one other element under the first one's record."""
-    save(tmp_path / "c", [None, None], keep=3)
     good = make_state(2)
     dense = good.params["dense"]
-    kernel = LowRankKernel(dense["kernel"].u.at[3, 3].add(1e-3), dense["kernel"].v)
-    tampered = TrainState(good.step, {"dense": {**dense, "kernel": kernel}}, good.batch_stats, good.opt_state)
+    u = np.array(dense["kernel"].u)
+    u[3, 3] += 1e-3
+    params = {"dense": {**dense, "kernel": LowRankKernel(jax.device_put(u), dense["kernel"].v)}}
     with Checkpoints(tmp_path / "other", keep=3) as other:
-        other.save(2, tampered, info())
-    (tmp_path / "c" / "2" / "state").rename(tmp_path / "aside")
-    (tmp_path / "other" / "2" / "state").rename(tmp_path / "c" / "2" / "state")
-    with Checkpoints(tmp_path / "c") as checkpoints:
+        other.save(2, dataclasses.replace(good, params=params), info())
+    (folder / "2" / "state").rename(tmp_path / "aside")
+    (tmp_path / "other" / "2" / "state").rename(folder / "2" / "state")
+    with Checkpoints(folder) as checkpoints:
         restored = checkpoints.restore(TARGET)
     assert restored.step == 1
     assert restored.damaged == {2: "digest of params/dense/kernel/u differs"}
 
 
-@pytest.mark.parametrize("which", range(6))
-def test_a_truncated_file_is_noticed_and_the_step_set_aside(tmp_path, which):
-    file = data_files(save(tmp_path / "c", [None, None], keep=3) / "2")[which]
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with Checkpoints(tmp_path / "c", keep=3) as checkpoints:
+@pytest.mark.parametrize("which", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 6))])
+def test_a_truncated_file_is_noticed_and_the_step_set_aside(folder, tmp_path, which):
+    cut(data_files(folder / "2")[which])
+    with Checkpoints(folder, keep=3) as checkpoints:
         restored = checkpoints.restore(TARGET)
         assert_equal(restored.state, make_state(restored.step))
         if restored.damaged:
@@ -191,38 +227,35 @@ def test_a_truncated_file_is_noticed_and_the_step_set_aside(tmp_path, which):
             assert checkpoints.steps() == [1, 2]
 
 
-def test_a_changed_record_is_noticed(tmp_path):
-    file = save(tmp_path / "c", [None, None], keep=3) / "2" / "info" / "metadata"
+def test_a_changed_record_is_noticed(folder):
+    file = folder / "2" / "info" / "metadata"
     text = file.read_text()
     assert '"next_index": 3' in text or '"next_index":3' in text
     file.write_text(text.replace('"next_index": 3', '"next_index": 4').replace('"next_index":3', '"next_index":4'))
-    with Checkpoints(tmp_path / "c") as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         assert checkpoints.restore(TARGET).damaged == {2: "the digest of its own record differs"}
 
 
-def test_when_nothing_is_good_nothing_is_moved(tmp_path):
-    save(tmp_path / "c", [None, None], keep=3)
+def test_when_nothing_is_good_nothing_is_moved(folder):
     for step in ("1", "2"):
-        for file in data_files(tmp_path / "c" / step)[:4]:
+        for file in data_files(folder / step)[:4]:
             file.write_bytes(b"")
-    with Checkpoints(tmp_path / "c") as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         with pytest.raises(CheckpointError, match=r"(?s)no checkpoint can be used.*step 2.*step 1"):
             checkpoints.restore(TARGET)
         assert checkpoints.steps() == [1, 2]
 
 
-def test_read_only_reports_damage_and_moves_nothing(tmp_path):
-    file = data_files(save(tmp_path / "c", [None, None], keep=3) / "2")[0]
-    file.write_bytes(b"")
-    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+def test_read_only_reports_damage_and_moves_nothing(folder):
+    emptied(data_files(folder / "2")[0])
+    with Checkpoints(folder, read_only=True) as checkpoints:
         assert checkpoints.restore(TARGET).step == 1
-    assert (tmp_path / "c" / "2").is_dir()
+    assert (folder / "2").is_dir()
 
 
-def test_a_step_that_its_run_deletes_while_they_are_listed_is_no_error(tmp_path, monkeypatch):
-    save(tmp_path / "c", [None, None], keep=3)
-    (tmp_path / "c" / "1" / "_CHECKPOINT_METADATA").unlink()  # what orbax has its time from, else from the folder
-    kind, gone = type(epath.Path(tmp_path)), []
+def test_a_step_that_its_run_deletes_while_they_are_listed_is_no_error(folder, monkeypatch):
+    (folder / "1" / "_CHECKPOINT_METADATA").unlink()  # what orbax has its time from, else from the folder
+    kind, gone = type(epath.Path(folder)), []
     stat = kind.stat
 
     def too_late(self):
@@ -232,37 +265,36 @@ def test_a_step_that_its_run_deletes_while_they_are_listed_is_no_error(tmp_path,
         return stat(self)
 
     monkeypatch.setattr(kind, "stat", too_late)
-    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
         assert gone
         assert checkpoints.steps() == [2]
 
 
-def test_a_step_that_its_run_deletes_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):
-    save(tmp_path / "c", [None, None], keep=3)
-    save(tmp_path / "later", [None, None, None], keep=3)
+def test_a_step_that_its_run_deletes_while_it_is_read_is_not_damaged(folder, tmp_path, monkeypatch):
+    with Checkpoints(tmp_path / "later") as later:
+        later.save(3, make_state(3), info())
     read = Checkpoints._read
 
     def too_late(self, step, target):
         if step == 2:
-            shutil.rmtree(tmp_path / "c" / "2")
-            shutil.copytree(tmp_path / "later" / "3", tmp_path / "c" / "3")
+            shutil.rmtree(folder / "2")
+            shutil.copytree(tmp_path / "later" / "3", folder / "3")
         return read(self, step, target)
 
     monkeypatch.setattr(Checkpoints, "_read", too_late)
-    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
         restored = checkpoints.restore(TARGET)
     assert (restored.step, restored.damaged) == (3, {})
 
 
-def test_a_step_can_be_asked_for_by_its_number(tmp_path):
-    save(tmp_path / "c", [None, None, None], keep=3)
-    data_files(tmp_path / "c" / "2")[0].write_bytes(b"")
-    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+def test_a_step_can_be_asked_for_by_its_number(folder):
+    emptied(data_files(folder / "2")[0])
+    with Checkpoints(folder, read_only=True) as checkpoints:
         assert_equal(checkpoints.restore_step(1, TARGET).state, make_state(1))
         with pytest.raises(CheckpointError, match="checkpoint 2 is damaged"):
             checkpoints.restore_step(2, TARGET)
-        shutil.rmtree(tmp_path / "c" / "3")
-        assert checkpoints.restore_step(3, TARGET) is None
+        shutil.rmtree(folder / "1")
+        assert checkpoints.restore_step(1, TARGET) is None
 
 
 def test_a_bucket_is_no_folder_here_and_needs_its_package(monkeypatch):

@@ -1,29 +1,28 @@
 """What TensorBoard makes of the files, by its own reading of them."""
 
+import json
+
 import jax
 import pytest
 
 from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.experiment.workdir.writer import Writer
 from tests import running
 
 
-def test_the_hparams_tab_shows_settings_and_final_metrics_of_every_run(tmp_path):
+def hparams(folder):
+    """What the HParams tab shows of every run in the folder: pairs of settings and final metrics by name."""
     from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
     from tensorboard.context import RequestContext
     from tensorboard.plugins import base_plugin
     from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
-    runs = {
-        "a": train(running.config(steps=10, optim__lr=0.01), str(tmp_path / "a")),
-        "b": train(running.config(steps=10, optim__lr=0.02, lowrank__scale=0.5), str(tmp_path / "b")),
-    }
-    train(running.config(steps=10, optim__lr=0.01), str(tmp_path / "a"))  # a second start changes nothing
-
     multiplexer = plugin_event_multiplexer.EventMultiplexer(tensor_size_guidance={"hparams": 0})
-    multiplexer.AddRunsFromDirectory(str(tmp_path))
+    multiplexer.AddRunsFromDirectory(str(folder))
     multiplexer.Reload()
-    provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
-    context = backend_context.Context(base_plugin.TBContext(data_provider=provider, logdir=str(tmp_path)))
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(folder))
+    context = backend_context.Context(base_plugin.TBContext(data_provider=provider, logdir=str(folder)))
     request_context = RequestContext()
     experiment = context.experiment_from_metadata(
         request_context, "", True, context.hparams_metadata(request_context, "", None), None
@@ -36,12 +35,43 @@ def test_the_hparams_tab_shows_settings_and_final_metrics_of_every_run(tmp_path)
     for info in experiment.metric_infos:
         request.col_params.add(metric=info.name)
     found = list_session_groups.Handler(request_context, context, "", request).run()
+    return [(group.hparams, {value.name.tag: value.value for value in group.metric_values}) for group in found.session_groups]
 
-    groups = {group.hparams["optim.lr"].number_value: group for group in found.session_groups}
+
+def test_settings_and_numbers_reach_every_reader(tmp_path):
+    folder = Workdir(tmp_path / "run")
+    folder.path.mkdir()
+    for _ in range(2):  # a second start changes nothing
+        with Writer(folder) as writer:
+            writer.show_settings({"optim.lr": 0.01, "lowrank.method": "spectral", "mesh.rules": (), "seed": None})
+    with Writer(folder) as writer:
+        writer.write(1, {"eval/top1": 0.25, "eval/loss": float("nan")})
+        writer.flush()
+        writer.write(2, {"eval/top1": 0.5})
+    assert [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 1, "eval/top1": 0.25, "eval/loss": None},
+        {"step": 2, "eval/top1": 0.5},
+    ]
+    ((settings, metrics),) = hparams(tmp_path)
+    assert settings["optim.lr"].number_value == 0.01
+    assert settings["lowrank.method"].string_value == "spectral" and settings["mesh.rules"].string_value == "()"
+    assert "seed" not in settings
+    assert metrics["eval/top1"] == 0.5
+
+
+@pytest.mark.slow
+def test_the_hparams_tab_shows_settings_and_final_metrics_of_every_run(tmp_path):
+    runs = {
+        "a": train(running.config(steps=10, optim__lr=0.01), str(tmp_path / "a")),
+        "b": train(running.config(steps=10, optim__lr=0.02, lowrank__scale=0.5), str(tmp_path / "b")),
+    }
+    train(running.config(steps=10, optim__lr=0.01), str(tmp_path / "a"))  # a second start changes nothing
+
+    groups = {settings["optim.lr"].number_value: (settings, metrics) for settings, metrics in hparams(tmp_path)}
     assert sorted(groups) == [0.01, 0.02]
-    assert groups[0.02].hparams["lowrank.scale"].number_value == 0.5
-    assert groups[0.01].hparams["lowrank.method"].string_value == "kernel_projection"
+    assert groups[0.02][0]["lowrank.scale"].number_value == 0.5
+    assert groups[0.01][0]["lowrank.method"].string_value == "kernel_projection"
     for lr, name in ((0.01, "a"), (0.02, "b")):
-        metrics = {value.name.tag: value.value for value in groups[lr].metric_values}
+        _, metrics = groups[lr]
         assert metrics["eval/top1"] == pytest.approx(runs[name].evals[10]["top1"], rel=1e-6)
         assert metrics["params"] == sum(leaf.size for leaf in jax.tree.leaves(runs[name].state.params))
