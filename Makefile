@@ -2,13 +2,14 @@
 # make quickstart   dense, spectral and kernel projection against each other on handwritten digits, and a report
 # make test         the fast tests: minutes
 # make test-all     all tests, with real processes and signals, Ray and the TPU's compiler
+# make coverage     all tests, and how many lines of lowrank_jax/ they run
 # make check        format, lint and types
 # make bench        benchmarks; each prints a ratio against a rival measured in the same run
 PYTHON ?= python3
 EXTRAS ?= train,dev
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-all check bench clean
+.PHONY: setup quickstart test test-all coverage check bench clean
 
 STAMP := .venv/ready-$(EXTRAS)
 
@@ -34,6 +35,12 @@ test: setup
 test-all: setup
 	$(PYTEST)
 
+coverage: setup
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 --dist=loadfile --max-worker-restart=0
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --sort=cover
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -49,4 +56,4 @@ bench: setup
 	$(BIN)/python -m benchmarks.execution
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs .coverage .coverage.*
