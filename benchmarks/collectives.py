@@ -57,11 +57,8 @@ def main() -> None:
 
 
 def compiled(axis: str, arm: str, devices) -> Experiment:
-    loaded = configs.load(str(CONFIG))
     mesh = {f"mesh.{name}": len(devices) if name == axis else 1 for name in MESHES}
-    for key, value in {**ARMS[arm], **mesh}.items():
-        configs.override(loaded, key, str(value))
-    return build(configs.parse(loaded, devices=len(devices)), devices=devices)
+    return build(configs.read(str(CONFIG), {**ARMS[arm], **mesh}, devices=len(devices)), devices=devices)
 
 
 if __name__ == "__main__":

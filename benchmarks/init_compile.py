@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--svd", choices=("device", "host"), nargs="*", default=["device", "host"])
     flags = parser.parse_args()
-    parsed, devices = configs.parse(configs.load(flags.config)), compiler.topology(flags.topology)
+    parsed, devices = configs.read(flags.config), compiler.topology(flags.topology)
     for svd in flags.svd:
         experiment = build(dataclasses.replace(parsed, init=InitConfig(svd)), devices=devices)
         lowered = experiment.lower_init()

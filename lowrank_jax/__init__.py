@@ -1,18 +1,24 @@
 """Low-rank neural networks in JAX: the same Flax model, with some kernels replaced by factor pairs."""
 
-from lowrank_jax import projection, theory
-from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay, frobenius_penalty, nuclear_penalty
-from lowrank_jax.kernel import LowRankKernel
-from lowrank_jax.linen import inputs
-from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply
-from lowrank_jax.linen.plan import plan
-from lowrank_jax.planning import chips
-from lowrank_jax.planning.execution import choose_execution
-from lowrank_jax.planning.factorize import factorize, merge
-from lowrank_jax.planning.plans import Plan
-from lowrank_jax.planning.rules import Rule
-from lowrank_jax.projection import activations
-from lowrank_jax.projection.sampled import function_approximation
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowrank_jax import config as config
+    from lowrank_jax import models as models
+    from lowrank_jax import projection, theory
+    from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay, frobenius_penalty, nuclear_penalty
+    from lowrank_jax.kernel import LowRankKernel
+    from lowrank_jax.linen import inputs
+    from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply
+    from lowrank_jax.linen.plan import plan
+    from lowrank_jax.planning import chips
+    from lowrank_jax.planning.execution import choose_execution
+    from lowrank_jax.planning.factorize import factorize, merge
+    from lowrank_jax.planning.plans import Plan
+    from lowrank_jax.planning.rules import Rule
+    from lowrank_jax.projection import activations
+    from lowrank_jax.projection.sampled import function_approximation
 
 __version__ = "0.1.0"
 
@@ -38,3 +44,46 @@ __all__ = [
     "projection",
     "theory",
 ]
+
+# Names are loaded when they are first used: `lowrank --help` has no need of jax.  The same as above, which type checkers read.
+_MODULES = {
+    "activations": "projection.activations",
+    "chips": "planning.chips",
+    "config": "config",
+    "inputs": "linen.inputs",
+    "models": "models",
+    "projection": "projection",
+    "theory": "theory",
+}
+_HOMES = {
+    "LowRankConv": "linen.layers",
+    "LowRankDense": "linen.layers",
+    "LowRankKernel": "kernel",
+    "Plan": "planning.plans",
+    "Rule": "planning.rules",
+    "add_frobenius_decay": "decay",
+    "add_nuclear_decay": "decay",
+    "apply": "linen.layers",
+    "choose_execution": "planning.execution",
+    "factorize": "planning.factorize",
+    "frobenius_penalty": "decay",
+    "function_approximation": "projection.sampled",
+    "merge": "planning.factorize",
+    "nuclear_penalty": "decay",
+    "plan": "linen.plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # once is enough
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *_HOMES})

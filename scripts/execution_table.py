@@ -63,11 +63,8 @@ def estimate(network: str, chip: str, arm: str, scale: float) -> dict[str, Any]:
     """The compiler's estimate of a training step."""
     file, changes = NETWORKS[network]
     low_rank = {"lowrank.scale": str(scale), "lowrank.execution": arm} if arm != "dense" else {"lowrank.method": "none"}
-    given = configs.load(file)
-    for name, value in (changes | low_rank).items():
-        configs.override(given, name, value)
     devices = topology(SLICES[chip])
-    experiment = build(configs.parse(given, devices=len(devices)), devices=devices)
+    experiment = build(configs.read(file, changes | low_rank, devices=len(devices)), devices=devices)
     executions = {kernel.execution for kernel in experiment.plan.factored}
     pure = next(iter(executions)) if len(executions) == 1 else None
     if arm == "auto" and pure is not None and key(network, chip, pure, scale) in known():

@@ -128,10 +128,7 @@ def say(line: str) -> None:
 
 
 def parsed(file: str, **changes: str) -> Config:
-    loaded = config.load(file)
-    for key, text in changes.items():
-        config.override(loaded, key.replace("__", "."), text)
-    return config.parse(loaded, source=file)
+    return config.read(file, {key.replace("__", "."): text for key, text in changes.items()})
 
 
 def shipped(slices: Slices, file: str) -> str:

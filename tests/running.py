@@ -45,10 +45,7 @@ def config(**changes: Any) -> configs.Config:
 
 def parsed(*, devices: int, **changes: Any) -> configs.Config:
     """The tiny experiment, parsed for so many devices."""
-    given = configs.default()
-    for key, value in settings(**changes).items():
-        configs.override(given, key, str(value))
-    return configs.parse(given, devices=devices)
+    return configs.read(configs.default(), settings(**changes), devices=devices)
 
 
 def command(workdir: pathlib.Path, name: str = "train", **changes: Any) -> list[str]:

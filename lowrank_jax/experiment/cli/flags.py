@@ -308,7 +308,7 @@ def _seconds(text: str) -> float:
 
 
 def _duration(text: str) -> Any:
-    from lowrank_jax.experiment.config.schema import Duration
+    from lowrank_jax.experiment.duration import Duration
 
     try:
         return Duration.read(text)

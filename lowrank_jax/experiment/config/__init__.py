@@ -1,8 +1,21 @@
 """One strict reading of a config file and its overrides."""
 
-from lowrank_jax.experiment.config.files import ConfigError, default, legal_keys, load, override, to_dict
-from lowrank_jax.experiment.config.parse import parse
+from lowrank_jax.experiment.config.files import ConfigError, default, legal_keys, load, overridden, override, to_dict
+from lowrank_jax.experiment.config.parse import parse, read
 from lowrank_jax.experiment.config.plan import images_like, make_plan
 from lowrank_jax.experiment.config.schema import Config
 
-__all__ = ["Config", "ConfigError", "default", "images_like", "legal_keys", "load", "make_plan", "override", "parse", "to_dict"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "default",
+    "images_like",
+    "legal_keys",
+    "load",
+    "make_plan",
+    "overridden",
+    "override",
+    "parse",
+    "read",
+    "to_dict",
+]

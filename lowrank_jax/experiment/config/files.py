@@ -6,14 +6,18 @@ import importlib.util
 import inspect
 import pathlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from lowrank_jax.experiment.config.schema import Config, Duration
+from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.text import did_you_mean
+
+Overrides = Mapping[str, Any] | Sequence[tuple[str, Any]]
+"""Values by dotted key, as text or such that their `str` is a Python literal."""
 
 
 class ConfigError(UserError):
@@ -40,6 +44,8 @@ def _plain(value: Any) -> Any:
         return str(value)
     if dataclasses.is_dataclass(value):
         return to_dict(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
         return tuple(_plain(item) for item in value)
     return value
@@ -72,6 +78,14 @@ def load(path: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise ConfigError(path, [f"get_config() must return a ConfigDict, not {type(config).__name__}"])
     return config
+
+
+def overridden(config: str | ConfigDict, overrides: Overrides = ()) -> ConfigDict:
+    """The values of a config file, or a copy of values at hand, with some of them replaced by dotted key."""
+    given = load(config) if isinstance(config, str) else config.copy_and_resolve_references()
+    for key, value in overrides if isinstance(overrides, Sequence) else overrides.items():
+        override(given, key, str(value))
+    return given
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:

@@ -8,10 +8,26 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lowrank_jax.experiment.config.files import ConfigError
+from lowrank_jax.experiment.config.files import ConfigError, Overrides, overridden
 from lowrank_jax.experiment.config.relations import relation_problems
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.config.typed import read_section
+
+
+def read(config: str | ConfigDict, overrides: Overrides = (), *, source: str = "", devices: int | None = None) -> Config:
+    """Loads a config file, replaces some of its values by dotted key, and parses the result.
+
+    Args:
+      config: path of a config file, "file.py:argument" to call its `get_config` with the argument; or what that returned.
+      overrides: values by dotted key, such as `{"optim.lr": 0.05}`, or the text that the command line takes.
+      source: what to call it in messages; by default its path.
+      devices: how many devices there are; None to leave the mesh unjudged.
+
+    Raises:
+      ConfigError: with all problems.
+    """
+    named = source or (config if isinstance(config, str) else "config")
+    return parse(overridden(config, overrides), source=named, devices=devices)
 
 
 def parse(config: ConfigDict | dict[str, Any], *, source: str = "config", devices: int | None = None) -> Config:

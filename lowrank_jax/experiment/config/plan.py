@@ -1,5 +1,6 @@
 """The plan of a config's model: which of its kernels are factored."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -19,15 +20,10 @@ def make_plan(config: Config) -> Plan:
     Raises:
       ConfigError: the model cannot be built on these images, or a rule does not fit it.
     """
-    parts = repr((config.model, config.dataset, config.lowrank))
-    if parts not in _PLANS:
-        _PLANS[parts] = _make_plan(config)
-    return _PLANS[parts]
+    return _make_plan(Config(model=config.model, dataset=config.dataset, lowrank=config.lowrank))  # all that it depends on
 
 
-_PLANS: dict[str, Plan] = {}
-
-
+@functools.cache
 def _make_plan(config: Config) -> Plan:
     outputs: list[Any] = []
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,39 +12,13 @@ from lowrank_jax.checks import above, at_least, below_one
 from lowrank_jax.experiment import optim
 from lowrank_jax.experiment.data import datasets, splits
 from lowrank_jax.experiment.data.augment import Augmentation
+from lowrank_jax.experiment.duration import Duration
+from lowrank_jax.experiment.frozen import FrozenDict, freeze
 from lowrank_jax.experiment.hosts.sharding import AXES, ShardingRule, mesh_sizes, read_rules
 from lowrank_jax.paths import compile_pattern
 from lowrank_jax.planning.rules import Rule
 from lowrank_jax.projection.methods import METHODS
 from lowrank_jax.text import did_you_mean
-
-
-@dataclasses.dataclass(frozen=True)
-class Duration:
-    """A length of training: "500", "500 steps", "2 epochs" or "1e6 examples"."""
-
-    amount: float
-    unit: str
-
-    @classmethod
-    def read(cls, value: Any) -> "Duration":
-        """Raises ValueError if it does not read as a duration."""
-        match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(step|epoch|example)?s?", str(value).strip())
-        try:
-            amount = float(match[1])  # type: ignore[index]
-        except (TypeError, ValueError):
-            amount = math.inf
-        if match is None or not amount < 1e18:
-            raise ValueError('a duration such as "500 steps" or "2 epochs"')
-        return cls(amount, match[2] or "step")
-
-    def steps(self, batch_size: int, epoch_size: int) -> int:
-        """In whole steps."""
-        examples = {"step": batch_size, "epoch": epoch_size, "example": 1}[self.unit]
-        return math.floor(self.amount * examples / batch_size + 0.5)
-
-    def __str__(self) -> str:
-        return f"{self.amount:g} {self.unit}s"
 
 
 def _option(default: Any, check: Callable[[Any], str | None] | None = None) -> Any:
@@ -88,8 +61,17 @@ def _one_of(*known: str) -> Callable[[str], str | None]:
     return lambda value: None if value in known else f"unknown{did_you_mean(value, known)}"
 
 
+class _Hashable:
+    """A section with mappings in it, which are frozen, so that a `Config` can be a key of a cache."""
+
+    def __post_init__(self):
+        for name in ("kwargs", "rules"):
+            if hasattr(self, name):
+                object.__setattr__(self, name, freeze(getattr(self, name)))
+
+
 @dataclasses.dataclass(frozen=True)
-class DatasetConfig:
+class DatasetConfig(_Hashable):
     """Which images, and how they are varied in training."""
 
     name: str = _option("digits", _one_of(*datasets.NAMES))
@@ -112,7 +94,7 @@ class DatasetConfig:
     random_erasing: float = _option(0.0, _between(0, 1))  # how often a rectangle of an image is replaced by noise
     mixup: float = _option(0.0, at_least(0))  # alpha of the shares' Beta distribution; 0 for none
     cutmix: float = _option(0.0, at_least(0))  # the same; with both, every batch takes one or the other
-    kwargs: dict = dataclasses.field(default_factory=dict)  # of `synthetic` and `imagenet2012`
+    kwargs: FrozenDict = FrozenDict()  # of `synthetic` and `imagenet2012`
 
     def to_augmentation(self) -> Augmentation:
         """How training images are varied; each data set takes the kind of crop that its images need."""
@@ -121,12 +103,12 @@ class DatasetConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Hashable):
     """A name that `models.build` knows, or "package.module:attribute", and the model's own settings."""
 
     name: str = "resnet8"
     dtype: str = _option("float32", _one_of("float32", "bfloat16"))  # of the computation; parameters stay float32
-    kwargs: dict = dataclasses.field(default_factory=dict)
+    kwargs: FrozenDict = FrozenDict()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +141,7 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRankConfig:
+class LowRankConfig(_Hashable):
     """Which kernels are factored and how; see `lowrank_jax.Rule`.  Method `none` is the dense arm."""
 
     method: str = _option("kernel_projection", _one_of("none", *METHODS))
@@ -171,7 +153,7 @@ class LowRankConfig:
     scale_of: str = "full_rank"
     execution: str = "auto"
     moment_batches: int = _option(0, at_least(0))  # project for the inputs that layers have on so many batches of images
-    rules: tuple[dict, ...] = ()  # exceptions by path, in order: {"path": ..., and any of the keys above}
+    rules: tuple[FrozenDict, ...] = ()  # exceptions by path, in order: {"path": ..., and any of the keys above}
 
     def to_rules(self) -> tuple[Rule, ...]:
         """The rules in order, a catch-all with the settings above at the end; none for the dense arm.
@@ -252,13 +234,13 @@ class ProfileConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(_Hashable):
     """Devices along each axis of the mesh; one axis may be -1, which takes all that are left."""
 
     data: int = _option(-1, _axis_size)
     fsdp: int = _option(1, _axis_size)
     model: int = _option(1, _axis_size)
-    rules: tuple[dict, ...] = ()  # exceptions from the automatic sharding, in order: {"path": ..., "spec": ...}
+    rules: tuple[FrozenDict, ...] = ()  # exceptions from the automatic sharding, in order: {"path": ..., "spec": ...}
 
     def sizes(self, devices: int) -> dict[str, int]:
         """Devices along each axis, of so many in all."""

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowrank_jax.experiment.config.files import legal_keys, type_of
-from lowrank_jax.experiment.config.schema import Config, Duration
+from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.duration import Duration
+from lowrank_jax.experiment.frozen import FrozenDict, freeze
 from lowrank_jax.text import did_you_mean
 
 
@@ -46,6 +48,10 @@ def _known(cls: Any, prefix: str) -> list[str]:
     return legal_keys() if cls is Config or type_of(prefix[:-1]) is cls else legal_keys(cls, prefix)
 
 
+_MAPPING = "a mapping"
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: _MAPPING, FrozenDict: _MAPPING}
+
+
 def read_value(value: Any, hint: Any) -> Any:
     """The value as the hinted type; a ValueError that names the type if it is not one."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -61,8 +67,8 @@ def read_value(value: Any, hint: Any) -> Any:
         return value if isinstance(value, Duration) else Duration.read(value)
     if origin is not None and issubclass(origin, Sequence):
         return _typed_tuple(value, args)
-    if hint is dict and isinstance(value, dict):
-        return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+    if hint in (dict, FrozenDict) and isinstance(value, dict):
+        return _frozen(value)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is float and number:
         return float(value)
@@ -70,10 +76,18 @@ def read_value(value: Any, hint: Any) -> Any:
         return value
     if hint is Any:
         return value
-    kinds = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: "a mapping"}
-    if hint not in kinds:  # some other model's own type, which only it can judge
+    if hint not in _KINDS:  # some other model's own type, which only it can judge
         return value
-    raise ValueError(kinds[hint])
+    raise ValueError(_KINDS[hint])
+
+
+def _frozen(value: dict[str, Any]) -> FrozenDict:
+    frozen = freeze(value)
+    try:
+        hash(frozen)
+    except TypeError as error:  # no number, text or sequence, so that config.json could not hold it either
+        raise ValueError(f"{_MAPPING} of plain values ({error})") from None
+    return frozen
 
 
 def _typed_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from lowrank_jax.experiment.data.augment import Augmentation
 from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.frozen import FrozenDict
 
 Batch = dict[str, np.ndarray]
 
@@ -55,6 +56,7 @@ class Dataset:
 
     def __post_init__(self):
         object.__setattr__(self, "classes", self.classes or self.name)
+        object.__setattr__(self, "sizes", FrozenDict(self.sizes))  # a data set is a key of caches
 
 
 class Split(Protocol):

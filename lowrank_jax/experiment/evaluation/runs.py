@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -155,9 +155,9 @@ class Evaluator:
         max_undecodable: int | None = None,
     ):
         self._split, self._data_dir, self._dataset, self._max_undecodable = split, data_dir, dataset, max_undecodable
-        self._experiments: dict[str, Experiment] = {}
-        self._eval_steps: dict[str, Callable[..., dict[str, jax.Array]]] = {}
-        self._splits: dict[tuple[str, str, str | None], Split] = {}
+        self._experiments: dict[Hashable, Experiment] = {}
+        self._eval_steps: dict[Hashable, Callable[..., dict[str, jax.Array]]] = {}
+        self._splits: dict[Hashable, Split] = {}
 
     def evaluate(self, workdir: str, step: str = "latest") -> Evaluation:
         """Evaluates one checkpoint: `latest`, `best` or a number.
@@ -187,20 +187,20 @@ class Evaluator:
         return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size)
 
     def _experiment(self, config: Config, workdir: str) -> Experiment:
-        key = repr((config.model, config.description, config.lowrank, config.optim.ema_decay is None))
+        key = (config.model, config.description, config.lowrank, config.optim.ema_decay is None)
         if key not in self._experiments:
             self._experiments[key] = build(dataclasses.replace(config, mesh=MeshConfig()), workdir)
         return self._experiments[key]
 
     def _eval_step(self, experiment: Experiment) -> Callable[..., dict[str, jax.Array]]:
         """One for all plans: jit tells them apart by the kernels, which hold their own ranks and schemes."""
-        key = repr((experiment.config.model, experiment.dataset))
+        key = (experiment.config.model, experiment.dataset)
         if key not in self._eval_steps:
             self._eval_steps[key] = experiment.jit_eval_step()
         return self._eval_steps[key]
 
     def _read(self, dataset: datasets.Dataset, split: str, data_dir: str | None) -> Split:
-        key = (repr(dataset), split, data_dir)
+        key = (dataset, split, data_dir)
         if key not in self._splits:
             try:
                 self._splits[key] = datasets.load(dataset, split, data_dir)

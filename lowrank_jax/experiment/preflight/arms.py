@@ -108,9 +108,9 @@ class Group:
 
 def grouped(arms: Sequence[Wanted]) -> list[Group]:
     """Every low-rank arm under its dense twin, which is added where nobody asked for it."""
-    twins: dict[str, list[Wanted]] = {}
+    twins: dict[Config, list[Wanted]] = {}
     for arm in arms:
-        twins.setdefault(repr(_dense_twin(arm.config)), []).append(arm)
+        twins.setdefault(_dense_twin(arm.config), []).append(arm)
     groups = []
     for members in twins.values():
         asked = [arm for arm in members if arm.dense]

@@ -39,7 +39,7 @@ def _check_data(trials: Sequence[Trial]) -> None:
     seen = {}
     for trial in trials:
         dataset = trial.config.dataset
-        seen[repr((dataset.name, dataset.kwargs, dataset.data_dir))] = trial.config
+        seen[dataset.name, dataset.kwargs, dataset.data_dir] = trial.config
     for config in seen.values():
         datasets.load(config.description, config.dataset.eval_split, config.dataset.data_dir)
 

@@ -157,10 +157,10 @@ def expand(source: str, overrides: Sequence[tuple[str, str]], text: str, workdir
 
 def _check_distinct(trials: Sequence[Trial]) -> None:
     """0.1 and 1e-1 are written differently and mean the same."""
-    seen: dict[str, str] = {}
+    seen: dict[Config, str] = {}
     problems = []
     for trial in trials:
-        twin = seen.setdefault(repr(trial.config), trial.name)
+        twin = seen.setdefault(trial.config, trial.name)
         if twin != trial.name:
             problems.append(f"{twin} and {trial.name} are the same experiment")
     if problems:
@@ -198,9 +198,7 @@ class _Parser:
 
     def __init__(self, source: str, overrides: Sequence[tuple[str, str]]):
         self._source = source
-        self._base = configs.load(source)
-        for key, value in overrides:
-            configs.override(self._base, key, value)
+        self._base = configs.overridden(source, overrides)
         lowrank = self._base.get("lowrank")
         self.method = lowrank.get("method") if isinstance(lowrank, ConfigDict) else None
         self._known: dict[tuple[tuple[str, str], ...], Config | configs.ConfigError] = {}
@@ -221,10 +219,7 @@ class _Parser:
         return dataclasses.replace(found, seed=int(seed))
 
     def _parse(self, values: grammar.Assignment) -> Config:
-        config = self._base.copy_and_resolve_references()
-        for key, text in values.items():
-            configs.override(config, key, text)
-        return configs.parse(config, source=self._source)
+        return configs.read(self._base, values, source=self._source)
 
 
 def _names(assignments: list[grammar.Assignment]) -> list[str]:

@@ -1,14 +1,18 @@
+import copy
 import dataclasses
 import json
+import pickle
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config import Config, parse
 from lowrank_jax.experiment.config.files import ConfigError, default, legal_keys, override, to_dict
-from lowrank_jax.experiment.config.schema import Duration, LowRankConfig
+from lowrank_jax.experiment.config.schema import LowRankConfig
+from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.planning.rules import Rule
 
 
@@ -38,6 +42,28 @@ def test_a_parsed_config_survives_json():
     config = changed(lowrank__rules="({'path': 'head/kernel', 'rank': 3},)", optim__step_at="('10 steps', '2 epochs')")
     parsed = parse(config)
     assert parse(json.loads(json.dumps(to_dict(parsed)))) == parsed
+
+
+def test_a_parsed_config_is_a_key_of_a_cache():
+    given = changed(model__kwargs__widths="[8, 4, 4]", lowrank__rules="({'path': 'head/kernel', 'rank': 3},)")
+    first, second = parse(given), parse(json.loads(json.dumps(to_dict(parse(given)))))
+    assert first == second and hash(first) == hash(second) and first is not second
+    assert configs.make_plan(first) is configs.make_plan(second)
+    assert first.model.kwargs == {"widths": (8, 4, 4)} and repr(first.model.kwargs) == "{'widths': (8, 4, 4)}"
+    with pytest.raises(TypeError, match="cannot change"):
+        first.model.kwargs["widths"] = ()
+    copies = (copy.deepcopy(first), pickle.loads(pickle.dumps(first)), dataclasses.replace(first, seed=0))
+    assert {first: 1} == dict.fromkeys(copies, 1)
+    assert hash(first) != hash(dataclasses.replace(first, seed=1))
+    programmatic = dataclasses.replace(first, lowrank=LowRankConfig(rules=[{"path": "head/kernel", "rank": 3}]))
+    assert hash(programmatic) == hash(first)
+
+
+def test_what_config_json_cannot_hold_is_refused_when_it_is_read():
+    config = changed()
+    config.model.kwargs = {"widths": np.zeros(3)}
+    (problem,) = problems(config)
+    assert problem.startswith("model.kwargs: {'widths': array([0., 0., 0.])}; must be a mapping of plain values")
 
 
 def test_overrides_are_read_by_the_keys_type():

@@ -24,11 +24,8 @@ NOISE = [0.003, -0.002, 0.001, 0.0, -0.004]
 
 def make(home, name, *, top1=None, raw=None, valid=None, failure=None, loss=1.0, **changes):
     """A work directory as a run leaves it; without top1, one that has not finished."""
-    config = configs.default()
-    for key, value in {**running.TINY, **{key.replace("__", "."): value for key, value in changes.items()}}.items():
-        configs.override(config, key, str(value))
     folder = Workdir(home / name)
-    folder.claim(configs.to_dict(configs.parse(config)))
+    folder.claim(configs.to_dict(configs.read(configs.default(), running.settings(**changes))))
     folder.append_line("metrics.jsonl", {"step": 10, "train/loss": loss, "train/images_per_second": 10.0})
     folder.append_line("metrics.jsonl", {"step": 20, "train/loss": loss / 2, "train/images_per_second": 100.0})
     if failure:
