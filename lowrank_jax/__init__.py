@@ -1,14 +1,14 @@
 """Low-rank neural networks in JAX: the same Flax model, with some kernels replaced by factor pairs."""
 
-from lowrank_jax import projection, theory
+from lowrank_jax import inputs, projection, theory
 from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay, frobenius_penalty, nuclear_penalty
 from lowrank_jax.kernel import LowRankKernel
-from lowrank_jax.linen import inputs
+from lowrank_jax.linen.factorize import factorize
 from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply
 from lowrank_jax.linen.plan import plan
 from lowrank_jax.planning import chips
 from lowrank_jax.planning.execution import choose_execution
-from lowrank_jax.planning.factorize import factorize, merge
+from lowrank_jax.planning.factorize import merge
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.planning.rules import Rule
 from lowrank_jax.projection import activations
