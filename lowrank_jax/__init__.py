@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowrank_jax import config as config
+    from lowrank_jax import inputs, projection, theory
     from lowrank_jax import models as models
-    from lowrank_jax import projection, theory
     from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay, frobenius_penalty, nuclear_penalty
     from lowrank_jax.kernel import LowRankKernel
-    from lowrank_jax.linen import inputs
+    from lowrank_jax.linen.factorize import factorize
     from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply
     from lowrank_jax.linen.plan import plan
     from lowrank_jax.planning import chips
     from lowrank_jax.planning.execution import choose_execution
-    from lowrank_jax.planning.factorize import factorize, merge
+    from lowrank_jax.planning.factorize import merge
     from lowrank_jax.planning.plans import Plan
     from lowrank_jax.planning.rules import Rule
     from lowrank_jax.projection import activations
@@ -50,7 +50,7 @@ _MODULES = {
     "activations": "projection.activations",
     "chips": "planning.chips",
     "config": "config",
-    "inputs": "linen.inputs",
+    "inputs": "inputs",
     "models": "models",
     "projection": "projection",
     "theory": "theory",
@@ -65,7 +65,7 @@ _HOMES = {
     "add_nuclear_decay": "decay",
     "apply": "linen.layers",
     "choose_execution": "planning.execution",
-    "factorize": "planning.factorize",
+    "factorize": "linen.factorize",
     "frobenius_penalty": "decay",
     "function_approximation": "projection.sampled",
     "merge": "planning.factorize",

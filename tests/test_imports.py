@@ -31,3 +31,12 @@ def test_importing_the_library_loads_none_of_the_experiment_half():
     code = "import sys, lowrank_jax; print([m for m in ('tensorflow', 'orbax', 'clu', 'grain') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_planning_and_projection_know_jax_and_no_module_library(repository):
+    """Plans, ranks and factors are the same for every door; what is Linen's is in `linen/`."""
+    doors = ("flax", "lowrank_jax.linen", "lowrank_jax.models", "lowrank_jax.exchange", "lowrank_jax.inputs")
+    for room in ("planning", "projection"):
+        for file in (repository / "lowrank_jax" / room).rglob("*.py"):
+            for name in _imports(file):
+                assert not f"{name}.".startswith(tuple(f"{door}." for door in doors)), f"{room}/{file.name} imports {name}"

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
@@ -29,18 +28,11 @@ def factorize(
     moments: Mapping[str, jax.Array] | None = None,
     inputs: Mapping[str, jax.Array] | None = None,
 ) -> Any:
-    """Replaces planned kernels by factor pairs, each made by its rule's method; paths stay what they were.
-
-    Kernels of one shape are decomposed together, so that each distinct decomposition is compiled once.
-    Call it under `jit` or not: it compiles as one program either way.
+    """Replaces the planned kernels of a plain tree by factor pairs; the doors' `factorize` calls it (`linen/factorize.py`).
 
     Args:
-      params: the dense model's parameters.
-      plan: from `plan` for the same model.
-      key: for methods that draw; every kernel's draw depends on the key and its own name alone.
-      moments: E xxᵀ of every planned kernel's inputs, from `inputs.second_moments`: kernels are factored for these inputs
-        rather than for isotropic ones (docs/mathematics.md, section 8).
-      inputs: samples of every planned kernel's inputs, from `inputs.samples`, for the method `function_approximation`.
+      params: the dense model's parameters, without boxes.
+      plan, key, moments, inputs: as for the doors.
 
     Returns:
       The tree with `LowRankKernel`s in it, in the kernels' own dtypes; decompositions run in float32 or better.
@@ -48,7 +40,6 @@ def factorize(
     Raises:
       ValueError: the parameters are not those of the plan, or not finite, or moments or inputs do not fit it.
     """
-    params = nn.meta.unbox(params)
     leaves = named_leaves(params, is_leaf=is_low_rank)
     _check_tree(leaves, plan)
     kernels = {kernel.name: leaves[kernel.name] for kernel in plan.factored}

@@ -14,10 +14,10 @@ import math
 from collections.abc import Callable
 from typing import Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import nn
 
 from lowrank_jax.text import did_you_mean, first_line
 

@@ -107,7 +107,7 @@ def test_layers_under_scan_have_moments_of_their_own_once_the_collection_is_scan
         variables = {"params": model.init(KEY, x)["params"]}
         plan = lr.plan(model, x, [lr.Rule(".*", rank=1)])
         if not seen:
-            with pytest.raises(ValueError, match=r'layers/dense/kernel.*"lowrank_inputs": 0'):
+            with pytest.raises(ValueError, match=r'cannot capture the inputs of .layers/dense/kernel.: .*"lowrank_inputs": 0'):
                 lr.inputs.second_moments(model, variables, [x], plan)
             continue
         moments = lr.inputs.second_moments(model, variables, [x], plan)
@@ -195,6 +195,8 @@ def test_data_that_does_not_fit_gets_one_clear_error(net):
     def factorize(plan=plan, **data):
         return lr.factorize(variables["params"], plan, key=KEY, **data)
 
+    with pytest.raises(TypeError, match=r"captured from a flax\.linen\.Module, not from function"):
+        lr.inputs.second_moments(lambda x: x, variables, [x], plan)
     with pytest.raises(ValueError, match="no batches"):
         lr.inputs.second_moments(model, variables, [], plan)
     with pytest.raises(ValueError, match="plain/kernel: has no moments"):

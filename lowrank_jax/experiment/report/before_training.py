@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax import inputs
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
@@ -23,9 +24,9 @@ from lowrank_jax.experiment.training import state
 from lowrank_jax.experiment.training.build import blank_images
 from lowrank_jax.experiment.training.mixing import normalizer
 from lowrank_jax.experiment.workdir.writer import duration
-from lowrank_jax.linen import inputs
+from lowrank_jax.linen.factorize import factorize
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.planning import factorize as surgery
+from lowrank_jax.planning.factorize import merge
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection import matrix as projection
@@ -153,7 +154,7 @@ class _Programs:
         self._config, self.model = config, config.build_model()
         self.init = jax.jit(functools.partial(state.init_dense, self.model, blank_images(config.description)))
         self.forward = jax.jit(self._forward)
-        self.merge = jax.jit(surgery.merge)
+        self.merge = jax.jit(merge)
         self._factorizers: dict[Plan, _Factorizer] = {}
 
     def plan(self, method: str, scale: float) -> Plan:
@@ -165,7 +166,7 @@ class _Programs:
 
     def factorizer(self, plan: Plan, *arguments: Any) -> _Factorizer:
         if plan not in self._factorizers:
-            jitted = jax.jit(lambda params, key, moments: surgery.factorize(params, plan, key=key, moments=moments))
+            jitted = jax.jit(lambda params, key, moments: factorize(params, plan, key=key, moments=moments))
             begin = time.perf_counter()
             compiled = jitted.lower(*arguments).compile()
             self._factorizers[plan] = _Factorizer(compiled, time.perf_counter() - begin)

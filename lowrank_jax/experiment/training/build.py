@@ -13,6 +13,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from lowrank_jax import inputs
 from lowrank_jax.experiment import optim
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.plan import make_plan
@@ -29,7 +30,6 @@ from lowrank_jax.experiment.hosts.sharding import (
     state_shardings,
 )
 from lowrank_jax.experiment.training import mixing, state, step
-from lowrank_jax.linen import inputs
 from lowrank_jax.planning import chips
 from lowrank_jax.planning.execution import choose_execution
 from lowrank_jax.planning.plans import Plan

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.planning.factorize import factorize
+from lowrank_jax.linen.factorize import factorize
 from lowrank_jax.planning.plans import Plan
 
 

@@ -1,0 +1,40 @@
+"""`factorize` for the parameters of Linen modules, which may come in boxes (`nn.with_partitioning`)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from lowrank_jax.planning import factorize as trees
+from lowrank_jax.planning.plans import Plan
+
+
+def factorize(
+    params: Any,
+    plan: Plan,
+    *,
+    key: jax.Array,
+    moments: Mapping[str, jax.Array] | None = None,
+    inputs: Mapping[str, jax.Array] | None = None,
+) -> Any:
+    """Replaces the planned kernels by factor pairs, each made by its rule's method; paths stay the same.
+
+    Kernels of one shape are decomposed together, so that each decomposition is compiled once.  It compiles as one program,
+    whether it is called under `jit` or not.
+
+    Args:
+      params: the dense model's parameters; boxes such as those of `nn.with_partitioning` are removed.
+      plan: from `plan` for the same model.
+      key: for random methods; what is drawn for a kernel depends on the key and the kernel's name alone.
+      moments: E xxᵀ of every planned kernel's inputs, from `inputs.second_moments`; kernels are then factored for these
+        inputs rather than for isotropic ones (docs/mathematics.md, section 8).
+      inputs: samples of every planned kernel's inputs, from `inputs.samples`, for the method `function_approximation`.
+
+    Returns:
+      The tree with `LowRankKernel`s in it, in the kernels' own dtypes; decompositions run in float32 or better.
+
+    Raises:
+      ValueError: the parameters are not those of the plan, or not finite, or moments or inputs do not fit it.
+    """
+    return trees.factorize(nn.meta.unbox(params), plan, key=key, moments=moments, inputs=inputs)
