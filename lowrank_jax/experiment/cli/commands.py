@@ -329,7 +329,7 @@ def _wanted(args: argparse.Namespace) -> "list[Wanted]":
 
 def _init_report(args: argparse.Namespace) -> int:
     from lowrank_jax.experiment import config as configs
-    from lowrank_jax.experiment.report import before_training
+    from lowrank_jax.experiment.report import before_training, before_training_page
     from lowrank_jax.text import align
 
     source, loaded = _load(args)
@@ -341,10 +341,10 @@ def _init_report(args: argparse.Namespace) -> int:
     first = pathlib.Path(f"{args.out}.md")
     first.parent.mkdir(parents=True, exist_ok=True)
     first.touch()  # rather now than after all of it
-    arms = before_training.compare(config, settings, say=_say)
-    print(align(before_training.summary(arms)))
+    measured = before_training.compare(config, settings, say=_say)
+    print(align(before_training_page.summary(measured)))
     command = f"lowrank init-report {shlex.join(args.given)}"
-    for path in before_training.write(arms, args.out, command=command, config=config, settings=settings):
+    for path in before_training_page.write(measured, args.out, command=command, config=config, settings=settings):
         print(path)
     return 0
 
