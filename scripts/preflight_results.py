@@ -1,9 +1,9 @@
-"""Writes docs/results/preflight.md: what the ImageNet configs take of TPU slices, by the TPU's own compiler.
+"""Writes docs/results/preflight.md: what the ImageNet configs need of TPU slices, by the TPU's own compiler.
 
     python -m scripts.preflight_results
 
-Needs libtpu (pip install 'lowrank_jax[train,tpu-preflight]') and no TPU.  Compiled programs are remembered, and how long the
-command took for each config in docs/results/preflight.json, so that the same command goes on where it was stopped.
+Needs libtpu (pip install 'lowrank_jax[train,tpu-preflight]') and no TPU.  Estimates are cached, and docs/results/preflight.json
+keeps the time per config, so that the same command continues where it was stopped.
 """
 
 import functools
@@ -22,11 +22,13 @@ from lowrank_jax.experiment import config
 from lowrank_jax.experiment.cli.commands import cache_home
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.errors import DOES_NOT_FIT
-from lowrank_jax.experiment.preflight import arms
-from lowrank_jax.experiment.preflight.arms import Cache, Compiler, Wanted
+from lowrank_jax.experiment.preflight.cache import Cache
 from lowrank_jax.experiment.preflight.compiler import PreflightError, Program, versions
 from lowrank_jax.experiment.preflight.compiler import topology as topology_devices
-from lowrank_jax.experiment.preflight.report import Report, exchanged, flops, memory, moved, ratio, roofline_seconds, run, time
+from lowrank_jax.experiment.preflight.estimate import Compiler, device_bytes
+from lowrank_jax.experiment.preflight.networks import Network, check
+from lowrank_jax.experiment.preflight.run import run
+from lowrank_jax.experiment.preflight.table import Estimates, exchanged, flops, memory, moved, ratio, roofline_seconds, time
 from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.planning import chips
 from lowrank_jax.text import count, markdown_table
@@ -43,7 +45,7 @@ CONFIGS = (
 SLICES = ("v4:2x2x2", "v5e:4x4", "v5e:16x16")
 
 SCALED = "configs/imagenet_resnet50_lowrank.py"
-SHARE = 64  # images a chip, on slices of 4, 16, 64 and 256
+SHARE = 64  # images per chip, on slices of 4, 16, 64 and 256 chips
 GROWING = (("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"), ("v4:2x2x1", "v4:2x2x4", "v4:4x4x4", "v4:4x8x8"))
 
 SIZED_ON = "v5e:4x4"
@@ -54,29 +56,29 @@ SIZED = {
     "configs/imagenet_vit_lowrank.py": SCALES,
 }
 
-HEAD = """# What training takes of TPU slices
+HEAD = """# What training needs of TPU slices
 
-All figures are estimates of the TPU's compiler (libtpu {libtpu}, jax {jax}) for one chip; nothing ran. `python -m
-scripts.preflight_results` writes this page. Ratios in brackets are to the dense twin.
+All figures are estimates of the TPU's compiler (libtpu {libtpu}, jax {jax}) for one chip; nothing was run. `python -m
+scripts.preflight_results` writes this page. In parentheses: ratio to the dense twin.
 
-* training step, evaluation, initialiser: memory at the worst moment of each program, with what else lies on the chip then;
-  largest: of what a program can have, 15.75 GiB on v5e and 30.75 GiB on v4. State: parameters, statistics, the optimiser's
-  state and averages.
-* roofline: the longer of FLOPs / peak and bytes / bandwidth, without exchanges between chips; the images per second, of the
-  whole slice, follow from it. The compiler's own estimate of the time is beside it, where it can be believed.
-* collectives: bytes of the arrays that are summed or gathered.
+* training step, evaluation, initialiser: peak memory of each program, with everything else that is on the chip then;
+  memory used: share of what a program can use, 15.75 GiB on v5e and 30.75 GiB on v4. State: parameters, statistics,
+  optimiser state and averages.
+* roofline: the larger of FLOPs / peak and bytes / bandwidth, without communication between chips; images per second (whole
+  slice) follow from it. Next to it the compiler's own time estimate, where it is credible.
+* collectives: bytes of the arrays that are reduced or gathered.
 
 ## The shipped configs
 
 `lowrank preflight --config=CONFIG --topology=SLICE` at effort `fast`, every config at its own batch size. The last column is
-how long it took on two cores, with nothing remembered from earlier ones.
+the time of the command on two cores with an empty cache.
 """
 
-STOPPED = "\n**Not complete:** the command was stopped here; given again, it goes on.\n"
+STOPPED = "\n**Not complete:** the command was stopped here; run it again to continue.\n"
 
 
 class Slices:
-    """The compilers of slices by name and effort, all with the one cache of the command line."""
+    """Compilers by slice and effort; they share the cache of the command line."""
 
     def __init__(self):
         self._known: dict[tuple[str, str], Compiler] = {}
@@ -90,17 +92,17 @@ class Slices:
             self._known[topology, effort] = Compiler(topology, devices, chip, effort, self.cache, say)
         return self._known[topology, effort]
 
-    def report(self, file: str, topology: str) -> tuple[Report, float]:
-        """What `lowrank preflight` shows, and how many seconds it took."""
+    def estimates(self, file: str, topology: str) -> tuple[Estimates, float]:
+        """What `lowrank preflight` shows, and its wall time in seconds."""
         say(f"== {file} {topology}")
         seconds = self._timed(file, topology)
         given = parsed(file)
-        wanted = Wanted("dense" if given.lowrank.method == "none" else "low rank", given)
-        report = run([wanted], topology, source=file, effort="fast", cache=self.cache, say=say)
-        return report, seconds
+        network = Network("dense" if given.lowrank.method == "none" else "low rank", given)
+        estimates = run([network], topology, source=file, effort="fast", cache=self.cache, say=say)
+        return estimates, seconds
 
     def _timed(self, file: str, topology: str) -> float:
-        """Of the command without what earlier ones left; what it leaves is kept."""
+        """The time of the command with an empty cache; its answers are then kept."""
         known = json.loads(SECONDS.read_text()) if SECONDS.exists() else {}
         name = f"{file} {topology}"
         if name not in known:
@@ -109,7 +111,7 @@ class Slices:
                 begin = clock.perf_counter()
                 ended = subprocess.run(command, env={**os.environ, "XDG_CACHE_HOME": empty}, stdout=subprocess.DEVNULL)
                 if ended.returncode not in (0, DOES_NOT_FIT):
-                    sys.exit(ended.returncode)  # it has said why
+                    sys.exit(ended.returncode)  # it has printed why
                 known[name] = round(clock.perf_counter() - begin, 1)
                 answers = pathlib.Path(empty) / cache_home().name / "preflight"
                 shutil.copytree(answers, cache_home() / "preflight", dirs_exist_ok=True)
@@ -117,9 +119,9 @@ class Slices:
         return known[name]
 
     def step(self, file: str, topology: str, effort: str = "fast", **changes: str) -> tuple[Experiment, Program]:
-        """The training step alone of a config with other settings; `a__b` sets "a.b"."""
+        """The training step of a config with changed settings; `a__b` sets "a.b"."""
         compiler = self.compiler(topology, effort)
-        built = build(arms.check(parsed(file, **changes), file, len(compiler.devices)), file, compiler.devices)
+        built = build(check(parsed(file, **changes), file, len(compiler.devices)), file, compiler.devices)
         return built, compiler.program(f"{file} {topology} {changes} {effort}", built.lower_train_step)
 
 
@@ -132,22 +134,22 @@ def parsed(file: str, **changes: str) -> Config:
 
 
 def shipped(slices: Slices, file: str) -> str:
-    """Two tables of a config on all slices."""
-    reports = {topology: slices.report(file, topology) for topology in SLICES}
-    first, _ = next(iter(reports.values()))
+    """Two tables for a config, on all slices."""
+    found = {topology: slices.estimates(file, topology) for topology in SLICES}
+    first, _ = next(iter(found.values()))
     memory_rows = [["slice", *first.memory_rows()[0], "took"]]
     step_rows = [["slice", *first.step_rows()[0]]]
-    for topology, (report, seconds) in reports.items():
-        dense, *others = report.memory_rows()[1:]
+    for topology, (estimates, seconds) in found.items():
+        dense, *others = estimates.memory_rows()[1:]
         memory_rows += [[topology, *dense, f"{seconds:.0f} s"], *([topology, *row, ""] for row in others)]
-        step_rows += [[topology, *row] for row in report.step_rows()[1:]]
+        step_rows += [[topology, *row] for row in estimates.step_rows()[1:]]
     tables = f"{markdown_table(memory_rows)}\n\n{markdown_table(step_rows)}"
-    return f"### {file}\n\nBatch {first.arms[0].batch_size}.\n\n{tables}\n"
+    return f"### {file}\n\nBatch {first.rows[0].batch_size}.\n\n{tables}\n"
 
 
 def weak_scaling(slices: Slices) -> str:
-    """The training step on more and more chips, each with as many images."""
-    rows = [["slice", "chips", "arm", "memory", "FLOPs", "bytes", "collectives"]]
+    """The training step on more and more chips with the same number of images per chip."""
+    rows = [["slice", "chips", "network", "memory", "FLOPs", "bytes", "collectives"]]
     deviations: dict[str, float] = {}
     for topologies in GROWING:
         for method in ("none", "kernel_projection"):
@@ -162,7 +164,7 @@ def weak_scaling(slices: Slices) -> str:
                 deviations[name] = max(deviations.get(name, 0.0), max(values) / min(values) - 1)
     text = ", ".join(f"{name} {100 * value:.2f} %" for name, value in deviations.items())
     return (
-        f"## Weak scaling\n\nThe training step of `{SCALED}` and of its dense twin with {SHARE} images on every chip, from 4 "
+        f"## Weak scaling\n\nThe training step of `{SCALED}` and of its dense twin with {SHARE} images per chip, from 4 "
         f"to 256 chips, at effort `fast`.\n\n{markdown_table(rows)}\n\n"
         f"Largest deviation between 4 and 256 chips of one generation: {text}.\n"
     )
@@ -190,14 +192,14 @@ def sizes(slices: Slices) -> str:
     """The training step of every network at several scales."""
     sections = [f"## Sizes\n\nThe training step on {SIZED_ON} at several scales, effort `fast`.\n"]
     for file, scales in SIZED.items():
-        rows = [["scale", "parameters", "MACs an image", "state", "memory", "FLOPs", "roofline"]]
+        rows = [["scale", "parameters", "MACs per image", "state", "memory", "FLOPs", "roofline"]]
         chip, dense = slices.compiler(SIZED_ON).chip, None
         for scale in ("dense", *scales):
             changes = {"lowrank__method": "none"} if scale == "dense" else {"lowrank__scale": scale}
             built, program = slices.step(file, SIZED_ON, **changes)
             assert program.cost is not None, f"{file} {scale} does not fit"
             values = (
-                built.plan.params, built.plan.macs, arms.device_bytes(built.shapes), program.peak_bytes,
+                built.plan.params, built.plan.macs, device_bytes(built.shapes), program.peak_bytes,
                 program.cost.flops, roofline_seconds(program.cost, chip),
             )  # fmt: skip
             dense = dense or values
@@ -213,8 +215,8 @@ def _counted(value: float) -> str:
 
 
 def efforts(slices: Slices) -> str:
-    """What effort `full` says of the same programs."""
-    rows = [["arm", "effort", "memory", "FLOPs", "bytes", "compiler's time", "compiling"]]
+    """The same programs at both efforts."""
+    rows = [["network", "effort", "memory", "FLOPs", "bytes", "compiler's time", "compiling"]]
     for method in ("none", "kernel_projection"):
         for effort in ("fast", "full"):
             _, program = slices.step(SCALED, SIZED_ON, effort, lowrank__method=method)

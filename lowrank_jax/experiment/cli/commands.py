@@ -23,7 +23,7 @@ from lowrank_jax.text import first_line
 
 if TYPE_CHECKING:
     from lowrank_jax.experiment.evaluation.runs import Evaluator
-    from lowrank_jax.experiment.preflight.arms import Wanted
+    from lowrank_jax.experiment.preflight.networks import Network
     from lowrank_jax.experiment.sweep.launch import Engine
     from lowrank_jax.experiment.sweep.trials import Sweep
 
@@ -270,8 +270,8 @@ def _overview(args: argparse.Namespace) -> int:
 
 
 def _preflight(args: argparse.Namespace) -> int:
-    from lowrank_jax.experiment.preflight import arms
-    from lowrank_jax.experiment.preflight import report as preflight_report
+    from lowrank_jax.experiment.preflight.cache import Cache
+    from lowrank_jax.experiment.preflight.run import run
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator of this machine may be in use, and is not what is asked about
     with _written_in_the_end(args.json) as output:
@@ -283,37 +283,37 @@ def _preflight(args: argparse.Namespace) -> int:
             os._exit(KILLED)
 
         signal.signal(signal.SIGINT, end)
-        report = preflight_report.run(
-            _wanted(args),
+        estimates = run(
+            _networks(args),
             args.topology,
             source=args.config,
             effort=args.effort,
-            cache=arms.Cache(None if args.no_cache else cache_home() / "preflight"),
+            cache=Cache(None if args.no_cache else cache_home() / "preflight"),
             say=_complain,
         )
-        print(report)
-        output.write(report.json())
-    return 0 if report.fits else DOES_NOT_FIT
+        print(estimates)
+        output.write(estimates.json())
+    return 0 if estimates.fits else DOES_NOT_FIT
 
 
-def _wanted(args: argparse.Namespace) -> "list[Wanted]":
+def _networks(args: argparse.Namespace) -> "list[Network]":
     from lowrank_jax.experiment import config as configs
-    from lowrank_jax.experiment.preflight.arms import Wanted
+    from lowrank_jax.experiment.preflight.networks import Network
     from lowrank_jax.experiment.sweep import trials
 
     if args.sweep:
         sweep = trials.expand(args.config, args.overrides, args.sweep, "preflight")
-        return [Wanted(trial.name, trial.config) for trial in sweep.first]
+        return [Network(trial.name, trial.config) for trial in sweep.first]
     source, loaded = _load(args)
     config = configs.parse(loaded, source=source)
     low = config.lowrank
     size = f"scale={low.scale:g}" if low.scale is not None else f"rank={low.rank}"
-    return [Wanted("dense" if low.method == "none" else size, config)]
+    return [Network("dense" if low.method == "none" else size, config)]
 
 
 def _init_report(args: argparse.Namespace) -> int:
     from lowrank_jax.experiment import config as configs
-    from lowrank_jax.experiment.report import before_training
+    from lowrank_jax.experiment.report import before_training, before_training_page
     from lowrank_jax.text import align
 
     source, loaded = _load(args)
@@ -325,10 +325,10 @@ def _init_report(args: argparse.Namespace) -> int:
     first = pathlib.Path(f"{args.out}.md")
     first.parent.mkdir(parents=True, exist_ok=True)
     first.touch()  # rather now than after all of it
-    arms = before_training.compare(config, settings, say=_say)
-    print(align(before_training.summary(arms)))
+    measured = before_training.compare(config, settings, say=_say)
+    print(align(before_training_page.summary(measured)))
     command = f"lowrank init-report {shlex.join(args.given)}"
-    for path in before_training.write(arms, args.out, command=command, config=config, settings=settings):
+    for path in before_training_page.write(measured, args.out, command=command, config=config, settings=settings):
         print(path)
     return 0
 

@@ -1,1 +1,1 @@
-"""What a run would take of a TPU slice, as the TPU's own compiler estimates it."""
+"""What a run needs of a TPU slice, as estimated by the TPU's own compiler."""

@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program, read from its text (`compiled.as_text()`), of CPU and TPU alike."""
+"""The collectives of a compiled program, read from its HLO text (`compiled.as_text()`) of CPU or TPU."""
 
 import dataclasses
 import math
@@ -40,23 +40,26 @@ _Computations = dict[str, list[_Instruction]]
 
 
 def collectives(hlo: str) -> dict[str, int]:
-    """Bytes of the arrays that a program's collectives work on, by kind, on one device; kinds that do not occur are left out.
+    """Bytes of the arrays that a program's collectives work on, by kind, on one device.  Kinds that do not occur are left out.
 
-    What is counted of one operation is the array in full, however few of its bytes a clever ring puts on each wire:
+    An operation counts its whole array, not the bytes that the algorithm (a ring, say) sends over each link:
 
-    * all-reduce: the sum, which every device ends up with;
-    * all-gather: the gathered array, which every device ends up with;
-    * reduce-scatter: the array that is summed, before it is cut into the parts that devices keep;
+    * all-reduce: the sum that every device ends up with;
+    * all-gather: the gathered array that every device ends up with;
+    * reduce-scatter: the array that is summed, before it is split among the devices;
     * all-to-all, collective-permute and the others: what a device receives.
 
-    An operation counts once, whether it is one instruction, a pair of start and done, or is cut into the many pieces that a TPU
-    runs beside other work.  In the body of a loop it counts as often as the loop runs, where the text tells: it states the
-    number, or the condition compares a counter with a constant, and loops count from zero.  Else it counts once, as do all
-    branches of a conditional.
+    An operation counts once, whether it is one instruction, a pair of start and done, or split into the many fusions that a
+    TPU overlaps with other work.  In the body of a loop it counts once per iteration if the text gives the trip count: as a
+    number, or as a condition that compares a counter with a constant (loops count from zero).  Otherwise it counts once, as
+    do all branches of a conditional.
+
+    Raises:
+      ValueError: the text is not HLO.
     """
     computations, entry = _read(hlo)
     if entry is None:
-        raise ValueError("no HLO text: it has no ENTRY computation")
+        raise ValueError("not HLO text: there is no ENTRY computation")
     found = dict.fromkeys(KINDS, 0)
     pieces: set[str] = set()
 
@@ -65,7 +68,7 @@ def collectives(hlo: str) -> dict[str, int]:
             kind = instruction.opcode.removesuffix("-done")
             if kind in found and not _piece_of_known(instruction, pieces):
                 found[kind] += times * _bytes(instruction, computations[name])
-            if instruction.opcode in ("async-update", "async-done"):  # what they call has been counted at async-start
+            if instruction.opcode in ("async-update", "async-done"):  # counted at async-start
                 continue
             again = times * (_trips(instruction, computations) if instruction.opcode == "while" else 1)
             for called in _CALLED.findall(instruction.rest):
@@ -77,7 +80,7 @@ def collectives(hlo: str) -> dict[str, int]:
 
 
 def _read(hlo: str) -> tuple[_Computations, str | None]:
-    """The instructions of every computation, and the name of the one that a program begins with."""
+    """The instructions of every computation, and the name of the entry computation."""
     computations: _Computations = {}
     entry, current = None, ""
     for line in hlo.splitlines():
@@ -91,7 +94,7 @@ def _read(hlo: str) -> tuple[_Computations, str | None]:
 
 
 def _piece_of_known(instruction: _Instruction, pieces: set[str]) -> bool:
-    """Whether it is one more piece of an operation that a TPU spreads over several fusions, all of which show all of it."""
+    """Whether this repeats an operation that a TPU spreads over several fusions; each of them shows the whole operation."""
     if "async_collective_fusion_config" not in instruction.rest:
         return False
     channel = re.search(r"channel_id=\d+", instruction.rest)
@@ -115,7 +118,7 @@ def _size(type_: str) -> int:
 
 
 def _trips(loop: _Instruction, computations: _Computations) -> int:
-    """How often a loop runs; 1 where that cannot be told."""
+    """The trip count of a loop; 1 where it is unknown."""
     if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(stated[1])
     condition = re.search(r"condition=%([\w.-]+)", loop.rest)

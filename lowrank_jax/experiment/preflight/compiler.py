@@ -1,4 +1,4 @@
-"""What a program will take of a TPU, from the TPU's own compiler; no TPU is needed, and nothing runs."""
+"""What a program needs of a TPU, from the TPU's own compiler; no TPU is needed, and nothing is run."""
 
 import contextlib
 import dataclasses
@@ -21,28 +21,28 @@ from lowrank_jax.text import first_line
 
 EXTRA = "pip install 'lowrank_jax[tpu-preflight]'"
 EFFORTS = {"fast": "O0", "full": "UNKNOWN"}
-"""Of the compiler, by what `jax_optimization_level` calls them."""
+"""The compiler's efforts, as `jax_optimization_level` calls them."""
 
-# GiB of a device's memory that the compiler lets a program have, as libtpu 0.0.42 states them when it refuses one.
+# GiB of a device's memory that a program can use, as libtpu 0.0.42 states when it refuses one.
 _USABLE = {"v3": 15.48, "v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class PreflightError(UserError):
-    """There is no compiler, no such slice, or the compiler gives up; the message says why."""
+    """There is no compiler, no such slice, or the compiler failed; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What running a program once takes of one device.
+    """The cost of running a program once, on one device.
 
     Attributes:
       flops: floating-point operations.
       bytes: read from and written to memory.
-      seconds: the compiler's own estimate; None where it cannot be believed.
-      doubt: why not; empty where it can.
-      collectives: bytes by kind, see `collectives`.
+      seconds: the compiler's own estimate; None where it is not credible.
+      doubt: why it is not; empty where it is.
+      collectives: bytes by kind; see `collectives.collectives`.
     """
 
     flops: float
@@ -57,9 +57,9 @@ class Program:
     """The compiler's estimates of one program, for one device.
 
     Attributes:
-      peak_bytes: memory at its worst moment, arguments and results included; where the compiler refused, what it asked for.
-      cost: None where the compiler refused because the memory does not suffice.
-      compile_seconds: that it took the compiler, which uses one core for a program.
+      peak_bytes: peak memory, arguments and results included; where the compiler refused the program, the memory it needs.
+      cost: None where the compiler refused the program for lack of memory.
+      compile_seconds: time to compile; the compiler uses one core per program.
     """
 
     peak_bytes: int
@@ -68,7 +68,7 @@ class Program:
 
 
 def topology(name: str) -> Sequence[Any]:
-    """The devices of a TPU slice such as "v5e:4x4", which need not be there: its chips, or on v3 their cores.
+    """The devices of a TPU slice such as "v5e:4x4", which need not exist here: its chips, or on v3 their cores.
 
     Raises:
       PreflightError: libtpu is not installed, or there is no such slice.
@@ -91,24 +91,24 @@ def topology(name: str) -> Sequence[Any]:
 
 
 def _require_compiler() -> None:
-    """libtpu, told before it is loaded not to look for a TPU, and that another process may have it open."""
+    """Loads libtpu, told not to look for a TPU and that another process may have it open."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # it complains if it knows none; topologies state their own
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # it warns without one; topologies state their own
     try:
         import libtpu as libtpu  # type: ignore[import-not-found]
     except ImportError:
-        raise PreflightError(f"libtpu, which holds the TPU's compiler, is not installed: {EXTRA}") from None
+        raise PreflightError(f"libtpu, which contains the TPU's compiler, is not installed: {EXTRA}") from None
 
 
 def usable_bytes(topology: str) -> int:
-    """What of a device's memory a program can have."""
+    """Bytes of a device's memory that a program can use."""
     return int(_USABLE[slices.parse(topology).generation] * 2**30)
 
 
 def versions() -> dict[str, str]:
-    """Of all that an estimate depends on besides the program."""
+    """Versions of the packages that an estimate depends on besides the program."""
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu", "lowrank_jax")}
 
 
@@ -116,17 +116,17 @@ TRAIN, EVALUATE, INITIALISE = "training step", "evaluation", "initialiser"
 
 
 def programs(experiment: Experiment) -> dict[str, Callable[[], jax.stages.Lowered]]:
-    """All that a run executes on its devices, and what lowers it."""
+    """The programs that a run executes on its devices; each value lowers one."""
     return {TRAIN: experiment.lower_train_step, EVALUATE: experiment.lower_eval_step, INITIALISE: experiment.lower_init}
 
 
 def compile_program(lowered: jax.stages.Lowered, chip: Chip, effort: str = "fast") -> Program:
-    """Has the compiler estimate a program.
+    """Compiles a program for its estimates.
 
-    At effort "fast" the FLOPs of ResNet-50's training step are those of "full" and its memory within two per cent.
+    At effort "fast" the FLOPs of ResNet-50's training step equal those at "full", and its memory is within two per cent.
 
     Raises:
-      PreflightError: it does not compile, for another reason than memory.
+      PreflightError: it does not compile for a reason other than memory.
     """
     begin = time.perf_counter()
     try:
@@ -145,8 +145,8 @@ def compile_program(lowered: jax.stages.Lowered, chip: Chip, effort: str = "fast
 
 @contextlib.contextmanager
 def compiling(effort: str) -> Iterator[None]:
-    """What holds while programs are compiled; of all threads, so that one has to be around several that compile at a time."""
-    # jax's compilation cache would store what it cannot read back without the device.
+    """Settings while programs compile.  They are global: enter this once around threads that compile at the same time."""
+    # jax's compilation cache would store programs that it cannot read back without the device.
     changes = {"jax_optimization_level": EFFORTS[effort], "jax_persistent_cache_min_compile_time_secs": math.inf}
     before = {name: jax.config.values[name] for name in changes}
     try:
@@ -159,7 +159,7 @@ def compiling(effort: str) -> Iterator[None]:
 
 
 def _wanted_bytes(error: Exception) -> int:
-    """How much memory the compiler asked for when it refused.
+    """The memory that a refused program needs, from the compiler's message.
 
     Raises:
       PreflightError: memory was not the reason.
@@ -168,30 +168,30 @@ def _wanted_bytes(error: Exception) -> int:
     amount = r"([\d.]+)([KMGT]?)"
     found = re.search(rf"\({amount}\) exceeds available HBM", message) or re.search(rf"Used {amount} of [\d.]+\w? hbm", message)
     if found is None:
-        raise PreflightError(f"the compiler gives up: {first_line(error)}")
+        raise PreflightError(f"the compiler failed: {first_line(error)}")
     return round(float(found[1]) * _UNITS[found[2]])
 
 
 def believable_seconds(estimate: float, untimed: int, flops: float, chip: Chip) -> tuple[float | None, str]:
-    """The compiler's estimate of a time, or None and the reason why it cannot be believed.
+    """The compiler's time estimate, or None and the reason why it is not credible.
 
-    The compiler charges -1 second for each operation that it has no time of, ConcatBitcast, which joins arrays where they
-    lie and takes none.  Where exactly these were charged, they are taken out.
+    The compiler charges -1 second for each operation that it has no time for: ConcatBitcast, which joins arrays in place and
+    takes no time.  If exactly these were charged, they are removed.
 
     Args:
-      estimate: the compiler's.
-      untimed: how many such operations there are.
+      estimate: seconds, by the compiler.
+      untimed: number of such operations in the program.
       flops: of the program.
-      chip: that it runs on.
+      chip: that the program runs on.
     """
     if not math.isfinite(estimate):
-        return None, "it has none"
+        return None, "the compiler gives none"
     charged = math.ceil(-estimate) if estimate < 0 else 0
     if charged != untimed:
         return None, f"it is {estimate:.3g} s, with {untimed} operations charged -1 s each"
     seconds = estimate + charged
     if charged * 1e-7 > 0.01 * seconds:  # a float32
-        return None, f"{untimed} operations charged -1 s each leave too few digits of it"
+        return None, f"{untimed} operations charged -1 s each leave too few digits"
     if seconds < 0.5 * flops / chip.flops:
-        return None, f"it is {seconds:.3g} s, and the products alone take {flops / chip.flops:.3g} s"
+        return None, f"it is {seconds:.3g} s, but the FLOPs alone take {flops / chip.flops:.3g} s"
     return seconds, ""

@@ -1,4 +1,4 @@
-"""The TPU slices that there are, by a generation and a topology of chips such as `v5e:4x4`."""
+"""The TPU slices that exist, named by generation and topology, for example `v5e:4x4`."""
 
 import dataclasses
 import math
@@ -9,13 +9,13 @@ from lowrank_jax.text import did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips that are connected with each other.
+    """A TPU slice.
 
     Attributes:
-      generation: such as v5e.
-      topology: of the chips, such as 4x4.
-      hosts: virtual machines.
-      chips_per_host: all chips of one of them.
+      generation: for example v5e.
+      topology: of the chips, for example 4x4.
+      hosts: number of virtual machines.
+      chips_per_host: number of chips of each.
     """
 
     generation: str
@@ -31,7 +31,7 @@ class Slice:
 @dataclasses.dataclass(frozen=True)
 class _Generation:
     topologies: tuple[str, ...]
-    most_chips: int = 0  # of boxes of cubes of 64 chips, which are topologies too where this is not 0
+    most_chips: int = 0  # if not 0, boxes of 4x4x4 cubes up to so many chips are topologies too
 
     def has(self, topology: str) -> bool:
         sides = [int(side) for side in topology.split("x")]
@@ -51,18 +51,18 @@ _GENERATIONS = {
 
 
 def parse(text: str) -> Slice:
-    """Reads `v5e:4x4`, `v4:2x2x2`, `v5p:2x2x1`, `v6e:2x4`, `v3:2x2`.
+    """Parses `v5e:4x4`, `v4:2x2x2`, `v5p:2x2x1`, `v6e:2x4`, `v3:2x2`.
 
-    Hosts have four chips, except where all of a v5e's or v6e's fit on one: 1x1 and 2x4.  There is a 2x4 on two hosts of four
-    chips too (GKE's machine types ending in -4t): that is `v5e:2x4/4`.  From 4x4x4 on, v4 and v5p have all boxes whose sides
-    are multiples of four, the shortest first.
+    A host has four chips, except that a 1x1 or 2x4 of v5e or v6e is a single host.  A 2x4 on two hosts of four chips (GKE's
+    machine types that end in -4t) is written `v5e:2x4/4`.  From 4x4x4 on, v4 and v5p have all boxes whose sides are multiples
+    of four, the shortest side first.
 
     Raises:
       ValueError: there is no such slice.
     """
     match = re.fullmatch(r"([^:/]+):([1-9]\d*(?:x[1-9]\d*)+)(/4)?", text)
     if not match:
-        raise ValueError(f"{text!r}; write a generation and a topology, such as v5e:4x4")
+        raise ValueError(f"{text!r}: expected GENERATION:TOPOLOGY, for example v5e:4x4")
     name, topology, halved = match.groups()
     if name not in _GENERATIONS:
         raise ValueError(f"unknown generation {name!r}{did_you_mean(name, _GENERATIONS)}")
@@ -70,7 +70,7 @@ def parse(text: str) -> Slice:
     if not generation.has(topology):
         raise ValueError(f"{name} has no topology {topology!r}{did_you_mean(topology, generation.topologies)}")
     if halved and topology != "2x4":
-        raise ValueError(f"{text!r}; /4 is for 2x4, of which there are two kinds, alone")
+        raise ValueError(f"{text!r}: /4 is only for 2x4")
     chips = math.prod(int(side) for side in topology.split("x"))
     per_host = {"1x1": 1, "2x4": 4 if halved else 8}.get(topology, 4)
     return Slice(name, topology, chips // per_host, per_host)

@@ -1,14 +1,11 @@
-"""What each method makes of a network before training: every kernel's function risk, the logits' error, the seconds."""
+"""Measures what each initialisation does to a network before training: function risk per kernel, logit error, seconds."""
 
 import dataclasses
 import functools
 import itertools
-import json
-import os
-import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,7 +28,7 @@ from lowrank_jax.planning.plans import Plan
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection import matrix as projection
 from lowrank_jax.projection.methods import METHODS
-from lowrank_jax.text import did_you_mean, markdown_table
+from lowrank_jax.text import did_you_mean
 
 SCALES = (0.05, 0.1, 0.25)
 COMPARED = (
@@ -41,17 +38,18 @@ IMAGES = ("noise", "data")
 
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
-    """One method at one scale on one draw of the dense network.
+class Measurement:
+    """One method at one scale, on one random draw of the dense network.
 
     Attributes:
-      method, scale, seed: which.
+      method, scale, seed: which one.
       rank: by kernel name.
-      risk: relative function risk by kernel name, by the closed form under Gaussian inputs (or, data-aware, under inputs of
-        the captured second moments).
-      logit_error: |dense logits - low-rank logits|² / |dense logits|² over a batch of images, less each logit's mean over it.
-      seconds: to factor all kernels, compiled; the least of up to three runs.
-      compile_seconds: to compile that.
+      risk: relative function risk by kernel name, in closed form: under Gaussian inputs, or under inputs with the captured
+        second moments where the projection is data-aware.
+      logit_error: |dense logits - low-rank logits|² / |dense logits|² over a batch of images, after subtracting each logit's
+        mean over the batch.
+      seconds: to factor all kernels with the compiled program; the minimum of up to three runs.
+      compile_seconds: to compile that program.
     """
 
     method: str
@@ -73,10 +71,10 @@ class Settings:
     """What to compare, besides the config.
 
     Attributes:
-      scales, methods: every combination is an arm.
-      seeds: how often to draw the network anew, from the config's seed on.
-      images: what the logits are computed from: `noise`, standard Gaussian, or `data`, the config's training images.
-      batch_size: of those images.
+      scales, methods: every combination is measured.
+      seeds: how many random draws of the network; the first one has the config's seed.
+      images: the images that logits are computed on: `noise` (standard Gaussian) or `data` (the config's training images).
+      batch_size: number of those images.
     """
 
     scales: tuple[float, ...] = SCALES
@@ -86,69 +84,74 @@ class Settings:
     batch_size: int = 16
 
     def problems(self, config: Config) -> list[str]:
-        """What is wrong with them, a line each."""
+        """What is wrong with these settings, one line per problem."""
         found = [f"--scales: {scale:g}; must be in (0, 1]" for scale in self.scales if not 0 < scale <= 1]
         for flag, values in (("--scales", self.scales), ("--methods", self.methods)):
             if len(set(values)) < len(values):
-                found.append(f"{flag}: names one of them twice")
+                found.append(f"{flag}: contains duplicates")
         found += [f"--methods: unknown {name!r}{did_you_mean(name, METHODS)}" for name in self.methods if name not in METHODS]
         if self.images not in IMAGES:
             found.append(f"--images: unknown {self.images!r}{did_you_mean(self.images, IMAGES)}")
         if self.batch_size < 2:
-            found.append(f"--batch-size: {self.batch_size}; must be at least 2, for logits to differ")
+            found.append(f"--batch-size: {self.batch_size}; must be at least 2")
         if self.images == "data":
-            there = split_size(config.description, config.dataset.train_split)
+            available = split_size(config.description, config.dataset.train_split)
             needed = self.batch_size * (1 + config.lowrank.moment_batches)
-            if needed > there:
-                found.append(f"--batch-size: {self.batch_size}; needs {needed} images in all, the training split has {there}")
+            if needed > available:
+                found.append(
+                    f"--batch-size: {self.batch_size}; needs {needed} images in total, the training split has {available}"
+                )
         return found
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError with all that is wrong with them."""
+        """Raises ConfigError with all problems."""
         problems = self.problems(config)
         if problems:
             raise configs.ConfigError("init-report", problems)
 
 
-def compare(config: Config, settings: Settings, *, say: Callable[[str], None] = lambda line: None) -> list[Arm]:
-    """Factors freshly drawn networks by every method at every scale, and measures.
+def compare(config: Config, settings: Settings, *, say: Callable[[str], None] = lambda line: None) -> list[Measurement]:
+    """Factors freshly drawn networks by every method at every scale, and measures the result.
 
     Args:
-      config: its model, data set and rules; its own method and scale are replaced.
+      config: gives the model, the data set and the rules; its method and scale are replaced.
       settings: what to compare.
-      say: takes lines of progress.
+      say: called with lines of progress.
 
     Raises:
       ConfigError: the settings are not valid, or no kernel would be factored.
-      DataError: the config's data is asked for and not there.
+      DataError: the config's images are asked for and are missing.
     """
     settings.check(config)
-    arms, programs = [], _Programs(config)
-    total = settings.seeds * len(settings.scales) * len(settings.methods)
+    measured, programs = [], _Programs(config)
+    plans = {
+        (scale, method): programs.plan(method, scale) for scale, method in itertools.product(settings.scales, settings.methods)
+    }
+    total = settings.seeds * len(plans)
     begin = time.perf_counter()
     for seed in range(config.seed, config.seed + settings.seeds):
         network = _Network(dataclasses.replace(config, seed=seed), settings, programs)
-        for scale, method in itertools.product(settings.scales, settings.methods):
-            arm = network.arm(method, scale)
-            arms.append(arm)
-            left = (time.perf_counter() - begin) / len(arms) * (total - len(arms))
+        for (scale, method), plan in plans.items():
+            one = network.measure(method, scale, plan)
+            measured.append(one)
+            left = (time.perf_counter() - begin) / len(measured) * (total - len(measured))
             say(
-                f"[{len(arms)}/{total}] seed {seed}  scale {scale:g}  {method:24}  mean risk {arm.mean_risk:.4f}"
-                f"  logit error {arm.logit_error:.4f}  {arm.seconds:.2f} s  eta {duration(left)}"
+                f"[{len(measured)}/{total}] seed {seed}  scale {scale:g}  {method:24}  mean risk {one.mean_risk:.4f}"
+                f"  logit error {one.logit_error:.4f}  {one.seconds:.2f} s  eta {duration(left)}"
             )
-    return arms
+    return measured
 
 
 @dataclasses.dataclass(frozen=True)
 class _Factorizer:
-    """A compiled `factorize` `(params, key, moments) -> params`, and how long that took."""
+    """A compiled `factorize`, `(params, key, moments) -> params`, and the seconds it took to compile."""
 
     run: Callable[..., Any]
     compile_seconds: float
 
 
 class _Programs:
-    """What is compiled once for all seeds."""
+    """The programs, each compiled once for all seeds."""
 
     def __init__(self, config: Config):
         self._config, self.model = config, config.build_model()
@@ -173,14 +176,14 @@ class _Programs:
         return self._factorizers[plan]
 
     def _forward(self, variables: Any, images: jax.Array, key: jax.Array) -> jax.Array:
-        # BatchNorm's running statistics mean nothing before training: the network runs as it does in its first step.
+        # BatchNorm has no useful running statistics before training: run the network as in its first training step.
         others = [name for name in variables if name != "params"]
         logits, _ = self.model.apply(variables, images, train=True, mutable=others, rngs={"dropout": key})
-        return logits - logits.mean(axis=0)  # what all images share is the bias's to learn, and would drown the rest
+        return logits - logits.mean(axis=0)  # the mean is for the bias to learn, and would dominate the error
 
 
 class _Network:
-    """A dense network as drawn, and what its low-rank versions are held against."""
+    """One random draw of the dense network, and the logits that its low-rank versions are compared with."""
 
     def __init__(self, config: Config, settings: Settings, programs: _Programs):
         self.config, self.programs = config, programs
@@ -190,23 +193,22 @@ class _Network:
         self.logits = programs.forward(self.variables, self.images, self.dropout)
         self._known_moments: dict[Any, dict[str, jax.Array]] = {}
 
-    def arm(self, method: str, scale: float) -> Arm:
-        params, plan = self.variables["params"], self.programs.plan(method, scale)
-        moments = self._moments(plan)
+    def measure(self, method: str, scale: float, plan: Plan) -> Measurement:
+        params, moments = self.variables["params"], self._moments(plan)
         arguments = (params, state.key(self.config.seed, "factorize"), moments)
         factorizer = self.programs.factorizer(plan, *arguments)
         factored, seconds = _timed(lambda: factorizer.run(*arguments))
-        merged = self.programs.merge(factored)  # the same function in the dense network's program, compiled once for all
+        merged = self.programs.merge(factored)  # runs in the dense network's program: nothing to compile per method
         logits = self.programs.forward({**self.variables, "params": merged}, self.images, self.dropout)
         error = jnp.sum((logits - self.logits) ** 2) / jnp.sum(self.logits**2)
         risks = relative_risks(params, merged, plan, moments)
         ranks = {kernel.name: kernel.rank for kernel in plan.factored}
-        return Arm(method, scale, self.config.seed, ranks, risks, float(error), seconds, factorizer.compile_seconds)
+        return Measurement(method, scale, self.config.seed, ranks, risks, float(error), seconds, factorizer.compile_seconds)
 
     def _moments(self, plan: Plan) -> dict[str, jax.Array] | None:
         if not self.captured:
             return None
-        kernels = tuple((kernel.name, kernel.view) for kernel in plan.factored)  # whatever their method and rank
+        kernels = tuple((kernel.name, kernel.view) for kernel in plan.factored)  # independent of method and rank
         if kernels not in self._known_moments:
             self._known_moments[kernels] = inputs.second_moments(
                 self.programs.model, self.variables, self.captured, plan, rngs={"dropout": self.dropout}, train=True
@@ -215,7 +217,7 @@ class _Network:
 
 
 def _timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """What it returns, and the least time of three runs, or of those that begin within five seconds."""
+    """Its result, and the minimum time of three runs (fewer once five seconds are used up)."""
     times: list[float] = []
     result = None
     while len(times) < 3 and sum(times) < 5:
@@ -243,12 +245,12 @@ def relative_risks(params: Any, merged: Any, plan: Plan, moments: dict[str, jax.
 
     Args:
       params: the dense parameters.
-      merged: the same tree with low-rank kernels multiplied out.
-      plan: which kernels those are.
-      moments: second moments of the layers' inputs, if other than isotropic.
+      merged: the same tree with the low-rank kernels multiplied out.
+      plan: says which kernels are factored.
+      moments: second moments of the layers' inputs, `[..., n, n]` by kernel name; None for isotropic inputs.
     """
     before, after = named_leaves(params), named_leaves(merged)
-    # What the risks depend on; not the rank or the method, so that one program serves all of them.
+    # Only what the risks depend on, without rank and method, so that one program serves all of them.
     judged = tuple((kernel.name, kernel.view, kernel.rule.activation) for kernel in plan.factored)
     names = [name for name, *_ in judged]
     risks = _risks(judged, {name: before[name] for name in names}, {name: after[name] for name in names}, moments)
@@ -271,108 +273,3 @@ def _risks(judged: Any, before: dict[str, jax.Array], after: dict[str, jax.Array
         return jnp.mean(jax.lax.map(whitened, (w, y, moments[name].reshape(-1, view.n, view.n))))
 
     return {name: mean_risk(name, view, activation) for name, view, activation in judged}
-
-
-def summary(arms: Sequence[Arm]) -> list[list[str]]:
-    """A row for every scale and method: means over the seeds, and from where to where they went."""
-    header = ["scale", "method", "mean relative risk", "logit error", "seconds", "compile s"]
-    rows = []
-    for (scale, method), members in _by_scale_and_method(arms).items():
-        rows.append([
-            f"{scale:g}",
-            method,
-            _spread([arm.mean_risk for arm in members]),
-            _spread([arm.logit_error for arm in members]),
-            f"{statistics.median(arm.seconds for arm in members):.2f}",
-            f"{statistics.median(arm.compile_seconds for arm in members):.1f}",
-        ])  # fmt: skip
-    return [header, *rows]
-
-
-def kernel_table(arms: Sequence[Arm], scale: float, shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
-    """A row for every kernel that is factored at a scale: its rank and each method's relative risk, means over the seeds."""
-    by_method = {method: members for (at, method), members in _by_scale_and_method(arms).items() if at == scale}
-    ranks = next(iter(by_method.values()))[0].rank
-    rows = [["kernel", "shape", "rank", *by_method]]
-    for name, rank in ranks.items():
-        risks = [f"{statistics.fmean(arm.risk[name] for arm in members):.4f}" for members in by_method.values()]
-        rows.append([name, "x".join(map(str, shapes[name])), str(rank), *risks])
-    return rows
-
-
-def _by_scale_and_method(arms: Sequence[Arm]) -> dict[tuple[float, str], list[Arm]]:
-    groups: dict[tuple[float, str], list[Arm]] = {}
-    for arm in arms:
-        groups.setdefault((arm.scale, arm.method), []).append(arm)
-    return groups
-
-
-def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
-
-
-def write(arms: Sequence[Arm], prefix: str, *, command: str, config: Config, settings: Settings) -> list[pathlib.Path]:
-    """Writes the report as PREFIX.md, PREFIX.json and PREFIX.png, and returns their paths."""
-    markdown, data, picture = (pathlib.Path(f"{prefix}.{suffix}") for suffix in ("md", "json", "png"))
-    plan = configs.make_plan(config)
-    shapes = {kernel.name: kernel.shape for kernel in plan.kernels}
-    moments = config.lowrank.moment_batches
-    lines = [
-        f"# {config.model.name} before training",
-        "",
-        f"    {command}",
-        "",
-        f"{jax.device_count()} {jax.devices()[0].platform} device(s), {os.cpu_count()} cores, jax {jax.__version__}, float32. "
-        + (
-            f"Seeds {config.seed} to {config.seed + settings.seeds - 1}: means, and ranges over them."
-            if settings.seeds > 1
-            else f"Seed {config.seed}."
-        ),
-        "",
-        "* *Mean relative risk*: R(Y)/R(0) of a kernel under "
-        + (f"inputs of the second moments captured on {moments} batches" if moments else "Gaussian inputs")
-        + ", by the closed form; the mean over the factored kernels.",
-        f"* *Logit error*: |dense - low-rank logits|²/|dense logits|² on {settings.batch_size} images of {settings.images}, "
-        "less each logit's mean over them; BatchNorm on batch statistics, as in the first step of training. A network that is "
-        "the same for all images has 1, an unrelated network with logits of the same size 2.",
-        "* *Seconds*: to factor all kernels, compiled, the least of up to three runs; *compile*: before that, once.",
-        "",
-        markdown_table(summary(arms)),
-        "",
-        f"![risk and logit error by scale]({picture.name})",
-    ]
-    for scale in settings.scales:
-        lines += ["", f"## Relative risk of every kernel at scale {scale:g}", ""]
-        lines.append(markdown_table(kernel_table(arms, scale, shapes)))
-    stored = {"command": command, "arms": [dataclasses.asdict(arm) for arm in arms]}
-    markdown.write_text("\n".join(lines) + "\n")
-    data.write_text(json.dumps(stored, indent=1, allow_nan=False) + "\n")
-    _plot(arms, picture, config.model.name)
-    return [markdown, data, picture]
-
-
-def _plot(arms: Sequence[Arm], path: pathlib.Path, title: str) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    measures = {"mean relative risk": lambda arm: arm.mean_risk, "logit error": lambda arm: arm.logit_error}
-    groups = _by_scale_and_method(arms)
-    for panel, (label, measure) in zip(panels, measures.items(), strict=True):
-        for method in dict.fromkeys(arm.method for arm in arms):
-            members = {scale: [measure(arm) for arm in group] for (scale, m), group in sorted(groups.items()) if m == method}
-            means = [statistics.fmean(values) for values in members.values()]
-            below = [mean - min(values) for mean, values in zip(means, members.values(), strict=True)]
-            above = [max(values) - mean for mean, values in zip(means, members.values(), strict=True)]
-            panel.errorbar(list(members), means, [below, above], marker="o", markersize=4, capsize=3, label=method)
-        panel.set(xscale="log", xlabel="scale (rank / full rank)", ylabel=label)
-        panel.set_xticks(sorted({arm.scale for arm in arms}), [f"{scale:g}" for scale in sorted({arm.scale for arm in arms})])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    errors = [arm.logit_error for arm in arms]
-    if max(errors) > 10 * min(errors) > 0:
-        panels[1].set(yscale="log")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.suptitle(f"{title} before training")
-    figure.savefig(path, dpi=120)

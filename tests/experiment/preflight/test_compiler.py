@@ -7,6 +7,7 @@ import sys
 import jax
 import pytest
 
+from lowrank_jax.experiment.cli import commands
 from lowrank_jax.experiment.preflight.compiler import PreflightError, believable_seconds, compile_program, programs, topology
 from lowrank_jax.experiment.training.build import build
 from lowrank_jax.planning.chips import CHIPS
@@ -40,7 +41,7 @@ def test_without_the_compiler_the_message_says_what_to_install(monkeypatch):
     [
         ("v5e:9x9", "v5e has no topology '9x9'; known: 1x1, 2x2"),
         ("v5:4x4", "unknown generation 'v5'; did you mean v5"),
-        ("v5e", "'v5e'; write a generation and a topology, such as v5e:4x4"),
+        ("v5e", "'v5e': expected GENERATION:TOPOLOGY, for example v5e:4x4"),
     ],
 )
 def test_a_slice_that_does_not_exist_is_refused(name, message):
@@ -48,6 +49,7 @@ def test_a_slice_that_does_not_exist_is_refused(name, message):
         topology(name)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
 @pytest.mark.parametrize(
     ("name", "count", "kind"),
@@ -75,11 +77,11 @@ def test_every_generation_has_its_devices(name, count, kind):
         (-1.9929, 0, None, "it is -1.99 s, with 0 operations charged"),
         (-0.9929, 2, None, "it is -0.993 s, with 2 operations charged"),
         (0.0071, 2, None, "it is 0.0071 s, with 2 operations charged"),
-        (0.0001, 0, None, "the products alone take 0.00508 s"),
-        (-1.9999, 2, None, "the products alone take 0.00508 s"),
-        (-0.0, 0, None, "the products alone"),
-        (float("nan"), 0, None, "it has none"),
-        (float("-inf"), 3, None, "it has none"),
+        (0.0001, 0, None, "the FLOPs alone take 0.00508 s"),
+        (-1.9999, 2, None, "the FLOPs alone take 0.00508 s"),
+        (-0.0, 0, None, "the FLOPs alone"),
+        (float("nan"), 0, None, "the compiler gives none"),
+        (float("-inf"), 3, None, "the compiler gives none"),
         (-9999.9929, 10000, None, "leave too few digits"),
     ],
 )
@@ -88,6 +90,7 @@ def test_a_time_that_cannot_be_is_not_believed(estimate, untimed, seconds, doubt
     assert found == (seconds if seconds is None else pytest.approx(seconds)) and doubt in why
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
 def test_what_the_compiler_charges_for_operations_without_a_time_is_known():
     """At full effort this step has two such operations; without them its time is near that of least effort."""
@@ -101,13 +104,35 @@ def test_what_the_compiler_charges_for_operations_without_a_time_is_known():
     assert fast.flops == pytest.approx(full.flops, rel=0.01)
 
 
-def test_a_compiler_that_fails_for_another_reason_is_no_lack_of_memory():
-    class Lowered:
-        def compile(self):
-            raise jax.errors.JaxRuntimeError("INTERNAL: something broke\nat length")
+class Lowered:
+    """A program that the compiler refuses."""
 
-    with pytest.raises(PreflightError, match=r"the compiler gives up: INTERNAL: something broke$"):
-        compile_program(Lowered(), V5E)
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.48G hbm. Exceeded by 1.77G.",
+            17.25 * 2**30,
+        ),
+        ("RESOURCE_EXHAUSTED: the program (2.5T) exceeds available HBM", 2.5 * 2**40),
+        ("RESOURCE_EXHAUSTED: the program (512) exceeds available HBM", 512),
+    ],
+)
+def test_a_program_that_does_not_fit_says_what_it_needs(message, needed):
+    program = compile_program(Lowered(message), V5E)
+    assert program.peak_bytes == needed and program.cost is None
+
+
+def test_a_compiler_that_fails_for_another_reason_is_no_lack_of_memory():
+    with pytest.raises(PreflightError, match=r"the compiler failed: INTERNAL: something broke$"):
+        compile_program(Lowered("INTERNAL: something broke\nat length"), V5E)
 
 
 def command(*arguments, **changes):
@@ -125,12 +150,13 @@ def preflight(*arguments, **changes):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
 def test_the_command_compiles_remembers_and_says_what_does_not_fit(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = preflight("--topology=v5e:2x2", f"--json={tmp_path / 'out.json'}")
     assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("TPU v5e 2x2, 4 chips, global batch 32 (8 a chip); compiler estimates, nothing ran")
+    assert first.stdout.startswith("TPU v5e 2x2, 4 chips, global batch 32 (8 per chip); compiler estimates, nothing was run")
     assert first.stderr.count("compiling") == 6
     written = json.loads((tmp_path / "out.json").read_text())
     dense, low = written["arms"]
@@ -140,11 +166,12 @@ def test_the_command_compiles_remembers_and_says_what_does_not_fit(tmp_path, mon
     # 2**28 images of 64 bytes, and what is made of them, are more than a chip has; the smaller batch is known by now.
     second = preflight("--topology=v5e:2x2", "--sweep=batch_size=32,1073741824", batch_size="swept")
     assert second.returncode == 3, second.stderr
-    assert "batch_size=1073741824 does not fit: its training step wants" in second.stdout
+    assert "batch_size=1073741824 does not fit: its training step needs" in second.stdout
     assert all("1073741824" in line for line in second.stderr.splitlines() if "compiling" in line)
-    assert "batch_size=32: training step: known from an earlier preflight" in second.stderr
+    assert "batch_size=32: training step: cached by an earlier preflight" in second.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
 def test_an_interrupted_command_does_not_wait_for_the_compiler(tmp_path):
     process = running.start(command("--topology=v5e:2x2", "--no-cache", f"--json={tmp_path / 'out.json'}"))
@@ -167,7 +194,16 @@ def test_an_interrupted_command_does_not_wait_for_the_compiler(tmp_path):
         (["--topology=v5e:4x4", "--sweep=lowrank.scael=0.1"], "lowrank.scael: unknown key; did you mean lowrank.scale?"),
     ],
 )
-def test_the_command_refuses_what_it_cannot_do(arguments, message, tmp_path):
-    result = preflight(f"--json={tmp_path / 'out.json'}", *arguments)
-    assert result.returncode == 2 and message in result.stderr
+def test_the_command_refuses_what_it_cannot_do(arguments, message, tmp_path, capsys, sigint):
+    with pytest.raises(SystemExit) as ended:
+        commands.main(command(f"--json={tmp_path / 'out.json'}", *arguments)[3:])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def sigint():
+    """The command takes Ctrl-C for itself."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)

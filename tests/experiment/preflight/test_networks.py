@@ -1,0 +1,38 @@
+import pytest
+
+from lowrank_jax.experiment.config.files import ConfigError
+from lowrank_jax.experiment.preflight.networks import Network, check_all, families
+from tests import running
+
+
+def test_every_network_has_a_dense_twin():
+    configs = {
+        "a": running.config(lowrank__scale=0.1),
+        "b": running.config(lowrank__scale=0.2, seed=1),
+        "c": running.config(batch_size=64),
+        "d": running.config(batch_size=64, lowrank__method="none"),
+    }
+    one, other = families([Network(name, config) for name, config in configs.items()])
+    assert [network.name for network in one.others] == ["a", "b"] and [network.name for network in other.others] == ["c"]
+    assert one.dense.name == "dense twin of a" and one.dense.dense and not one.requested
+    assert other.dense.name == "d" and other.requested
+    assert one.dense.config.model == configs["a"].model
+
+
+def test_no_dense_network_that_was_asked_for_is_left_out():
+    dense = [Network(f"seed={seed}", running.config(lowrank__method="none", seed=seed)) for seed in (1, 2)]
+    (family,) = families([*dense, Network("low", running.config(seed=1))])
+    assert (family.dense.name, family.requested, [network.name for network in family.others]) == (
+        "seed=1",
+        True,
+        ["low", "seed=2"],
+    )
+
+
+def test_networks_are_checked_for_the_devices_of_the_slice():
+    networks = [Network("a", running.config()), Network("b", running.config(batch_size=40))]
+    with pytest.raises(ConfigError) as caught:
+        check_all(networks, "config", devices=64)
+    assert [problem.split("; must")[0] for problem in caught.value.problems] == ["batch_size: 32", "batch_size: 40"]
+    assert caught.value.problems[1].endswith("(in b)")
+    assert check_all(networks, "config", devices=8) == networks
