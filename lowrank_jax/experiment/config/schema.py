@@ -92,7 +92,7 @@ def _one_of(*known: str) -> Callable[[str], str | None]:
 class DatasetConfig:
     """Which images, and how they are varied in training."""
 
-    name: str = _option("digits", _one_of(*datasets.NAMES))
+    name: str = _option("digits", datasets.problem)
     data_dir: str | None = None  # TFDS's own default
     train_split: str = "train"
     eval_split: str = "test"
