@@ -39,7 +39,7 @@ def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> l
 
 
 def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
-    options = datasets.OPTIONS.get(config.dataset.name)
+    options = datasets.find(config.dataset.name).options
     problems: list[str] = []
     if options:
         read_section(options, config.dataset.kwargs, "dataset.kwargs.", problems)

@@ -74,7 +74,7 @@ class _Hashable:
 class DatasetConfig(_Hashable):
     """Which images, and how they are varied in training."""
 
-    name: str = _option("digits", _one_of(*datasets.NAMES))
+    name: str = _option("digits", datasets.problem)
     data_dir: str | None = None  # TFDS's own default
     train_split: str = "train"
     eval_split: str = "test"

@@ -1,7 +1,8 @@
-"""What a data set and a split are."""
+"""The types that everything about data shares: data set, split, source."""
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,11 +19,11 @@ class DataError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How images of many sizes are read.
+    """How to read images of many sizes.
 
     Attributes:
-      eval_crop: for evaluation, the square in the middle of so large a fraction of the shorter side.
-      max_undecodable: so many images of a split each process may find not to decode.
+      eval_crop: side of the central crop for evaluation, as a fraction of the image's shorter side.
+      max_undecodable: maximum number of undecodable images of a split, in each process.
     """
 
     eval_crop: float = 0.875
@@ -31,17 +32,18 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """What is known of a data set beforehand.
+    """What is known about a data set without reading it.
 
     Attributes:
-      name: its name in TFDS.
-      image_shape: `(height, width, channels)`, as a network gets them.
+      name: as in a config.
+      image_shape: `(height, width, channels)` of the images that a network gets.
       num_classes: labels run from 0 to num_classes - 1.
       sizes: the number of examples in each split.
-      mean, std: per channel, of pixels scaled to [0, 1]; taken over the training split.
-      prepare: what to run when it is not there; empty when it is made on first use.
-      decoding: set where images are stored encoded and in many sizes; None where all have one size and fit into memory.
-      classes: what the labels mean; a network can be evaluated on other data sets of the same.  Default: the name.
+      mean, std: per channel, of the training split's pixels scaled to [0, 1].
+      prepare: the command that prepares it; empty if it is made on first use.
+      decoding: set if images are stored encoded and in many sizes; None if all have one size and fit into memory.
+      classes: what the labels mean; a network can be evaluated on other data sets of the same classes.  Default: the name.
+      partial: whether `dataset.kwargs` can state smaller sizes, of a part that was prepared on purpose.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Dataset:
     prepare: str = ""
     decoding: Decoding | None = None
     classes: str = ""
+    partial: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "classes", self.classes or self.name)
@@ -64,20 +67,44 @@ class Split(Protocol):
 
     @property
     def prefetch(self) -> int:
-        """How many batches to make ahead of time, on other threads."""
+        """Number of batches to prefetch, on other threads."""
         ...
 
     @property
     def undecodable(self) -> dict[int, str]:
-        """The examples that this process could not decode so far: their names by index."""
+        """Names of the examples that this process could not decode so far, by index."""
         ...
 
     def __len__(self) -> int: ...
 
     def augmented(self, index: np.ndarray, bits: np.ndarray, augmentation: Augmentation) -> Batch:
-        """Examples for training, each varied by its own 64 bits, `[batch]`."""
+        """Training examples at `index`, each augmented with its own 64 random bits; both `[batch]`."""
         ...
 
     def plain(self, index: np.ndarray) -> Batch:
-        """Examples for evaluation, with a float32 `mask` that is 0 where there is no image."""
+        """Evaluation examples at `index`, `[batch]`, with a float32 `mask` `[batch]` that is 0 where there is no image."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """How a data set is described and read.
+
+    Attributes:
+      describe: the data set, from an instance of `options` (None if there are none).
+      load: opens a split, from the data set, the split's name with slices, and TFDS's data folder (None for its default).
+      options: a dataclass of the legal `dataset.kwargs`; None if the data set takes none.
+    """
+
+    describe: Callable[[Any], Dataset]
+    load: Callable[[Dataset, str, str | None], Split]
+    options: type[Any] | None = None
+
+
+def positive(default: Any) -> Any:
+    """A field of options whose value, or every one of its values, must be at least 1."""
+
+    def check(value: Any) -> str | None:
+        return None if min(value if isinstance(value, tuple) else (value,)) >= 1 else "must be at least 1"
+
+    return dataclasses.field(default=default, metadata={"check": check})

@@ -14,7 +14,8 @@ import tarfile
 import tempfile
 from typing import Any
 
-from lowrank_jax.experiment.data import datasets, stored
+from lowrank_jax.experiment.data import datasets
+from lowrank_jax.experiment.data.sources import tfds_folder
 from lowrank_jax.text import first_line
 
 # Debian repacks the four files without the name and time that their publisher's gzip wrote.  With both put back they are
@@ -47,7 +48,7 @@ def prepare(name: str, manual_dir: pathlib.Path, data_dir: str | None) -> None:
     """Runs TFDS's builder on local files.
 
     Raises:
-      SystemExit: they are not there, or not what the builder expects; or what an earlier preparation left is damaged.
+      SystemExit: the files are missing or not what the builder expects, or an earlier preparation left damaged data.
     """
     builder = _open(name, data_dir)
     missing = [file for file in _FILES[name] if not (manual_dir / file).exists()]
@@ -65,19 +66,19 @@ def prepare(name: str, manual_dir: pathlib.Path, data_dir: str | None) -> None:
 
 
 def _open(name: str, data_dir: str | None) -> Any:
-    """TFDS's builder, which will build nothing where the folder is there, whatever is in it; so that has to be whole."""
-    _, path = stored.folder(name, data_dir)
+    """TFDS's builder.  It builds nothing if the folder exists, whatever is in it; so an existing one must be complete."""
+    _, path = tfds_folder.folder(name, data_dir)
     try:
-        builder = stored.open_builder(name, data_dir, path)
+        builder = tfds_folder.open_builder(name, data_dir, path)
         if builder.is_prepared():
-            stored.check_all(builder)
+            tfds_folder.check_all(builder)
         return builder
-    except stored.Damaged as error:
+    except tfds_folder.Damaged as error:
         raise SystemExit(f"{error}; delete {shlex.quote(str(path))}, then run this command again") from None
     except PermissionError as error:
         raise SystemExit(f"{error.filename}: {error.strerror}; let this user read it") from None
-    except stored.OtherFormat:
-        raise SystemExit(f"{path} holds {name} in another format than array_record; choose another --data-dir") from None
+    except tfds_folder.OtherFormat:
+        raise SystemExit(f"{path} contains {name} in another format than array_record; choose another --data-dir") from None
 
 
 def _listed(sizes: dict[str, int]) -> str:
@@ -85,20 +86,17 @@ def _listed(sizes: dict[str, int]) -> str:
 
 
 def _warn_of_other_sizes(name: str, sizes: dict[str, int], path: Any) -> None:
-    """An archive that ends between two of its files looks whole to whoever reads it."""
-    expected = datasets.describe(name, {}).sizes
-    if sizes == expected:
+    """Warns of missing examples: an archive that ends between two of its files looks complete."""
+    expected = datasets.describe(name, {})
+    if sizes == expected.sizes:
         return
-    subset = f" If the subset is meant, set dataset.kwargs to {_options(sizes)}." if name in datasets.OPTIONS else ""
+    options = json.dumps({f"{split}_size": size for split, size in sizes.items()})
+    subset = f" If the subset is meant, set dataset.kwargs to {options}." if expected.partial else ""
     print(
-        f"warning: {name} has {_listed(expected)}: are the files cut short? Then get them anew, delete {shlex.quote(str(path))}"
-        f" and run this command again.{subset}",
+        f"warning: {name} should have {_listed(expected.sizes)}. If the files were cut short, download them again, delete"
+        f" {shlex.quote(str(path))} and run this command again.{subset}",
         file=sys.stderr,
     )
-
-
-def _options(sizes: dict[str, int]) -> str:
-    return json.dumps({f"{split}_size": size for split, size in sizes.items()})
 
 
 def _build(builder: Any, manual_dir: pathlib.Path) -> None:

@@ -100,7 +100,7 @@ class Records:
             label = self._decode(other % len(self), choose, out, fast=True)
             if label is not None:
                 return label
-        raise DataError(f"{self._name}: none of the {len(self)} images decodes")
+        raise DataError(f"{self._name}: none of the {len(self)} images can be decoded")
 
     def _decode(self, index: int, choose: Choose, out: np.ndarray, *, fast: bool = False) -> int | None:
         """Fills `out` and returns the label; None if the image does not decode."""
@@ -129,12 +129,16 @@ class Records:
                 return
             self._undecodable[index] = name
             count, limit = len(self._undecodable), self._decoding.max_undecodable
-            print(f"{self._name}: {name} does not decode ({error}); {count} so far, {limit} may", file=sys.stderr, flush=True)
+            print(
+                f"{self._name}: {name} cannot be decoded ({error}); {count} of at most {limit} so far",
+                file=sys.stderr,
+                flush=True,
+            )
             names = ", ".join(self._undecodable.values())
         if count > limit:
             raise DataError(
-                f"{self._name}: {count} images do not decode, dataset.max_undecodable={limit} may: {names}. Raise the limit"
-                f" (lowrank evaluate: --max-undecodable) to go on without them, or prepare the data anew: {self._remedy}"
+                f"{self._name}: {count} images cannot be decoded, more than dataset.max_undecodable={limit}: {names}. Raise the limit"
+                f" (lowrank evaluate: --max-undecodable) to continue without them, or prepare the data again: {self._remedy}"
             )
 
 

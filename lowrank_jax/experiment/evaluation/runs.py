@@ -59,7 +59,7 @@ class Evaluation:
         """A line for every damaged step, and one for images that could not be read."""
         lines = [f"checkpoint {step} is damaged ({reason})" for step, reason in self.damaged.items()]
         skipped = self.metrics.get("undecodable", 0)
-        return lines + ([f"{skipped} of {skipped + self.metrics['examples']:,} images did not decode"] if skipped else [])
+        return lines + ([f"{skipped} of {skipped + self.metrics['examples']:,} images cannot be decoded"] if skipped else [])
 
     def table(self) -> str:
         """Aligned text: a header and a row."""

@@ -1,11 +1,12 @@
 import os
+import pathlib
 
 import numpy as np
 import pytest
 
-from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.base import DataError
-from lowrank_jax.experiment.data.datasets import SyntheticOptions, describe, load
+from lowrank_jax.experiment.data.datasets import describe, find, load
+from lowrank_jax.experiment.data.sources.synthetic import SyntheticOptions
 from lowrank_jax.experiment.data.splits import split_parts, split_size
 
 
@@ -29,7 +30,7 @@ def test_digits_come_whole_through_the_real_builder():
 def test_the_second_reading_finds_decoded_pixels_and_survives_their_loss():
     digits = describe("digits", {})
     first = load(digits, "test", None)
-    cache = next(p for p in datasets.epath.Path(os.environ["TFDS_DATA_DIR"]).glob("digits/*/decoded-test.npz"))
+    cache = next(p for p in pathlib.Path(os.environ["TFDS_DATA_DIR"]).glob("digits/*/decoded-test.npz"))
     np.testing.assert_array_equal(load(digits, "test", None).images, first.images)
     cache.write_bytes(cache.read_bytes()[:1000])
     np.testing.assert_array_equal(load(digits, "test", None).images, first.images)
@@ -64,6 +65,11 @@ def test_bad_splits_are_named(split, message):
 def test_a_data_set_that_is_not_there_says_how_to_get_it(name, tmp_path):
     with pytest.raises(DataError, match=rf"{name} is not prepared under {tmp_path}; run: .*{tmp_path}"):
         load(describe(name, {}), "train", str(tmp_path))
+
+
+def test_an_unknown_data_set_is_named_with_the_nearest_one():
+    with pytest.raises(ValueError, match=r"^unknown 'fashion_mnits'; did you mean fashion_mnist"):
+        find("fashion_mnits")
 
 
 def test_synthetic_images_follow_their_options():

@@ -5,16 +5,18 @@ import json
 import signal
 
 import flax.linen as nn
+import numpy as np
 import pytest
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.cli import commands
 from lowrank_jax.experiment.data import datasets
+from lowrank_jax.experiment.data.base import DataError
+from lowrank_jax.experiment.data.sources import tfds_records
+from lowrank_jax.experiment.training.loop import train
 from tests import running
 from tests.experiment.training.test_loop import wait_for
-from tests.imagenet_files import names, prepare_small_v2
-
-SEED = 0  # of which the flawed image comes up in training, but not in its first batches
+from tests.imagenet_files import names, write_small_v2
 
 
 def settings(small, **changes):
@@ -27,59 +29,60 @@ def settings(small, **changes):
         "dataset__crop_padding": 0,
         "dataset__randaugment_layers": 1,
         "eval__batch_size": 16,
+        "lowrank__method": "spectral",
         **changes,
     }
 
 
+def seed_of_flaw(small, batch, batch_size=8):
+    """A seed for which the training image that is cut short is in this batch of the first epoch."""
+    flaw = names(small, "train").index(small.truncated["train"])
+    orders = ((seed, np.random.default_rng([seed, 0]).permutation(small.train)) for seed in range(100))
+    return next(seed for seed, order in orders if list(order).index(flaw) // batch_size == batch)
+
+
+STEPS = {
+    "steps": 24,
+    "batch_size": 8,
+    "eval__every": "1000 steps",
+    "checkpoint__every": "1000 steps",
+    "log__every": "3 steps",
+}
+
+
 @pytest.fixture(scope="module")
 def trained(small_imagenet, tmp_path_factory):
-    """Two runs of the same settings: one undisturbed, one killed and resumed; and what the last process said."""
-    folder = tmp_path_factory.mktemp("imagenet_runs")
-    steps = {"steps": 300, "checkpoint__every": "35 steps", "log__every": "50 steps", "eval__every": "150 steps"}
-    whole, broken = (running.command(folder / name, **settings(small_imagenet, **steps)) for name in ("whole", "broken"))
-    done = running.run(whole)
-    assert done.returncode == 0, done.stderr
-    with running.start(broken) as process:
-        wait_for(process, "saved@140")
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    resumed = running.run(broken)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming" in resumed.stdout
-    return folder, resumed
+    """The folder of an undisturbed run, and its settings."""
+    folder = tmp_path_factory.mktemp("imagenet_runs") / "whole"
+    given = settings(small_imagenet, **STEPS, seed=seed_of_flaw(small_imagenet, 6))
+    train(running.config(**given), str(folder))
+    return folder, given
 
 
-def test_a_killed_run_resumes_to_the_same_figures(trained, small_imagenet):
-    folder, resumed = trained
-    whole, broken = (comparable(folder / name) for name in ("whole", "broken"))
-    assert whole == broken
-    assert whole[-1]["eval/examples"] == small_imagenet.validation - 1 and whole[-1]["eval/undecodable"] == 1
-    assert "imagenet2012/validation: ILSVRC2012_val_00000005.JPEG does not decode" in resumed.stderr
-    assert "Traceback" not in resumed.stderr
+def evaluated(*arguments):
+    """The exit status of `lowrank evaluate`."""
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["evaluate", *arguments])
+    return ended.value.code
 
 
-def test_its_checkpoints_are_evaluated_from_the_command_line(trained, small_imagenet, tmp_path):
+def test_its_checkpoints_are_evaluated_from_the_command_line(trained, small_imagenet, tmp_path, capsys):
     folder, _ = trained
-    command = [*running.command(folder)[:3], "evaluate", f"--workdir={folder / 'broken'}", f"--json={tmp_path / 'out.json'}"]
-    done = running.run(command)
-    assert done.returncode == 0, done.stderr
-    assert "1 of 24 images did not decode" in done.stdout
-    metrics, final = json.loads((tmp_path / "out.json").read_text())["metrics"], running.metrics(folder / "whole")[-1]
+    assert evaluated(f"--workdir={folder}", f"--json={tmp_path / 'out.json'}") == 0
+    assert "1 of 24 images cannot be decoded" in capsys.readouterr().out
+    metrics, final = json.loads((tmp_path / "out.json").read_text())["metrics"], running.metrics(folder)[-1]
     assert metrics == pytest.approx({name: final[f"eval/{name}"] for name in metrics}, rel=1e-5)
+    assert final["eval/examples"] == small_imagenet.validation - 1 and final["eval/undecodable"] == 1
 
 
 def test_they_are_evaluated_on_another_data_set_of_the_same_classes(trained, small_imagenet, tmp_path, monkeypatch, capsys):
     folder, _ = trained
     sound = [name for name in small_imagenet.images if name not in small_imagenet.truncated.values()]
-    prepare_small_v2(tmp_path / "data", tmp_path / "download", {i: small_imagenet.images[sound[i]] for i in range(4)})
-    described = datasets._TFDS["imagenet_v2"]
-    monkeypatch.setitem(datasets._TFDS, "imagenet_v2", dataclasses.replace(described, sizes={"test": 4}))
-    arguments = ["evaluate", f"--workdir={folder / 'whole'}", "--dataset=imagenet_v2", f"--data-dir={tmp_path / 'data'}"]
-    with pytest.raises(SystemExit) as ended:
-        commands.main(arguments)
-    output = capsys.readouterr()
-    assert ended.value.code == 0, output.err
-    assert output.out.splitlines()[-1].split()[:2] == ["imagenet_v2/test", "4"]
+    write_small_v2(tmp_path / "data", {i: small_imagenet.images[sound[i]] for i in range(4)})
+    smaller = dataclasses.replace(datasets.describe("imagenet_v2", {}), sizes={"test": 4})
+    monkeypatch.setitem(datasets.SOURCES, "imagenet_v2", tfds_records.source(smaller))
+    assert evaluated(f"--workdir={folder}", "--dataset=imagenet_v2", f"--data-dir={tmp_path / 'data'}") == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["imagenet_v2/test", "4"]
 
 
 @pytest.mark.parametrize(
@@ -97,11 +100,18 @@ def test_they_are_evaluated_on_another_data_set_of_the_same_classes(trained, sma
 )
 def test_what_does_not_fit_the_run_is_refused(trained, arguments, message, capsys):
     folder, _ = trained
-    with pytest.raises(SystemExit) as ended:
-        commands.main(["evaluate", f"--workdir={folder / 'whole'}", *arguments])
-    assert ended.value.code == 2
+    assert evaluated(f"--workdir={folder}", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_an_evaluation_may_have_a_limit_of_its_own(trained, capsys):
+    folder, _ = trained
+    assert evaluated(f"--workdir={folder}", "--max-undecodable=0") == 2
+    assert "(lowrank evaluate: --max-undecodable) to continue without them" in capsys.readouterr().err
+    assert evaluated(f"--workdir={folder}", "--max-undecodable=1") == 0
+    assert evaluated(f"--workdir={folder}", "--max-undecodable=-1") == 2
+    assert "must be a whole number" in capsys.readouterr().err
 
 
 def comparable(workdir):
@@ -110,51 +120,65 @@ def comparable(workdir):
     return [{k: v for k, v in line.items() if k not in ours} for line in running.metrics(workdir)]
 
 
-@pytest.mark.parametrize(("evaluated", "name"), [(False, "n01443537_3.JPEG"), (True, "ILSVRC2012_val_00000005.JPEG")])
-def test_too_many_undecodable_images_save_the_run_which_goes_on_exactly_with_a_higher_limit(
-    small_imagenet, tmp_path, evaluated, name
-):
-    # Without the flawed image among those of training there is but the one of evaluation, and the other way round.
-    stored = names(small_imagenet, "train").index(small_imagenet.truncated["train"])
-    part = f"train[{stored + 1}:]" if evaluated else "train"
-    steps = {
-        "dataset__train_split": part,
-        "steps": 24,
-        "batch_size": 8,
-        "seed": SEED,
-        "eval__every": "6 steps" if evaluated else "1000 steps",
-        "checkpoint__every": "1000 steps",
-        "log__every": "3 steps",
-    }
-    whole, ended = (running.command(tmp_path / folder, **settings(small_imagenet, **steps)) for folder in ("whole", "ended"))
-    assert running.run(whole).returncode == 0
-    done = running.run([*ended, "--config.dataset.max_undecodable=0"])
-    assert done.returncode == 2, done.stderr
-    assert f"dataset.max_undecodable=0 may: {name}. Raise the limit" in done.stderr and "Traceback" not in done.stderr
-    assert "the same command continues it" in done.stdout
-    (saved,) = (int(path.name) for path in (tmp_path / "ended" / "checkpoints").iterdir() if path.name.isdecimal())
-    assert (saved == 6) if evaluated else (0 < saved < 8)
-    resumed = running.run(ended)
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"resuming {tmp_path / 'ended'} from step {saved}" in resumed.stdout
+def ended_and_resumed(folder, given, name):
+    """Trains without patience for undecodable images, then with some; returns the step between, and what the counts were."""
+    with pytest.raises(DataError, match=rf"more than dataset.max_undecodable=0: {name}\. Raise the limit"):
+        train(running.config(**given, dataset__max_undecodable=0), str(folder))
+    (saved,) = (int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal())
+    train(running.config(**given), str(folder))
+    return saved, {line["train/undecodable"] for line in running.metrics(folder) if "train/undecodable" in line}
+
+
+def test_too_many_undecodable_images_save_the_run_which_goes_on_exactly_with_a_higher_limit(trained, tmp_path, capsys):
+    whole, given = trained
+    assert ended_and_resumed(tmp_path, given, "n01443537_3.JPEG") == (6, {1})
+    assert "the same command continues it" in capsys.readouterr().out
+    assert comparable(tmp_path) == comparable(whole)
+
+
+def test_so_do_those_of_an_evaluation(small_imagenet, tmp_path):
+    after_the_flaw = names(small_imagenet, "train").index(small_imagenet.truncated["train"]) + 1
+    given = settings(
+        small_imagenet,
+        **{**STEPS, "steps": 12, "eval__every": "6 steps"},
+        dataset__train_split=f"train[{after_the_flaw}:]+train[:{after_the_flaw - 1}]",
+    )
+    train(running.config(**given), str(tmp_path / "whole"))
+    assert ended_and_resumed(tmp_path / "ended", given, "ILSVRC2012_val_00000005.JPEG") == (6, set())
     assert comparable(tmp_path / "ended") == comparable(tmp_path / "whole")
-    counts = [line["train/undecodable"] for line in running.metrics(tmp_path / "ended") if "train/undecodable" in line]
-    assert set(counts) == (set() if evaluated else {1})
 
 
-def test_an_evaluation_may_have_a_limit_of_its_own(trained, capsys):
-    folder, _ = trained
-    arguments = ["evaluate", f"--workdir={folder / 'whole'}"]
-    with pytest.raises(SystemExit) as ended:
-        commands.main([*arguments, "--max-undecodable=0"])
-    assert ended.value.code == 2
-    assert "(lowrank evaluate: --max-undecodable) to go on without them" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as ended:
-        commands.main([*arguments, "--max-undecodable=1"])
-    assert ended.value.code == 0
-    with pytest.raises(SystemExit) as ended:
-        commands.main([*arguments, "--max-undecodable=-1"])
-    assert ended.value.code == 2 and "must be a whole number" in capsys.readouterr().err
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_figures(small_imagenet, tmp_path):
+    steps = {"steps": 300, "checkpoint__every": "35 steps", "log__every": "50 steps", "eval__every": "150 steps"}
+    whole, broken = (running.command(tmp_path / name, **settings(small_imagenet, **steps)) for name in ("whole", "broken"))
+    done = running.run(whole)
+    assert done.returncode == 0, done.stderr
+    with running.start(broken) as process:
+        wait_for(process, "saved@140")
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    resumed = running.run(broken)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming" in resumed.stdout
+    whole, broken = (comparable(tmp_path / name) for name in ("whole", "broken"))
+    assert whole == broken
+    assert whole[-1]["eval/examples"] == small_imagenet.validation - 1 and whole[-1]["eval/undecodable"] == 1
+    assert "imagenet2012/validation: ILSVRC2012_val_00000005.JPEG cannot be decoded" in resumed.stderr
+    assert "Traceback" not in resumed.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_for_its_images_has_status_2_and_can_be_resumed(small_imagenet, tmp_path):
+    given = settings(small_imagenet, **STEPS, seed=seed_of_flaw(small_imagenet, 6))
+    command = running.command(tmp_path, **given)
+    done = running.run([*command, "--config.dataset.max_undecodable=0"])
+    assert done.returncode == 2, done.stderr
+    assert "more than dataset.max_undecodable=0: n01443537_3.JPEG. Raise the limit" in done.stderr
+    assert "Traceback" not in done.stderr and "the same command continues it" in done.stdout
+    resumed = running.run(command)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resuming {tmp_path} from step 6" in resumed.stdout
 
 
 def problems(**changes):
@@ -213,16 +237,16 @@ class FeatureMaps(TenLogits):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("TenLogits", "model: tests.test_imagenet:TenLogits gives 10 logits, synthetic has 7 classes"),
+        ("TenLogits", f"model: {__name__}:TenLogits gives 10 logits, synthetic has 7 classes"),
         (
             "FeatureMaps",
-            "model: tests.test_imagenet:FeatureMaps gives shape (1, 32, 32, 4) for a batch of one, not logits [1, 7]",
+            f"model: {__name__}:FeatureMaps gives shape (1, 32, 32, 4) for a batch of one, not logits [1, 7]",
         ),
     ],
 )
 def test_a_model_whose_output_is_no_logit_for_each_class_is_refused(model, message):
     found = problems(
-        model__name=f"tests.test_imagenet:{model}",
+        model__name=f"{__name__}:{model}",
         model__kwargs={},
         dataset__name="synthetic",
         dataset__kwargs={"num_classes": 7},

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from lowrank_jax.experiment.data.arrays import Arrays
 from lowrank_jax.experiment.data.augment import Augmentation, augment, crop_shifted
-from lowrank_jax.experiment.data.datasets import Arrays
 from lowrank_jax.experiment.data.pipeline import EvalBatches, Feed, Shard, TrainBatches
 
 SIZE = 50

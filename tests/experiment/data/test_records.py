@@ -129,14 +129,16 @@ def test_an_image_that_does_not_decode_is_named_once_and_the_next_one_takes_its_
     np.testing.assert_array_equal(batch["image"][0], batch["image"][1])
     assert batch["label"][0] == batch["label"][1] == batch["label"][2]
     said = capfd.readouterr().err
-    assert said.count("imagenet2012/train: n01443537_3.JPEG does not decode (image file is truncated") == 1
-    assert "1 so far, 10 may" in said
+    assert said.count("imagenet2012/train: n01443537_3.JPEG cannot be decoded (image file is truncated") == 1
+    assert "1 of at most 10 so far" in said
     assert train.undecodable == {broken: stored[broken]}
 
 
 def test_too_many_of_them_end_the_run_by_name(small_imagenet):
     train = opened(small_imagenet, "train", max_undecodable=0)
-    with pytest.raises(DataError, match=r"1 images do not decode, dataset.max_undecodable=0 may: n01443537_3.JPEG\. Raise"):
+    with pytest.raises(
+        DataError, match=r"1 images cannot be decoded, more than dataset.max_undecodable=0: n01443537_3.JPEG\. Raise"
+    ):
         for _ in Feed(TrainBatches(train, 16, 8, 0, VARIED)):
             pass
 
@@ -333,7 +335,7 @@ class TestBuilder:
         done = self.run(tmp_path, archives)
         assert done.returncode == 0, done.stderr
         assert f"is ready in {tmp_path}/data/imagenet2012/5.1.0: 8 examples of train, 4 examples of validation" in done.stdout
-        expected = "imagenet2012 has 1,281,167 examples of train, 50,000 examples of validation: are the files cut short?"
+        expected = "imagenet2012 should have 1,281,167 examples of train, 50,000 examples of validation"
         assert expected in done.stderr
         assert 'set dataset.kwargs to {"train_size": 8, "validation_size": 4}' in done.stderr
 

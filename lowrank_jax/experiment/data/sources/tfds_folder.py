@@ -1,4 +1,4 @@
-"""The folder in which TFDS keeps a data set: where it is, and whether all of it is there."""
+"""The folder in which TFDS keeps a data set: where it is, and whether it is complete."""
 
 import contextlib
 import tempfile
@@ -9,19 +9,19 @@ from etils import epath
 
 
 class Damaged(Exception):
-    """A part of what was prepared is missing or broken; the message says which.  TFDS itself would take it for complete."""
+    """A prepared file is missing or damaged; the message says which.  TFDS would not notice."""
 
 
 class OtherFormat(Exception):
-    """It is prepared, and not as array_record."""
+    """The data set is prepared, but not as array_record."""
 
 
 def folder(name: str, data_dir: str | None) -> tuple[str, epath.Path]:
-    """TFDS's data folder, and where in it the version is kept that it would prepare, whatever is there."""
+    """TFDS's data folder, and the folder in it of the version that TFDS would prepare, whether it exists or not."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import constants
 
-    with tempfile.TemporaryDirectory() as empty:  # a builder that finds something reads it, and may fail to
+    with tempfile.TemporaryDirectory() as empty:  # a builder reads data that it finds, and may fail to
         relative = tfds.builder(name, data_dir=empty).data_path.relative_to(empty)
     root = epath.Path(data_dir or constants.DATA_DIR).expanduser()
     return str(root), root / relative
@@ -35,9 +35,9 @@ def open_builder(name: str, data_dir: str | None, path: epath.Path) -> Any:
       path: its version's folder, from `folder`.
 
     Raises:
-      Damaged: there is a folder, but nothing in it that says what it holds.
-      PermissionError: it may not be read.
-      OtherFormat: see there.
+      Damaged: the folder exists, but not the file in it that describes the data set, or that file is damaged.
+      PermissionError: this user may not read it.
+      OtherFormat: it is not stored as array_record.
     """
     import tensorflow_datasets as tfds
     from google.protobuf.json_format import ParseError
@@ -48,7 +48,7 @@ def open_builder(name: str, data_dir: str | None, path: epath.Path) -> Any:
         raise Damaged(f"{info} is missing")
     try:
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except (ParseError, AssertionError, RuntimeError):  # no JSON, another data set's, no text
+    except (ParseError, AssertionError, RuntimeError):  # not JSON, another data set's, not text
         if not info.exists():
             raise
         raise Damaged(f"{info} is damaged") from None
@@ -63,7 +63,7 @@ def shards(builder: Any, split: str) -> list[epath.Path]:
 
     Raises:
       Damaged: some are missing.
-      PermissionError: one may not be read.
+      PermissionError: this user may not read one.
     """
     present = {path.name for path in builder.data_path.iterdir()}
     files = [builder.data_path / epath.Path(path).name for path in builder.info.splits[split].filepaths]
@@ -75,7 +75,7 @@ def shards(builder: Any, split: str) -> list[epath.Path]:
 
 
 def check_all(builder: Any) -> None:
-    """Raises Damaged unless every file is there and opens; PermissionError if one may not be read."""
+    """Raises Damaged unless every file exists and opens; PermissionError if this user may not read one."""
     from array_record.python import array_record_module  # type: ignore[attr-defined]
 
     for split in builder.info.splits:
@@ -85,7 +85,7 @@ def check_all(builder: Any) -> None:
 
 
 def may_read(paths: Sequence[epath.Path]) -> None:
-    """Raises PermissionError where a local folder or file is not for this user: TFDS takes it for missing or for broken."""
+    """Raises PermissionError if this user may not read a local folder or file; TFDS takes it for missing or damaged."""
     for path in paths:
         if "://" in str(path):
             continue

@@ -1,0 +1,1 @@
+"""Where data sets come from: a module for each kind of source."""

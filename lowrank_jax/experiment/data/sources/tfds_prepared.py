@@ -1,0 +1,113 @@
+"""A TFDS data set on disk: opened, checked, and with what to do if it cannot be used."""
+
+import contextlib
+import dataclasses
+import io
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from lowrank_jax.experiment.data.base import DataError, Dataset
+from lowrank_jax.experiment.data.sources import tfds_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A data set whose folder is there.
+
+    Attributes:
+      dataset: what is expected of it.
+      builder: TFDS's, which reads it as array_record.
+    """
+
+    dataset: Dataset
+    builder: Any
+
+    @property
+    def folder(self) -> epath.Path:
+        return self.builder.data_path
+
+    @property
+    def remedy(self) -> str:
+        """What to do about damage."""
+        return _remedy(self.dataset, self.folder, _root(self.builder))
+
+    def check_split(self, split: str) -> None:
+        """Raises DataError unless the stored split is complete and as expected."""
+        dataset, splits, expected = self.dataset, self.builder.info.splits, self.dataset.sizes[split]
+        stored = splits[split].num_examples if split in splits else 0
+        if stored != expected:
+            subset = f'; if the subset is meant, set dataset.kwargs to {{"{split}_size": {stored}}}'
+            raise DataError(
+                f"{dataset.name}/{split} under {_root(self.builder)} has {stored:,} examples, {expected:,} expected;"
+                f" {self.remedy}{subset if stored and dataset.partial else ''}"
+            )
+        with explained(self.remedy):
+            tfds_folder.shards(self.builder, split)
+        classes = self.builder.info.features["label"].num_classes
+        if classes != dataset.num_classes:
+            raise DataError(f"{self.folder} has {classes} classes, {dataset.num_classes} expected; {self.remedy}")
+
+
+def open_prepared(dataset: Dataset, data_dir: str | None) -> Prepared:
+    """Opens a data set, under TFDS's own folder if `data_dir` is None; one without a `prepare` command is made if need be.
+
+    Raises:
+      DataError: it is not prepared, not as array_record, or damaged.
+    """
+    if not dataset.prepare:
+        return Prepared(dataset, _made_on_first_use(data_dir))
+    root, path = tfds_folder.folder(dataset.name, data_dir)
+    try:
+        with explained(_remedy(dataset, path, root)):
+            builder = tfds_folder.open_builder(dataset.name, data_dir, path)
+    except tfds_folder.OtherFormat:
+        where = f" under {data_dir}" if data_dir else ""
+        raise DataError(
+            f"{dataset.name} is prepared{where}, but not as array_record; prepare it in another folder: {dataset.prepare}"
+        ) from None
+    if not builder.is_prepared():
+        raise DataError(f"{dataset.name} is not prepared under {_root(builder)}; run: {_command(dataset, _root(builder))}")
+    return Prepared(dataset, builder)
+
+
+def _made_on_first_use(data_dir: str | None) -> Any:
+    """The digits, which ship with scikit-learn."""
+    import tensorflow_datasets as tfds
+
+    from lowrank_jax.experiment.data.digits.digits_dataset_builder import Builder
+
+    builder = Builder(data_dir=data_dir, file_format="array_record")
+    # TFDS announces a download; there is none.
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare()
+    return builder
+
+
+@contextlib.contextmanager
+def explained(remedy: str) -> Iterator[None]:
+    """Turns errors about stored data into a DataError that says what to do."""
+    try:
+        yield
+    except tfds_folder.Damaged as error:
+        raise DataError(f"{error}; {remedy}") from None
+    except PermissionError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; let this user read it") from None
+
+
+def _root(builder: Any) -> str:
+    """TFDS's data folder."""
+    return str(builder.data_dir_root)
+
+
+def _command(dataset: Dataset, root: str) -> str:
+    """What prepares a data set in that folder."""
+    return dataset.prepare.replace("DATA_DIR", shlex.quote(root)) or "the same command"
+
+
+def _remedy(dataset: Dataset, path: epath.Path, root: str) -> str:
+    """What to do about damaged data; TFDS would reuse a folder that exists."""
+    return f"delete {shlex.quote(str(path))}, then: {_command(dataset, root)}"
