@@ -22,8 +22,6 @@ from lowrank_jax.text import align, count, did_you_mean
 UNUSABLE = (configs.ConfigError, WorkdirError, DataError, CheckpointError, OSError)
 """What may be wrong with one work directory while the others can be evaluated."""
 
-_HEADER = ["split", "examples", "top1", "top5", "loss", "step", "params", "dense params"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -33,6 +31,7 @@ class Evaluation:
       split: what was evaluated.
       step: the checkpoint's.
       metrics: from `evaluate`; of the averaged weights where the run keeps any.
+      shown: the names of those in a table, in order.
       raw_metrics: of the raw weights beside the averaged ones; None where there are no others.
       params, dense_params: of the network, and of its dense twin.
       damaged: newer steps that could not be used, each with the reason.
@@ -41,10 +40,14 @@ class Evaluation:
     split: str
     step: int
     metrics: dict[str, float]
+    shown: tuple[str, ...]
     raw_metrics: dict[str, float] | None
     params: int
     dense_params: int
     damaged: dict[int, str]
+
+    def header(self) -> list[str]:
+        return ["split", "examples", *self.shown, "step", "params", "dense params"]
 
     def rows(self) -> list[list[str]]:
         """Cells of a table; the raw weights have a row of their own where there are averaged ones."""
@@ -53,7 +56,7 @@ class Evaluation:
         return [self._row(f"{self.split}, averaged", self.metrics), self._row(f"{self.split}, raw", self.raw_metrics)]
 
     def _row(self, split: str, metrics: dict[str, float]) -> list[str]:
-        scores = [f"{metrics[name]:.4f}" for name in ("top1", "top5", "loss")]
+        scores = [f"{metrics[name]:.4f}" for name in self.shown]
         examples = f"{metrics['examples']:,}"
         return [split, examples, *scores, str(self.step), count(self.params), count(self.dense_params)]
 
@@ -65,11 +68,13 @@ class Evaluation:
 
     def table(self) -> str:
         """Aligned text: a header and a row."""
-        return "\n".join([*self.warnings(), align([_HEADER, *self.rows()])])
+        return "\n".join([*self.warnings(), align([self.header(), *self.rows()])])
 
     def json(self) -> str:
         """One object."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        fields = dataclasses.asdict(self)
+        del fields["shown"]
+        return json.dumps(fields, indent=2) + "\n"
 
 
 class Rows:
@@ -77,15 +82,18 @@ class Rows:
 
     def __init__(self, workdirs: Sequence[str], say: Callable[[str], None]):
         self._named = len(workdirs) > 1
-        self._widths = [max(map(len, workdirs))] + [0] * len(_HEADER)
-        self._say, self._begun = say, False
+        self._least, self._widths = max(map(len, workdirs)), []
+        self._say, self._header = say, []
 
     def add(self, workdir: str, evaluation: Evaluation) -> None:
-        table = [["workdir", *_HEADER], *([workdir, *row] for row in evaluation.rows())]
+        header = ["workdir", *evaluation.header()]
+        repeated = header == self._header  # it is said once, and again where runs have other metrics
+        if not repeated:
+            self._header, self._widths = header, [self._least] + [0] * (len(header) - 1)
+        table = [header, *([workdir, *row] for row in evaluation.rows())]
         self._widths = [max(map(len, column)) for column in zip(*table, [" " * width for width in self._widths], strict=True)]
-        for cells in table[self._begun :]:  # the header once
+        for cells in table[repeated:]:
             self._line(cells)
-        self._begun = True
 
     def _line(self, cells: list[str]) -> None:
         padded = [cell.ljust(width) for cell, width in zip(cells, self._widths, strict=True)]
@@ -131,7 +139,14 @@ class Subject:
         )
         plan = self.experiment.plan
         return Evaluation(
-            self.split, restored.step, metrics[""], metrics.get("_raw"), plan.params, plan.dense_params, restored.damaged
+            self.split,
+            restored.step,
+            metrics[""],
+            (*self.experiment.objective.metrics, "loss"),
+            metrics.get("_raw"),
+            plan.params,
+            plan.dense_params,
+            restored.damaged,
         )
 
 
@@ -189,14 +204,14 @@ class Evaluator:
         return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size)
 
     def _experiment(self, config: Config, workdir: str) -> Experiment:
-        key = repr((config.model, config.description, config.lowrank, config.optim.ema_decay is None))
+        key = repr((config.model, config.description, config.lowrank, config.objective, config.optim.ema_decay is None))
         if key not in self._experiments:
             self._experiments[key] = build(dataclasses.replace(config, mesh=MeshConfig()), workdir)
         return self._experiments[key]
 
     def _eval_step(self, experiment: Experiment) -> Callable[..., dict[str, jax.Array]]:
         """One for all plans: jit tells them apart by the kernels, which hold their own ranks and schemes."""
-        key = repr((experiment.config.model, experiment.dataset))
+        key = repr((experiment.config.model, experiment.config.objective, experiment.dataset))
         if key not in self._eval_steps:
             self._eval_steps[key] = experiment.jit_eval_step()
         return self._eval_steps[key]

@@ -29,6 +29,7 @@ from lowrank_jax.experiment.hosts.sharding import (
     state_shardings,
 )
 from lowrank_jax.experiment.training import mixing, state, step
+from lowrank_jax.experiment.training.objective import Objective, make_objective
 from lowrank_jax.linen import inputs
 from lowrank_jax.planning import chips
 from lowrank_jax.planning.execution import choose_execution
@@ -131,6 +132,7 @@ class Experiment:
                 optimizer,
                 schedule,
                 self._mixing(),
+                objective=self.objective,
                 accumulate=settings.accumulate,
                 ema_decay=settings.ema_decay,
                 seed=seed,
@@ -143,6 +145,10 @@ class Experiment:
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(self._shardings(), replicated(self.mesh)))
         return jitted.lower(self.shapes, self._batch_shapes(self.config.batch_size), *self._settings())
 
+    @property
+    def objective(self) -> Objective:
+        return make_objective(self.config.objective.loss, self.config.objective.metrics)
+
     def _settings(self) -> tuple[np.uint32, np.float32]:
         return self._seed(), np.float32(self.config.peak_lr)
 
@@ -150,7 +156,7 @@ class Experiment:
         return np.uint32(self.config.seed)
 
     def jit_eval_step(self) -> jax.stages.Wrapped:
-        eval_step = step.make_eval_step(self.model, self._normalizer(), gather=self._gather)
+        eval_step = step.make_eval_step(self.model, self._normalizer(), objective=self.objective, gather=self._gather)
 
         def step_with_word(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> step.Metrics:
             batch, word = votes.split(batch)

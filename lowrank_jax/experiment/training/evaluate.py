@@ -26,7 +26,7 @@ def evaluate(
     mesh: Mesh,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, float]]:
-    """`top1`, `top5` and `loss` over every example once, whatever the batch size.
+    """The means of the loss and the metrics over every example once, whatever the batch size.
 
     `examples` says over how many, and `undecodable` how many images could not be read; it is left out where there are none.
 

@@ -116,6 +116,7 @@ class _Loop:
     ):
         config = experiment.config
         self.experiment, self.config, self.data = experiment, config, data
+        self.objective = experiment.objective
         self.folder, self.writer, self.checkpoints, self.stop = folder, writer, checkpoints, stop
         self.on_evaluation = on_evaluation
         self.total = config.total_steps
@@ -216,20 +217,21 @@ class _Loop:
         except Interrupted:
             self.interrupted = True
             return
-        for metrics in evaluated.values():
-            if not np.isfinite(metrics["loss"]):
-                raise Diverged(
-                    f"the evaluated loss is {metrics['loss']:g} at step {self.step}. Lower optim.lr or set optim.clip_norm."
-                )
+        for name in ("loss", self.objective.deciding):
+            for metrics in evaluated.values():
+                if not np.isfinite(metrics[name]):
+                    raise Diverged(
+                        f"the evaluated {name} is {metrics[name]:g} at step {self.step}. Lower optim.lr or set optim.clip_norm."
+                    )
         self.evaluated, self.evals[self.step] = evaluated, evaluated["eval"]
-        top1 = score(evaluated)
-        self.improved = top1 > self.checkpoints.best_score()
-        self.checkpoints.note_score(self.step, top1)
+        current = score(evaluated, self.objective.deciding)
+        self.improved = self.checkpoints.best() is None or current > self.checkpoints.best_score()
+        self.checkpoints.note_score(self.step, current)
         self.writer.write(
             self.step, {f"{kind}/{name}": value for kind, metrics in evaluated.items() for name, value in metrics.items()}
         )
         for kind, metrics in evaluated.items():
-            figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("top1", "top5", "loss"))
+            figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in (*self.objective.metrics, "loss"))
             raw = " the raw weights" if kind.endswith("_raw") else ""
             held_out = " on the held-out part" if kind.startswith("valid") else ""
             self.writer.say(f"evaluated{raw}{held_out} at step {self.step}: {figures}")
@@ -264,7 +266,7 @@ class _Loop:
         info = {
             "data": self.feed.get_state(),
             "evaluated": self.evaluated,
-            "score": score(self.evaluated) if self.evaluated else None,
+            "score": score(self.evaluated, self.objective.deciding) if self.evaluated else None,
             "seconds": self.seconds(),
             "window": self.window.check(self.saved),  # what is saved is good
         }
@@ -286,7 +288,8 @@ class _Loop:
         scalars = self.window.summary(self.saved) | ({"train/undecodable": undecodable} if undecodable else {})
         self.logged[self.step] = scalars
         self.writer.write(self.step, scalars)
-        self.writer.say(progress_line(self.step, self.total, scalars, batch_size=self.config.batch_size, saved=self.saved))
+        metric, batch_size = self.objective.deciding, self.config.batch_size
+        self.writer.say(progress_line(self.step, self.total, scalars, metric=metric, batch_size=batch_size, saved=self.saved))
 
     def finish(self) -> Run:
         self.checkpoints.wait()
@@ -338,9 +341,9 @@ def _agree(config: dict[str, Any]) -> None:
             raise WorkdirError(f"process {process} was given other settings than process 0: {'; '.join(different)}")
 
 
-def score(evaluated: dict[str, dict[str, float]]) -> float:
-    """What runs and checkpoints are chosen by: top-1 on the held-out part of the training data, where there is one."""
-    return evaluated.get("valid", evaluated["eval"])["top1"]
+def score(evaluated: dict[str, dict[str, float]], metric: str = "top1") -> float:
+    """What runs and checkpoints are chosen by: a metric on the held-out part of the training data, where there is one."""
+    return evaluated.get("valid", evaluated["eval"])[metric]
 
 
 def _headline(experiment: Experiment) -> str:

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax.experiment.training import objective as objectives
 from lowrank_jax.experiment.training.mixing import Mixing, Normalize
+from lowrank_jax.experiment.training.objective import Objective
 from lowrank_jax.experiment.training.state import TrainState, key
 from lowrank_jax.linen.layers import apply
 
@@ -22,6 +24,7 @@ def make_train_step(
     schedule: optax.Schedule,
     mixing: Mixing,
     *,
+    objective: Objective = objectives.DEFAULT,
     accumulate: int = 1,
     ema_decay: float | None = None,
     seed: Any = 0,
@@ -29,12 +32,11 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """A function `(state, batch) -> (state, metrics)`.
 
-    The metrics `loss` and `top1` are means over the batch from before the update, `top1` being how often the network agrees
-    with the heaviest class of a target, which mixup and cutmix make; `grad_norm` is the norm of the gradient and `lr` the
-    learning rate of the update.
+    The metrics are the loss and the objective's first metric, as means over the batch before the update, the norm of the
+    gradient `grad_norm`, and the update's learning rate `lr`.
 
     Args:
-      model, optimizer, schedule, mixing: the parts.
+      model, optimizer, schedule, mixing, objective: the parts.
       accumulate: in how many parts of equal size, one after the other, the batch goes through the network; the gradient is the
         mean over them.  BatchNorm normalises each part by itself, and devices exchange gradients after each.
       ema_decay: of the running average of parameters and BatchNorm statistics in `state.ema`; None for none.
@@ -55,9 +57,8 @@ def make_train_step(
             rngs={"dropout": jax.random.fold_in(key(seed, "dropout", state.step), part)},
         )
         logits = logits.astype(jnp.float32)
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
-        top1 = (logits.argmax(-1) == targets.argmax(-1)).mean()
-        return loss, (updates.get("batch_stats", {}), top1)
+        metric = objective.metrics[objective.deciding](logits, targets).mean()
+        return objective.loss(logits, targets).mean(), (updates.get("batch_stats", {}), metric)
 
     def loss_and_grads(state: TrainState, batch: dict[str, jax.Array]):
         return jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch)
@@ -68,10 +69,11 @@ def make_train_step(
         if accumulate > 1:
             mean = optax.microbatching.AccumulationType.MEAN
             mean_over_parts = optax.microbatch(loss_and_grads, argnums=1, microbatch_size=size // accumulate, accumulator=mean)
-        (loss, (batch_stats, top1)), grads = mean_over_parts(state, {**batch, "place": jnp.arange(size)})
+        (loss, (batch_stats, metric)), grads = mean_over_parts(state, {**batch, "place": jnp.arange(size)})
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "top1": top1, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
+        metrics = {"loss": loss, objective.deciding: metric, "grad_norm": optax.tree.norm(grads)}
+        metrics["lr"] = schedule(state.step)
         ema = state.ema
         if ema_decay is not None:
             ema = moved_average(ema, {"params": params, "batch_stats": batch_stats}, ema_decay, state.step + 1)
@@ -90,30 +92,28 @@ def moved_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
 
 
 def make_eval_step(
-    model: nn.Module, normalize: Normalize, *, gather: Gather = lambda params: params
+    model: nn.Module,
+    normalize: Normalize,
+    *,
+    objective: Objective = objectives.DEFAULT,
+    gather: Gather = lambda params: params,
 ) -> Callable[[Any, Any, dict[str, jax.Array]], Metrics]:
-    """A function `(params, batch_stats, batch) -> sums` over the examples whose mask is 1; `gather` as in training."""
+    """A function `(params, batch_stats, batch) -> sums` of the loss and of every metric over the examples whose mask is 1.
+
+    `count` says over how many; `gather` as in training.
+    """
 
     def eval_step(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> Metrics:
         variables = {"params": gather(params), "batch_stats": batch_stats}
         logits = apply(model, variables, normalize(batch["image"]), train=False).astype(jnp.float32)
-        label, mask = batch["label"], batch["mask"]
-        place = rank_of_label(logits, label)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        # where, not a product: a filled-up example's NaN must not reach the sum.
-        return {
-            "loss": jnp.where(mask > 0, loss, 0).sum(),
-            "top1": jnp.where(mask > 0, place < 1, False).sum(),
-            "top5": jnp.where(mask > 0, place < 5, False).sum(),
-            "count": mask.sum().astype(jnp.int32),
-        }
+        mask = batch["mask"]
+
+        def masked_sum(values: jax.Array) -> jax.Array:
+            # where, not a product: a filled-up example's NaN must not reach the sum.
+            return jnp.where(mask > 0, values, jnp.zeros_like(values)).sum()
+
+        measures = {"loss": objective.loss, **objective.metrics}
+        sums = {name: masked_sum(measure(logits, batch["label"])) for name, measure in measures.items()}
+        return {**sums, "count": mask.sum().astype(jnp.int32)}
 
     return eval_step
-
-
-def rank_of_label(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """How many classes come before the right one, `[batch]`: ties go by index, as in argmax; NaN puts it last."""
-    true = jnp.take_along_axis(logits, label[:, None], axis=-1)
-    index = jnp.arange(logits.shape[-1])
-    ahead = (logits > true) | ((logits == true) & (index < label[:, None]))
-    return jnp.where(jnp.isnan(logits).any(-1), logits.shape[-1], ahead.sum(-1))

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from lowrank_jax import models, plan
-from lowrank_jax.experiment.training import state, step
+from lowrank_jax.experiment.training import objective, state, step
 from lowrank_jax.experiment.training.build import build
 from lowrank_jax.experiment.training.mixing import Mixing, normalizer
 from lowrank_jax.planning.rules import Rule
@@ -132,8 +132,8 @@ def test_the_place_of_the_label_is_that_of_a_stable_sort_and_nan_puts_it_last():
     label = rng.integers(0, 7, 200)
     order = np.argsort(-logits, axis=-1, kind="stable")
     expected = np.argmax(order == label[:, None], axis=-1)
-    np.testing.assert_array_equal(step.rank_of_label(jnp.asarray(logits), jnp.asarray(label)), expected)
-    np.testing.assert_array_equal(step.rank_of_label(jnp.full((2, 7), jnp.nan), jnp.array([0, 3])), 7)
+    np.testing.assert_array_equal(objective.rank_of_label(jnp.asarray(logits), jnp.asarray(label)), expected)
+    np.testing.assert_array_equal(objective.rank_of_label(jnp.full((2, 7), jnp.nan), jnp.array([0, 3])), 7)
 
 
 def test_no_images_travel_between_devices_but_those_at_the_edges():
