@@ -31,7 +31,6 @@ class Evaluation:
       split: what was evaluated.
       step: the checkpoint's.
       metrics: from `evaluate`; of the averaged weights where the run keeps any.
-      shown: the names of those in a table, in order.
       raw_metrics: of the raw weights beside the averaged ones; None where there are no others.
       params, dense_params: of the network, and of its dense twin.
       damaged: newer steps that could not be used, each with the reason.
@@ -40,14 +39,17 @@ class Evaluation:
     split: str
     step: int
     metrics: dict[str, float]
-    shown: tuple[str, ...]
     raw_metrics: dict[str, float] | None
     params: int
     dense_params: int
     damaged: dict[int, str]
 
     def header(self) -> list[str]:
-        return ["split", "examples", *self.shown, "step", "params", "dense params"]
+        return ["split", "examples", *self._shown(), "step", "params", "dense params"]
+
+    def _shown(self) -> list[str]:
+        """The objective's metrics by name, then its loss."""
+        return [*(name for name in self.metrics if name not in ("loss", "examples", "undecodable")), "loss"]
 
     def rows(self) -> list[list[str]]:
         """Cells of a table; the raw weights have a row of their own where there are averaged ones."""
@@ -56,7 +58,7 @@ class Evaluation:
         return [self._row(f"{self.split}, averaged", self.metrics), self._row(f"{self.split}, raw", self.raw_metrics)]
 
     def _row(self, split: str, metrics: dict[str, float]) -> list[str]:
-        scores = [f"{metrics[name]:.4f}" for name in self.shown]
+        scores = [f"{metrics[name]:.4f}" for name in self._shown()]
         examples = f"{metrics['examples']:,}"
         return [split, examples, *scores, str(self.step), count(self.params), count(self.dense_params)]
 
@@ -72,9 +74,7 @@ class Evaluation:
 
     def json(self) -> str:
         """One object."""
-        fields = dataclasses.asdict(self)
-        del fields["shown"]
-        return json.dumps(fields, indent=2) + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
 class Rows:
@@ -125,13 +125,15 @@ class Subject:
     def target(self) -> dict[str, Any]:
         """The parts of the state that evaluation needs."""
         shapes = self.experiment.shapes
-        return {"params": shapes.params, "batch_stats": shapes.batch_stats, **({"ema": shapes.ema} if shapes.ema else {})}
+        optional = {"ema": shapes.ema, "collections": shapes.collections}
+        kept = {name: part for name, part in optional.items() if part}
+        return {"params": shapes.params, "batch_stats": shapes.batch_stats, **kept}
 
     def evaluate(self, restored: Restored, stop_requested: Callable[[], bool] = lambda: False) -> Evaluation:
         """Raises Interrupted if `stop_requested` becomes true on the way."""
         metrics = evaluate(
             self.eval_step,
-            evaluated_variables({"ema": {}, **restored.state}),
+            evaluated_variables(restored.state),
             self.examples,
             batch_size=self.batch_size,
             mesh=self.experiment.mesh,
@@ -142,7 +144,6 @@ class Subject:
             self.split,
             restored.step,
             metrics[""],
-            (*self.experiment.objective.metrics, "loss"),
             metrics.get("_raw"),
             plan.params,
             plan.dense_params,

@@ -38,7 +38,8 @@ def make_train_step(
     Args:
       model, optimizer, schedule, mixing, objective: the parts.
       accumulate: in how many parts of equal size, one after the other, the batch goes through the network; the gradient is the
-        mean over them.  BatchNorm normalises each part by itself, and devices exchange gradients after each.
+        mean over them, and so are the collections.  BatchNorm normalises each part by itself, and devices exchange gradients
+        after each.
       ema_decay: of the running average of parameters and BatchNorm statistics in `state.ema`; None for none.
       seed: of the run.
       gather: lays the parameters out as the network computes with them.
@@ -46,19 +47,20 @@ def make_train_step(
 
     def loss_fn(params: Any, state: TrainState, batch: dict[str, jax.Array]):
         params = gather(params)
+        written = {"batch_stats": state.batch_stats, **state.collections}
         part = batch["place"][0]
         images, targets = mixing(jax.random.fold_in(key(seed, "mixing", state.step), part), batch["image"], batch["label"])
         logits, updates = apply(
             model,
-            {"params": params, "batch_stats": state.batch_stats},
+            {**written, "params": params},
             images,
             train=True,
-            mutable=["batch_stats"],
+            mutable=list(written),
             rngs={"dropout": jax.random.fold_in(key(seed, "dropout", state.step), part)},
         )
         logits = logits.astype(jnp.float32)
         metric = objective.metrics[objective.deciding](logits, targets).mean()
-        return objective.loss(logits, targets).mean(), (updates.get("batch_stats", {}), metric)
+        return objective.loss(logits, targets).mean(), ({**written, **updates}, metric)
 
     def loss_and_grads(state: TrainState, batch: dict[str, jax.Array]):
         return jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch)
@@ -68,8 +70,12 @@ def make_train_step(
         mean_over_parts = loss_and_grads
         if accumulate > 1:
             mean = optax.microbatching.AccumulationType.MEAN
-            mean_over_parts = optax.microbatch(loss_and_grads, argnums=1, microbatch_size=size // accumulate, accumulator=mean)
-        (loss, (batch_stats, metric)), grads = mean_over_parts(state, {**batch, "place": jnp.arange(size)})
+            accumulator = ((mean, (_accumulators(state), mean)), mean)
+            mean_over_parts = optax.microbatch(
+                loss_and_grads, argnums=1, microbatch_size=size // accumulate, accumulator=accumulator
+            )
+        (loss, (collections, metric)), grads = mean_over_parts(state, {**batch, "place": jnp.arange(size)})
+        batch_stats = collections.pop("batch_stats")
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, objective.deciding: metric, "grad_norm": optax.tree.norm(grads)}
@@ -77,9 +83,31 @@ def make_train_step(
         ema = state.ema
         if ema_decay is not None:
             ema = moved_average(ema, {"params": params, "batch_stats": batch_stats}, ema_decay, state.step + 1)
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema, collections), metrics
 
     return train_step
+
+
+def _accumulators(state: TrainState) -> Any:
+    """How the collections of a batch's parts become one: floating-point arrays by their mean, others as the last part has them.
+
+    Every part starts from the same collections, so a counter counts a step once.
+    """
+    mean = optax.microbatching.AccumulationType.MEAN
+    others = jax.tree.map(lambda leaf: mean if jnp.issubdtype(leaf.dtype, jnp.floating) else _LAST, state.collections)
+    return {"batch_stats": mean, **others}
+
+
+def _zeros(value: Any) -> Any:
+    return jnp.zeros_like(value)
+
+
+_LAST = optax.microbatching.Accumulator(
+    init=_zeros,
+    update=lambda carry, value, index: value,
+    finalize=lambda value: value,
+    aggregate=lambda values: values,
+)
 
 
 def moved_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
@@ -97,14 +125,14 @@ def make_eval_step(
     *,
     objective: Objective = objectives.DEFAULT,
     gather: Gather = lambda params: params,
-) -> Callable[[Any, Any, dict[str, jax.Array]], Metrics]:
-    """A function `(params, batch_stats, batch) -> sums` of the loss and of every metric over the examples whose mask is 1.
+) -> Callable[[dict[str, Any], dict[str, jax.Array]], Metrics]:
+    """A function `(variables, batch) -> sums` of the loss and of every metric over the examples whose mask is 1.
 
     `count` says over how many; `gather` as in training.
     """
 
-    def eval_step(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> Metrics:
-        variables = {"params": gather(params), "batch_stats": batch_stats}
+    def eval_step(variables: dict[str, Any], batch: dict[str, jax.Array]) -> Metrics:
+        variables = {**variables, "params": gather(variables["params"])}
         logits = apply(model, variables, normalize(batch["image"]), train=False).astype(jnp.float32)
         mask = batch["mask"]
 

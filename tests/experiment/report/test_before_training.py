@@ -12,7 +12,7 @@ import lowrank_jax as lr
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.report import before_training
-from lowrank_jax.experiment.training import state
+from lowrank_jax.experiment.training import start, state
 from tests import running
 
 SETTINGS = before_training.Settings(scales=(0.1, 0.5), methods=("spectral", "kernel_projection"), seeds=2, batch_size=8)
@@ -39,7 +39,7 @@ def test_figures_are_those_of_the_parts(report):
     arm = next(arm for arm in arms if (arm.seed, arm.scale, arm.method) == (1, 0.1, "kernel_projection"))
     assert arm.rank == {"dense1/kernel": 3, "dense2/kernel": 2, "head/kernel": 1}
     model = config.build_model()
-    variables = state.init_dense(model, jnp.zeros((1, 8, 8, 1)), 1)
+    variables = start.init_dense(model, jnp.zeros((1, 8, 8, 1)), 1)
     images = jax.random.normal(state.key(1, "init-report", 0), (8, 8, 8, 1))
     x, y = images, images
     for name, rank in arm.rank.items():
