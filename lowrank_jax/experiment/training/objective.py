@@ -95,7 +95,7 @@ def _find(name: str, known: Mapping[str, PerExample], kind: str) -> PerExample:
         return known[name]
     if ":" not in name:
         raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, known)}")
-    function = import_attribute(name, kind)
+    function: PerExample = import_attribute(name, kind)
     if not callable(function):
         raise ValueError(f"{kind} {name!r} is not a function")
     return functools.partial(_on_distributions, function)
