@@ -37,7 +37,7 @@ def settings() -> configs.Config:
 
 
 def loop_turn(loop: Any) -> float:
-    """Seconds of a turn of the loop, in the order of `run`."""
+    """Seconds of a turn of the loop, in the order of `advance_to_the_end`."""
     begin = time.perf_counter()
     for _ in range(TURN):
         loop.evaluate_if_due()
@@ -64,9 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Workdir(name)
         with Writer(folder) as writer, Checkpoints(folder.checkpoints) as checkpoints, train.StopSignal() as stop:
-            loop = train._Loop(experiment, data, folder, writer, checkpoints, stop)
-            loop.restore_or_init()
-            loop.compile()
+            loop = train.begin(train.Tools(experiment, data, folder, writer, checkpoints, stop))
             state, batch = experiment.init(), put_batch(next(loop.feed), experiment.mesh)
             pairs = []
             for _ in range(PAIRS + 1):

@@ -1,8 +1,8 @@
 """Optimisers, learning-rate schedules and decay, put together from optax's parts."""
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import optax
 
@@ -11,39 +11,34 @@ from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import first_match, map_named, named_leaves
 from lowrank_jax.text import nearest
 
+if TYPE_CHECKING:  # the config's schema takes its names from here
+    from lowrank_jax.experiment.config.schema import Duration, OptimConfig
+
 OPTIMIZERS = ("sgd", "adamw", "rmsprop", "lars", "lamb")
 KERNELS = r"(.*/)?(kernel|embedding)(/[uv])?"
-"""Names of the parameters that multiply what a layer is fed: what decay and trust ratios are for."""
+"""Names of the parameters that multiply a layer's input, for which decay and trust ratios are meant."""
 SCHEDULES = ("cosine", "step", "exponential", "constant")
 
 
 def make_schedule(
-    name: str,
-    lr: float,
-    *,
-    total_steps: int,
-    warmup: int = 0,
-    step_at: Sequence[int] = (),
-    step_every: int = 1,
-    step_factor: float = 0.1,
+    settings: "OptimConfig", lr: Any, *, total_steps: int, in_steps: Callable[["Duration"], int]
 ) -> optax.Schedule:
-    """The learning rate by step: a linear warm-up to `lr`, then the named schedule over what is left.
+    """The learning rate by step: a linear warm-up to `lr`, then the named schedule over the remaining steps.
 
     Args:
-      name: `cosine` to zero, `step` (times `step_factor` at each of `step_at`), `exponential` (times `step_factor` whenever
-        `step_every` steps are over), or `constant`.
-      lr: the highest rate.
+      settings: `schedule` is `cosine` to zero, `step` (times `step_factor` at each of `step_at`), `exponential` (times
+        `step_factor` after every `step_every`), or `constant`.  Durations count from the start of training, warm-up included.
+      lr: the highest rate; it may be traced.
       total_steps: the length of training.
-      warmup: steps of linear growth from zero.
-      step_at, step_every: in steps, counted from the start of training, warm-up included.
-      step_factor: see above.
+      in_steps: a duration in whole steps.
     """
-    if name == "cosine":
+    warmup, factor = in_steps(settings.warmup), settings.step_factor
+    if settings.schedule == "cosine":
         after = optax.cosine_decay_schedule(lr, max(1, total_steps - warmup))
-    elif name == "step":
-        after = optax.piecewise_constant_schedule(lr, {step - warmup: step_factor for step in step_at})
-    elif name == "exponential":
-        whole = optax.exponential_decay(lr, step_every, step_factor, staircase=True)
+    elif settings.schedule == "step":
+        after = optax.piecewise_constant_schedule(lr, {in_steps(moment) - warmup: factor for moment in settings.step_at})
+    elif settings.schedule == "exponential":
+        whole = optax.exponential_decay(lr, max(1, in_steps(settings.step_every)), factor, staircase=True)
         after = lambda step: whole(step + warmup)  # noqa: E731
     else:
         after = optax.constant_schedule(lr)
@@ -53,70 +48,55 @@ def make_schedule(
     return optax.join_schedules([lambda step: lr * (step + 1) / warmup, after], [warmup])
 
 
-def make_optimizer(
-    name: str,
-    schedule: optax.Schedule,
-    params: Any,
-    *,
-    momentum: float = 0.9,
-    nesterov: bool = True,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    trust_coefficient: float = 0.001,
-    clip_norm: float | None = None,
-    weight_decay: float = 0.0,
-    decay_rules: Sequence[tuple[str, float]] = ((".*", 1.0),),
-    frobenius_decay: float = 0.0,
-    nuclear_decay: float = 0.0,
-) -> optax.GradientTransformation:
-    """A gradient transformation.
+def make_optimizer(settings: "OptimConfig", schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
+    """The optimiser with clipping and decay.
 
-    Decay joins the gradient in `sgd`, `rmsprop` and `lars`, and is decoupled from it in `adamw` and `lamb`.
+    Decay is added to the gradient in `sgd`, `rmsprop` and `lars`, and decoupled from it in `adamw` and `lamb`.  `rmsprop` is
+    TensorFlow's: epsilon inside the root, mean squares that start at one, and momentum of steps that the rate has multiplied.
+    `lars` and `lamb` scale the steps of kernels and embeddings, each factor separately; biases, norm scales and positions move
+    as in `sgd` and `adamw`.
 
     Args:
-      name: one of `OPTIMIZERS`.  `rmsprop` is TensorFlow's: epsilon inside the root, mean squares that start at one, momentum
-        of steps that the rate has multiplied.  `lars` and `lamb` scale the steps of kernels and embeddings, each factor by
-        itself; biases, norm scales and positions move as in `sgd` and `adamw`.
+      settings: `momentum` and `nesterov` are of sgd, rmsprop and lars; `b1`, `b2` and `eps` of adamw and lamb; `b2`, the decay
+        of the mean squares, and `eps` also of rmsprop; `trust_coefficient` of lars.  A parameter takes `weight_decay` times the
+        multiplier of the first of `decay_rules` that matches its name; factors are called ".../kernel/u" and ".../kernel/v".
+        `frobenius_decay` is of |UV|_F² of factor pairs and `nuclear_decay` of |UV|_*, by its surrogate; with either, pairs
+        take no weight decay.
       schedule: the learning rate.
-      params: the parameters or their shapes, for the names that `decay_rules` match.
-      momentum, nesterov: of sgd, rmsprop and lars.
-      b1, b2, eps: of adamw and lamb; of rmsprop `b2`, the decay of the mean squares, and `eps`.
-      trust_coefficient: of lars.
-      clip_norm: bound on the global norm of the gradient.
-      weight_decay: times the multiplier of the first rule that matches a parameter's name.
-      decay_rules: `(path, multiplier)`; factors are called ".../kernel/u" and ".../kernel/v".
-      frobenius_decay: decay of |UV|_F² of factor pairs, which then take no weight decay themselves.
-      nuclear_decay: the same of |UV|_*, by its surrogate.
+      params: the parameters or their shapes, for their names.
 
     Raises:
       ValueError: a rule matches no parameter, or a parameter is matched by no rule.
     """
-    multipliers = decay_multipliers(params, decay_rules, skip_factors=frobenius_decay + nuclear_decay > 0)
-    decays = [
-        optax.add_decayed_weights(weight_decay * multiplier, mask=_mask(multipliers, multiplier))
-        for multiplier in sorted(set(multipliers.values()))
-        if weight_decay * multiplier
-    ]
-    if frobenius_decay:
-        decays.append(add_frobenius_decay(frobenius_decay))
-    if nuclear_decay:
-        decays.append(add_nuclear_decay(nuclear_decay))
-    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    rate = optax.scale_by_learning_rate(schedule)
-    if name == "sgd":
-        core = [*decays, optax.trace(momentum, nesterov), rate]
-    elif name == "rmsprop":
-        core = [*decays, optax.rmsprop(schedule, b2, eps, initial_scale=1.0, momentum=momentum, nesterov=nesterov)]
-    elif name == "lars":
-        lars = optax.lars(
-            schedule, trust_coefficient=trust_coefficient, trust_ratio_mask=_kernels, momentum=momentum, nesterov=nesterov
-        )
-        core = [*decays, lars]
+    decays, rate = _decays(settings, params), optax.scale_by_learning_rate(schedule)
+    clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
+    momentum = {"momentum": settings.momentum, "nesterov": settings.nesterov}
+    if settings.name == "sgd":
+        core = [*decays, optax.trace(settings.momentum, settings.nesterov), rate]
+    elif settings.name == "rmsprop":
+        core = [*decays, optax.rmsprop(schedule, settings.b2, settings.eps, initial_scale=1.0, **momentum)]
+    elif settings.name == "lars":
+        trust = {"trust_coefficient": settings.trust_coefficient, "trust_ratio_mask": _kernels}
+        core = [*decays, optax.lars(schedule, **trust, **momentum)]
     else:
-        trust = [optax.masked(optax.scale_by_trust_ratio(), _kernels)] if name == "lamb" else []
-        core = [optax.scale_by_adam(b1, b2, eps), *decays, *trust, rate]
+        trust = [optax.masked(optax.scale_by_trust_ratio(), _kernels)] if settings.name == "lamb" else []
+        core = [optax.scale_by_adam(settings.b1, settings.b2, settings.eps), *decays, *trust, rate]
     return optax.chain(*clip, *core)
+
+
+def _decays(settings: "OptimConfig", params: Any) -> list[optax.GradientTransformation]:
+    skip_factors = settings.frobenius_decay + settings.nuclear_decay > 0
+    multipliers = decay_multipliers(params, settings.decay_rules, skip_factors=skip_factors)
+    decays = [
+        optax.add_decayed_weights(settings.weight_decay * multiplier, mask=_mask(multipliers, multiplier))
+        for multiplier in sorted(set(multipliers.values()))
+        if settings.weight_decay * multiplier
+    ]
+    if settings.frobenius_decay:
+        decays.append(add_frobenius_decay(settings.frobenius_decay))
+    if settings.nuclear_decay:
+        decays.append(add_nuclear_decay(settings.nuclear_decay))
+    return decays
 
 
 def _kernels(params: Any) -> Any:
@@ -124,7 +104,7 @@ def _kernels(params: Any) -> Any:
 
 
 def decay_multipliers(params: Any, rules: Sequence[tuple[str, float]], *, skip_factors: bool) -> dict[str, float]:
-    """The multiplier of weight decay for every parameter by name.
+    """The multiplier of weight decay of every parameter, by name.
 
     Raises:
       ValueError: a rule matches no parameter, or a parameter is matched by no rule.

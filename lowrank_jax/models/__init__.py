@@ -51,11 +51,20 @@ def constructor(name: str) -> Callable[..., nn.Module]:
         return MODELS[name]
     if ":" not in name:
         raise ValueError(f"unknown model {name!r}{did_you_mean(name, MODELS)}")
+    return import_attribute(name, "model")
+
+
+def import_attribute(name: str, kind: str) -> Any:
+    """What "package.module:attribute" names; `kind` is what to call it in messages.
+
+    Raises:
+      ValueError: it cannot be imported.
+    """
     module, attribute = name.split(":", 1)
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever somebody's module may raise
-        raise ValueError(f"model {name!r} cannot be imported: {first_line(error)}") from None
+        raise ValueError(f"{kind} {name!r} cannot be imported: {first_line(error)}") from None
 
 
 def settings(name: str) -> dict[str, Any] | None:

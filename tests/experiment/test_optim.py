@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 
+from lowrank_jax.experiment.config.schema import Duration, OptimConfig
 from lowrank_jax.experiment.optim import decay_multipliers, make_optimizer, make_schedule
 from lowrank_jax.kernel import LowRankKernel
 
@@ -16,7 +17,7 @@ RULES = ((r"(.*/)?kernel(/[uv])?", 1.0), (".*", 0.0))
 
 
 def updated(gradient=0.0, steps=1, **settings):
-    optimizer = make_optimizer(settings.pop("name", "sgd"), optax.constant_schedule(0.1), PARAMS, **settings)
+    optimizer = make_optimizer(OptimConfig(**{"decay_rules": RULES, **settings}), optax.constant_schedule(0.1), PARAMS)
     state, params = optimizer.init(PARAMS), PARAMS
     for _ in range(steps):
         updates, state = optimizer.update(jax.tree.map(lambda x: jnp.full_like(x, gradient), params), state, params)
@@ -24,16 +25,23 @@ def updated(gradient=0.0, steps=1, **settings):
     return params
 
 
+def rates(schedule, steps, *, warmup=10, step_at=(), step_every=1, **settings):
+    """The learning rates of some steps, of 100 in all and 0.4 at most."""
+    durations = {"warmup": warmup, "step_every": step_every}
+    settings |= {name: Duration(steps, "step") for name, steps in durations.items()}
+    settings["step_at"] = tuple(Duration(step, "step") for step in step_at)
+    config = OptimConfig(schedule=schedule, **settings)
+    return jax.vmap(make_schedule(config, 0.4, total_steps=100, in_steps=lambda d: d.steps(1, 1)))(jnp.array(steps))
+
+
 def test_schedules_warm_up_and_come_down():
-    cosine = make_schedule("cosine", 0.4, total_steps=100, warmup=10)
-    np.testing.assert_allclose([cosine(0), cosine(9), cosine(10), cosine(55), cosine(100)], [0.04, 0.4, 0.4, 0.2, 0], atol=1e-6)
-    step = make_schedule("step", 0.4, total_steps=100, warmup=10, step_at=[30, 60], step_factor=0.1)
-    np.testing.assert_allclose([step(0), step(29), step(31), step(61)], [0.04, 0.4, 0.04, 0.004], rtol=1e-5)
-    settings = {"total_steps": 100, "warmup": 10, "step_every": 24, "step_factor": 0.5}
-    exponential = make_schedule("exponential", 0.4, **settings)
-    np.testing.assert_allclose([exponential(t) for t in (4, 9, 10, 23, 24, 48)], [0.2, 0.4, 0.4, 0.4, 0.2, 0.1], rtol=1e-5)
-    constant = make_schedule("constant", 0.4, total_steps=100)
-    np.testing.assert_allclose([constant(0), constant(99)], 0.4, rtol=1e-6)
+    cosine = rates("cosine", [0, 9, 10, 55, 100])
+    np.testing.assert_allclose(cosine, [0.04, 0.4, 0.4, 0.2, 0], atol=1e-6)
+    step = rates("step", [0, 29, 31, 61], step_at=[30, 60], step_factor=0.1)
+    np.testing.assert_allclose(step, [0.04, 0.4, 0.04, 0.004], rtol=1e-5)
+    exponential = rates("exponential", [4, 9, 10, 23, 24, 48], step_every=24, step_factor=0.5)
+    np.testing.assert_allclose(exponential, [0.2, 0.4, 0.4, 0.4, 0.2, 0.1], rtol=1e-5)
+    np.testing.assert_allclose(rates("constant", [0, 99], warmup=0), 0.4, rtol=1e-6)
 
 
 def test_sgd_is_the_textbooks():
@@ -65,8 +73,8 @@ def test_rmsprop_is_tensorflows():
     rng = np.random.default_rng(0)
     params = {"w": rng.normal(size=(3, 2)).astype(np.float32)}
     gradients = [rng.normal(size=(3, 2)).astype(np.float32) for _ in range(6)]
-    settings = {"momentum": 0.9, "nesterov": False, "b2": 0.9, "eps": 1e-3}
-    optimizer = make_optimizer("rmsprop", optax.constant_schedule(0.05), params, **settings)
+    settings = OptimConfig("rmsprop", momentum=0.9, nesterov=False, b2=0.9, eps=1e-3, decay_rules=((".*", 0.0),))
+    optimizer = make_optimizer(settings, optax.constant_schedule(0.05), params)
     state, ours = optimizer.init(params), params
     variable, square, momentum = (tf.Variable(value) for value in (params["w"], np.ones((3, 2), "f"), np.zeros((3, 2), "f")))
     for gradient in gradients:
@@ -104,7 +112,7 @@ def test_trust_ratios_are_for_kernels_and_not_for_biases_of_whatever_shape(name)
     attention = nn.MultiHeadDotProductAttention(2)
     params = {"attention": attention.init(jax.random.key(0), jnp.ones((1, 3, 8)))["params"], "positions": jnp.ones((1, 3, 8))}
     params = jax.tree.map(lambda leaf: leaf + 0.01, params)
-    optimizer = make_optimizer(name, optax.constant_schedule(0.1), params, momentum=0.0, eps=1e-12)
+    optimizer = make_optimizer(OptimConfig(name, momentum=0.0, eps=1e-12), optax.constant_schedule(0.1), params)
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
     plain = jax.tree.map(lambda leaf: np.allclose(leaf, -0.1, rtol=1e-4), updates)
     assert plain["positions"] and plain["attention"]["query"]["bias"] and not plain["attention"]["query"]["kernel"]

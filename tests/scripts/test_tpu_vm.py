@@ -221,7 +221,9 @@ def test_a_run_creates_installs_starts_everywhere_and_follows(cloud):
         home = cloud.folder / f"worker{worker}"
         assert cloud.argv(worker) == [str(home / "lowrank_jax"), *TRAIN, *AWKWARD]
         assert (home / "set up").read_text() == f"{home}\n"
-        assert (home / "lowrank_jax" / "lowrank_jax" / "text.py").read_bytes() == (ROOT / "lowrank_jax" / "text.py").read_bytes()
+        assert (home / "lowrank_jax" / "lowrank_jax" / "text.py").read_bytes() == (
+            ROOT / "lowrank_jax" / "text.py"
+        ).read_bytes()
     # What is there is used again, and its exit status is that of the training.
     cloud.todo("4")
     assert cloud.run(*RUN, "--recreate=3", "--", *TRAIN).returncode == 4

@@ -12,6 +12,7 @@ from lowrank_jax.experiment.config.schema import Config, DatasetConfig
 from lowrank_jax.experiment.config.typed import read_section, read_value
 from lowrank_jax.experiment.data import datasets, splits
 from lowrank_jax.experiment.hosts.sharding import AXES, read_rules, rule_problems
+from lowrank_jax.experiment.training import objective
 from lowrank_jax.text import did_you_mean, first_line
 
 
@@ -27,6 +28,10 @@ def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> l
     if config.batch_size % config.optim.accumulate and not wrong & {"batch_size", "optim.accumulate"}:
         problems.append(f"optim.accumulate: {config.optim.accumulate}; batch_size {config.batch_size} is no multiple of it")
     parts = [] if wrong & {"dataset.name"} else _dataset_problems(config, wrong)
+    if not any(key.startswith("objective") for key in wrong):
+        known = not parts and not any(key.startswith("dataset") for key in wrong)
+        num_classes = config.description.num_classes if known else None
+        problems += objective.problems(config.objective.loss, config.objective.metrics, num_classes)
     parts += _model_problems(config) + _rule_problems(config, wrong)
     if not parts and not any(key.startswith(("dataset.", "model.", "lowrank.")) for key in wrong):
         parts = _plan_problems(config)

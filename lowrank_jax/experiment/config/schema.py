@@ -141,6 +141,14 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Loss and metrics by name, or functions of your own as "package.module:function" (see `training.objective`)."""
+
+    loss: str = "softmax_cross_entropy"
+    metrics: tuple[str, ...] = ("top1", "top5")  # the first decides which checkpoint is best; larger is better
+
+
+@dataclasses.dataclass(frozen=True)
 class LowRankConfig(_Hashable):
     """Which kernels are factored and how; see `lowrank_jax.Rule`.  Method `none` is the dense arm."""
 
@@ -270,6 +278,7 @@ class Config:
     dataset: DatasetConfig = DatasetConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     lowrank: LowRankConfig = LowRankConfig()
     init: InitConfig = InitConfig()
     eval: EvalConfig = EvalConfig()

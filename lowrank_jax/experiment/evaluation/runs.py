@@ -20,8 +20,6 @@ from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoin
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.text import align, count, did_you_mean
 
-_HEADER = ["split", "examples", "top1", "top5", "loss", "step", "params", "dense params"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -44,6 +42,13 @@ class Evaluation:
     dense_params: int
     damaged: dict[int, str]
 
+    def header(self) -> list[str]:
+        return ["split", "examples", *self._shown(), "step", "params", "dense params"]
+
+    def _shown(self) -> list[str]:
+        """The objective's metrics by name, then its loss."""
+        return [*(name for name in self.metrics if name not in ("loss", "examples", "undecodable")), "loss"]
+
     def rows(self) -> list[list[str]]:
         """Cells of a table; the raw weights have a row of their own where there are averaged ones."""
         if self.raw_metrics is None:
@@ -51,7 +56,7 @@ class Evaluation:
         return [self._row(f"{self.split}, averaged", self.metrics), self._row(f"{self.split}, raw", self.raw_metrics)]
 
     def _row(self, split: str, metrics: dict[str, float]) -> list[str]:
-        scores = [f"{metrics[name]:.4f}" for name in ("top1", "top5", "loss")]
+        scores = [f"{metrics[name]:.4f}" for name in self._shown()]
         examples = f"{metrics['examples']:,}"
         return [split, examples, *scores, str(self.step), count(self.params), count(self.dense_params)]
 
@@ -63,7 +68,7 @@ class Evaluation:
 
     def table(self) -> str:
         """Aligned text: a header and a row."""
-        return "\n".join([*self.warnings(), align([_HEADER, *self.rows()])])
+        return "\n".join([*self.warnings(), align([self.header(), *self.rows()])])
 
     def json(self) -> str:
         """One object."""
@@ -75,15 +80,18 @@ class Rows:
 
     def __init__(self, workdirs: Sequence[str], say: Callable[[str], None]):
         self._named = len(workdirs) > 1
-        self._widths = [max(map(len, workdirs))] + [0] * len(_HEADER)
-        self._say, self._begun = say, False
+        self._least, self._widths = max(map(len, workdirs)), []
+        self._say, self._header = say, []
 
     def add(self, workdir: str, evaluation: Evaluation) -> None:
-        table = [["workdir", *_HEADER], *([workdir, *row] for row in evaluation.rows())]
+        header = ["workdir", *evaluation.header()]
+        repeated = header == self._header  # it is said once, and again where runs have other metrics
+        if not repeated:
+            self._header, self._widths = header, [self._least] + [0] * (len(header) - 1)
+        table = [header, *([workdir, *row] for row in evaluation.rows())]
         self._widths = [max(map(len, column)) for column in zip(*table, [" " * width for width in self._widths], strict=True)]
-        for cells in table[self._begun :]:  # the header once
+        for cells in table[repeated:]:
             self._line(cells)
-        self._begun = True
 
     def _line(self, cells: list[str]) -> None:
         padded = [cell.ljust(width) for cell, width in zip(cells, self._widths, strict=True)]
@@ -115,13 +123,15 @@ class Subject:
     def target(self) -> dict[str, Any]:
         """The parts of the state that evaluation needs."""
         shapes = self.experiment.shapes
-        return {"params": shapes.params, "batch_stats": shapes.batch_stats, **({"ema": shapes.ema} if shapes.ema else {})}
+        optional = {"ema": shapes.ema, "collections": shapes.collections}
+        kept = {name: part for name, part in optional.items() if part}
+        return {"params": shapes.params, "batch_stats": shapes.batch_stats, **kept}
 
     def evaluate(self, restored: Restored, stop_requested: Callable[[], bool] = lambda: False) -> Evaluation:
         """Raises Interrupted if `stop_requested` becomes true on the way."""
         metrics = evaluate(
             self.eval_step,
-            evaluated_variables({"ema": {}, **restored.state}),
+            evaluated_variables(restored.state),
             self.examples,
             batch_size=self.batch_size,
             mesh=self.experiment.mesh,
@@ -129,7 +139,13 @@ class Subject:
         )
         plan = self.experiment.plan
         return Evaluation(
-            self.split, restored.step, metrics[""], metrics.get("_raw"), plan.params, plan.dense_params, restored.damaged
+            self.split,
+            restored.step,
+            metrics[""],
+            metrics.get("_raw"),
+            plan.params,
+            plan.dense_params,
+            restored.damaged,
         )
 
 
@@ -187,14 +203,14 @@ class Evaluator:
         return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size)
 
     def _experiment(self, config: Config, workdir: str) -> Experiment:
-        key = (config.model, config.description, config.lowrank, config.optim.ema_decay is None)
+        key = (config.model, config.description, config.lowrank, config.objective, config.optim.ema_decay is None)
         if key not in self._experiments:
             self._experiments[key] = build(dataclasses.replace(config, mesh=MeshConfig()), workdir)
         return self._experiments[key]
 
     def _eval_step(self, experiment: Experiment) -> Callable[..., dict[str, jax.Array]]:
         """One for all plans: jit tells them apart by the kernels, which hold their own ranks and schemes."""
-        key = (experiment.config.model, experiment.dataset)
+        key = (experiment.config.model, experiment.config.objective, experiment.dataset)
         if key not in self._eval_steps:
             self._eval_steps[key] = experiment.jit_eval_step()
         return self._eval_steps[key]

@@ -17,9 +17,9 @@ from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.pipeline import TrainBatches
 from lowrank_jax.experiment.data.splits import split_size
-from lowrank_jax.experiment.training import state
-from lowrank_jax.experiment.training.build import blank_images
+from lowrank_jax.experiment.training import start, state
 from lowrank_jax.experiment.training.mixing import normalizer
+from lowrank_jax.experiment.training.start import blank_images
 from lowrank_jax.experiment.workdir.writer import duration
 from lowrank_jax.linen.factorize import factorize
 from lowrank_jax.paths import named_leaves
@@ -155,7 +155,7 @@ class _Programs:
 
     def __init__(self, config: Config):
         self._config, self.model = config, config.build_model()
-        self.init = jax.jit(functools.partial(state.init_dense, self.model, blank_images(config.description)))
+        self.init = jax.jit(functools.partial(start.init_dense, self.model, blank_images(config.description)))
         self.forward = jax.jit(self._forward)
         self.merge = jax.jit(merge)
         self._factorizers: dict[Plan, _Factorizer] = {}

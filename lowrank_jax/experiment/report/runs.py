@@ -190,6 +190,8 @@ def read(path: epath.PathLike, name: str) -> Run:
     metrics = tuple(folder.read_lines("metrics.jsonl"))
     result = folder.read_json("result.json")
     if result is not None:
+        if "top1" not in (result.get("eval") or {"top1": None}):
+            raise WorkdirError(f"{path}: a report compares top1, which is not among this run's objective.metrics")
         if not _is_result(result):
             raise WorkdirError(f"{path}/result.json is not a run's, or holds what is no number")
         return Run(name, settings, "done", "", result, metrics)

@@ -144,6 +144,8 @@ def expand(source: str, overrides: Sequence[tuple[str, str]], text: str, workdir
         except configs.ConfigError as error:
             problems.update({problem: name for problem in error.problems if problem not in problems})
             continue
+        if config.objective.metrics[0] != "top1":
+            problems.setdefault("objective.metrics: a sweep compares its trials by top1, which must come first", name)
         folder = str(epath.Path(workdir) / name)
         flags = [f"--config.{key}={value}" for key, value in (*overrides, *values.items())]
         trials.append(Trial(name, values, config, folder, ("train", f"--config={source}", *flags, f"--workdir={folder}")))

@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from lowrank_jax import inputs
 from lowrank_jax.experiment import optim
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.plan import make_plan
@@ -30,10 +28,11 @@ from lowrank_jax.experiment.hosts.sharding import (
     state_shardings,
 )
 from lowrank_jax.experiment.training import mixing, state, step
+from lowrank_jax.experiment.training.objective import Objective, make_objective
+from lowrank_jax.experiment.training.start import Start, blank_images, fresh_state, init_weights
 from lowrank_jax.planning import chips
 from lowrank_jax.planning.execution import choose_execution
 from lowrank_jax.planning.plans import Plan
-from lowrank_jax.text import first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,61 +57,30 @@ class Experiment:
     shapes: state.TrainState
 
     def init(self, batches: Iterable[dict[str, jax.Array]] = ()) -> state.TrainState:
-        """The state before the first step, drawn on the devices and laid out over them; `init.svd` says what decomposes it.
-
-        Args:
-          batches: what the layers' second moments are taken from when `lowrank.moment_batches` asks for any.
-
-        Raises:
-          ConfigError: jax has no CPU device for `init.svd="host"`.
-        """
-        moments = self._second_moments(batches) if self.config.lowrank.moment_batches else None
-        if self.config.init.svd == "host":
-            return self._init_by_host(moments)
-        return self._jit_init()(self._seed(), moments)
+        """The state before the first step, laid out over the devices; see `Start.state`."""
+        return self.start().state(batches)
 
     def lower_init(self) -> jax.stages.Lowered:
-        """What `init` has the devices of the mesh, which need not be there, draw and decompose; before it is compiled."""
-        if self.config.init.svd == "host":
-            return self._jit_draw().lower(self._seed())
-        moments = inputs.moment_shapes(self.plan) if self.config.lowrank.moment_batches else None
-        return self._jit_init().lower(self._seed(), moments)
+        """The program of `init` for the devices of the mesh, which need not be there, before it is compiled."""
+        return self.start().lower()
 
-    def _jit_init(self) -> Any:
-        def init_state(seed: Any, moments: dict[str, jax.Array] | None) -> state.TrainState:
-            return self._fresh(*state.init_params(self.model, self.plan, blank_images(self.dataset), seed, moments))
-
-        return jax.jit(init_state, out_shardings=self._shardings())
-
-    def _jit_draw(self) -> Any:
-        """Of the dense network, on every device."""
-        draw = functools.partial(state.init_dense, self.model, blank_images(self.dataset))
-        return jax.jit(draw, out_shardings=replicated(self.mesh))
-
-    def _fresh(self, params: Any, batch_stats: Any) -> state.TrainState:
-        _, optimizer = self.make_optimizer(self.config.peak_lr)
-        return state.fresh_state(params, batch_stats, optimizer, ema=bool(self.shapes.ema))
+    def start(self) -> Start:
+        config = self.config
+        return Start(
+            self.model,
+            self.plan,
+            blank_images(self.dataset),
+            config.seed,
+            self.make_optimizer(config.peak_lr)[1],
+            self.shapes,
+            self.mesh,
+            self._normalizer(),
+            data_aware=config.lowrank.moment_batches > 0,
+            on_host=config.init.svd == "host",
+        )
 
     def _shardings(self) -> Any:
         return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-
-    def _init_by_host(self, moments: dict[str, jax.Array] | None) -> state.TrainState:
-        variables = _on_host(self._jit_draw()(self._seed()))
-        # Moments of a batch that several processes read are on the devices of all of them.
-        moments = moments and _on_host(jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(moments))
-        with jax.default_device(_cpu()):
-            parts = _on_host(state.factorized(variables, self.plan, self._seed(), moments))
-        if jax.process_count() > 1:  # hosts of two kinds may round differently, and every replica has to be the same
-            parts = multihost_utils.broadcast_one_to_all(parts)
-        return jax.jit(self._fresh, out_shardings=self._shardings())(*parts)
-
-    def _second_moments(self, batches: Iterable[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-        """Of the layers' inputs in the dense network as it is drawn, every BatchNorm on its batch's own statistics."""
-        variables = self._jit_draw()(self._seed())
-        normalize = jax.jit(self._normalizer())
-        images = (normalize(batch["image"]) for batch in batches)
-        dropout = {"dropout": state.key(self.config.seed, "dropout")}
-        return inputs.second_moments(self.model, variables, images, self.plan, rngs=dropout, train=True)
 
     def compile_train_step(self) -> Callable[..., tuple[state.TrainState, step.Metrics]]:
         """The compiled training step `(state, batch) -> (state, metrics)`; it takes the old state's memory."""
@@ -131,6 +99,7 @@ class Experiment:
                 optimizer,
                 schedule,
                 self._mixing(),
+                objective=self.objective,
                 accumulate=settings.accumulate,
                 ema_decay=settings.ema_decay,
                 seed=seed,
@@ -143,6 +112,10 @@ class Experiment:
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(self._shardings(), replicated(self.mesh)))
         return jitted.lower(self.shapes, self._batch_shapes(self.config.batch_size), *self._settings())
 
+    @property
+    def objective(self) -> Objective:
+        return make_objective(self.config.objective.loss, self.config.objective.metrics)
+
     def _settings(self) -> tuple[np.uint32, np.float32]:
         return self._seed(), np.float32(self.config.peak_lr)
 
@@ -150,11 +123,11 @@ class Experiment:
         return np.uint32(self.config.seed)
 
     def jit_eval_step(self) -> jax.stages.Wrapped:
-        eval_step = step.make_eval_step(self.model, self._normalizer(), gather=self._gather)
+        eval_step = step.make_eval_step(self.model, self._normalizer(), objective=self.objective, gather=self._gather)
 
-        def step_with_word(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> step.Metrics:
+        def step_with_word(variables: dict[str, Any], batch: dict[str, jax.Array]) -> step.Metrics:
             batch, word = votes.split(batch)
-            return {**eval_step(params, batch_stats, batch), **word}
+            return {**eval_step(variables, batch), **word}
 
         return jax.jit(step_with_word, out_shardings=replicated(self.mesh))
 
@@ -171,10 +144,9 @@ class Experiment:
 
     def lower_eval_step(self) -> jax.stages.Lowered:
         """The evaluation step of training before it is compiled for the devices of the mesh, which need not be there."""
-        evaluated = self.shapes.variables()[""]
         batch = self._batch_shapes(self.config.eval.batch_size)
         batch["mask"] = jax.ShapeDtypeStruct(batch["label"].shape, jnp.float32, sharding=batch["label"].sharding)
-        return self.jit_eval_step().lower(evaluated["params"], evaluated["batch_stats"], batch)
+        return self.jit_eval_step().lower(self.shapes.variables()[""], batch)
 
     def _normalizer(self):
         return mixing.normalizer(self.dataset.mean, self.dataset.std)
@@ -199,28 +171,6 @@ class Experiment:
         }
 
 
-def _on_host(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
-
-
-def _cpu() -> Any:
-    """This process's CPU as a device.
-
-    Raises:
-      ConfigError: jax was told to do without.
-    """
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError as error:
-        hint = f'"host" takes jax\'s CPU device: unset JAX_PLATFORMS or add cpu to it ({first_line(error)})'
-        raise ConfigError("config", [f"init.svd: {hint}"]) from error
-
-
-def blank_images(dataset: Dataset) -> jax.Array:
-    """One image, for a model to initialise on."""
-    return jnp.zeros((1, *dataset.image_shape), jnp.float32)
-
-
 def build(config: Config, source: str = "config", devices: Sequence[Any] | int | None = None) -> Experiment:
     """Puts an experiment together; nothing is computed and no data is touched.
 
@@ -235,45 +185,19 @@ def build(config: Config, source: str = "config", devices: Sequence[Any] | int |
     dataset, model = config.description, config.build_model()
     mesh = _mesh(config, devices)
     plan = planned_for(mesh, config)
-    settings = config.optim
-    init_params = functools.partial(state.init_params, model, plan, blank_images(dataset), config.seed)
-    params, _ = jax.eval_shape(init_params)
+    init = functools.partial(init_weights, model, plan, blank_images(dataset), config.seed)
+    weights = jax.eval_shape(init)
 
     def make_optimizer(lr: Any) -> tuple[optax.Schedule, optax.GradientTransformation]:
-        schedule = optim.make_schedule(
-            settings.schedule,
-            lr,
-            total_steps=config.total_steps,
-            warmup=config.in_steps(settings.warmup),
-            step_at=[config.in_steps(moment) for moment in settings.step_at],
-            step_every=max(1, config.in_steps(settings.step_every)),
-            step_factor=settings.step_factor,
-        )
-        optimizer = optim.make_optimizer(
-            settings.name,
-            schedule,
-            params,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            b1=settings.b1,
-            b2=settings.b2,
-            eps=settings.eps,
-            trust_coefficient=settings.trust_coefficient,
-            clip_norm=settings.clip_norm,
-            weight_decay=settings.weight_decay,
-            decay_rules=settings.decay_rules,
-            frobenius_decay=settings.frobenius_decay,
-            nuclear_decay=settings.nuclear_decay,
-        )
-        return schedule, optimizer
+        schedule = optim.make_schedule(config.optim, lr, total_steps=config.total_steps, in_steps=config.in_steps)
+        return schedule, optim.make_optimizer(config.optim, schedule, weights.params)
 
     try:
         _, optimizer = make_optimizer(config.peak_lr)
     except ValueError as error:
         raise ConfigError(source, [f"optim.decay_rules: {line}" for line in str(error).splitlines()]) from error
-    ema = settings.ema_decay is not None
-    init_state = functools.partial(state.init_state, model, plan, optimizer, blank_images(dataset), config.seed, ema=ema)
-    shapes = jax.eval_shape(init_state)
+    fresh = functools.partial(fresh_state, optimizer=optimizer, ema=config.optim.ema_decay is not None)
+    shapes = jax.eval_shape(fresh, weights)
     try:
         shardings = state_shardings(shapes, mesh, config.mesh.to_rules())
     except ValueError as error:

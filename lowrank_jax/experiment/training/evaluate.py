@@ -12,6 +12,9 @@ from lowrank_jax.experiment.hosts.processes import OtherFailed
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, STOP, Votes
 
+Evaluated = dict[str, dict[str, float]]
+"""Metrics by name, of every set of weights or split that was evaluated."""
+
 
 class Interrupted(Exception):
     """A stop was asked for."""
@@ -25,14 +28,14 @@ def evaluate(
     batch_size: int,
     mesh: Mesh,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> dict[str, dict[str, float]]:
-    """`top1`, `top5` and `loss` over every example once, whatever the batch size.
+) -> Evaluated:
+    """The means of the loss and the metrics over every example once, whatever the batch size.
 
     `examples` says over how many, and `undecodable` how many images could not be read; it is left out where there are none.
 
     Args:
       eval_step: from `step.make_eval_step`.
-      variables: sets of `params` and `batch_stats` by name, from `state.evaluated_variables`; all in one pass over the data.
+      variables: sets of a model's variables by name, from `state.evaluated_variables`; all in one pass over the data.
       examples: what to evaluate on.
       batch_size: over all devices.
       mesh: the devices.
@@ -58,7 +61,7 @@ def evaluate(
                 raise
             batch, failure = batches.blank(), error  # the others count on this process until they know
         placed = votes.cast(put_batch(batch, mesh), failed=failure is not None)
-        results = votes.count(*(eval_step(part["params"], part["batch_stats"], placed) for part in variables.values()))
+        results = votes.count(*(eval_step(part, placed) for part in variables.values()))
         sums.append(dict(zip(variables, results, strict=True)))
         if len(sums) > 2:  # never far ahead of the devices
             jax.block_until_ready(sums[-3])
@@ -66,6 +69,11 @@ def evaluate(
         raise failure or OtherFailed
     parts = jax.device_get(sums)
     return {name: _means([part[name] for part in parts], examples, votes.shared) for name in variables}
+
+
+def score(evaluated: Evaluated, metric: str = "top1") -> float:
+    """What runs and checkpoints are chosen by: a metric on the held-out split, or on `eval_split` where none is held out."""
+    return evaluated.get("valid", evaluated["eval"])[metric]
 
 
 def _means(sums: list[dict[str, Any]], examples: Split, shared: bool) -> dict[str, float]:

@@ -36,6 +36,16 @@ def describe(experiment: Experiment) -> str:
     return "\n\n".join([*parts, align(totals)])
 
 
+def headline(experiment: Experiment) -> str:
+    """An experiment in one line."""
+    config, plan = experiment.config, experiment.plan
+    return (
+        f"{config.model.name} on {config.dataset.name}: {len(plan.factored)} of {len(plan.kernels)} kernels factored by"
+        f" {config.lowrank.method}, {count(plan.params)} of {count(plan.dense_params)} parameters;"
+        f" {config.total_steps} steps on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+    )
+
+
 def _rows(params: Any) -> list[list[str]]:
     """A row for every array that has more than one axis or is cut, one for all others."""
     header = ["array", "shape", "cut by", "a device holds", "bytes"]

@@ -17,7 +17,7 @@ from etils import epath
 from lowrank_jax.text import first_line
 
 
-class Tracer:
+class StepProfiler:
     """Traces the training steps from a first to a last one, and leaves all other steps alone.
 
     Args:
@@ -60,7 +60,7 @@ class Tracer:
         if number == self._last:
             self._stop()
 
-    def __enter__(self) -> "Tracer":
+    def __enter__(self) -> "StepProfiler":
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax.experiment.training import objective as objectives
 from lowrank_jax.experiment.training.mixing import Mixing, Normalize
+from lowrank_jax.experiment.training.objective import Objective
 from lowrank_jax.experiment.training.state import TrainState, key
 from lowrank_jax.linen.layers import apply
 
@@ -22,6 +24,7 @@ def make_train_step(
     schedule: optax.Schedule,
     mixing: Mixing,
     *,
+    objective: Objective = objectives.DEFAULT,
     accumulate: int = 1,
     ema_decay: float | None = None,
     seed: Any = 0,
@@ -29,14 +32,14 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """A function `(state, batch) -> (state, metrics)`.
 
-    The metrics `loss` and `top1` are means over the batch from before the update, `top1` being how often the network agrees
-    with the heaviest class of a target, which mixup and cutmix make; `grad_norm` is the norm of the gradient and `lr` the
-    learning rate of the update.
+    The metrics are the loss and the objective's first metric, as means over the batch before the update, the norm of the
+    gradient `grad_norm`, and the update's learning rate `lr`.
 
     Args:
-      model, optimizer, schedule, mixing: the parts.
+      model, optimizer, schedule, mixing, objective: the parts.
       accumulate: in how many parts of equal size, one after the other, the batch goes through the network; the gradient is the
-        mean over them.  BatchNorm normalises each part by itself, and devices exchange gradients after each.
+        mean over them, and so are the collections.  BatchNorm normalises each part by itself, and devices exchange gradients
+        after each.
       ema_decay: of the running average of parameters and BatchNorm statistics in `state.ema`; None for none.
       seed: of the run.
       gather: lays the parameters out as the network computes with them.
@@ -44,20 +47,20 @@ def make_train_step(
 
     def loss_fn(params: Any, state: TrainState, batch: dict[str, jax.Array]):
         params = gather(params)
+        written = {"batch_stats": state.batch_stats, **state.collections}
         part = batch["place"][0]
         images, targets = mixing(jax.random.fold_in(key(seed, "mixing", state.step), part), batch["image"], batch["label"])
         logits, updates = apply(
             model,
-            {"params": params, "batch_stats": state.batch_stats},
+            {**written, "params": params},
             images,
             train=True,
-            mutable=["batch_stats"],
+            mutable=list(written),
             rngs={"dropout": jax.random.fold_in(key(seed, "dropout", state.step), part)},
         )
         logits = logits.astype(jnp.float32)
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
-        top1 = (logits.argmax(-1) == targets.argmax(-1)).mean()
-        return loss, (updates.get("batch_stats", {}), top1)
+        metric = objective.metrics[objective.deciding](logits, targets).mean()
+        return objective.loss(logits, targets).mean(), ({**written, **updates}, metric)
 
     def loss_and_grads(state: TrainState, batch: dict[str, jax.Array]):
         return jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch)
@@ -67,17 +70,44 @@ def make_train_step(
         mean_over_parts = loss_and_grads
         if accumulate > 1:
             mean = optax.microbatching.AccumulationType.MEAN
-            mean_over_parts = optax.microbatch(loss_and_grads, argnums=1, microbatch_size=size // accumulate, accumulator=mean)
-        (loss, (batch_stats, top1)), grads = mean_over_parts(state, {**batch, "place": jnp.arange(size)})
+            accumulator = ((mean, (_accumulators(state), mean)), mean)
+            mean_over_parts = optax.microbatch(
+                loss_and_grads, argnums=1, microbatch_size=size // accumulate, accumulator=accumulator
+            )
+        (loss, (collections, metric)), grads = mean_over_parts(state, {**batch, "place": jnp.arange(size)})
+        batch_stats = collections.pop("batch_stats")
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "top1": top1, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
+        metrics = {"loss": loss, objective.deciding: metric, "grad_norm": optax.tree.norm(grads)}
+        metrics["lr"] = schedule(state.step)
         ema = state.ema
         if ema_decay is not None:
             ema = moved_average(ema, {"params": params, "batch_stats": batch_stats}, ema_decay, state.step + 1)
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema, collections), metrics
 
     return train_step
+
+
+def _accumulators(state: TrainState) -> Any:
+    """How the collections of a batch's parts become one: floating-point arrays by their mean, others as the last part has them.
+
+    Every part starts from the same collections, so a counter counts a step once.
+    """
+    mean = optax.microbatching.AccumulationType.MEAN
+    others = jax.tree.map(lambda leaf: mean if jnp.issubdtype(leaf.dtype, jnp.floating) else _LAST, state.collections)
+    return {"batch_stats": mean, **others}
+
+
+def _zeros(value: Any) -> Any:
+    return jnp.zeros_like(value)
+
+
+_LAST = optax.microbatching.Accumulator(
+    init=_zeros,
+    update=lambda carry, value, index: value,
+    finalize=lambda value: value,
+    aggregate=lambda values: values,
+)
 
 
 def moved_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
@@ -90,30 +120,28 @@ def moved_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
 
 
 def make_eval_step(
-    model: nn.Module, normalize: Normalize, *, gather: Gather = lambda params: params
-) -> Callable[[Any, Any, dict[str, jax.Array]], Metrics]:
-    """A function `(params, batch_stats, batch) -> sums` over the examples whose mask is 1; `gather` as in training."""
+    model: nn.Module,
+    normalize: Normalize,
+    *,
+    objective: Objective = objectives.DEFAULT,
+    gather: Gather = lambda params: params,
+) -> Callable[[dict[str, Any], dict[str, jax.Array]], Metrics]:
+    """A function `(variables, batch) -> sums` of the loss and of every metric over the examples whose mask is 1.
 
-    def eval_step(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> Metrics:
-        variables = {"params": gather(params), "batch_stats": batch_stats}
+    `count` says over how many; `gather` as in training.
+    """
+
+    def eval_step(variables: dict[str, Any], batch: dict[str, jax.Array]) -> Metrics:
+        variables = {**variables, "params": gather(variables["params"])}
         logits = apply(model, variables, normalize(batch["image"]), train=False).astype(jnp.float32)
-        label, mask = batch["label"], batch["mask"]
-        place = rank_of_label(logits, label)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        # where, not a product: a filled-up example's NaN must not reach the sum.
-        return {
-            "loss": jnp.where(mask > 0, loss, 0).sum(),
-            "top1": jnp.where(mask > 0, place < 1, False).sum(),
-            "top5": jnp.where(mask > 0, place < 5, False).sum(),
-            "count": mask.sum().astype(jnp.int32),
-        }
+        mask = batch["mask"]
+
+        def masked_sum(values: jax.Array) -> jax.Array:
+            # where, not a product: a filled-up example's NaN must not reach the sum.
+            return jnp.where(mask > 0, values, jnp.zeros_like(values)).sum()
+
+        measures = {"loss": objective.loss, **objective.metrics}
+        sums = {name: masked_sum(measure(logits, batch["label"])) for name, measure in measures.items()}
+        return {**sums, "count": mask.sum().astype(jnp.int32)}
 
     return eval_step
-
-
-def rank_of_label(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """How many classes come before the right one, `[batch]`: ties go by index, as in argmax; NaN puts it last."""
-    true = jnp.take_along_axis(logits, label[:, None], axis=-1)
-    index = jnp.arange(logits.shape[-1])
-    ahead = (logits > true) | ((logits == true) & (index < label[:, None]))
-    return jnp.where(jnp.isnan(logits).any(-1), logits.shape[-1], ahead.sum(-1))

@@ -207,7 +207,7 @@ def train(experiment, arrays):
         seen += [float(metrics["loss"]), float(metrics["grad_norm"])]
     examples = put_batch({**batch(), "mask": np.ones(size, np.float32)}, experiment.mesh)
     averages = state.variables()[""]
-    return [*seen, float(evaluate(averages["params"], averages["batch_stats"], examples)["loss"])]
+    return [*seen, float(evaluate(averages, examples)["loss"])]
 
 
 @pytest.fixture(scope="module")

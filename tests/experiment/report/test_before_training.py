@@ -13,7 +13,7 @@ import lowrank_jax as lr
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.report import before_training, before_training_page
-from lowrank_jax.experiment.training import state
+from lowrank_jax.experiment.training import start, state
 from tests import running
 
 SETTINGS = before_training.Settings(scales=(0.1, 0.5), methods=("spectral", "kernel_projection"), seeds=2, batch_size=8)
@@ -47,7 +47,7 @@ def test_figures_are_those_of_the_parts(report):
     config, measured, _ = report
     one = next(one for one in measured if (one.seed, one.scale, one.method) == (1, 0.1, "kernel_projection"))
     assert one.rank == {"dense1/kernel": 3, "head/kernel": 1}
-    init = jax.jit(functools.partial(state.init_dense, config.build_model(), jnp.zeros((1, 8, 8, 1))))
+    init = jax.jit(functools.partial(start.init_dense, config.build_model(), jnp.zeros((1, 8, 8, 1))))
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), init(1)["params"])
     images = np.asarray(jax.random.normal(state.key(1, "init-report", 0), (8, 8, 8, 1)), np.float64)
     x = y = images.reshape(8, -1)

@@ -215,7 +215,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(tmp_pat
 
     again = train(config, str(tmp_path))
     output = capsys.readouterr().out
-    assert f"{tmp_path}: checkpoint 40 is damaged (" in output and "going on from 30" in output
+    assert f"{tmp_path}: checkpoint 40 is damaged (" in output and "using 30 instead" in output
     assert (tmp_path / "damaged" / "40").is_dir()
     assert sorted(again.train) == [40] and again.train[40]["train/loss"] == whole.train[40]["train/loss"]
     assert_bitwise_equal(final_state(tmp_path), expected)

@@ -1,0 +1,56 @@
+"""What a run leaves at its end: in Python, and in result.json."""
+
+import dataclasses
+import platform
+from importlib import metadata
+from typing import Any
+
+from lowrank_jax.experiment.config.files import to_dict
+from lowrank_jax.experiment.training.build import Experiment
+from lowrank_jax.experiment.training.evaluate import Evaluated
+from lowrank_jax.experiment.training.state import TrainState
+from lowrank_jax.experiment.workdir.identity import config_digest
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns.
+
+    Attributes:
+      state: the final state.
+      train: the training metrics as logged, by step.
+      evals: the evaluations of this process on `dataset.eval_split`, by step.
+      interrupted: it was stopped and saved before its end.
+    """
+
+    state: TrainState
+    train: dict[int, dict[str, float]]
+    evals: dict[int, dict[str, float]]
+    interrupted: bool
+
+
+def result_record(
+    experiment: Experiment, *, step: int, evaluated: Evaluated, best_step: int | None, seconds: float
+) -> dict[str, Any]:
+    """The contents of result.json."""
+    plan = experiment.plan
+    return {
+        "step": step,
+        "params": plan.params,
+        "dense_params": plan.dense_params,
+        "macs": plan.macs,
+        "dense_macs": plan.dense_macs,
+        "eval": evaluated["eval"],
+        "valid": evaluated.get("valid"),
+        "eval_raw": evaluated.get("eval_raw"),
+        "valid_raw": evaluated.get("valid_raw"),
+        "best_step": best_step,
+        "seconds": seconds,
+        "versions": _versions(),
+        "config_digest": config_digest(to_dict(experiment.config)),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lowrank_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}

@@ -1,0 +1,201 @@
+"""Where the first weights come from: the model's own initialiser draws them, and the plan's methods factor them.
+
+`Start.state` is the one way to the state before the first step.  Another source of weights, such as an imported checkpoint,
+belongs here: it gives `Weights`, and `fresh_state` adds the rest.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from lowrank_jax import inputs
+from lowrank_jax.experiment.config.files import ConfigError
+from lowrank_jax.experiment.data.base import Dataset
+from lowrank_jax.experiment.hosts.sharding import replicated
+from lowrank_jax.experiment.training.mixing import Normalize
+from lowrank_jax.experiment.training.state import TrainState, key
+from lowrank_jax.linen.factorize import factorize
+from lowrank_jax.planning.plans import Plan
+from lowrank_jax.text import first_line
+
+Moments = dict[str, jax.Array] | None
+
+
+class Weights(NamedTuple):
+    """What a network starts from, by the names that `TrainState` has for it."""
+
+    params: Any
+    batch_stats: Any
+    collections: Any
+
+
+def blank_images(dataset: Dataset) -> jax.Array:
+    """One image of zeros `[1, height, width, channels]`, for a model to initialise on."""
+    return jnp.zeros((1, *dataset.image_shape), jnp.float32)
+
+
+def init_dense(model: nn.Module, images: jax.Array, seed: Any) -> Any:
+    """The dense model's variables, drawn by its own initialiser."""
+    return model.init(key(seed, "init"), images)
+
+
+def init_weights(model: nn.Module, plan: Plan, images: jax.Array, seed: Any, moments: Moments = None) -> Weights:
+    """Draws the dense model and factors it.  Made to run under `jit`.
+
+    Args:
+      model, plan: the network, and which of its kernels are factored.
+      images: of the shape that the model takes; their values do not matter.
+      seed: of the run, a whole number or a uint32 scalar.
+      moments: of the layers' inputs, for a data-aware factorisation.
+    """
+    # Drawn once, rather than anew in every operation that reads a kernel, which a TPU's compiler would take minutes for.
+    variables = jax.lax.optimization_barrier(init_dense(model, images, seed))
+    return factored(model, variables, plan, images, seed, moments)
+
+
+def factored(model: nn.Module, variables: Any, plan: Plan, images: jax.Array, seed: Any, moments: Moments = None) -> Weights:
+    """`init_weights` from variables that are drawn already."""
+    params = factorize(variables["params"], plan, key=key(seed, "factorize"), moments=moments)
+    return Weights(params, variables.get("batch_stats", {}), state_collections(model, variables, images))
+
+
+def state_collections(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, Any]:
+    """The model's collections besides `params` and `batch_stats` that carry state from step to step.
+
+    A collection that a step returns in another structure or shape carries none: what a module sows is such an output.
+    """
+    others = {name: value for name, value in variables.items() if name not in ("params", "batch_stats")}
+    if not others:
+        return {}
+
+    def step(variables: Any) -> Any:
+        rngs = {"dropout": key(0, "dropout")}
+        mutable = [name for name in variables if name != "params"]
+        return model.apply(variables, images, train=True, mutable=mutable, rngs=rngs)[1]
+
+    written = jax.eval_shape(step, variables)
+    return {name: value for name, value in others.items() if _form(value) == _form(written.get(name, value))}
+
+
+def _form(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def fresh_state(weights: Weights, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
+    """The state before the first step, from its weights."""
+    params, batch_stats, collections = weights
+    average = {"params": params, "batch_stats": batch_stats} if ema else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), average, collections)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The start of a run.
+
+    Attributes:
+      model, plan: the network, and which of its kernels are factored.
+      images: from `blank_images`.
+      seed: of the run.
+      optimizer: for its state.
+      shapes: of the state, with shardings.
+      mesh: the devices, which need not be there to `lower`.
+      normalize: images of a batch to what the network takes.
+      data_aware: kernels are factored for the inputs that a few batches give their layers.
+      on_host: this machine's CPU decomposes the kernels rather than the devices.
+    """
+
+    model: nn.Module
+    plan: Plan
+    images: jax.Array
+    seed: int
+    optimizer: optax.GradientTransformation
+    shapes: TrainState
+    mesh: Mesh
+    normalize: Normalize
+    data_aware: bool
+    on_host: bool
+
+    def state(self, batches: Iterable[dict[str, jax.Array]] = ()) -> TrainState:
+        """The state before the first step, laid out over the devices.
+
+        Args:
+          batches: what the layers' second moments are taken from, if the start is data-aware.
+
+        Raises:
+          ConfigError: jax has no CPU device, and the host is to decompose.
+        """
+        moments = self._second_moments(batches) if self.data_aware else None
+        if self.on_host:
+            return self._decomposed_by_host(moments)
+        return self._jit_state()(self._seed(), moments)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program of `state` for the devices, before it is compiled; without what the host decomposes."""
+        if self.on_host:
+            return self._jit_draw().lower(self._seed())
+        return self._jit_state().lower(self._seed(), inputs.moment_shapes(self.plan) if self.data_aware else None)
+
+    def _seed(self) -> np.uint32:
+        return np.uint32(self.seed)
+
+    def _jit_state(self) -> Any:
+        def init_state(seed: Any, moments: Moments) -> TrainState:
+            return self._fresh(init_weights(self.model, self.plan, self.images, seed, moments))
+
+        return jax.jit(init_state, out_shardings=self._shardings())
+
+    def _jit_draw(self) -> Any:
+        """Of the dense network, on every device."""
+        draw = functools.partial(init_dense, self.model, self.images)
+        return jax.jit(draw, out_shardings=replicated(self.mesh))
+
+    def _fresh(self, weights: Weights) -> TrainState:
+        return fresh_state(weights, self.optimizer, ema=bool(self.shapes.ema))
+
+    def _shardings(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+
+    def _decomposed_by_host(self, moments: Moments) -> TrainState:
+        variables = _on_host(self._jit_draw()(self._seed()))
+        # Moments of a batch that several processes read are on the devices of all of them.
+        moments = moments and _on_host(jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(moments))
+        with jax.default_device(_cpu()):
+            weights = _on_host(factored(self.model, variables, self.plan, self.images, self._seed(), moments))
+        if jax.process_count() > 1:  # hosts of two kinds may round differently, and every replica has to be the same
+            weights = multihost_utils.broadcast_one_to_all(weights)
+        return jax.jit(self._fresh, out_shardings=self._shardings())(weights)
+
+    def _second_moments(self, batches: Iterable[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        """Of the layers' inputs in the dense network as it is drawn, every BatchNorm on its batch's own statistics."""
+        variables = self._jit_draw()(self._seed())
+        normalize = jax.jit(self.normalize)
+        images = (normalize(batch["image"]) for batch in batches)
+        dropout = {"dropout": key(self.seed, "dropout")}
+        return inputs.second_moments(self.model, variables, images, self.plan, rngs=dropout, train=True)
+
+
+def _on_host(tree: Any) -> Any:
+    return jax.tree.map(np.asarray, tree)
+
+
+def _cpu() -> Any:
+    """This process's CPU as a device.
+
+    Raises:
+      ConfigError: jax was told to do without.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        hint = f'"host" needs jax\'s CPU device: unset JAX_PLATFORMS or add cpu to it ({first_line(error)})'
+        raise ConfigError("config", [f"init.svd: {hint}"]) from error
