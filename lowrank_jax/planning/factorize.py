@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from lowrank_jax.paths import map_named, named_leaves
 from lowrank_jax.planning.plans import Plan, PlannedKernel
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.methods import METHODS, SAMPLED, Method
+from lowrank_jax.projection.padding import equal
 from lowrank_jax.projection.stack import Stack
 from lowrank_jax.text import did_you_mean
 
@@ -101,15 +102,21 @@ def _roots(moments: Any, n: int) -> jax.Array:
 def _by_method(
     kernels: dict[str, jax.Array], plan: Plan, inputs: Mapping[str, jax.Array] | None
 ) -> dict[str, list[list[PlannedKernel]]]:
-    """The plan's factored kernels by method, and those together that one compiled decomposition serves."""
-    methods: dict[str, dict[Any, list[PlannedKernel]]] = {}
-    for kernel in plan.factored:
+    """The plan's factored kernels by method; within one, those together that become one `Stack`."""
+
+    def alike(kernel: PlannedKernel) -> Hashable:
         view, rule = kernel.view, kernel.rule
         assert view is not None and rule is not None
         samples = 0 if inputs is None else inputs[kernel.name].shape[-3]
-        alike = (view.n, view.m, view.group, kernel.rank, rule.activation, kernels[kernel.name].dtype, samples)
-        methods.setdefault(rule.method, {}).setdefault(alike, []).append(kernel)
-    return {method: list(groups.values()) for method, groups in methods.items()}
+        return rule.method, view.n, view.m, view.group, kernel.rank, rule.activation, kernels[kernel.name].dtype, samples
+
+    methods: dict[str, list[list[PlannedKernel]]] = {}
+    for members in equal([alike(kernel) for kernel in plan.factored]):
+        together = [plan.factored[i] for i in members]
+        rule = together[0].rule
+        assert rule is not None
+        methods.setdefault(rule.method, []).append(together)
+    return methods
 
 
 def _stack(members: list[PlannedKernel], kernels: dict[str, jax.Array], key: jax.Array, inputs: Any) -> Stack:

@@ -6,8 +6,7 @@ Each makes a factor pair of a matrix `[n, m]` (docs/mathematics.md, section 6).
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.projection import activations, linalg
-from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection import activations, linalg, matrix
 from lowrank_jax.projection.activations import ActivationLike
 from lowrank_jax.projection.linalg import Pair, lengths, ratio
 
@@ -15,11 +14,11 @@ from lowrank_jax.projection.linalg import Pair, lengths, ratio
 @linalg.highest_precision
 def spectral_global_scale(w: jax.Array, rank: int, *, activation: ActivationLike = "relu", group: int = 1) -> Pair:
     """The spectral factors times one number for all: that of least function risk."""
-    u, v = (factor.astype(linalg.wide(w.dtype)) for factor in projection.spectral(w, rank))
+    u, v = (factor.astype(linalg.wide(w.dtype)) for factor in matrix.spectral(w, rank))
     y, unit = u @ v, linalg.unit(w)
     # By the Cauchy-Schwarz inequality no homogeneous activation wants more than |W| / |Y|.
     highest = 2 * ratio(jnp.linalg.norm(w.astype(y.dtype) / unit), jnp.linalg.norm(y / unit))
-    scale = activations.minimise(lambda c: projection.relative_risk(w, c * y, activation=activation, group=group), highest)
+    scale = activations.minimise(lambda c: matrix.relative_risk(w, c * y, activation=activation, group=group), highest)
     return (jnp.sqrt(scale) * u).astype(w.dtype), (jnp.sqrt(scale) * v).astype(w.dtype)
 
 
@@ -30,8 +29,8 @@ def spectral_column_scales(w: jax.Array, rank: int, *, activation: ActivationLik
     The product is that of the kernel projection with subspace `top`, except that outputs at right angles to the subspace stay
     zero; the factors are not rebalanced.
     """
-    u, v = (factor.astype(linalg.wide(w.dtype)) for factor in projection.spectral(w, rank))
-    a, b = projection.kernel_projection(w, rank, activation=activation, group=group)
+    u, v = (factor.astype(linalg.wide(w.dtype)) for factor in matrix.spectral(w, rank))
+    a, b = matrix.kernel_projection(w, rank, activation=activation, group=group)
     unit = linalg.unit(w)
     length = ratio(lengths(a.astype(u.dtype) @ b.astype(u.dtype) / unit, group), lengths(u @ v / unit, group))
     return u.astype(w.dtype), (v * jnp.tile(length, group)).astype(w.dtype)
@@ -43,7 +42,7 @@ def random_subspace(key: jax.Array, w: jax.Array, rank: int, *, activation: Acti
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
     q = linalg.orthonormal(jax.random.normal(key, (w.shape[0], rank), linalg.wide(w.dtype)))
-    return projection.on_subspace(w, q, activation=activation, group=group)
+    return matrix.on_subspace(w, q, activation=activation, group=group)
 
 
 @linalg.highest_precision

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.scipy.linalg import solve_triangular
 
-from lowrank_jax.projection.padding import FREE_IN_PRODUCTS, groups, in_few_shapes, split, stacked
+from lowrank_jax.projection.padding import in_few_shapes
 
 Pair = tuple[jax.Array, jax.Array]  # u [n, r] and v [r, m]
 
@@ -42,28 +42,11 @@ def gram(w: jax.Array) -> jax.Array:
     return w @ w.mT if w.shape[1] <= w.shape[2] else w.mT @ w
 
 
-def gram_eigenvectors_of_all(ws: Sequence[jax.Array]) -> list[jax.Array]:
-    """`gram_eigenvectors` of stacks `[k, n, m]` of any shapes: for each of them `[k, p, p]`."""
-    ws = [w.astype(wide(w.dtype)) / units(w) for w in ws]  # compiled once with whatever else needs them
-    counts, shapes = [len(w) for w in ws], [w.shape[1:] for w in ws]
-    grams: list[Any] = [None] * len(ws)
-    alike = [(n <= m, w.dtype) for (n, m), w in zip(shapes, ws, strict=True)]
-    for group in groups(shapes, counts, _gram_work, alike, FREE_IN_PRODUCTS):
-        for i, part in zip(group.members, split(gram(stacked(ws, group)), group, counts), strict=True):
-            grams[i] = part[:, : min(shapes[i]), : min(shapes[i])]
-    return eigenvectors(grams)
-
-
-def _gram_work(shape: tuple[int, ...]) -> float:
-    n, m = shape
-    return float(n * m) * min(n, m)
-
-
 def eigenvectors(grams: Sequence[jax.Array], sizes: Sequence[np.ndarray] | None = None) -> list[jax.Array]:
     """The eigenvectors of Gram matrices, stacks `[k, p, p]` of any sizes, by falling eigenvalue; those of padding come last.
 
     Args:
-      grams, sizes: as in `stacks.in_few_shapes`.
+      grams, sizes: as in `padding.in_few_shapes`.
     """
     return in_few_shapes(_eigenvectors, grams, sizes=sizes)
 

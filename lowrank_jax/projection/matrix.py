@@ -18,8 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.projection import activations, linalg, subspaces
-from lowrank_jax.projection import batched as leading
+from lowrank_jax.projection import activations, batched, linalg, subspaces
 from lowrank_jax.projection.activations import Activation, ActivationLike
 from lowrank_jax.projection.batched import measure
 from lowrank_jax.projection.linalg import Pair, grouped, lengths, ratio, wide
@@ -56,7 +55,7 @@ def _spectral(w: jax.Array, vectors: jax.Array, rank: int) -> Pair:
 def spectral_stacks(stacks: Sequence[Stack]) -> list[Pair]:
     """`spectral` of many kernels at once: for every stack u `[k, n, rank]` and v `[k, rank, m]`."""
     # To the identity the length that projecting gives is the best one.
-    return leading.project([dataclasses.replace(stack, activation="identity", group=1) for stack in stacks])
+    return batched.project([dataclasses.replace(stack, activation="identity", group=1) for stack in stacks])
 
 
 def kernel_projection(
@@ -108,7 +107,7 @@ def _kernel_projection(
 
 def _on_leading(w: jax.Array, vectors: jax.Array, rank: int, act: Activation, normalized: bool, group: int) -> Pair:
     stack = Stack(None, w[None], rank, act, group)
-    [(u, v)] = leading.project([stack], normalized=normalized, vectors=[vectors[None]])
+    [(u, v)] = batched.project([stack], normalized=normalized, vectors=[vectors[None]])
     return u[0], v[0]
 
 
@@ -143,10 +142,10 @@ def on_subspace(
 @functools.partial(jax.jit, static_argnames=("act", "normalized", "group"))
 @linalg.highest_precision
 def _on_subspace(w: jax.Array, q: jax.Array, act: Activation, normalized: bool, group: int) -> Pair:
-    [batch] = leading.batches([Stack(None, w[None], q.shape[1], act, group)])
-    coordinates = leading.at_best_lengths([batch], [(q.T @ batch.w[0])[None]], normalized)
-    u, v = linalg.balance(q, coordinates[0][0])
-    [(u, v)] = batch.unpadded(u[None], v[None]).values()
+    [part] = batched.padded_stacks([Stack(None, w[None], q.shape[1], act, group)])
+    [coordinates] = batched.at_best_lengths([part], [(q.T @ part.w[0])[None]], normalized)
+    u, v = linalg.balance(q, coordinates[0])
+    [(u, v)] = part.unpadded(u[None], v[None]).values()
     return u[0], v[0]
 
 

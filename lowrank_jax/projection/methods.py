@@ -5,10 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from lowrank_jax.projection import ablations, activations, linalg
-from lowrank_jax.projection import batched as leading
-from lowrank_jax.projection import matrix as projection
-from lowrank_jax.projection import sampled as approximation
+from lowrank_jax.projection import ablations, activations, batched, linalg, matrix, sampled
 from lowrank_jax.projection.activations import ActivationLike
 from lowrank_jax.projection.linalg import Pair
 from lowrank_jax.projection.stack import Stack
@@ -27,7 +24,7 @@ def _one_by_one(factor: Callable[[Stack, jax.Array, jax.Array], Pair]) -> Method
 
 def _projection(subspace: str, normalized: bool = False) -> Method:
     return _one_by_one(
-        lambda stack, key, w: projection.kernel_projection(
+        lambda stack, key, w: matrix.kernel_projection(
             w, stack.rank, activation=stack.activation, subspace=subspace, normalized=normalized, group=stack.group
         )
     )
@@ -36,12 +33,12 @@ def _projection(subspace: str, normalized: bool = False) -> Method:
 SAMPLED = "function_approximation"  # the method that can be given samples of the layers' inputs
 
 METHODS: dict[str, Method] = {
-    "kernel_projection": leading.project,
+    "kernel_projection": batched.project,
     "kernel_projection_search": _projection("search"),
     "kernel_projection_refine": _projection("refine"),
-    SAMPLED: approximation.approximate,
-    "spectral": projection.spectral_stacks,
-    "norm_preserving": functools.partial(leading.project, normalized=True),
+    SAMPLED: sampled.approximate,
+    "spectral": matrix.spectral_stacks,
+    "norm_preserving": functools.partial(batched.project, normalized=True),
     "norm_preserving_refine": _projection("refine", normalized=True),
     "spectral_global_scale": _one_by_one(
         lambda stack, key, w: ablations.spectral_global_scale(w, stack.rank, activation=stack.activation, group=stack.group)

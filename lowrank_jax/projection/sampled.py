@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.projection import activations, linalg
-from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection import activations, linalg, matrix
 from lowrank_jax.projection.activations import ActivationLike
 from lowrank_jax.projection.linalg import Pair
 from lowrank_jax.projection.stack import Stack
@@ -87,7 +86,7 @@ def approximate(stacks: Sequence[Stack], *, steps: int = STEPS, batch_size: int 
       For every stack u `[k, n, rank]` and v `[k, rank, m]`.
     """
     kernels = [stack.w.astype(linalg.wide(stack.w.dtype)) for stack in stacks]
-    spectral = projection.spectral_stacks([dataclasses.replace(stack, w=w) for stack, w in zip(stacks, kernels, strict=True)])
+    spectral = matrix.spectral_stacks([dataclasses.replace(stack, w=w) for stack, w in zip(stacks, kernels, strict=True)])
     # Factors in units of their own size: a step of Adam is then the same fraction of every one of them.
     sizes = jax.tree.map(lambda factor: jnp.sqrt(jnp.mean(factor**2, axis=(1, 2), keepdims=True)), spectral)
     start = jax.tree.map(lambda factor, size: factor / jnp.where(size > 0, size, 1), spectral, sizes)

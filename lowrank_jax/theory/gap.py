@@ -10,8 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.projection import linalg
-from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection import linalg, matrix
 from lowrank_jax.projection.activations import relu_h
 from lowrank_jax.projection.linalg import highest_precision, lengths, ratio, wide
 
@@ -90,7 +89,7 @@ def sampled_gap(key: jax.Array, w: jax.Array, rank: int, *, samples: int = 10**6
     """
     if not linalg.is_count(samples):
         raise ValueError(f"{samples!r} samples: must be a whole number from 1")
-    stand_ins = [u @ v for u, v in (projection.spectral(w, rank), projection.kernel_projection(w, rank))]
+    stand_ins = [u @ v for u, v in (matrix.spectral(w, rank), matrix.kernel_projection(w, rank))]
     rows = max(1, min(samples, 2**22 // max(w.shape)))
     draws = [_lost(part, w, *stand_ins, rows) for part in jax.random.split(key, max(2, -(-samples // rows)))]
     total, squares, whole = (float(sum(part)) for part in zip(*draws, strict=True))

@@ -141,8 +141,7 @@ def test_float32_agrees_with_float64(subspace, case, activation):
 
 @pytest.mark.parametrize(("case", "activation"), RELU)
 def test_with_batchnorm_right_behind_spectral_and_the_projection_compute_the_same(case, activation):
-    n, m, _ = case
-    x = normal(2, 256, n)
+    x = normal(2, 256, case[0])
 
     def outputs(name, i):
         u, v, _ = made(*case, activation)[name]
