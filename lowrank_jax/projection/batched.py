@@ -14,7 +14,7 @@ import numpy as np
 from lowrank_jax.projection import activations, linalg
 from lowrank_jax.projection.activations import Activation
 from lowrank_jax.projection.linalg import Pair, lengths, ratio, wide
-from lowrank_jax.projection.padding import FREE_IN_PRODUCTS, Bucket, buckets, padded
+from lowrank_jax.projection.padding import FREE_IN_PRODUCTS, Bucket, buckets
 from lowrank_jax.projection.stack import Stack
 
 _OUTPUTS = 2**11  # best lengths sought at a time, where each takes a series; a TPU's compiler minds how many
@@ -47,6 +47,11 @@ class PaddedStack:
         """`[k]`."""
         return np.repeat([stack.rank for stack in self.members], self.bucket.counts)
 
+    @property
+    def sides(self) -> np.ndarray:
+        """The smaller size of every matrix without padding, `[k]`."""
+        return np.repeat([min(stack.w.shape[1:]) for stack in self.members], self.bucket.counts)
+
     def runs(self) -> list[tuple[Activation, slice]]:
         """Which matrices are followed by which activation."""
         found, start = [], 0
@@ -55,16 +60,12 @@ class PaddedStack:
             start += count
         return found
 
-    def split(self, *arrays: jax.Array) -> list[tuple[int, Stack, tuple[jax.Array, ...]]]:
-        """Every stack's position, the stack, and its parts of arrays `[k, ...]`."""
-        parts = zip(*map(self.bucket.split, arrays), strict=True)
-        return list(zip(self.bucket.members, self.members, parts, strict=True))
-
     def unpadded(self, u: jax.Array, v: jax.Array) -> dict[int, Pair]:
         """Factors `[k, n, r]` and `[k, r, m]` by their stack's position, in the stack's own units, shape and dtype."""
         root = jnp.sqrt(self.unit)
+        parts = zip(self.bucket.members, self.members, self.bucket.split(root * u), self.bucket.split(root * v), strict=True)
         pairs = {}
-        for i, stack, (u_i, v_i) in self.split(root * u, root * v):
+        for i, stack, u_i, v_i in parts:
             n, m = stack.w.shape[1:]
             dtype, rank = stack.w.dtype, stack.rank
             pairs[i] = u_i[:, :n, :rank].astype(dtype), v_i[:, :rank, :m].astype(dtype)
@@ -103,20 +104,23 @@ def _alike(stack: Stack) -> tuple:
 
 
 @linalg.highest_precision
-def project(stacks: Sequence[Stack], *, normalized: bool = False, vectors: Sequence[jax.Array] | None = None) -> list[Pair]:
+def project(stacks: Sequence[Stack], *, normalized: bool = False, vectors: jax.Array | None = None) -> list[Pair]:
     """Projects every kernel on its leading singular directions, each output at its length of least risk.
 
     Args:
       stacks: the kernels.
       normalized: keep every output's length instead.
-      vectors: `linalg.gram_eigenvectors` of every stack, `[k, p, p]`, where they are known.
+      vectors: `linalg.gram_eigenvectors` of the only stack, `[k, p, p]`, where they are known.
 
     Returns:
       For every stack u `[k, n, rank]` and v `[k, rank, m]` in the dtype of w, balanced: UᵀU = VVᵀ.
     """
     parts = padded_stacks(stacks)
-    vectors = _gram_eigenvectors(parts) if vectors is None else vectors
-    images = [_images(part, vectors) for part in parts]
+    if vectors is None:
+        spans = linalg.eigenvectors([linalg.gram(part.w) for part in parts], [part.sides for part in parts])
+    else:
+        spans = [vectors]
+    images = [_images(part, span) for part, span in zip(parts, spans, strict=True)]
     bases = _orthonormalizers(parts, images)
     coordinates = []
     for part, image, basis in zip(parts, images, bases, strict=True):
@@ -129,21 +133,10 @@ def project(stacks: Sequence[Stack], *, normalized: bool = False, vectors: Seque
     return [pairs[i] for i in range(len(stacks))]
 
 
-def _gram_eigenvectors(parts: Sequence[PaddedStack]) -> list[jax.Array]:
-    """`linalg.gram_eigenvectors` of every stack, `[k, p, p]`, by its position."""
-    grams = {}
-    for part in parts:
-        for i, stack, (gram,) in part.split(linalg.gram(part.w)):
-            p = min(stack.w.shape[1:])
-            grams[i] = gram[:, :p, :p]
-    return linalg.eigenvectors([grams[i] for i in range(len(grams))])
-
-
-def _images(part: PaddedStack, vectors: Sequence[jax.Array]) -> jax.Array:
+def _images(part: PaddedStack, vectors: jax.Array) -> jax.Array:
     """Columns that span the leading left singular directions, `[k, n, rank]`; zero where a rank is padded."""
-    side = min(part.w.shape[1:])
-    cut = [vectors[i][:, :, : stack.rank] for i, stack in zip(part.bucket.members, part.members, strict=True)]
-    leading = jnp.concatenate([padded(each, (side, part.ranks.max())) for each in cut])
+    highest = part.ranks.max()
+    leading = jnp.where(np.arange(highest) < part.ranks[:, None, None], vectors[:, :, :highest], 0)
     return leading if part.is_wide else part.w @ leading
 
 

@@ -261,7 +261,7 @@ def check_matrix(w: Any) -> None:
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"expected a matrix of real numbers, got dtype {w.dtype}")
     if not known_finite(w):
-        raise ValueError(f"the {w.shape[0]}x{w.shape[1]} matrix has elements that are not finite")
+        raise ValueError(f"the {w.shape[0]}x{w.shape[1]} matrix contains non-finite values")
 
 
 def known_finite(array: Any) -> bool:

@@ -107,7 +107,7 @@ def _kernel_projection(
 
 def _on_leading(w: jax.Array, vectors: jax.Array, rank: int, act: Activation, normalized: bool, group: int) -> Pair:
     stack = Stack(None, w[None], rank, act, group)
-    [(u, v)] = batched.project([stack], normalized=normalized, vectors=[vectors[None]])
+    [(u, v)] = batched.project([stack], normalized=normalized, vectors=vectors[None])
     return u[0], v[0]
 
 
@@ -135,7 +135,7 @@ def on_subspace(
     linalg.check_group(w, group)
     linalg.check_matrix(q)
     if len(q) != len(w):
-        raise ValueError(f"w {list(w.shape)} and q {list(q.shape)} must have as many rows")
+        raise ValueError(f"w {list(w.shape)} and q {list(q.shape)} must have the same number of rows")
     return _on_subspace(w, q, activations.get(activation), normalized, group)
 
 
@@ -214,7 +214,7 @@ def _check_same(w: jax.Array, y: jax.Array, group: int) -> None:
     linalg.check_matrix(y)
     linalg.check_group(w, group)
     if w.shape != y.shape:
-        raise ValueError(f"w {list(w.shape)} and y {list(y.shape)} must have one shape")
+        raise ValueError(f"w {list(w.shape)} and y {list(y.shape)} must have the same shape")
 
 
 @functools.partial(jax.jit, static_argnames=("act", "group"))

@@ -55,7 +55,7 @@ def function_approximation(
     if inputs is not None and (inputs.ndim != 3 or inputs.shape[1:] != (group, w.shape[0])):
         raise ValueError(f"inputs must be [samples, {group}, {w.shape[0]}], got {list(inputs.shape)}")
     if inputs is not None and (not len(inputs) or not linalg.known_finite(inputs)):
-        raise ValueError("inputs are empty or not finite")
+        raise ValueError("inputs are empty or contain non-finite values")
     activations.get(activation)
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps ({steps}) and batch_size ({batch_size}) must be at least 1")

@@ -25,7 +25,7 @@ def draw_network(key: jax.Array, n: int, width: int, outputs: int, *, condition:
       ValueError: a size is no whole number from 1, or the width is above n.
     """
     if not all(map(is_count, (n, width, outputs))) or width > n:
-        raise ValueError(f"n {n!r}, width {width!r}, outputs {outputs!r}: must be whole numbers from 1, the width at most n")
+        raise ValueError(f"n {n!r}, width {width!r}, outputs {outputs!r}: must be whole numbers from 1, with width at most n")
     keys = jax.random.split(key, 3)
     left, right = (jnp.linalg.qr(jax.random.normal(k, (rows, width)))[0] for k, rows in zip(keys, (n, width), strict=False))
     w = left * jnp.linspace(1, condition, width) @ right.T

@@ -57,7 +57,7 @@ def gaussian_gap(rank: int, n: int) -> float:
       ValueError: the rank is not from 1 to n.
     """
     if not 1 <= rank <= n:
-        raise ValueError(f"rank {rank} of {n} inputs: must be from 1 to {n}")
+        raise ValueError(f"rank {rank} with {n} inputs: must be from 1 to {n}")
     rho = math.sqrt(rank / n)
     return (_h(rho) - rho) ** 2
 
@@ -88,7 +88,7 @@ def sampled_gap(key: jax.Array, w: jax.Array, rank: int, *, samples: int = 10**6
       ValueError: as in `relative_gap`, or there are no samples.
     """
     if not linalg.is_count(samples):
-        raise ValueError(f"{samples!r} samples: must be a whole number from 1")
+        raise ValueError(f"samples must be a whole number from 1, got {samples!r}")
     stand_ins = [u @ v for u, v in (matrix.spectral(w, rank), matrix.kernel_projection(w, rank))]
     rows = max(1, min(samples, 2**22 // max(w.shape)))
     draws = [_lost(part, w, *stand_ins, rows) for part in jax.random.split(key, max(2, -(-samples // rows)))]
@@ -132,7 +132,7 @@ def risk_bound(w: jax.Array, rank: int, *, steps: int = 200) -> jax.Array:
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
     if not linalg.is_count(steps):
-        raise ValueError(f"{steps!r} steps: must be a whole number from 1")
+        raise ValueError(f"steps must be a whole number from 1, got {steps!r}")
     return _bound(w, rank, steps)
 
 

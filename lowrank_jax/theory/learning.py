@@ -120,7 +120,7 @@ def learn(
 
 def check_width(width: Any) -> None:
     if not is_count(width):
-        raise SampleError(f"width {width!r}: must be a whole number from 1")
+        raise SampleError(f"width must be a whole number from 1, got {width!r}")
 
 
 def start_from_moments(x: Any, y: Any, width: int, *, key: jax.Array, mesh: Mesh | None = None) -> ReluNetwork:

@@ -87,7 +87,7 @@ def learn_low_rank(
     samples = from_arrays(x, y, mesh)
     check_width(width)
     if not is_count(rank) or not rank <= min(samples.inputs, width):  # before the long part
-        raise ValueError(f"rank {rank}: must be a whole number from 1 to min({samples.inputs} inputs, width {width})")
+        raise ValueError(f"rank must be a whole number from 1 to min({samples.inputs} inputs, width {width}), got {rank}")
     if subspace not in SUBSPACES:
         raise ValueError(f"unknown subspace {subspace!r}{did_you_mean(subspace, SUBSPACES)}")
     learned, overview = learn(samples, width, key, hidden_observed, say)

@@ -53,12 +53,12 @@ def look(samples: Samples) -> Overview:
     total, count = samples.total(_look)
     covariance, outputs, mean_output, powers = (np.asarray(part, np.float64) / count for part in total)
     if not (np.isfinite(covariance).all() and np.isfinite(outputs).all()):
-        raise SampleError("the samples have elements that are not finite, or whose squares are not")
+        raise SampleError("the samples contain non-finite values, or values whose squares overflow")
     least, beyond = float(jnp.finfo(samples.dtype).tiny), f"beyond the range of {jnp.dtype(samples.dtype)}: scale"
     if not np.isfinite(powers).all() or (powers[3].max() < least and powers[0].any()):
         raise SampleError(f"the inputs' fourth powers are {beyond} x")
     if np.trace(outputs) * rounding(samples.dtype) < least and mean_output.any():
-        raise SampleError(f"errors of the outputs that would count are {beyond} y")
+        raise SampleError(f"squared errors of the outputs are {beyond} y")
     return Overview(count, covariance, outputs, mean_output, powers)
 
 
@@ -152,7 +152,7 @@ def warn_if_not_gaussian(overview: Overview, fourth: float) -> None:
     """
     reason = not_gaussian(overview, fourth)
     if reason:
-        warnings.warn(f"{reason}: what is promised does not cover these inputs", NotGaussianWarning, stacklevel=5)
+        warnings.warn(f"{reason}: the guarantees do not cover such inputs", NotGaussianWarning, stacklevel=5)
 
 
 def not_gaussian(overview: Overview, fourth: float) -> str | None:
@@ -190,7 +190,7 @@ def _mean_doubt(overview: Overview) -> tuple[float, str]:
     f = share * (count - n) / (n * max(1 - share, np.finfo(np.float64).tiny))
     a, b = 2 / (9 * n), 2 / (9 * (count - n))
     score = ((1 - b) * f ** (1 / 3) - (1 - a)) / math.sqrt(a + b * f ** (2 / 3))
-    return score, f"the inputs' mean is {math.sqrt(share):.3g} standard deviations long, not 0"
+    return score, f"the inputs' mean is {math.sqrt(share):.3g} standard deviations from zero"
 
 
 def _worst(scores: np.ndarray, values: np.ndarray, words: str) -> tuple[float, str]:

@@ -20,23 +20,26 @@ def solve(samples: Samples, width: int) -> jax.Array:
       SampleError: y is not of that width or not the output of a ReLU, or too few samples are active.
     """
     if samples.outputs != width:
-        raise SampleError(f"the hidden layer is observed: y has {samples.outputs} columns, and width is {width}")
+        raise SampleError(
+            f"with hidden_observed, y needs one column per hidden unit: it has {samples.outputs}, and width is {width}"
+        )
     x, y = _enough(samples)
     if len(x) < samples.inputs:
-        raise SampleError(f"{len(x)} samples of {samples.inputs} inputs: {2 * samples.inputs} are about the least")
+        raise SampleError(f"{len(x)} samples of {samples.inputs} inputs are too few: about {2 * samples.inputs} are needed")
     if bool((y < 0).any()):
-        raise SampleError("y has negative elements: it is not a hidden layer behind a ReLU")
+        raise SampleError("y has negative values, so it is not the output of a ReLU layer")
     active = (y > 0).sum(axis=0)
     short = (active > 0) & (active < samples.inputs)
     if bool(short.any()):
         column = int(jnp.argmax(short))
         raise SampleError(
-            f"column {column} of y is positive in {int(active[column])} samples; {samples.inputs} are needed, of twice as many"
+            f"column {column} of y is positive in only {int(active[column])} samples; {samples.inputs} are needed, which takes "
+            f"about {2 * samples.inputs} samples"
         )
     w, determined = _least_squares(x, y)
     if not bool((determined | (active == 0)).all()):
         column = int(jnp.argmin(determined | (active == 0)))
-        raise SampleError(f"the samples in which column {column} of y is positive do not vary in all {samples.inputs} inputs")
+        raise SampleError(f"the samples where column {column} of y is positive do not span all {samples.inputs} inputs")
     return w
 
 

@@ -91,11 +91,11 @@ def from_batches(batches: Iterable[tuple[Any, Any]], mesh: Mesh | None = None) -
       SampleError: there are none, or they are not such pairs.
     """
     if isinstance(batches, Iterator):
-        raise SampleError("batches are read several times: give a list, or an object whose __iter__ begins anew")
+        raise SampleError("batches are read several times: pass a list, or an object whose __iter__ starts over")
     shards, sharding = 1, None
     if mesh is not None:
         if "data" not in mesh.shape:
-            raise SampleError(f"the mesh has the axes {list(mesh.shape)}; samples are shared over one called data")
+            raise SampleError(f"the mesh has the axes {list(mesh.shape)}; samples are sharded over an axis named 'data'")
         mesh = Mesh(mesh.devices, mesh.axis_names)  # explicit axes, make_mesh's default, refuse decompositions
         shards, sharding = mesh.shape["data"], NamedSharding(mesh, PartitionSpec("data"))
     first = next(iter(batches), None)
@@ -113,7 +113,7 @@ def from_batches(batches: Iterable[tuple[Any, Any]], mesh: Mesh | None = None) -
         for x, y in map(_checked, batches):
             if (x.shape[1], y.shape[1]) != shape:
                 raise SampleError(
-                    f"samples of {x.shape[1]} inputs and {y.shape[1]} outputs follow some of {shape[0]}, {shape[1]}"
+                    f"a batch has {x.shape[1]} inputs and {y.shape[1]} outputs; the first one has {shape[0]} and {shape[1]}"
                 )
             for begin in range(0, len(x), rows):
                 part = slice(begin, begin + rows)
@@ -147,7 +147,7 @@ def _checked(batch: Any) -> tuple[Any, Any]:
                 f"{name} must be a matrix, samples by {'inputs' if name == 'x' else 'outputs'}; got {_kind(part)}"
             )
         if not jnp.issubdtype(part.dtype, jnp.floating):
-            raise SampleError(f"{name} must hold real numbers; its dtype is {part.dtype}")
+            raise SampleError(f"{name} must contain real numbers; its dtype is {part.dtype}")
     if len(x) != len(y):
         raise SampleError(f"x has {len(x)} samples, y has {len(y)}")
     return x, y

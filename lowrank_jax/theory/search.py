@@ -155,7 +155,7 @@ def _whitening(overview: Overview, dtype: Any) -> np.ndarray:
     values, vectors = np.linalg.eigh(overview.covariance)
     independent = int(np.sum(values > negligible(dtype) * values[-1]))
     if independent < len(values):
-        raise SampleError(f"the inputs vary in {independent} independent directions; all {len(values)} are needed")
+        raise SampleError(f"the inputs span {independent} dimensions; all {len(values)} are needed")
     return (vectors / np.sqrt(values)).astype(dtype)
 
 
@@ -169,8 +169,8 @@ def _output_whitening(overview: Overview, width: int, dtype: Any) -> np.ndarray:
     independent = int(np.sum(values > negligible(dtype) * values[-1]))
     if independent > width:
         raise SampleError(
-            f"the outputs vary in {independent} independent directions, those of a network of width {width} in {width} at "
-            "most: width is too small, or y is not relu(x W) A without noise"
+            f"the outputs span {independent} dimensions, but a network of width {width} can only produce {width}: the width is too "
+            "small, or y is not relu(x W) A without noise"
         )
     return (vectors[:, -independent:] / np.sqrt(values[-independent:])).astype(dtype)
 
@@ -178,10 +178,10 @@ def _output_whitening(overview: Overview, width: int, dtype: Any) -> np.ndarray:
 def _check_size(overview: Overview, width: int) -> None:
     n, outputs = len(overview.covariance), len(overview.outputs)
     if width > n:
-        raise SampleError(f"width {width} of {n} inputs: the columns of W have to be linearly independent, at most {n}")
+        raise SampleError(f"width {width} with {n} inputs: the columns of W must be linearly independent, so at most {n}")
     needed = max(-(-_EQUATIONS * width * (n + outputs) // min(outputs, width)), round(_UNSEEN * width / (1 - _SEEN)))
     if overview.count < needed:
-        raise SampleError(f"{overview.count} samples: with fewer than {needed} a perfect fit would prove nothing")
+        raise SampleError(f"{overview.count} samples are too few: with fewer than {needed} a perfect fit proves nothing")
 
 
 def _check_directions(white: Samples, count: int, width: int, error: float) -> None:
@@ -197,7 +197,7 @@ def _check_directions(white: Samples, count: int, width: int, error: float) -> N
     distinct = int(np.sum(values[:width] > noise))
     if distinct < width:
         raise SampleError(
-            f"{error:.0e} of the outputs' power is unexplained, and only {distinct} directions stand out of the sampling "
-            f"noise, where {width} are wanted: the columns of W are linearly dependent or nearly so, some neurons weigh very "
-            f"little, the width is too large, or {count} samples are too few"
+            f"{error:.0e} of the outputs' power is unexplained, and only {distinct} of {width} directions stand out from the "
+            "sampling noise: the columns of W are (nearly) linearly dependent, some neurons contribute very little, the width "
+            f"is too large, or {count} samples are too few"
         )

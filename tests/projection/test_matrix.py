@@ -334,12 +334,12 @@ def with_element(value):
         (lambda w: projection.kernel_projection(w, 1, subspace="tpo"), "unknown subspace 'tpo'; did you mean top"),
         (lambda w: projection.kernel_projection(w, 1, activation="x"), "unknown activation 'x'"),
         (lambda w: projection.kernel_projection(w, 1, group=4), "group 4 does not divide the 6 columns"),
-        (lambda w: projection.risk(w, w.T), "must have one shape"),
+        (lambda w: projection.risk(w, w.T), "must have the same shape"),
         (lambda w: projection.spectral(w, 1.5), "rank 1.5 of a 4x6 matrix"),
         (lambda w: projection.spectral([[1.0]], 1), "expected a matrix"),
-        (lambda w: projection.spectral(with_element(np.nan), 1), "the 4x6 matrix has elements that are not finite"),
-        (lambda w: projection.kernel_projection(with_element(np.inf), 1), "elements that are not finite"),
-        (lambda w: projection.risk(w, with_element(np.nan)), "elements that are not finite"),
+        (lambda w: projection.spectral(with_element(np.nan), 1), "the 4x6 matrix contains non-finite values"),
+        (lambda w: projection.kernel_projection(with_element(np.inf), 1), "contains non-finite values"),
+        (lambda w: projection.risk(w, with_element(np.nan)), "contains non-finite values"),
     ],
 )
 def test_bad_input_gets_one_clear_error(call, message):

@@ -14,6 +14,14 @@ W = normal(0, 12, 20) / np.float32(np.sqrt(6))
 PAIR = np.stack([W, 2 * W[::-1]])
 UNBALANCED = {"spectral_column_scales", "random"}
 DRAWS = {"random", "random_subspace", "function_approximation"}
+SLOW = {  # tested one by one in test_matrix, test_ablations and test_sampled
+    "kernel_projection_search",
+    "norm_preserving_refine",
+    "function_approximation",
+    "spectral_global_scale",
+    "spectral_column_scales",
+}
+EVERY = [pytest.param(method, marks=pytest.mark.slow) if method in SLOW else method for method in METHODS]
 
 
 @functools.cache
@@ -28,14 +36,14 @@ def together(method):
     @jax.jit
     def factors(ws, half):
         keys = jax.vmap(jax.random.key)(np.arange(2))
-        return METHODS[method]([Stack(keys, ws, 3, "relu", 2), Stack(keys[:1], half, 3, "silu", 2)])
+        return METHODS[method]([Stack(keys, ws, 3, "relu", 2), Stack(keys[:1], half, 3, "leaky_relu", 2)])
 
     return factors(PAIR, PAIR[:1].astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_every_method_gives_finite_factors_in_the_kernels_dtype(method):
-    (_, narrow), made = together(method), alone(method, 1)
+    (_, narrow), made = together(method), alone(method, 0)
     for (u, v), dtype in ((made, jnp.float32), ([part[0] for part in narrow], jnp.bfloat16)):
         assert (u.shape, v.shape) == ((12, 3), (3, 20))
         assert u.dtype == v.dtype == dtype
@@ -46,7 +54,7 @@ def test_every_method_gives_finite_factors_in_the_kernels_dtype(method):
             np.testing.assert_allclose(u.T @ u, v @ v.T, atol=1e-4 if dtype == jnp.float32 else 0.05)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_a_stack_is_its_matrices_one_by_one(method):
     (u, v), _ = together(method)
     for i in range(2):
@@ -67,10 +75,10 @@ def test_kernels_of_other_shapes_ranks_and_activations_change_nothing():
         np.testing.assert_allclose(u[0] @ v[0], one @ other, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_factors_are_decided_by_the_key(method):
-    first = alone(method, 1)[0]
-    again, other = (methods.factor(method, jax.random.key(k), W, 3, group=2)[0] for k in (1, 2))
+    first = alone(method, 0)[0]
+    again, other = (methods.factor(method, jax.random.key(k), W, 3, group=2)[0] for k in (0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.array_equal(first, other) != (method in DRAWS)
 
@@ -79,7 +87,7 @@ def test_factors_are_decided_by_the_key(method):
 def test_bad_input_gets_one_clear_error(method):
     broken = W.copy()
     broken[0, 0] = np.nan
-    with pytest.raises(ValueError, match="12x20 matrix has elements that are not finite"):
+    with pytest.raises(ValueError, match="12x20 matrix contains non-finite values"):
         methods.factor(method, jax.random.key(1), broken, 3)
     with pytest.raises(ValueError, match="rank 13 of a 12x20 matrix"):
         methods.factor(method, jax.random.key(1), W, 13)
