@@ -169,8 +169,8 @@ def _output_whitening(overview: Overview, width: int, dtype: Any) -> np.ndarray:
     independent = int(np.sum(values > negligible(dtype) * values[-1]))
     if independent > width:
         raise SampleError(
-            f"the outputs span {independent} dimensions, but a network of width {width} can only produce {width}: the width is too "
-            "small, or y is not relu(x W) A without noise"
+            f"the outputs span {independent} dimensions, but a network of width {width} can only produce {width}: the width is "
+            "too small, or y is not relu(x W) A without noise"
         )
     return (vectors[:, -independent:] / np.sqrt(values[-independent:])).astype(dtype)
 

@@ -21,6 +21,7 @@ from lowrank_jax.theory import (
 
 N, WIDTH, OUTPUTS, COUNT = 10, 5, 5, 20_000
 KEY = jax.random.key(7)
+slow = pytest.mark.slow
 
 
 def draw(seed, n=N, width=WIDTH, outputs=OUTPUTS, count=COUNT):
@@ -57,7 +58,12 @@ def assert_learned(network, truth, x, error=1e-20):
 
 @pytest.mark.parametrize(
     ("n", "width", "outputs", "count"),
-    [(10, 5, 5, 20_000), (20, 10, 1, 120_000), (20, 10, 10, 50_000), (8, 8, 12, 30_000)],
+    [
+        (10, 5, 5, 20_000),
+        pytest.param(20, 10, 1, 120_000, marks=slow),
+        pytest.param(20, 10, 10, 50_000, marks=slow),
+        (8, 8, 12, 30_000),
+    ],
     ids=["small", "one output", "larger", "square, with more outputs than width"],
 )
 def test_networks_are_learned_to_rounding(n, width, outputs, count):
@@ -113,6 +119,7 @@ def test_float32_is_learned_in_float32(drawn):
     assert_learned(network, truth, fresh(N), 1e-10)
 
 
+@slow
 def test_devices_that_share_the_samples_learn_the_same(drawn, learned):
     truth, x, y = drawn
     network = learn_relu_network(x, y, WIDTH, key=KEY, mesh=make_mesh())
@@ -166,6 +173,7 @@ def test_inputs_that_are_not_gaussian_are_warned_about_where_they_were_given(dra
     assert [warning.filename for warning in caught] == [__file__]
 
 
+@slow
 def test_moments_alone_err_by_one_over_the_samples():
     """The squared error falls as 1/N; sixteen times as many samples, five networks."""
 

@@ -137,7 +137,7 @@ def mixing(n):
     return np.random.default_rng(99).standard_normal((n, n)) + np.eye(n)
 
 
-@pytest.mark.parametrize("count", [200, 1000, 5000])
+@pytest.mark.parametrize("count", [200, 1000, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("n", [2, 5, 20])
 def test_gaussian_inputs_of_any_covariance_raise_no_alarm(n, count):
     for seed in range(30):

@@ -40,6 +40,7 @@ def test_more_inputs_than_outputs_and_fewer():
         assert relative(learn(x, y).w, w) < 1e-12
 
 
+@pytest.mark.slow
 def test_about_two_samples_an_input_suffice():
     """Of 2n + 6√n samples of a symmetric input more than n are active, but for one column in 10⁴."""
     n = 40
