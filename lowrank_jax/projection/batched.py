@@ -27,7 +27,7 @@ class PaddedStack:
     Attributes:
       w: `[k, n, m]`, padded with zeros; every matrix is divided by its unit.
       unit: the largest magnitude of every matrix, `[k, 1, 1]`.
-      group: columns an output, in every one of them.
+      group: columns per output, the same for all of them.
       members: the stacks, in the order in which they lie in `w`.
       bucket: their positions and counts.
     """
@@ -77,7 +77,7 @@ def padded_stacks(stacks: Sequence[Stack]) -> list[PaddedStack]:
     units = [linalg.units(stack.w) for stack in stacks]
     relative = [stack.w.astype(wide(stack.w.dtype)) / unit for stack, unit in zip(stacks, units, strict=True)]
     kinds = list(dict.fromkeys(stack.activation for stack in stacks))
-    # Sorted by activation, so that those of one lie side by side.
+    # Sorted by activation, so that kernels with the same one are contiguous.
     order = sorted(range(len(stacks)), key=lambda i: kinds.index(stacks[i].activation))
     shapes = [(*stacks[i].w.shape[1:], stacks[i].rank) for i in order]
     counts, alike = [len(stacks[i].w) for i in order], [_alike(stacks[i]) for i in order]
@@ -141,7 +141,7 @@ def _images(part: PaddedStack, vectors: jax.Array) -> jax.Array:
 
 
 def _orthonormalizers(parts: Sequence[PaddedStack], images: Sequence[jax.Array]) -> list[jax.Array]:
-    """What makes the images orthonormal, `[k, r, r]`; eigenvectors are, their images under W are only nearly orthogonal."""
+    """What makes the images orthonormal, `[k, r, r]`: eigenvectors already are, their images under W only nearly."""
     tall = [image for part, image in zip(parts, images, strict=True) if not part.is_wide]
     made = iter(linalg.orthonormalizers([image.mT @ image for image in tall]))
 
@@ -153,9 +153,9 @@ def _orthonormalizers(parts: Sequence[PaddedStack], images: Sequence[jax.Array])
 
 
 def at_best_lengths(parts: Sequence[PaddedStack], coordinates: Sequence[jax.Array], normalized: bool) -> list[jax.Array]:
-    """Coordinates `[k, r, m]` of projected outputs, each of these brought to the length that serves best.
+    """Coordinates `[k, r, m]` of projected outputs, each scaled to its best length.
 
-    One at right angles to the subspace has no direction there; any will do, and it gets the first axis.
+    An output orthogonal to the subspace has no direction in it: it gets the first axis, which is as good as any.
     """
     whole = [lengths(part.w, part.group) for part in parts]
     kept = [lengths(c, part.group) for part, c in zip(parts, coordinates, strict=True)]
@@ -170,7 +170,7 @@ def at_best_lengths(parts: Sequence[PaddedStack], coordinates: Sequence[jax.Arra
 
 
 def _best_lengths(parts: Sequence[PaddedStack], whole: Sequence[jax.Array], kept: Sequence[jax.Array]) -> list[jax.Array]:
-    """`[k, outputs]` for every part; all outputs in front of one activation are asked for together."""
+    """`[k, outputs]` for every part; all outputs before one activation are computed together."""
     runs = [(act, i, run) for i, part in enumerate(parts) for act, run in part.runs()]
     found: list[dict[int, jax.Array]] = [{} for _ in parts]  # by where a run starts
     for act in dict.fromkeys(act for act, _, _ in runs):
@@ -191,7 +191,7 @@ def _flat(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def _best_length(act: Activation, length: jax.Array, cosine: jax.Array) -> jax.Array:
-    """Of outputs `[outputs]`; in pieces where there are so many that what a series takes for each would fill the memory."""
+    """For outputs `[outputs]`; in pieces where the series of all of them would fill the memory."""
     pieces = -(-len(length) // _OUTPUTS)
     if pieces == 1 or isinstance(act, activations.Homogeneous):
         return act.best_length(length, cosine)
@@ -200,5 +200,5 @@ def _best_length(act: Activation, length: jax.Array, cosine: jax.Array) -> jax.A
 
 
 def measure(act: Activation, unit: jax.Array) -> jax.Array:
-    """In what to tell an activation lengths that were measured in `unit`: to a homogeneous one all units are the same."""
+    """The unit in which to pass lengths to an activation: for a homogeneous one it does not matter."""
     return jnp.ones_like(unit) if isinstance(act, activations.Homogeneous) else unit

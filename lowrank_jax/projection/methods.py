@@ -1,4 +1,4 @@
-"""How dense kernels become factor pairs: one table, from a method's name to its function."""
+"""Methods that turn dense kernels into factor pairs: one table, from name to function."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ from lowrank_jax.projection.linalg import Pair
 from lowrank_jax.projection.stack import Stack
 from lowrank_jax.text import did_you_mean
 
-# All kernels that are to be factored by a method, in stacks of one shape; for every stack u [k, n, rank] and v [k, rank, m].
+# From all kernels of a method, in stacks of equal shape, to u [k, n, rank] and v [k, rank, m] for every stack.
 Method = Callable[[Sequence[Stack]], list[Pair]]
 
 
 def _one_by_one(factor: Callable[[Stack, jax.Array, jax.Array], Pair]) -> Method:
-    """A method from the function `(stack, key, w)` of a single matrix; mapped, so that a shape is compiled once."""
+    """A method from a function `(stack, key, w)` of a single matrix; mapped, so that each shape is compiled once."""
     return lambda stacks: [
         jax.lax.map(lambda pair, stack=stack: factor(stack, *pair), (stack.keys, stack.w)) for stack in stacks
     ]
@@ -30,7 +30,7 @@ def _projection(subspace: str, normalized: bool = False) -> Method:
     )
 
 
-SAMPLED = "function_approximation"  # the method that can be given samples of the layers' inputs
+SAMPLED = "function_approximation"  # the method that accepts samples of the layers' inputs
 
 METHODS: dict[str, Method] = {
     "kernel_projection": batched.project,
@@ -57,10 +57,10 @@ METHODS: dict[str, Method] = {
 def factor(
     method: str, key: jax.Array, w: jax.Array, rank: int, *, activation: ActivationLike = "relu", group: int = 1
 ) -> Pair:
-    """A single matrix `[n, m]` by a method of the table: u `[n, rank]` and v `[rank, m]`.
+    """Factors a single matrix `[n, m]` by a method of the table: u `[n, rank]` and v `[rank, m]`.
 
     Raises:
-      ValueError: no such method or activation, w is not a matrix of real, finite numbers, or the rank or group does not fit it.
+      ValueError: unknown method or activation, w is not a matrix of real, finite numbers, or rank or group does not fit it.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
