@@ -39,7 +39,7 @@ def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
 
 
 def nuclear_penalty(params: Any) -> jax.Array:
-    """½ Σ (|U|_F² + |V|_F²) over all factor pairs of a tree: at least Σ |UV|_*, with equality for balanced factors; differentiable."""
+    """½ Σ (|U|_F² + |V|_F²) over all factor pairs of a tree: at least Σ |UV|_*, equal if balanced; differentiable."""
     return 0.5 * sum((jnp.sum(pair.u**2) + jnp.sum(pair.v**2) for pair in _pairs(params)), start=jnp.zeros(()))
 
 

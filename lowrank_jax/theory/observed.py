@@ -1,6 +1,6 @@
-"""A ReLU layer whose outputs are seen: y = relu(x W), column by column by least squares.
+"""A ReLU layer whose outputs are observed: y = relu(x W), solved column by column by least squares.
 
-Where y_ij > 0 it is x_i·w_j exactly, so n such samples in general position determine w_j: about 2n samples of symmetric inputs.
+Where y_ij > 0 it equals x_i·w_j, so n such samples in general position determine w_j: about 2n samples of symmetric inputs.
 """
 
 import jax
@@ -10,14 +10,14 @@ from jax.scipy.linalg import solve_triangular
 from lowrank_jax.projection.linalg import highest_precision
 from lowrank_jax.theory.samples import SampleError, Samples
 
-_AMPLE = 2  # active samples for an unknown of w_j: more improve nothing where there is no noise
+_AMPLE = 2  # active samples per unknown of w_j: without noise, more do not help
 
 
 def solve(samples: Samples, width: int) -> jax.Array:
     """W `[n, width]`; a column that is never active is zero.
 
     Raises:
-      SampleError: y is not of that width or not the output of a ReLU, or too few samples are active.
+      SampleError: y does not have that width or is not the output of a ReLU, or too few samples are active.
     """
     if samples.outputs != width:
         raise SampleError(
@@ -44,7 +44,7 @@ def solve(samples: Samples, width: int) -> jax.Array:
 
 
 def _enough(samples: Samples) -> tuple[jax.Array, jax.Array]:
-    """The first samples, as many as make all columns active often enough, or all."""
+    """The first samples, enough for all columns to be active often enough, or all samples."""
     wanted = 4 * _AMPLE * samples.inputs
     while True:
         head = samples.head(wanted)
@@ -58,7 +58,7 @@ def _enough(samples: Samples) -> tuple[jax.Array, jax.Array]:
 @jax.jit
 @highest_precision
 def _least_squares(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """W, and for every column whether it is determined; by QR, which loses no digits to a Gram matrix."""
+    """W, and whether each column is determined; by QR, which keeps the digits that a Gram matrix would lose."""
 
     def column(y: jax.Array) -> tuple[jax.Array, jax.Array]:
         q, r = jnp.linalg.qr(x * (y > 0)[:, None])

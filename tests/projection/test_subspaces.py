@@ -42,7 +42,7 @@ def test_exchanges_from_the_leading_vectors_suffice_for_them(monkeypatch, shape)
         np.testing.assert_allclose(1 - (length**2 * h**2).sum() / (length**2).sum(), best, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize("activation", ["relu", pytest.param("tanh", marks=pytest.mark.slow)])
 def test_search_finds_the_best_subset(activation):
     w = np.random.default_rng(3).standard_normal((6, 9)).astype(np.float32)
     q = np.linalg.svd(w, full_matrices=False)[0]

@@ -12,8 +12,8 @@ from scipy import stats
 from lowrank_jax.projection import matrix
 from lowrank_jax.theory import gap, gaussian_gap, relative_gap, risk_bound, sampled_gap
 
-SHAPES = [(8, 12, 2), (12, 8, 3)]
 slow = pytest.mark.slow
+SHAPES = [(8, 12, 2), pytest.param((12, 8, 3), marks=slow)]
 
 
 def h(rho):
