@@ -1,11 +1,11 @@
-"""Decay of factor pairs by norms of their product UV, computed without forming it (docs/mathematics.md, section 9).
+"""Weight decay for factor pairs, by norms of the product UV without forming it (docs/mathematics.md, section 9).
 
 Frobenius decay (Khodak et al., ICLR 2021):
 
     ½ λ |UV|_F² = ½ λ tr((UᵀU)(VVᵀ)),      gradients λ U (VVᵀ) and λ (UᵀU) V,      O((n + m) r²)
 
-Nuclear decay: ½ λ (|U|_F² + |V|_F²) ≥ λ |UV|_*, the sum of singular values, with equality for balanced factors; it is plain
-weight decay on the factors, called by its effect.
+Nuclear decay: ½ λ (|U|_F² + |V|_F²) ≥ λ |UV|_*, the sum of singular values, with equality for balanced factors.  It is plain
+weight decay on the factors, named after its effect.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ def frobenius_penalty(params: Any) -> jax.Array:
 
 
 def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
-    """Adds the gradient of `decay * frobenius_penalty` to the updates; leaves everything but factor pairs alone."""
+    """Adds the gradient of `decay * frobenius_penalty` to the updates of factor pairs; others stay unchanged."""
 
     def update(updates, state, params=None):
         if params is None:
@@ -39,12 +39,12 @@ def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
 
 
 def nuclear_penalty(params: Any) -> jax.Array:
-    """½ Σ (|U|_F² + |V|_F²) over all factor pairs of a tree: a bound on Σ |UV|_*, met by balanced factors; differentiable."""
+    """½ Σ (|U|_F² + |V|_F²) over all factor pairs of a tree: at least Σ |UV|_*, equal if balanced; differentiable."""
     return 0.5 * sum((jnp.sum(pair.u**2) + jnp.sum(pair.v**2) for pair in _pairs(params)), start=jnp.zeros(()))
 
 
 def add_nuclear_decay(decay: float) -> optax.GradientTransformation:
-    """Adds the gradient of `decay * nuclear_penalty` to the updates; leaves everything but factor pairs alone."""
+    """Adds the gradient of `decay * nuclear_penalty` to the updates of factor pairs; others stay unchanged."""
 
     def factor_pairs(params):
         return jax.tree.map(is_low_rank, params, is_leaf=is_low_rank)

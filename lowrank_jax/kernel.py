@@ -16,17 +16,17 @@ SPATIAL_ROWS = (0, 2)  # window height and input channels; no other view of a co
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["u", "v"], meta_fields=["rows", "execution"])
 @dataclasses.dataclass(frozen=True)
 class LowRankKernel:
-    """A kernel stored as the product of two factors; it takes the dense kernel's place in a parameter tree.
+    """A kernel stored as the product of two factors; it replaces the dense kernel in a parameter tree.
 
     Attributes:
       u: `[*stack, *row_sizes, r]`, the sizes of the kernel's row axes and the rank.
       v: `[*stack, r, *column_sizes]`, the rank and the sizes of the remaining axes.
       rows: which axes of the dense kernel are the rows of its matrix, not counting `stack`.  `(0,)` is a dense layer,
         `(0, 1, 2)` a convolution in the channel scheme, `(0, 2)` one in the spatial scheme.
-      execution: how its layer runs: `factored`, two thin products one after the other, or `merged`, the product UV first and
-        then the layer as it is (see `execution.choose_execution`).  The function and the gradients are the same.
+      execution: how its layer runs: `factored` applies the two thin factors in turn, `merged` multiplies UV first and runs the
+        layer unchanged (see `execution.choose_execution`).  The function and the gradients are the same.
 
-    `stack` are the leading axes that `nn.scan` and `nn.vmap` add to the parameters of a repeated module.
+    `stack` holds the leading axes that `nn.scan` and `nn.vmap` add to the parameters of a repeated module.
     """
 
     u: jax.Array
@@ -44,7 +44,7 @@ class LowRankKernel:
 
     @property
     def view(self) -> "MatrixView":
-        """How the dense kernel reads as the matrix that the factors multiply to; which columns belong together is not kept."""
+        """How the dense kernel is read as the matrix UV; `group` is not stored."""
         depth = len(self.stack)
         sizes = self.u.shape[depth:-1] + self.v.shape[depth + 1 :]
         columns = tuple(axis for axis in range(len(sizes)) if axis not in self.rows)
@@ -65,24 +65,24 @@ class LowRankKernel:
         return self.u.reshape(*self.stack, -1, self.rank), self.v.reshape(*self.stack, self.rank, -1)
 
     def merge(self) -> jax.Array:
-        """The dense kernel, `[*stack, *kernel]` in the factors' dtype; the product is taken in float32 or better."""
+        """The dense kernel, `[*stack, *kernel]` in the factors' dtype, multiplied in float32 or better."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         return self.product(wide, jax.lax.Precision.HIGHEST).astype(self.dtype)
 
     def product(self, dtype: Any, precision: Any = None) -> jax.Array:
-        """The dense kernel, `[*stack, *kernel]`, computed in `dtype` as a layer would: for use inside of one."""
+        """The dense kernel, `[*stack, *kernel]`, multiplied in `dtype`: for use inside a layer."""
         u, v = self.matrices()
         return self.view.from_matrix(jnp.matmul(u.astype(dtype), v.astype(dtype), precision=precision))
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixView:
-    """A way to read a kernel as a matrix `[n, m]`: some axes become rows, the others columns, both in order.
+    """How a kernel is read as a matrix `[n, m]`: some axes become rows, the others columns, both in order.
 
     Attributes:
-      shape: the kernel's shape, without stack axes.
+      shape: the shape of the kernel, without stack axes.
       rows: its row axes, ascending.
-      group: how many columns of the matrix feed one output; column `j` feeds output `j % (m // group)`.
+      group: columns per output; column `j` feeds output `j % (m // group)`.
     """
 
     shape: tuple[int, ...]
@@ -120,7 +120,7 @@ class MatrixView:
         return split.transpose(self._behind(stack, inverse))
 
     def from_factors(self, u: jax.Array, v: jax.Array, execution: Execution = "factored") -> LowRankKernel:
-        """`[*stack, n, r]` and `[*stack, r, m]` as the factor pair that stands for the kernel."""
+        """`[*stack, n, r]` and `[*stack, r, m]` as a `LowRankKernel`."""
         row_sizes = (self.shape[axis] for axis in self.rows)
         column_sizes = (self.shape[axis] for axis in self.columns)
         return LowRankKernel(
@@ -134,23 +134,23 @@ class MatrixView:
 
 
 def is_low_rank(leaf: Any) -> bool:
-    """Whether a node of a parameter tree is a factor pair; made for `is_leaf=`."""
+    """Whether a node of a parameter tree is a factor pair; for use as `is_leaf=`."""
     return isinstance(leaf, LowRankKernel)
 
 
 def dense_view(shape: tuple[int, ...], contracted: int = 1) -> MatrixView:
-    """A dense kernel: its first `contracted` axes, over which the layer sums, are the rows."""
+    """A dense kernel: the first `contracted` axes, over which the layer sums, are the rows."""
     return MatrixView(shape, tuple(range(contracted)))
 
 
 def channel_view(shape: tuple[int, ...]) -> MatrixView:
-    """A convolution `[*window, c_in, c_out]` as `[window * c_in, c_out]`: a full window with r filters, then 1x1."""
+    """A convolution `[*window, c_in, c_out]` as `[window * c_in, c_out]`: r filters with the full window, then 1x1."""
     return MatrixView(shape, tuple(range(len(shape) - 1)))
 
 
 def spatial_view(shape: tuple[int, ...]) -> MatrixView:
     """A 2-D convolution `[kh, kw, c_in, c_out]` as `[kh * c_in, kw * c_out]`: kh x 1 with r filters, then 1 x kw.
 
-    One output owns kw of the columns (docs/mathematics.md, section 5).
+    Each output has kw of the columns (docs/mathematics.md, section 5).
     """
     return MatrixView(shape, SPATIAL_ROWS, group=shape[1])

@@ -1,7 +1,7 @@
 """Names of leaves in a parameter tree, and ordered rules over them.
 
-A leaf's name is its path joined by slashes: "stage1/block1/conv1/kernel".  A rule is a regular expression that has to match
-the whole name; of several rules the first that matches wins.
+A leaf's name is its path joined by slashes: "stage1/block1/conv1/kernel".  A rule is a regular expression that must match the
+whole name; the first matching rule wins.
 """
 
 import re
@@ -16,32 +16,32 @@ CATCH_ALL = ".*"
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """The name of a leaf from its key path, as `jax.tree_util` gives it."""
+    """The name of a leaf, from its key path in `jax.tree_util`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a tree by name, in the tree's own order."""
+    """The leaves of a tree by name, in tree order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return {leaf_name(path): leaf for path, leaf in leaves}
 
 
 def map_named(fn: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """A tree of `fn(name, leaf)`."""
+    """Maps `fn(name, leaf)` over a tree."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(leaf_name(path), leaf), tree, is_leaf=is_leaf)
 
 
 def first_match(patterns: Sequence[str], names: Sequence[str], *, suggest: Sequence[str] = ()) -> dict[str, int | None]:
-    """For every name the index of the first pattern that matches it in full; None where none does.
+    """The index of the first pattern that fully matches each name; None if none does.
 
     Args:
       patterns: regular expressions, in order.
-      names: what they are to match.
-      suggest: names to propose for a pattern that matches nothing; default: all of them.
+      names: the names to match.
+      suggest: names to suggest for a pattern that matches nothing; by default all names.
 
     Raises:
-      ValueError: a pattern is not a regular expression, or is the first to match no name at all, in which case its settings
-        would be lost in silence.  Only the catch-all ".*" may catch nothing.
+      ValueError: a pattern is not a regular expression, or is never the first to match, so that its settings would silently be
+        ignored.  Only the catch-all ".*" may match nothing.
     """
     compiled = [compile_pattern(pattern) for pattern in patterns]
     matches = {name: next((i for i, p in enumerate(compiled) if p.fullmatch(name)), None) for name in names}
@@ -53,7 +53,7 @@ def first_match(patterns: Sequence[str], names: Sequence[str], *, suggest: Seque
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """The compiled pattern; a ValueError that shows it when it is not a regular expression."""
+    """The compiled pattern; raises ValueError if it is not a regular expression."""
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -62,5 +62,5 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 def _dead_rule(text: str, pattern: re.Pattern[str], names: Sequence[str], suggest: Sequence[str]) -> str:
     if any(pattern.fullmatch(name) for name in names):
-        return f"rule {text!r} never applies: earlier rules match everything that it matches; put it before them"
+        return f"rule {text!r} never applies: earlier rules match everything it matches; move it before them"
     return f"rule {text!r} matches no parameter; the nearest is {nearest(text, suggest or names)!r}"

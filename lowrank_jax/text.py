@@ -1,21 +1,21 @@
-"""What messages to the user are made of."""
+"""Helpers for messages and tables: did-you-mean, alignment, counts."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says; its type's name where it says nothing."""
+    """The first line of an error's message, or the name of its type if it has none."""
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that reads most like `name`; None when there are no candidates."""
+    """The candidate most similar to `name`; None if there are no candidates."""
     return max(candidates, key=lambda c: difflib.SequenceMatcher(None, name, c).ratio(), default=None)
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """The clause "; did you mean x?" when a candidate is close, else the list of what is known."""
+    """The clause "; did you mean x?" if a candidate is close, else a list of all candidates."""
     candidates = [str(c) for c in candidates]
     close = difflib.get_close_matches(str(name), candidates, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(candidates) or 'none'}"
@@ -29,19 +29,19 @@ def align(rows: list[list[str]]) -> str:
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """Rows as a table of Markdown, the first one its header."""
+    """Rows as a Markdown table; the first row is its header."""
     header, *body = rows
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
 
 
 def with_change(planned: int, dense: int) -> str:
-    """A count, and by how many per cent it differs from the dense one."""
+    """A count, and its change from the dense one in percent."""
     change = f" {100 * (planned - dense) / dense:+.0f}%" if dense and planned != dense else ""
     return count(planned) + change
 
 
 def count(n: int) -> str:
-    """A count in three digits: 9.41k, 118M, 4.1G."""
+    """A count with three significant digits: 9.41k, 118M, 4.1G."""
     for size, suffix in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if n >= size:
             return f"{n / size:.3g}{suffix}" if n < 999.5 * size else f"{n / size:.0f}{suffix}"

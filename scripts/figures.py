@@ -29,12 +29,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 
+from lowrank_jax import projection
 from lowrank_jax.experiment.report.arms import Interval
 from lowrank_jax.experiment.report.figures import COLORS, MARKERS
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.experiment.workdir.writer import duration
 from lowrank_jax.projection import ablations
-from lowrank_jax.projection import matrix as projection
 from lowrank_jax.theory import (
     ReluNetwork,
     SampleError,

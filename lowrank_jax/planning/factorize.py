@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from lowrank_jax.paths import map_named, named_leaves
 from lowrank_jax.planning.plans import FactoredKernel, Plan
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.methods import METHODS, SAMPLED, Method
+from lowrank_jax.projection.padding import equal
 from lowrank_jax.projection.stack import Stack
 from lowrank_jax.text import did_you_mean
 
@@ -92,14 +93,18 @@ def _roots(moments: Any, n: int) -> jax.Array:
 def _by_method(
     kernels: dict[str, jax.Array], plan: Plan, inputs: Mapping[str, jax.Array] | None
 ) -> dict[str, list[list[FactoredKernel]]]:
-    """The plan's factored kernels by method, and those together that one compiled decomposition serves."""
-    methods: dict[str, dict[Any, list[FactoredKernel]]] = {}
-    for kernel in plan.factored:
+    """The plan's factored kernels by method; within one, those together that become one `Stack`."""
+
+    def alike(kernel: FactoredKernel) -> Hashable:
         view, rule = kernel.view, kernel.rule
         samples = 0 if inputs is None else inputs[kernel.name].shape[-3]
-        alike = (view.n, view.m, view.group, kernel.rank, rule.activation, kernels[kernel.name].dtype, samples)
-        methods.setdefault(rule.method, {}).setdefault(alike, []).append(kernel)
-    return {method: list(groups.values()) for method, groups in methods.items()}
+        return rule.method, view.n, view.m, view.group, kernel.rank, rule.activation, kernels[kernel.name].dtype, samples
+
+    methods: dict[str, list[list[FactoredKernel]]] = {}
+    for members in equal([alike(kernel) for kernel in plan.factored]):
+        together = [plan.factored[i] for i in members]
+        methods.setdefault(together[0].rule.method, []).append(together)
+    return methods
 
 
 def _stack(members: list[FactoredKernel], kernels: dict[str, jax.Array], key: jax.Array, inputs: Any) -> Stack:

@@ -1,25 +1,24 @@
-"""Relatives of the projection that change one thing at a time, so that a claim about it can be taken apart.
+"""Variants of the projection that change one thing at a time, for ablation studies.
 
-Each makes a factor pair of a matrix `[n, m]` (docs/mathematics.md, section 6).
+Each factors a matrix `[n, m]` (docs/mathematics.md, section 6).
 """
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.projection import activations, linalg
-from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection import activations, linalg, matrix
 from lowrank_jax.projection.activations import ActivationLike
 from lowrank_jax.projection.linalg import Pair, lengths, ratio
 
 
 @linalg.highest_precision
 def spectral_global_scale(w: jax.Array, rank: int, *, activation: ActivationLike = "relu", group: int = 1) -> Pair:
-    """The spectral factors times one number for all: that of least function risk."""
-    u, v = (factor.astype(linalg.wide(w.dtype)) for factor in projection.spectral(w, rank))
+    """The spectral factors times a single scale: the one of least function risk."""
+    u, v = (factor.astype(linalg.wide(w.dtype)) for factor in matrix.spectral(w, rank))
     y, unit = u @ v, linalg.unit(w)
-    # By the Cauchy-Schwarz inequality no homogeneous activation wants more than |W| / |Y|.
+    # By Cauchy-Schwarz, the best scale for a homogeneous activation is at most |W| / |Y|.
     highest = 2 * ratio(jnp.linalg.norm(w.astype(y.dtype) / unit), jnp.linalg.norm(y / unit))
-    scale = activations.minimise(lambda c: projection.relative_risk(w, c * y, activation=activation, group=group), highest)
+    scale = activations.minimise(lambda c: matrix.relative_risk(w, c * y, activation=activation, group=group), highest)
     return (jnp.sqrt(scale) * u).astype(w.dtype), (jnp.sqrt(scale) * v).astype(w.dtype)
 
 
@@ -27,11 +26,11 @@ def spectral_global_scale(w: jax.Array, rank: int, *, activation: ActivationLike
 def spectral_column_scales(w: jax.Array, rank: int, *, activation: ActivationLike = "relu", group: int = 1) -> Pair:
     """The spectral factors, the columns of V scaled to the lengths of least function risk.
 
-    The product is that of the kernel projection with subspace `top`, except that outputs at right angles to the subspace stay
-    zero; the factors are not rebalanced.
+    The product equals that of the kernel projection with subspace `top`, except that outputs orthogonal to the subspace stay
+    zero.  The factors are not rebalanced.
     """
-    u, v = (factor.astype(linalg.wide(w.dtype)) for factor in projection.spectral(w, rank))
-    a, b = projection.kernel_projection(w, rank, activation=activation, group=group)
+    u, v = (factor.astype(linalg.wide(w.dtype)) for factor in matrix.spectral(w, rank))
+    a, b = matrix.kernel_projection(w, rank, activation=activation, group=group)
     unit = linalg.unit(w)
     length = ratio(lengths(a.astype(u.dtype) @ b.astype(u.dtype) / unit, group), lengths(u @ v / unit, group))
     return u.astype(w.dtype), (v * jnp.tile(length, group)).astype(w.dtype)
@@ -39,16 +38,16 @@ def spectral_column_scales(w: jax.Array, rank: int, *, activation: ActivationLik
 
 @linalg.highest_precision
 def random_subspace(key: jax.Array, w: jax.Array, rank: int, *, activation: ActivationLike = "relu", group: int = 1) -> Pair:
-    """The best stand-in in a subspace that is drawn uniformly, with no regard to W."""
+    """The best approximation in a subspace drawn uniformly at random, independent of W."""
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
     q = linalg.orthonormal(jax.random.normal(key, (w.shape[0], rank), linalg.wide(w.dtype)))
-    return projection.on_subspace(w, q, activation=activation, group=group)
+    return matrix.on_subspace(w, q, activation=activation, group=group)
 
 
 @linalg.highest_precision
 def unit_spectral(w: jax.Array, rank: int) -> Pair:
-    """The spectral directions with all singular values one: U and V have orthonormal columns and rows."""
+    """The spectral directions with all singular values set to one: orthonormal columns of U and rows of V."""
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
     a, _, bt = linalg.truncated_svd(w, linalg.gram_eigenvectors(w), rank)
@@ -56,9 +55,9 @@ def unit_spectral(w: jax.Array, rank: int) -> Pair:
 
 
 def random_factors(key: jax.Array, w: jax.Array, rank: int) -> Pair:
-    """Independent Gaussian factors scaled by their fan-in, as He et al. do; each element of UV varies as one of W does.
+    """Independent Gaussian factors scaled by fan-in, as in He et al.; elements of UV have the variance of those of W.
 
-    U has the variance of W itself (2/n when W is He-initialised) and V has 1/rank, so the product keeps W's variance.
+    U has the variance of W (2/n for a He-initialised W) and V has variance 1/rank, so the product keeps the variance of W.
     """
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)

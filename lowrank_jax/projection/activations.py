@@ -1,10 +1,10 @@
-"""What the kernel projection has to know about the activation that follows a kernel.
+"""Dual activations: what the kernel projection needs to know about the activation that follows a kernel.
 
 For Gaussian x and vectors w, y of lengths s, t at an angle with cosine rho, everything follows from the dual activation
 
     K(s, t, rho) = E sigma(w.x) sigma(y.x):
 
-the risk of y in place of w is K(s, s, 1) + K(t, t, 1) - 2 K(s, t, rho), and the best length of y minimises it over t
+the risk of replacing w by y is K(s, s, 1) + K(t, t, 1) - 2 K(s, t, rho), and the best length of y minimises it over t
 (docs/mathematics.md, sections 3 and 4).  `Homogeneous` activations have closed forms, all others a Hermite series.
 """
 
@@ -25,7 +25,7 @@ Function = Callable[[jax.Array], jax.Array]
 
 
 class Activation(Protocol):
-    """What a projection asks; the two methods answer elementwise over columns, arrays broadcast."""
+    """An activation as a projection sees it; both methods are elementwise over columns, and arrays broadcast."""
 
     @property
     def fn(self) -> Function:
@@ -37,7 +37,7 @@ class Activation(Protocol):
         ...
 
     def best_length(self, s: jax.Array, rho: jax.Array) -> jax.Array:
-        """The t at which `risk(s, t, rho)` is least, for rho >= 0; of a `Scalar`, among those in [0, 2s]."""
+        """The t that minimises `risk(s, t, rho)`, for rho >= 0; for a `Scalar`, within [0, 2s]."""
         ...
 
 
@@ -67,15 +67,15 @@ class Homogeneous:
 
 @dataclasses.dataclass(frozen=True)
 class Scalar:
-    """Any scalar activation, by the Hermite coefficients alpha_k(s) = E sigma(s z) he_k(z) of its sections.
+    """Any scalar activation, by its Hermite coefficients alpha_k(s) = E sigma(s z) he_k(z).
 
-    K(s, t, rho) = Σ_k alpha_k(s) alpha_k(t) rho^k.  The first `TERMS` are summed; what is missing at rho = ±1, where the sum
-    is a plain expectation, is taken to fall off like the first term left out.  Risks are within 5e-5 of a column's whole risk
-    for smooth functions at lengths up to 3, within 1e-3 for functions with a kink; steep ones, of which a jump is the limit,
-    fare worse (docs/mathematics.md, section 4).
+    K(s, t, rho) = Σ_k alpha_k(s) alpha_k(t) rho^k.  The first `TERMS` are summed.  The remainder is known at rho = ±1, where
+    the sum is a plain expectation, and is assumed to decay like the first omitted term.  Risks are accurate to 5e-5 of a
+    column's whole risk for smooth functions at lengths up to 3, to 1e-3 for functions with a kink, and less so for steep
+    functions, which approach a jump (docs/mathematics.md, section 4).
 
     Attributes:
-      fn: elementwise, in jax.
+      fn: sigma itself, an elementwise JAX function.
     """
 
     fn: Function
@@ -103,15 +103,15 @@ class Scalar:
         return _newton_step(loss, t, smoothed, s)
 
     def _section(self, s: jax.Array) -> jax.Array:
-        """sigma(s z) - sigma(0) at the nodes z, times the roots of their weights: `[...] -> [..., nodes]`.
+        """sigma(s z) - sigma(0) at the nodes z, times the square roots of their weights: `[...] -> [..., nodes]`.
 
-        A constant leaves every risk as it is; without it a zero column has a zero section.
+        The constant does not change any risk; without sigma(0), a zero column has a zero section.
         """
         z, root, _ = (jnp.asarray(part, s.dtype) for part in _nodes())
         return root * (self.fn(s[..., None] * z) - self.fn(jnp.zeros((), s.dtype)))
 
     def _smoothed(self, s: jax.Array, rho: jax.Array) -> jax.Array:
-        """E[sigma(w.x) | y.x], the function that sigma(t z) has to come close to: `[..., nodes]`."""
+        """E[sigma(w.x) | y.x], the function that sigma(t z) has to approximate: `[..., nodes]`."""
         a = self._section(s)
         powers, even_power, odd_power = (part if part.ndim > s.ndim else part[..., None] for part in _powers(rho))
         rest = jnp.where(jnp.arange(TERMS) % 2, odd_power, even_power)
@@ -119,17 +119,17 @@ class Scalar:
         return ((powers - rest) * (a @ _basis(a).T)) @ _basis(a) + even_power * even + odd_power * (a - even)
 
 
-TERMS = 48  # even: the first term left out then goes with the even part
+TERMS = 48  # even, so that the first omitted term belongs to the even part
 _NODES = 256
 _CUT = 10.0
 
 
 @functools.cache
 def _nodes() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nodes z `[nodes]`, roots of their weights, and root · he_k(z) `[TERMS, nodes]` for orthonormal Hermite polynomials.
+    """Nodes z `[nodes]`, square roots of their weights, and root · he_k(z) `[TERMS, nodes]` (orthonormal Hermite polynomials).
 
-    An even grid: under a Gaussian weight it converges exponentially for smooth functions, like Gauss's own rule, and does far
-    better at kinks and for steep sections.  It is symmetric about zero and leaves zero out, where most activations kink.
+    An even grid: under a Gaussian weight it converges exponentially for smooth functions, like Gauss-Hermite quadrature, and is
+    far better for kinks and steep sections.  It is symmetric about zero but avoids zero, where most activations have a kink.
     """
     width = 2 * _CUT / _NODES
     z = -_CUT + width * (np.arange(_NODES) + 0.5)
@@ -145,23 +145,23 @@ def _basis(like: jax.Array) -> jax.Array:
 
 
 def _even(values: jax.Array) -> jax.Array:
-    """The even part of a function given at the nodes."""
+    """The even part of a function sampled at the nodes."""
     return (values + values[..., ::-1]) / 2
 
 
 def _powers(rho: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """rho^k for k < TERMS `[..., TERMS]`, and the powers that stand for the even and the odd terms beyond `[...]`."""
+    """rho^k for k < TERMS `[..., TERMS]`, and the powers `[...]` used for the omitted even and odd terms."""
     repeated = jnp.broadcast_to(rho[..., None], (*rho.shape, TERMS + 1))
     powers = jnp.cumprod(repeated, axis=-1)  # products, not `**`: rho may be negative or zero
     return jnp.concatenate([jnp.ones_like(repeated[..., :1]), powers[..., :-2]], -1), powers[..., -2], powers[..., -1]
 
 
 def minimise(loss: Function, high: jax.Array) -> jax.Array:
-    """Where an elementwise `loss(t)` is least on [0, high]: a grid against several valleys, then golden sections.
+    """The minimiser of an elementwise `loss(t)` on [0, high]: a grid search, then golden-section search.
 
     Args:
-      loss: `[...] -> [...]`, each element a function of its own t.
-      high: the ends of the intervals, `[...]`.
+      loss: `[...] -> [...]`; each element depends on its own t alone.
+      high: the upper ends of the intervals, `[...]`.
     """
     points, sections, golden = 16, 24, (math.sqrt(5) - 1) / 2
     values = jax.lax.map(lambda i: loss(high * i / points), jnp.arange(points + 1, dtype=high.dtype))
@@ -170,20 +170,20 @@ def minimise(loss: Function, high: jax.Array) -> jax.Array:
     def shrink(_, bracket):
         low, top = bracket
         left, right = top - golden * (top - low), low + golden * (top - low)
-        keep_left = loss(left) < loss(right)  # where it is flat, as of a jump, away from zero
+        keep_left = loss(left) < loss(right)  # where it is flat, as for a jump, away from zero
         return jnp.where(keep_left, low, left), jnp.where(keep_left, right, top)
 
     bracket = high * jnp.maximum(best - 1, 0) / points, high * jnp.minimum(best + 1, points) / points
     low, top = jax.lax.fori_loop(0, sections, shrink, bracket)
     middle = (low + top) / 2
-    at_zero = values[0] <= loss(middle)  # an odd sigma, seen from a right angle, wants no length at all
+    at_zero = values[0] <= loss(middle)  # for an odd sigma and orthogonal columns, zero is best
     return jnp.where(at_zero, 0, middle)
 
 
 def _newton_step(loss: Callable[[jax.Array, jax.Array], jax.Array], t: jax.Array, target: jax.Array, s: jax.Array) -> jax.Array:
-    """One Newton step from the minimum that was found: it adds digits, and carries the derivative by `target`.
+    """One Newton step from the minimum found so far: it adds digits and carries the derivative with respect to `target`.
 
-    By values alone a minimum is known to half of its digits; and comparing them has no derivative.
+    Comparing values gives a minimum to half of the digits only, and has no derivative.
     """
 
     def slope(t):
@@ -193,7 +193,7 @@ def _newton_step(loss: Callable[[jax.Array, jax.Array], jax.Array], t: jax.Array
     second = jax.lax.stop_gradient(second)
     convex = second > 0
     step = jnp.where(convex, -first / jnp.where(convex, second, 1), 0)
-    # Where sigma kinks or jumps the second derivative is not to be trusted.
+    # Where sigma has a kink or a jump, the second derivative cannot be trusted.
     return t + jnp.where(jnp.abs(step) <= 1e-2 * s, step, 0)
 
 
@@ -207,17 +207,17 @@ def relu_h(rho: jax.Array) -> jax.Array:
 
 @relu_h.defjvp
 def _(primals, tangents):
-    # h' = (pi - arccos rho) / pi is finite everywhere; differentiating term by term gives inf - inf at rho = 1.
+    # h' = (pi - arccos rho) / pi is finite everywhere; differentiating term by term would give inf - inf at rho = 1.
     (rho,), (tangent,) = primals, tangents
     slope = (jnp.pi - jnp.arccos(jnp.clip(rho, -1.0, 1.0))) / jnp.pi
     return relu_h(rho), slope * tangent
 
 
-@functools.cache  # one object a slope, so that it compiles once
+@functools.cache  # one object per slope, so that it compiles once
 def leaky_relu(slope: float) -> Homogeneous:
     """x for x > 0, slope · x below: `nn.leaky_relu(x, slope)`.
 
-    It is slope · x + (1 - slope) relu(x), so its dual activation is a mixture of those of the identity and the ReLU.
+    It is slope · x + (1 - slope) relu(x), so its dual activation mixes those of the identity and the ReLU.
     """
     power = 1 + slope**2
     return Homogeneous(
@@ -244,10 +244,10 @@ ACTIVATIONS["swish"] = ACTIVATIONS["silu"]
 
 
 def get(activation: ActivationLike) -> Activation:
-    """An activation by its name, as itself, or made from a scalar function.
+    """An activation from its name, an `Activation` or a scalar function.
 
     Raises:
-      ValueError: no such activation.
+      ValueError: unknown name, or not an elementwise function.
     """
     if isinstance(activation, str):
         if activation not in ACTIVATIONS:
@@ -263,14 +263,14 @@ def get(activation: ActivationLike) -> Activation:
 
 @functools.lru_cache(maxsize=256)
 def _probe(fn: Function) -> None:
-    """Raises ValueError if it is not an elementwise function that jax can trace, finite around zero."""
+    """Raises ValueError unless it is an elementwise function that JAX can trace, finite around zero."""
     points = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
     try:
         with jax.ensure_compile_time_eval():
             values, alone = jax.jit(fn)(points), jax.jit(fn)(points[0, 0])
             good = values.shape == (2, 4) and alone.shape == () and bool(jnp.isfinite(values).all())
             good = good and bool(jnp.allclose(values[0, 0], alone, rtol=1e-5, atol=1e-6))
-    except Exception as error:  # whatever somebody's function may raise
+    except Exception as error:  # a user's function may raise anything
         raise ValueError(f"activation {fn!r} cannot be traced by jax: {first_line(error)}") from error
     if not good:
         raise ValueError(f"activation {fn!r} is not an elementwise function, finite at every number")

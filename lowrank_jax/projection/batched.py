@@ -1,7 +1,7 @@
 """Projection on the leading singular directions, of many kernels at once and compiled for few shapes.
 
-Kernels of like shapes are padded to one and multiplied as a batch; their Gram matrices are decomposed in the few sizes of
-`stacks.in_few_shapes`.  What a kernel becomes does not depend on what else is in the batch, but for rounding.
+Kernels of similar shapes are padded to one shape and multiplied as one stack (see padding.py).  The result for a kernel does
+not depend on the other kernels, except for rounding.
 """
 
 import dataclasses
@@ -14,29 +14,29 @@ import numpy as np
 from lowrank_jax.projection import activations, linalg
 from lowrank_jax.projection.activations import Activation
 from lowrank_jax.projection.linalg import Pair, lengths, ratio, wide
-from lowrank_jax.projection.padding import FREE_IN_PRODUCTS, Group, groups, padded, split, stacked
+from lowrank_jax.projection.padding import FREE_IN_PRODUCTS, Bucket, buckets
 from lowrank_jax.projection.stack import Stack
 
-_OUTPUTS = 2**11  # whose best lengths are sought at a time, where that takes a series for each; a TPU's compiler minds how many
+_OUTPUTS = 2**11  # best lengths sought at a time, where each takes a series; a TPU's compiler minds how many
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class PaddedStack:
     """Stacks of kernels as one, every kernel in a unit of its own.
 
     Attributes:
-      w: `[k, n, m]`, padded with zeros; every matrix measured in its largest element.
-      unit: these elements, `[k, 1, 1]`.
-      columns: of an output.
+      w: `[k, n, m]`, padded with zeros; every matrix is divided by its unit.
+      unit: the largest magnitude of every matrix, `[k, 1, 1]`.
+      group: columns per output, the same for all of them.
       members: the stacks, in the order in which they lie in `w`.
-      group: where they were found.
+      bucket: their positions and counts.
     """
 
     w: jax.Array
     unit: jax.Array
-    columns: int
+    group: int
     members: tuple[Stack, ...]
-    group: Group
+    bucket: Bucket
 
     @property
     def is_wide(self) -> bool:
@@ -45,73 +45,82 @@ class Batch:
     @property
     def ranks(self) -> np.ndarray:
         """`[k]`."""
-        return np.repeat([stack.rank for stack in self.members], [len(stack.w) for stack in self.members])
+        return np.repeat([stack.rank for stack in self.members], self.bucket.counts)
+
+    @property
+    def sides(self) -> np.ndarray:
+        """The smaller size of every matrix without padding, `[k]`."""
+        return np.repeat([min(stack.w.shape[1:]) for stack in self.members], self.bucket.counts)
 
     def runs(self) -> list[tuple[Activation, slice]]:
         """Which matrices are followed by which activation."""
         found, start = [], 0
-        for stack in self.members:
-            found.append((activations.get(stack.activation), slice(start, start + len(stack.w))))
-            start += len(stack.w)
+        for stack, count in zip(self.members, self.bucket.counts, strict=True):
+            found.append((activations.get(stack.activation), slice(start, start + count)))
+            start += count
         return found
 
     def unpadded(self, u: jax.Array, v: jax.Array) -> dict[int, Pair]:
-        """Factors `[k, n, r]` and `[k, r, m]` as those of the stacks, by their place, in units and dtypes of theirs."""
-        root, counts = jnp.sqrt(self.unit), {i: len(stack.w) for i, stack in zip(self.group.members, self.members, strict=True)}
-        parts = (split(root * factor, self.group, counts) for factor in (u, v))
+        """Factors `[k, n, r]` and `[k, r, m]` by their stack's position, in the stack's own units, shape and dtype."""
+        root = jnp.sqrt(self.unit)
+        parts = zip(self.bucket.members, self.members, self.bucket.split(root * u), self.bucket.split(root * v), strict=True)
         pairs = {}
-        for i, stack, u_i, v_i in zip(self.group.members, self.members, *parts, strict=True):
+        for i, stack, u_i, v_i in parts:
             n, m = stack.w.shape[1:]
             dtype, rank = stack.w.dtype, stack.rank
             pairs[i] = u_i[:, :n, :rank].astype(dtype), v_i[:, :rank, :m].astype(dtype)
         return pairs
 
 
-def batches(stacks: Sequence[Stack]) -> list[Batch]:
+def padded_stacks(stacks: Sequence[Stack]) -> list[PaddedStack]:
     """Stacks in few shapes."""
     units = [linalg.units(stack.w) for stack in stacks]
     relative = [stack.w.astype(wide(stack.w.dtype)) / unit for stack, unit in zip(stacks, units, strict=True)]
     kinds = list(dict.fromkeys(stack.activation for stack in stacks))
-    shapes = [(*stack.w.shape[1:], stack.rank) for stack in stacks]
+    # Sorted by activation, so that kernels with the same one are contiguous.
+    order = sorted(range(len(stacks)), key=lambda i: kinds.index(stacks[i].activation))
+    shapes = [(*stacks[i].w.shape[1:], stacks[i].rank) for i in order]
+    counts, alike = [len(stacks[i].w) for i in order], [_alike(stacks[i]) for i in order]
     made = []
-    counts, alike = [len(stack.w) for stack in stacks], [_alike(stack) for stack in stacks]
-    for group in groups(shapes, counts, _work, alike, FREE_IN_PRODUCTS):
-        # Sorted by activation, so that those of one lie side by side.
-        order = tuple(sorted(group.members, key=lambda i: kinds.index(stacks[i].activation)))
-        group = Group(group.shape[:2], order)
-        members = tuple(stacks[i] for i in order)
-        unit = jnp.concatenate([units[i] for i in order])
-        made.append(Batch(stacked(relative, group), unit, members[0].group, members, group))
+    for found in buckets(shapes, counts, _work, alike, FREE_IN_PRODUCTS):
+        places = tuple(order[j] for j in found.members)
+        bucket = Bucket(found.shape[:2], places, found.counts)
+        members = tuple(stacks[i] for i in places)
+        unit = jnp.concatenate([units[i] for i in places])
+        made.append(PaddedStack(bucket.stacked(relative), unit, members[0].group, members, bucket))
     return made
 
 
 def _work(shape: tuple[int, ...]) -> float:
-    n, m, rank = shape
-    return float(n * m) * max(rank, 64)  # at low ranks it is the memory of the padded kernels that matters
+    """Of the Gram matrix, the largest product; in small matrices it is the memory of the padding that matters."""
+    n, m, _ = shape
+    return float(n * m) * max(min(n, m), 64)
 
 
 def _alike(stack: Stack) -> tuple:
     n, m = stack.w.shape[1:]
-    # Where several columns make an output, it is their places that say which.
+    # Where several columns feed an output, their positions say which.
     return n <= m, wide(stack.w.dtype), stack.group, m if stack.group > 1 else None
 
 
 @linalg.highest_precision
-def project(stacks: Sequence[Stack], *, normalized: bool = False, vectors: Sequence[jax.Array] | None = None) -> list[Pair]:
-    """Every kernel on its leading singular directions, its outputs at the lengths of least risk.
+def project(stacks: Sequence[Stack], *, normalized: bool = False, vectors: jax.Array | None = None) -> list[Pair]:
+    """Projects every kernel on its leading singular directions, each output at its length of least risk.
 
     Args:
       stacks: the kernels.
-      normalized: lengths are kept instead.
+      normalized: keep every output's length instead.
       vectors: `linalg.gram_eigenvectors` of the only stack, `[k, p, p]`, where they are known.
 
     Returns:
       For every stack u `[k, n, rank]` and v `[k, rank, m]` in the dtype of w, balanced: UᵀU = VVᵀ.
     """
-    parts = batches(stacks)
+    parts = padded_stacks(stacks)
     if vectors is None:
-        vectors = linalg.gram_eigenvectors_of_all([stack.w for stack in stacks])
-    images = [_images(part, vectors) for part in parts]
+        spans = linalg.eigenvectors([linalg.gram(part.w) for part in parts], [part.sides for part in parts])
+    else:
+        spans = [vectors]
+    images = [_images(part, span) for part, span in zip(parts, spans, strict=True)]
     bases = _orthonormalizers(parts, images)
     coordinates = []
     for part, image, basis in zip(parts, images, bases, strict=True):
@@ -124,16 +133,15 @@ def project(stacks: Sequence[Stack], *, normalized: bool = False, vectors: Seque
     return [pairs[i] for i in range(len(stacks))]
 
 
-def _images(part: Batch, vectors: Sequence[jax.Array]) -> jax.Array:
-    """What spans the leading left singular directions, `[k, n, rank]`; zero where a rank is padded."""
-    side = min(part.w.shape[1:])
-    cut = [vectors[i][:, :, : stack.rank] for i, stack in zip(part.group.members, part.members, strict=True)]
-    leading = jnp.concatenate([padded(each, (side, part.ranks.max())) for each in cut])
+def _images(part: PaddedStack, vectors: jax.Array) -> jax.Array:
+    """Columns that span the leading left singular directions, `[k, n, rank]`; zero where a rank is padded."""
+    highest = part.ranks.max()
+    leading = jnp.where(np.arange(highest) < part.ranks[:, None, None], vectors[:, :, :highest], 0)
     return leading if part.is_wide else part.w @ leading
 
 
-def _orthonormalizers(parts: Sequence[Batch], images: Sequence[jax.Array]) -> list[jax.Array]:
-    """What makes the images orthonormal, `[k, r, r]`; eigenvectors are, their images under W are only nearly orthogonal."""
+def _orthonormalizers(parts: Sequence[PaddedStack], images: Sequence[jax.Array]) -> list[jax.Array]:
+    """What makes the images orthonormal, `[k, r, r]`: eigenvectors already are, their images under W only nearly."""
     tall = [image for part, image in zip(parts, images, strict=True) if not part.is_wide]
     made = iter(linalg.orthonormalizers([image.mT @ image for image in tall]))
 
@@ -144,25 +152,25 @@ def _orthonormalizers(parts: Sequence[Batch], images: Sequence[jax.Array]) -> li
     return [unchanged(image) if part.is_wide else next(made)[0] for part, image in zip(parts, images, strict=True)]
 
 
-def at_best_lengths(parts: Sequence[Batch], coordinates: Sequence[jax.Array], normalized: bool) -> list[jax.Array]:
-    """Coordinates `[k, r, m]` of projected outputs, each of these brought to the length that serves best.
+def at_best_lengths(parts: Sequence[PaddedStack], coordinates: Sequence[jax.Array], normalized: bool) -> list[jax.Array]:
+    """Coordinates `[k, r, m]` of projected outputs, each scaled to its best length.
 
-    One at right angles to the subspace has no direction there; any will do, and it gets the first axis.
+    An output orthogonal to the subspace has no direction in it: it gets the first axis, which is as good as any.
     """
-    whole = [lengths(part.w, part.columns) for part in parts]
-    kept = [lengths(c, part.columns) for part, c in zip(parts, coordinates, strict=True)]
+    whole = [lengths(part.w, part.group) for part in parts]
+    kept = [lengths(c, part.group) for part, c in zip(parts, coordinates, strict=True)]
     best = whole if normalized else _best_lengths(parts, whole, kept)
     lengthened = []
     for part, c, old, new in zip(parts, coordinates, kept, best, strict=True):
-        old, new = (jnp.tile(length, part.columns)[:, None] for length in (old, new))
-        first_axis = jnp.zeros_like(c).at[:, 0, : c.shape[2] // part.columns].set(1)
+        old, new = (jnp.tile(length, part.group)[:, None] for length in (old, new))
+        first_axis = jnp.zeros_like(c).at[:, 0, : c.shape[2] // part.group].set(1)
         direction = jnp.where(old == 0, first_axis, c / jnp.where(old == 0, 1, old))
         lengthened.append(direction * new)
     return lengthened
 
 
-def _best_lengths(parts: Sequence[Batch], whole: Sequence[jax.Array], kept: Sequence[jax.Array]) -> list[jax.Array]:
-    """`[k, outputs]` for every part; all outputs in front of one activation are asked for together."""
+def _best_lengths(parts: Sequence[PaddedStack], whole: Sequence[jax.Array], kept: Sequence[jax.Array]) -> list[jax.Array]:
+    """`[k, outputs]` for every part; all outputs before one activation are computed together."""
     runs = [(act, i, run) for i, part in enumerate(parts) for act, run in part.runs()]
     found: list[dict[int, jax.Array]] = [{} for _ in parts]  # by where a run starts
     for act in dict.fromkeys(act for act, _, _ in runs):
@@ -183,7 +191,7 @@ def _flat(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def _best_length(act: Activation, length: jax.Array, cosine: jax.Array) -> jax.Array:
-    """Of outputs `[outputs]`; in pieces where there are so many that what a series takes for each would fill the memory."""
+    """For outputs `[outputs]`; in pieces where the series of all of them would fill the memory."""
     pieces = -(-len(length) // _OUTPUTS)
     if pieces == 1 or isinstance(act, activations.Homogeneous):
         return act.best_length(length, cosine)
@@ -192,5 +200,5 @@ def _best_length(act: Activation, length: jax.Array, cosine: jax.Array) -> jax.A
 
 
 def measure(act: Activation, unit: jax.Array) -> jax.Array:
-    """In what to tell an activation lengths that were measured in `unit`: to a homogeneous one all units are the same."""
+    """The unit in which to pass lengths to an activation: for a homogeneous one it does not matter."""
     return jnp.ones_like(unit) if isinstance(act, activations.Homogeneous) else unit

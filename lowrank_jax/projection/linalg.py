@@ -1,4 +1,4 @@
-"""The linear algebra that projections share: float32 or better, at the highest precision, safe at zero."""
+"""Linear algebra for projections: in float32 or better, at the highest matmul precision, safe at zero."""
 
 import functools
 import numbers
@@ -11,27 +11,27 @@ import numpy as np
 from jax.core import Tracer
 from jax.scipy.linalg import solve_triangular
 
-from lowrank_jax.projection.padding import FREE_IN_PRODUCTS, groups, in_few_shapes, split, stacked
+from lowrank_jax.projection.padding import in_few_shapes
 
 Pair = tuple[jax.Array, jax.Array]  # u [n, r] and v [r, m]
 
 
 def highest_precision(fn: Any) -> Any:
-    """On TPU a float32 product is by default a bfloat16 one; a projection needs all of its digits."""
+    """Runs a function at the highest matmul precision: on TPU, float32 products use bfloat16 by default."""
     return functools.wraps(fn)(jax.default_matmul_precision("highest")(fn))
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype to compute in: 16-bit decompositions do not exist, and would not be worth having."""
+    """The dtype to compute in, at least float32: there are no 16-bit decompositions."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 @jax.jit
 @highest_precision
 def gram_eigenvectors(w: jax.Array) -> jax.Array:
-    """The eigenvectors of the smaller Gram matrix of W, `[p, p]`, p = min(n, m), by falling eigenvalue.
+    """The eigenvectors of the smaller Gram matrix of W, `[p, p]`, p = min(n, m), by decreasing eigenvalue.
 
-    A program of its own: where singular values repeat, rounding decides on the vectors, and all that asks has to get the same.
+    A separate program: where singular values repeat, the vectors depend on rounding, and every caller must get the same ones.
     """
     w = jax.lax.optimization_barrier(w.astype(wide(w.dtype)) / unit(w))
     return eigenvectors([jax.lax.optimization_barrier(gram(w[None]))])[0][0]
@@ -42,44 +42,27 @@ def gram(w: jax.Array) -> jax.Array:
     return w @ w.mT if w.shape[1] <= w.shape[2] else w.mT @ w
 
 
-def gram_eigenvectors_of_all(ws: Sequence[jax.Array]) -> list[jax.Array]:
-    """`gram_eigenvectors` of stacks `[k, n, m]` of any shapes: for each of them `[k, p, p]`."""
-    ws = [w.astype(wide(w.dtype)) / units(w) for w in ws]  # compiled once with whatever else needs them
-    counts, shapes = [len(w) for w in ws], [w.shape[1:] for w in ws]
-    grams: list[Any] = [None] * len(ws)
-    alike = [(n <= m, w.dtype) for (n, m), w in zip(shapes, ws, strict=True)]
-    for group in groups(shapes, counts, _gram_work, alike, FREE_IN_PRODUCTS):
-        for i, part in zip(group.members, split(gram(stacked(ws, group)), group, counts), strict=True):
-            grams[i] = part[:, : min(shapes[i]), : min(shapes[i])]
-    return eigenvectors(grams)
-
-
-def _gram_work(shape: tuple[int, ...]) -> float:
-    n, m = shape
-    return float(n * m) * min(n, m)
-
-
 def eigenvectors(grams: Sequence[jax.Array], sizes: Sequence[np.ndarray] | None = None) -> list[jax.Array]:
-    """The eigenvectors of Gram matrices, stacks `[k, p, p]` of any sizes, by falling eigenvalue; those of padding come last.
+    """The eigenvectors of Gram matrices, stacks `[k, p, p]` of any sizes, by decreasing eigenvalue; those of padding come last.
 
     Args:
-      grams, sizes: as in `stacks.in_few_shapes`.
+      grams, sizes: as in `padding.in_few_shapes`.
     """
     return in_few_shapes(_eigenvectors, grams, sizes=sizes)
 
 
 def _eigenvectors(size: jax.Array, gram: jax.Array) -> jax.Array:
-    # The padding gets an eigenvalue under all rounding, which does not outweigh the matrix: it stays apart and sorts last.
+    # Padding gets a negative eigenvalue of average size: below all rounding, so it sorts last, yet not large by comparison.
     mean = jnp.trace(gram) / len(gram)
     padding = jnp.arange(len(gram)) >= size
     return _eigh(gram - jnp.diag(jnp.where(padding, jnp.where(mean > 0, mean, 1), 0)))[1][:, ::-1]
 
 
 def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`jnp.linalg.eigh`, but for a TPU.
+    """`jnp.linalg.eigh`, except on a TPU.
 
-    There it divides matrices of more than 256 rows by polar decompositions, which take the compiler 50 to 120 seconds a size;
-    the rotations by Jacobi that it has for smaller ones take two at any size.
+    There, matrices of more than 256 rows are split by polar decompositions, which take the compiler 50 to 120 seconds per size;
+    Jacobi rotations, the default for smaller matrices, take two seconds at any size.
     """
 
     def jacobi(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -92,8 +75,8 @@ def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
 def orthonormalizers(grams: Sequence[jax.Array]) -> list[Pair]:
     """From YᵀY, stacks `[k, r, r]` of any sizes: T, with orthonormal columns in YT, and its inverse; both upper triangular.
 
-    By Cholesky's decomposition, the columns measured in their own lengths.  Columns that are rounding next to the others span
-    nothing, and what they become is zero; those that nearly depend on the others come out shorter than one.
+    By a Cholesky decomposition of the normalised columns.  Columns that are rounding next to the others span nothing and become
+    zero; those that nearly depend on the others come out shorter than one.
     """
 
     def one(_: jax.Array, gram: jax.Array) -> Pair:
@@ -103,7 +86,7 @@ def orthonormalizers(grams: Sequence[jax.Array]) -> list[Pair]:
         length = jnp.sqrt(jnp.where(spans, squares, 1))
         eye = jnp.eye(len(gram), dtype=gram.dtype)
         cosines = jnp.where(spans & spans[:, None], gram / length / length[:, None], eye)
-        shift = eps * len(gram)  # above the rounding of the decomposition, which must not fail
+        shift = eps * len(gram)  # larger than the rounding of the decomposition, which must not fail
         lower = jnp.linalg.cholesky((cosines + shift * eye) / (1 + shift))
         basis = (solve_triangular(lower, eye, lower=True) / length).T
         return jnp.where(spans, basis, 0), lower.T * length
@@ -112,11 +95,11 @@ def orthonormalizers(grams: Sequence[jax.Array]) -> list[Pair]:
 
 
 def leading_directions(w: jax.Array, vectors: jax.Array, rank: int) -> jax.Array:
-    """The leading left singular vectors, `[n, rank]`: orthonormal, and spanning what W has most of.
+    """The leading left singular vectors, `[n, rank]`, orthonormal.
 
-    From `gram_eigenvectors`, in a third of the time of a singular value decomposition.  The Gram matrix squares the singular
-    values, so float32 mixes directions of less than 1e-3 of the largest one with others of their like.  Each of them holds
-    less than a millionth of |W|², and what is computed from the basis uses no eigenvalues.
+    From `gram_eigenvectors`, in a third of the time of an SVD.  The Gram matrix squares the singular values, so float32 mixes
+    directions whose singular values are below 1e-3 of the largest.  Each of them holds less than a millionth of |W|², and
+    nothing computed from the basis uses eigenvalues.
     """
     vectors = vectors[:, :rank]
     return vectors if w.shape[0] <= w.shape[1] else orthonormal(w @ vectors)
@@ -132,7 +115,7 @@ def truncated_svd(w: jax.Array, vectors: jax.Array, rank: int) -> tuple[jax.Arra
 
 
 def orthonormal(basis: jax.Array) -> jax.Array:
-    """The Q of a QR decomposition `[n, r]`, with the signs that make R's diagonal positive: close to `basis` where that is."""
+    """The Q of a QR decomposition `[n, r]`, with signs such that R has a positive diagonal, so that it is close to `basis`."""
     q, r = jnp.linalg.qr(basis)
     return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(basis.dtype)
 
@@ -148,13 +131,13 @@ def balancers(
 ) -> list[Pair]:
     """For stacks of B `[k, r, r]` and C `[k, r, m]` of any sizes: T `[k, r, r]` and V `[k, r, m]`, so that TV = BC.
 
-    T is B P √S and V is √S⁻¹ PᵀC with the singular vectors P and values S of C.  So where YB is orthonormal, YT and V are
-    factors of equal Gram matrices, and their product is YBC to rounding.  P comes from the Gram matrix of C, which holds
-    singular values down to 1e-3 of the largest one; a second one of those below 1e-2 sees to the rest.
+    T is B P √S and V is √S⁻¹ PᵀC with the singular vectors P and values S of C.  So if YB is orthonormal, YT and V are factors
+    of equal Gram matrices, and their product is YBC to rounding.  P comes from the Gram matrix of C, which resolves singular
+    values down to 1e-3 of the largest; a second Gram matrix, of the rows below 1e-2, resolves the rest.
 
     Args:
       coordinates, bases: C and B.
-      ranks: of every stack `[k]`, where its matrices are padded with zero rows: what they are without.
+      ranks: where matrices are padded with zero rows, the number of rows without padding: `[k]` for every stack.
     """
     first = eigenvectors([c @ c.mT for c in coordinates], ranks)
     rows = [p.mT @ c for p, c in zip(first, coordinates, strict=True)]
@@ -177,13 +160,13 @@ _SMALL = 1e-2
 
 
 def _small_rows(gram: jax.Array) -> Pair:
-    """What the eigenvectors of C's Gram matrix leave to be done, from the Gram matrix `[r, r]` of the rows that they make.
+    """The second step of `balancers`, from the Gram matrix `[r, r]` of the rows PᵀC after the first one.
 
-    These are orthogonal to rounding of the largest one; of the small ones that may be all.
+    These are orthogonal up to rounding of the largest row, which may be larger than the small rows.
 
     Returns:
-      A rotation `[r, r]` that takes out of small rows what they have of large ones, an angle of rounding; and the Gram matrix
-      of the small rows after it, with eigenvalues above all of its own, in order, in the places of the large ones.
+      A rotation `[r, r]`, by angles of rounding, that makes small rows orthogonal to large ones; and the Gram matrix of the
+      small rows after it, with values above all its eigenvalues, in order, in the places of the large ones.
     """
     squares, r = jnp.diagonal(gram), len(gram)
     large = squares > _SMALL**2 * jnp.max(squares)
@@ -196,10 +179,10 @@ def _small_rows(gram: jax.Array) -> Pair:
 
 
 def rebalance(us: Sequence[jax.Array], vs: Sequence[jax.Array]) -> list[Pair]:
-    """The same products, from factors of equal Gram matrices; stacks `[k, n, r]` and `[k, r, m]` of any sizes."""
+    """Factors with the same products and equal Gram matrices; stacks `[k, n, r]` and `[k, r, m]` of any sizes."""
     sizes = [(units(u), units(v)) for u, v in zip(us, vs, strict=True)]
     us, vs = ([part / unit[i] for part, unit in zip(parts, sizes, strict=True)] for i, parts in enumerate((us, vs)))
-    # Columns of U of one length: a short one may well have a long row of V.
+    # All columns of U get the same length: a short one may have a long row of V.
     columns = [lengths(u, 1)[:, None] for u in us]
     us = [ratio(u, column) for u, column in zip(us, columns, strict=True)]
     vs = [v * column.mT for v, column in zip(vs, columns, strict=True)]
@@ -210,7 +193,7 @@ def rebalance(us: Sequence[jax.Array], vs: Sequence[jax.Array]) -> list[Pair]:
 
 
 def unit_columns(w: jax.Array) -> jax.Array:
-    """The columns of W `[n, m]` brought to length one; zero stays zero."""
+    """The columns of W `[n, m]` scaled to length one; zero stays zero."""
     length = jnp.linalg.norm(w, axis=0)
     return w / jnp.where(length > 0, length, 1)
 
@@ -218,7 +201,7 @@ def unit_columns(w: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="slack")
 @highest_precision
 def solve_gram(gram: jax.Array, right: jax.Array, slack: float = 1.0) -> jax.Array:
-    """G⁻¹ B of a Gram matrix `[r, r]` that may be singular to rounding, by a ridge of `slack` times the trace's rounding."""
+    """G⁻¹ B for a Gram matrix `[r, r]` that may be numerically singular, with a ridge of `slack` times the trace's rounding."""
     ridge = slack * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
     return jax.scipy.linalg.solve(gram + ridge * jnp.eye(len(gram), dtype=gram.dtype), right, assume_a="pos")
 
@@ -228,21 +211,21 @@ def units(stack: jax.Array) -> jax.Array:
     return jax.vmap(unit)(stack)[:, None, None]
 
 
-RIDGE = 0.01  # of the mean eigenvalue: less is rounding and chance, of a moment taken from a few batches
+RIDGE = 0.01  # of the mean eigenvalue: less is rounding or chance in a moment estimated from a few batches
 
 
 def square_root(moment: jax.Array) -> jax.Array:
     """R `[n, n]`, upper triangular, with RᵀR = S + RIDGE · tr(S)/n · I for a second moment S `[n, n]`.
 
-    A kernel that is factored for S alone may do anything in directions in which no captured input points.
+    Without the ridge, the factors could do anything in directions in which no captured input points.
     """
     mean = jnp.trace(moment) / len(moment)
-    ridge = jnp.where(mean > 0, RIDGE * mean, 1)  # an input that is always zero: all kernels are as good
+    ridge = jnp.where(mean > 0, RIDGE * mean, 1)  # an input that is always zero: all kernels are equally good
     return jnp.linalg.cholesky(moment + ridge * jnp.eye(len(moment), dtype=moment.dtype)).T
 
 
 def unit(*matrices: jax.Array) -> jax.Array:
-    """The largest magnitude, in which to measure: squares of very large or small elements leave float32's range."""
+    """The largest magnitude, to measure matrices in: squares of very large or small elements leave the range of float32."""
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(matrix)) for matrix in matrices])).astype(wide(matrices[0].dtype))
     return jax.lax.stop_gradient(jnp.where(largest == 0, 1, largest))
 
@@ -270,7 +253,7 @@ def ratio(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def check_matrix(w: Any) -> None:
-    """Raises ValueError if it is not a matrix of real, finite numbers, at least one; values are judged where they are known."""
+    """Raises ValueError unless it is a non-empty matrix of real, finite numbers; traced values are not checked."""
     if not hasattr(w, "dtype"):
         raise ValueError(f"expected a matrix [n, m], got a {type(w).__name__}")
     if w.ndim != 2 or 0 in w.shape:
@@ -278,30 +261,30 @@ def check_matrix(w: Any) -> None:
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"expected a matrix of real numbers, got dtype {w.dtype}")
     if not known_finite(w):
-        raise ValueError(f"the {w.shape[0]}x{w.shape[1]} matrix has elements that are not finite")
+        raise ValueError(f"the {w.shape[0]}x{w.shape[1]} matrix contains non-finite values")
 
 
 def known_finite(array: Any) -> bool:
-    """False if elements are NaN or infinite; True also where values are not known, under a transformation."""
+    """False if elements are NaN or infinite; True if they are finite, or traced and so unknown."""
     if isinstance(array, Tracer):
         return True
-    with jax.ensure_compile_time_eval():  # a constant under an outer jit is known all the same
+    with jax.ensure_compile_time_eval():  # constants are known even under an outer jit
         return bool(jnp.isfinite(array).all())
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is a whole number from 1."""
+    """Whether it is a positive whole number."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def check_rank(w: jax.Array, rank: int) -> None:
-    """Raises ValueError if there is no factor pair of that rank."""
+    """Raises ValueError unless the rank is from 1 to min(n, m)."""
     n, m = w.shape
     if not is_count(rank) or rank > min(n, m):
         raise ValueError(f"rank {rank} of a {n}x{m} matrix: must be a whole number from 1 to {min(n, m)}")
 
 
 def check_group(w: jax.Array, group: int) -> None:
-    """Raises ValueError if the columns do not fall into groups of that size."""
+    """Raises ValueError unless the columns can be divided into groups of that size."""
     if not is_count(group) or w.shape[1] % group:
         raise ValueError(f"group {group} does not divide the {w.shape[1]} columns")

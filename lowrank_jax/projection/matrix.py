@@ -1,10 +1,11 @@
-"""The best low-rank stand-in for a kernel: in Frobenius norm (spectral) or for the function that it computes.
+"""The best low-rank approximation of a kernel: in Frobenius norm (spectral), or of the function that its layer computes.
 
-A layer computes sigma(x W) with W `[n, m]`, one column an output.  The function risk of a stand-in Y under Gaussian inputs is
+A layer computes sigma(x W) with W `[n, m]`, one column per output.  The function risk of an approximation Y under Gaussian
+inputs is
 
     R(Y) = E |sigma(x W) - sigma(x Y)|^2,        x ~ N(0, I_n),
 
-and the nonlinear kernel projection looks for the rank-r Y that makes it small (arXiv 2202.00834;
+and the nonlinear kernel projection looks for a rank-r Y with a small risk (arXiv 2202.00834;
 docs/mathematics.md, sections 3 and 4).
 
 Where several columns feed one output, as in the spatial scheme for convolutions, `group` says how many: column j belongs to
@@ -18,8 +19,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.projection import activations, linalg, subspaces
-from lowrank_jax.projection import batched as leading
+from lowrank_jax.projection import activations, batched, linalg, subspaces
 from lowrank_jax.projection.activations import Activation, ActivationLike
 from lowrank_jax.projection.batched import measure
 from lowrank_jax.projection.linalg import Pair, grouped, lengths, ratio, wide
@@ -29,9 +29,9 @@ from lowrank_jax.text import did_you_mean
 
 
 def spectral(w: jax.Array, rank: int) -> Pair:
-    """The truncated SVD, split evenly: the closest rank-r matrix in Frobenius norm (Khodak et al., ICLR 2021).
+    """Factors by truncated SVD, split evenly: the closest rank-r matrix in Frobenius norm (Khodak et al., ICLR 2021).
 
-    In float32 it is the closest to about 1e-5 |W|; its derivatives are NaN where singular values coincide.
+    Accurate to about 1e-5 |W| in float32.  Derivatives are NaN where singular values coincide.
 
     Args:
       w: `[n, m]`.
@@ -55,8 +55,8 @@ def _spectral(w: jax.Array, vectors: jax.Array, rank: int) -> Pair:
 
 def spectral_stacks(stacks: Sequence[Stack]) -> list[Pair]:
     """`spectral` of many kernels at once: for every stack u `[k, n, rank]` and v `[k, rank, m]`."""
-    # To the identity the length that projecting gives is the best one.
-    return leading.project([dataclasses.replace(stack, activation="identity", group=1) for stack in stacks])
+    # For the identity, the length after projection is already the best one.
+    return batched.project([dataclasses.replace(stack, activation="identity", group=1) for stack in stacks])
 
 
 def kernel_projection(
@@ -68,25 +68,25 @@ def kernel_projection(
     normalized: bool = False,
     group: int = 1,
 ) -> Pair:
-    """The nonlinear kernel projection: columns of least function risk within a rank-r subspace.
+    """Factors by nonlinear kernel projection: the columns of least function risk within a rank-r subspace.
 
     Args:
       w: `[n, m]`.
       rank: from 1 to min(n, m).
-      activation: what follows the kernel: a name in `activations.ACTIVATIONS`, or any elementwise function in jax.
+      activation: what follows the kernel: a name in `activations.ACTIVATIONS`, or any elementwise JAX function.
       subspace: `top`, the leading left singular vectors; `search`, the best subset of them; `refine`, the best subspace that
-        a monotone descent from there finds.  Derivatives by w take the subspace of the latter two for fixed; by that of
-        `top` they are NaN where singular values coincide, as those of `jnp.linalg.eigh` are.
-      normalized: a normalisation layer follows: every length is kept, |y_j| = |w_j|, and `search` and `refine` judge a
-        subspace by directions alone.
-      group: columns an output.
+        monotone descent from there finds.  Derivatives with respect to w treat the subspace of the latter two as fixed; those
+        of `top` are NaN where singular values coincide, like those of `jnp.linalg.eigh`.
+      normalized: a normalisation layer follows: lengths are kept, |y_j| = |w_j|, and `search` and `refine` compare
+        subspaces by directions alone.
+      group: columns per output.
 
     Returns:
       u `[n, rank]` and v `[rank, m]` in the dtype of w, balanced: UᵀU = VVᵀ.
 
     Raises:
       ValueError: w is not a matrix of real, finite numbers, the rank is out of range, a name is unknown, or group does not
-        divide m.  (Under a transformation values are not known: there NaN stays NaN.)
+        divide m.  (Under a transformation values are unknown: NaN stays NaN.)
     """
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
@@ -108,18 +108,18 @@ def _kernel_projection(
 
 def _on_leading(w: jax.Array, vectors: jax.Array, rank: int, act: Activation, normalized: bool, group: int) -> Pair:
     stack = Stack(None, w[None], rank, act, group)
-    [(u, v)] = leading.project([stack], normalized=normalized, vectors=[vectors[None]])
+    [(u, v)] = batched.project([stack], normalized=normalized, vectors=vectors[None])
     return u[0], v[0]
 
 
 def on_subspace(
     w: jax.Array, q: jax.Array, *, activation: ActivationLike = "relu", normalized: bool = False, group: int = 1
 ) -> Pair:
-    """The best stand-in whose columns lie in a given subspace.
+    """The best approximation whose columns lie in a given subspace.
 
-    Every output is projected and given the length of least risk: |w_j| h(rho_j) for ReLU, where rho_j is the cosine of the
-    angle between w_j and the subspace (docs/mathematics.md, sections 3.1 and 4).  A zero output stays zero.  One at right
-    angles to the subspace has no direction there; any will do, and it gets the first axis.
+    Every output is projected and rescaled to the length of least risk: |w_j| h(rho_j) for ReLU, where rho_j is the cosine of
+    the angle between w_j and the subspace (docs/mathematics.md, sections 3.1 and 4).  A zero output stays zero.  An output
+    orthogonal to the subspace has no direction in it: it gets the first axis, which is as good as any.
 
     Args:
       w: `[n, m]`.
@@ -136,17 +136,17 @@ def on_subspace(
     linalg.check_group(w, group)
     linalg.check_matrix(q)
     if len(q) != len(w):
-        raise ValueError(f"w {list(w.shape)} and q {list(q.shape)} must have as many rows")
+        raise ValueError(f"w {list(w.shape)} and q {list(q.shape)} must have the same number of rows")
     return _on_subspace(w, q, activations.get(activation), normalized, group)
 
 
 @functools.partial(jax.jit, static_argnames=("act", "normalized", "group"))
 @linalg.highest_precision
 def _on_subspace(w: jax.Array, q: jax.Array, act: Activation, normalized: bool, group: int) -> Pair:
-    [batch] = leading.batches([Stack(None, w[None], q.shape[1], act, group)])
-    coordinates = leading.at_best_lengths([batch], [(q.T @ batch.w[0])[None]], normalized)
-    u, v = linalg.balance(q, coordinates[0][0])
-    [(u, v)] = batch.unpadded(u[None], v[None]).values()
+    [part] = batched.padded_stacks([Stack(None, w[None], q.shape[1], act, group)])
+    [coordinates] = batched.at_best_lengths([part], [(q.T @ part.w[0])[None]], normalized)
+    u, v = linalg.balance(q, coordinates[0])
+    [(u, v)] = part.unpadded(u[None], v[None]).values()
     return u[0], v[0]
 
 
@@ -168,7 +168,7 @@ def _searched(
 
 
 def _loss(act: Activation, length: jax.Array, normalized: bool) -> subspaces.Loss:
-    """The risk of every output at its best length, by its cosine; behind a normalisation all lengths are one."""
+    """The risk of every output at its best length as a function of its cosine; before a normalisation, lengths are one."""
 
     def loss(rho: jax.Array) -> jax.Array:
         if normalized:
@@ -184,9 +184,9 @@ def risk(w: jax.Array, y: jax.Array, *, activation: ActivationLike = "relu", gro
 
     Args:
       w: the kernel, `[n, m]`.
-      y: its stand-in, `[n, m]`; for factors, their product.
-      activation: what follows the kernel: a name in `activations.ACTIVATIONS`, or any elementwise function in jax.
-      group: columns an output.
+      y: its approximation, `[n, m]`; for factors, their product.
+      activation: what follows the kernel: a name in `activations.ACTIVATIONS`, or any elementwise JAX function.
+      group: columns per output.
 
     Returns:
       A scalar in float32 or better.
@@ -200,9 +200,9 @@ def risk(w: jax.Array, y: jax.Array, *, activation: ActivationLike = "relu", gro
 
 
 def relative_risk(w: jax.Array, y: jax.Array, *, activation: ActivationLike = "relu", group: int = 1) -> jax.Array:
-    """R(Y) / R(0): 0 where Y computes what W does, 1 where it loses all of it.  Arguments and errors are those of `risk`.
+    """R(Y) / R(0): 0 if Y computes the same function as W, 1 if it loses all of it.  Arguments and errors as in `risk`.
 
-    It exists also for kernels so large or small that a risk is no float32 number; of a zero kernel it is 0.
+    Also works for kernels so large or small that the risk itself overflows or underflows; 0 for a zero kernel.
     """
     _check_same(w, y, group)
     act = activations.get(activation)
@@ -215,13 +215,13 @@ def _check_same(w: jax.Array, y: jax.Array, group: int) -> None:
     linalg.check_matrix(y)
     linalg.check_group(w, group)
     if w.shape != y.shape:
-        raise ValueError(f"w {list(w.shape)} and y {list(y.shape)} must have one shape")
+        raise ValueError(f"w {list(w.shape)} and y {list(y.shape)} must have the same shape")
 
 
 @functools.partial(jax.jit, static_argnames=("act", "group"))
 @linalg.highest_precision
 def _risk(w: jax.Array, y: jax.Array, act: Activation, group: int) -> tuple[jax.Array, jax.Array]:
-    """The risk in the square of a unit, and that unit."""
+    """The risk in units of `unit`², and `unit`."""
     dtype = wide(jnp.result_type(w, y))
     unit = linalg.unit(w.astype(dtype), y.astype(dtype))
     w, y = w.astype(dtype) / unit, y.astype(dtype) / unit

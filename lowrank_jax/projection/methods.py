@@ -1,25 +1,22 @@
-"""How dense kernels become factor pairs: one table, from a method's name to its function."""
+"""Methods that turn dense kernels into factor pairs: one table, from name to function."""
 
 import functools
 from collections.abc import Callable, Sequence
 
 import jax
 
-from lowrank_jax.projection import ablations, activations, linalg
-from lowrank_jax.projection import batched as leading
-from lowrank_jax.projection import matrix as projection
-from lowrank_jax.projection import sampled as approximation
+from lowrank_jax.projection import ablations, activations, batched, linalg, matrix, sampled
 from lowrank_jax.projection.activations import ActivationLike
 from lowrank_jax.projection.linalg import Pair
 from lowrank_jax.projection.stack import Stack
 from lowrank_jax.text import did_you_mean
 
-# All kernels that are to be factored by a method, in stacks of one shape; for every stack u [k, n, rank] and v [k, rank, m].
+# From all kernels of a method, in stacks of equal shape, to u [k, n, rank] and v [k, rank, m] for every stack.
 Method = Callable[[Sequence[Stack]], list[Pair]]
 
 
 def _one_by_one(factor: Callable[[Stack, jax.Array, jax.Array], Pair]) -> Method:
-    """A method from the function `(stack, key, w)` of a single matrix; mapped, so that a shape is compiled once."""
+    """A method from a function `(stack, key, w)` of a single matrix; mapped, so that each shape is compiled once."""
     return lambda stacks: [
         jax.lax.map(lambda pair, stack=stack: factor(stack, *pair), (stack.keys, stack.w)) for stack in stacks
     ]
@@ -27,21 +24,21 @@ def _one_by_one(factor: Callable[[Stack, jax.Array, jax.Array], Pair]) -> Method
 
 def _projection(subspace: str, normalized: bool = False) -> Method:
     return _one_by_one(
-        lambda stack, key, w: projection.kernel_projection(
+        lambda stack, key, w: matrix.kernel_projection(
             w, stack.rank, activation=stack.activation, subspace=subspace, normalized=normalized, group=stack.group
         )
     )
 
 
-SAMPLED = "function_approximation"  # the method that can be given samples of the layers' inputs
+SAMPLED = "function_approximation"  # the method that accepts samples of the layers' inputs
 
 METHODS: dict[str, Method] = {
-    "kernel_projection": leading.project,
+    "kernel_projection": batched.project,
     "kernel_projection_search": _projection("search"),
     "kernel_projection_refine": _projection("refine"),
-    SAMPLED: approximation.approximate,
-    "spectral": projection.spectral_stacks,
-    "norm_preserving": functools.partial(leading.project, normalized=True),
+    SAMPLED: sampled.approximate,
+    "spectral": matrix.spectral_stacks,
+    "norm_preserving": functools.partial(batched.project, normalized=True),
     "norm_preserving_refine": _projection("refine", normalized=True),
     "spectral_global_scale": _one_by_one(
         lambda stack, key, w: ablations.spectral_global_scale(w, stack.rank, activation=stack.activation, group=stack.group)
@@ -60,10 +57,10 @@ METHODS: dict[str, Method] = {
 def factor(
     method: str, key: jax.Array, w: jax.Array, rank: int, *, activation: ActivationLike = "relu", group: int = 1
 ) -> Pair:
-    """A single matrix `[n, m]` by a method of the table: u `[n, rank]` and v `[rank, m]`.
+    """Factors a single matrix `[n, m]` by a method of the table: u `[n, rank]` and v `[rank, m]`.
 
     Raises:
-      ValueError: no such method or activation, w is not a matrix of real, finite numbers, or the rank or group does not fit it.
+      ValueError: unknown method or activation, w is not a matrix of real, finite numbers, or rank or group does not fit it.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")

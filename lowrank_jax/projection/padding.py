@@ -1,11 +1,19 @@
-"""Stacks of kernels, and how those of many shapes are brought to few by padding: a compiler takes its time for every shape.
+"""Which stacks share a shape: padding brings many shapes to few, because a compiler takes its time for each of them.
 
 A TPU's compiler needs a second or more for the decomposition of one shape, however small, and a network has dozens of them.
+
+All grouping on the way from kernels to factors is decided here, at three prices:
+
+* Kernels that are equal in shape and settings become one `Stack`, without padding: `equal` (planning/factorize.py).
+* Stacks become `PaddedStack`s for their products, whose work grows like n m p: `buckets` at `FREE_IN_PRODUCTS` (batched.py).
+* Their Gram matrices are decomposed, whose work grows like p³ with a large constant: `in_few_shapes` at `FREE`.
+
+One grouping for the last two would decompose 64x64 matrices as 256x256 ones, or compile products for every size of matrix.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -22,63 +30,79 @@ _SLACK = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class Bucket:
     """Stacks that are padded to one shape.
 
     Attributes:
-      shape: of an element, the largest of every axis.
+      shape: of a matrix, the largest size on every axis.
       members: the stacks' positions in the sequence that was grouped.
+      counts: how many matrices each member has.
     """
 
     shape: Shape
     members: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    def stacked(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        """The members among `arrays`, padded with zeros, as one array `[k, *shape]`."""
+        return jnp.concatenate([padded(arrays[i], self.shape) for i in self.members])
+
+    def split(self, array: jax.Array) -> list[jax.Array]:
+        """The inverse of `stacked` except for the padding: every member's part, `[count, ...]`."""
+        ends = itertools.accumulate(self.counts)
+        return [array[end - count : end] for count, end in zip(self.counts, ends, strict=True)]
 
 
-def groups(
+def equal(keys: Sequence[Hashable]) -> list[list[int]]:
+    """The positions of equal keys together, in the order in which each key first appears."""
+    found: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        found.setdefault(key, []).append(i)
+    return list(found.values())
+
+
+def buckets(
     shapes: Sequence[Shape],
     counts: Sequence[int],
     work: Callable[[Shape], float],
     alike: Sequence[Hashable] | None = None,
     free: float = FREE,
-) -> list[Group]:
-    """As few shapes as some more work buys; which they are depends on the shapes alone, not on the platform.
+) -> list[Bucket]:
+    """Stacks in as few shapes as a little more work buys; the result depends on the shapes alone, not on the platform.
 
     Args:
-      shapes: of the elements of every stack.
-      counts: how many elements every stack has.
-      work: multiply-accumulates for an element of a shape; growing with every axis.
-      alike: only stacks for which this is equal may share a shape.
-      free: how much more there may be, besides a tenth of what there is without padding.
+      shapes: the shape of every stack's matrices.
+      counts: how many matrices every stack has.
+      work: multiply-accumulates for a matrix of a shape; must grow along every axis.
+      alike: only stacks with equal values here may share a shape.
+      free: how much work may be added, besides a tenth of what there is without padding.
     """
     keys = [(shape, alike[i] if alike else None) for i, shape in enumerate(shapes)]
-    found: dict[Hashable, list[int]] = {}
-    for i, key in enumerate(keys):
-        found.setdefault(key, []).append(i)
-    merged = [Group(shapes[members[0]], tuple(members)) for members in found.values()]
 
-    def total(group: Group) -> float:
-        return sum(counts[i] for i in group.members) * work(group.shape)
+    def bucket(shape: Shape, members: Sequence[int]) -> Bucket:
+        return Bucket(shape, tuple(members), tuple(counts[i] for i in members))
 
-    def joined(pair: tuple[Group, Group]) -> tuple[float, Group]:
+    def total(bucket: Bucket) -> float:
+        return sum(bucket.counts) * work(bucket.shape)
+
+    def joined(pair: tuple[Bucket, Bucket]) -> tuple[float, Bucket]:
         one, other = pair
-        both = Group(tuple(map(max, one.shape, other.shape)), tuple(sorted(one.members + other.members)))
+        both = bucket(tuple(map(max, one.shape, other.shape)), sorted(one.members + other.members))
         return total(both) - total(one) - total(other), both
 
+    def may_join(pair: tuple[Bucket, Bucket]) -> bool:
+        one, other = pair
+        return keys[one.members[0]][1] == keys[other.members[0]][1]
+
+    merged = [bucket(shapes[members[0]], members) for members in equal(keys)]
     left = _SLACK * sum(map(total, merged)) + free
-    while True:
-        pairs = [pair for pair in itertools.combinations(merged, 2) if _may_join(pair, keys)]
-        if not pairs:
-            return merged
+    while pairs := list(filter(may_join, itertools.combinations(merged, 2))):
         cost, both, pair = min(((*joined(pair), pair) for pair in pairs), key=lambda choice: choice[0])
         if cost > left:
-            return merged
+            break
         left -= cost
-        merged = [group for group in merged if group not in pair] + [both]
-
-
-def _may_join(pair: tuple[Group, Group], keys: Sequence[tuple[Shape, Hashable]]) -> bool:
-    one, other = pair
-    return keys[one.members[0]][1] == keys[other.members[0]][1]
+        merged = [bucket for bucket in merged if bucket not in pair] + [both]
+    return merged
 
 
 def padded(array: jax.Array, shape: Shape) -> jax.Array:
@@ -86,40 +110,29 @@ def padded(array: jax.Array, shape: Shape) -> jax.Array:
     return jnp.pad(array, [(0, 0), *((0, new - old) for old, new in zip(array.shape[1:], shape, strict=True))])
 
 
-def stacked(arrays: Sequence[jax.Array], group: Group) -> jax.Array:
-    """The members of a group as one array `[k, *shape]`."""
-    return jnp.concatenate([padded(arrays[i], group.shape) for i in group.members])
-
-
-def split(array: jax.Array, group: Group, counts: Sequence[int] | Mapping[int, int]) -> list[jax.Array]:
-    """`stacked` undone, but for the padding: a part `[count, ...]` for every member, by the counts of all stacks."""
-    ends = list(itertools.accumulate(counts[i] for i in group.members))
-    return [array[end - counts[i] : end] for i, end in zip(group.members, ends, strict=True)]
-
-
 def in_few_shapes(fn: Callable[..., Any], *stacks: Sequence[jax.Array], sizes: Sequence[np.ndarray] | None = None) -> list[Any]:
-    """A function of square matrices of many sizes, compiled for few of them and mapped over the matrices of a size.
+    """Maps a function over square matrices of many sizes, compiled for few of them.
 
     Args:
-      fn: `(size, *matrices)` to matrices, all `[p, p]`; `size` says how many rows are no padding.  Of matrices that are zero
-        beyond them it has to make, up to there, what it makes of the leading blocks alone.
+      fn: `(size, *matrices)` to matrices, all `[p, p]`; rows from `size` on are padding.  Given matrices that are zero there,
+        its results must have in their leading blocks what it makes of the leading blocks alone.
       *stacks: for every matrix that `fn` takes, stacks `[k, p, p]` of any sizes.
-      sizes: of every stack `[k]`, where its matrices are padded already: how many rows are none.
+      sizes: where matrices are padded already, how many rows of each are not padding: `[k]` for every stack.
 
     Returns:
-      What `fn` makes of every stack, `[k, p, p]`.
+      For every stack what `fn` makes of its matrices, `[k, p, p]`.
     """
     first = stacks[0]
     counts, shapes = [len(stack) for stack in first], [stack.shape[1:] for stack in first]
     if sizes is None:
         sizes = [np.full(len(stack), stack.shape[1]) for stack in first]
     results: list[Any] = [None] * len(first)
-    for group in groups(shapes, counts, lambda shape: float(shape[0]) ** 3, [stack.dtype for stack in first]):
-        operands = [stacked(arrays, group) for arrays in stacks]
-        rows = jnp.asarray(np.concatenate([sizes[i] for i in group.members]))
+    for bucket in buckets(shapes, counts, lambda shape: float(shape[0]) ** 3, [stack.dtype for stack in first]):
+        operands = [bucket.stacked(arrays) for arrays in stacks]
+        rows = jnp.asarray(np.concatenate([sizes[i] for i in bucket.members]))
         made = jax.lax.map(lambda operands: fn(*operands), (rows, *operands))
-        parts = jax.tree.map(lambda leaf, group=group: split(leaf, group, counts), made)
-        outer, inner = jax.tree.structure(made), jax.tree.structure([0] * len(group.members))
-        for i, part in zip(group.members, jax.tree.transpose(outer, inner, parts), strict=True):
-            results[i] = jax.tree.map(lambda leaf, i=i: leaf[:, : shapes[i][0], : shapes[i][1]], part)
+        leaves, structure = jax.tree.flatten(made)
+        for i, *parts in zip(bucket.members, *map(bucket.split, leaves), strict=True):
+            p = shapes[i][0]
+            results[i] = jax.tree.unflatten(structure, [part[:, :p, :p] for part in parts])
     return results

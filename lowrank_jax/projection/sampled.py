@@ -1,6 +1,6 @@
-"""Function approximation by sampling: descend the function risk on random inputs, where no closed form is to be had.
+"""Function approximation by sampling: minimises the function risk on random inputs, without a closed form.
 
-It is what the kernel projection has to match, at a small fraction of the time (docs/mathematics.md, section 7).
+The reference that the kernel projection has to match in a small fraction of the time (docs/mathematics.md, section 7).
 """
 
 import dataclasses
@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.projection import activations, linalg
-from lowrank_jax.projection import matrix as projection
+from lowrank_jax.projection import activations, linalg, matrix
 from lowrank_jax.projection.activations import ActivationLike
 from lowrank_jax.projection.linalg import Pair
 from lowrank_jax.projection.stack import Stack
@@ -32,16 +31,16 @@ def function_approximation(
     steps: int = STEPS,
     batch_size: int = BATCH_SIZE,
 ) -> Pair:
-    """Minimises the sampled function risk over both factors with Adam, from the spectral ones.
+    """Minimises the sampled function risk over both factors with Adam, starting from the spectral ones.
 
     Args:
       key: for the inputs drawn at every step.
       w: `[n, m]`.
       rank: from 1 to min(n, m).
-      activation: what follows the kernel: a name in `activations.ACTIVATIONS`, or any elementwise function in jax.
-      group: columns an output; each of them meets inputs of its own.
-      inputs: samples of what the layer is fed, `[samples, group, n]`; by default x ~ N(0, I), new at every step.
-      steps, batch_size: how long, and on how many inputs a step.
+      activation: what follows the kernel: a name in `activations.ACTIVATIONS`, or any elementwise JAX function.
+      group: columns per output; each of them has inputs of its own.
+      inputs: samples of the layer's inputs, `[samples, group, n]`; by default x ~ N(0, I), drawn anew at every step.
+      steps, batch_size: number of steps, and of inputs per step.
 
     Returns:
       u `[n, rank]` and v `[rank, m]` in the dtype of w, balanced: UᵀU = VVᵀ.
@@ -56,7 +55,7 @@ def function_approximation(
     if inputs is not None and (inputs.ndim != 3 or inputs.shape[1:] != (group, w.shape[0])):
         raise ValueError(f"inputs must be [samples, {group}, {w.shape[0]}], got {list(inputs.shape)}")
     if inputs is not None and (not len(inputs) or not linalg.known_finite(inputs)):
-        raise ValueError("inputs are empty or not finite")
+        raise ValueError("inputs are empty or contain non-finite values")
     activations.get(activation)
     if steps < 1 or batch_size < 1:
         raise ValueError(f"steps ({steps}) and batch_size ({batch_size}) must be at least 1")
@@ -81,14 +80,14 @@ def _one(
 
 @linalg.highest_precision
 def approximate(stacks: Sequence[Stack], *, steps: int = STEPS, batch_size: int = BATCH_SIZE) -> list[Pair]:
-    """`function_approximation` of many kernels at once: one scan over the steps, in which all of them take theirs.
+    """`function_approximation` of many kernels at once, in one scan over the steps.
 
     Returns:
       For every stack u `[k, n, rank]` and v `[k, rank, m]`.
     """
     kernels = [stack.w.astype(linalg.wide(stack.w.dtype)) for stack in stacks]
-    spectral = projection.spectral_stacks([dataclasses.replace(stack, w=w) for stack, w in zip(stacks, kernels, strict=True)])
-    # Factors in units of their own size: a step of Adam is then the same fraction of every one of them.
+    spectral = matrix.spectral_stacks([dataclasses.replace(stack, w=w) for stack, w in zip(stacks, kernels, strict=True)])
+    # Each factor is measured in its own size, so that a step of Adam is the same fraction of every factor.
     sizes = jax.tree.map(lambda factor: jnp.sqrt(jnp.mean(factor**2, axis=(1, 2), keepdims=True)), spectral)
     start = jax.tree.map(lambda factor, size: factor / jnp.where(size > 0, size, 1), spectral, sizes)
     adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
@@ -97,7 +96,7 @@ def approximate(stacks: Sequence[Stack], *, steps: int = STEPS, batch_size: int 
         return jax.tree.map(jnp.multiply, params, sizes)
 
     def loss(params: Any, step: jax.Array) -> jax.Array:
-        # Every kernel's loss depends on its own factors alone, so the gradient of the sum is all of their gradients.
+        # Every kernel's loss depends on its own factors alone, so the gradient of the sum holds all gradients.
         parts = [
             jnp.sum(_relative_loss(stack, w, pair, step, batch_size))
             for stack, w, pair in zip(stacks, kernels, factors(params), strict=True)

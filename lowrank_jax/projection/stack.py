@@ -1,4 +1,4 @@
-"""Matrices of one shape that are factored together."""
+"""Kernels of one shape that are factored together."""
 
 import dataclasses
 
@@ -9,13 +9,13 @@ from lowrank_jax.projection.activations import ActivationLike
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Kernels of one shape that are factored alike.
+    """Kernels of equal shape and settings.
 
     Attributes:
-      keys: a key for each, `[k]`; None where nothing is drawn.
-      w: their matrices, `[k, n, m]`.
+      keys: a random key for each kernel, `[k]`; None if nothing is drawn.
+      w: the kernels as matrices, `[k, n, m]`.
       rank, activation, group: as in `projection.kernel_projection`.
-      inputs: samples of what each layer is fed, `[k, samples, group, n]`; None for Gaussian inputs.
+      inputs: samples of each layer's inputs, `[k, samples, group, n]`; None for Gaussian inputs.
     """
 
     keys: jax.Array | None

@@ -1,8 +1,8 @@
 """Which r-dimensional subspace the columns of a kernel are projected on: `top`, `search`, `refine`.
 
 All work in the singular basis.  With W = A diag(s) Bᵀ the coordinates are C = diag(s) Bᵀ `[p, m]`, p = min(n, m), and an output
-keeps the cosine rho_j = |Pᵀ C_j| / |C_j| under an orthonormal P `[p, r]`.  `Loss` says what that costs, output by output; the
-sum is to be as small as possible (docs/mathematics.md, section 3.2).
+keeps the cosine rho_j = |Pᵀ C_j| / |C_j| under an orthonormal P `[p, r]`.  `Loss` gives the risk of every output; the sum is
+minimised (docs/mathematics.md, section 3.2).
 """
 
 import itertools
@@ -20,22 +20,22 @@ Loss = Callable[[jax.Array], jax.Array]  # cosines [..., outputs] -> risks [...,
 
 SUBSPACES = ("top", "search", "refine")
 
-ENUMERATED = 20_000  # subsets; with more of them, `search` swaps vectors instead
-_SWEEPS, _SWAP_GAIN = 100, 1e-6  # relative; below it a gain is float32's rounding of a sum of risks
-_STEPS, _STEP_GAIN, _IDLE_STEPS = 300, 1e-7, 8  # `refine` ends after so many steps, or so many in turn with less than that gain
+ENUMERATED = 20_000  # subsets; beyond that, `search` swaps vectors instead
+_SWEEPS, _SWAP_GAIN = 100, 1e-6  # relative; smaller gains are float32 rounding of a sum of risks
+_STEPS, _STEP_GAIN, _IDLE_STEPS = 300, 1e-7, 8  # `refine` ends after _STEPS, or after _IDLE_STEPS with less gain
 
 
 def search(energy: jax.Array, length: jax.Array, rank: int, loss: Loss) -> jax.Array:
     """The best `rank` of the left singular vectors; never worse than the leading ones.
 
-    Every subset is tried while there are at most `ENUMERATED` of them.  Beyond that, from the leading vectors on, one vector
-    at a time is exchanged for the best other one until no exchange helps.
+    Tries every subset if there are at most `ENUMERATED`.  Otherwise starts from the leading vectors and swaps one vector at a
+    time for the best other one until no swap helps.
 
     Args:
       energy: squared coordinates of every output, `[p, outputs]`.
       length: `[outputs]`, the outputs' lengths.
       rank: from 1 to p.
-      loss: what a cosine costs.
+      loss: the risk as a function of the cosine.
 
     Returns:
       Indices `[rank]`, ascending.
@@ -52,7 +52,7 @@ def search(energy: jax.Array, length: jax.Array, rank: int, loss: Loss) -> jax.A
 
 def _enumerate(energy: jax.Array, rank: int, total: Callable[[jax.Array], jax.Array]) -> jax.Array:
     p = energy.shape[0]
-    # In this order the leading vectors come first, and win a tie.
+    # The leading vectors come first in this order, and win ties.
     subsets = np.fromiter(itertools.chain.from_iterable(itertools.combinations(range(p), rank)), np.int32).reshape(-1, rank)
     totals = jax.lax.map(lambda subset: total(jnp.sum(energy[subset], axis=0)), jnp.asarray(subsets), batch_size=64)
     return jnp.asarray(subsets)[jnp.argmin(totals)]
@@ -62,10 +62,10 @@ def _swap(energy: jax.Array, rank: int, total: Callable[[jax.Array], jax.Array])
     p = energy.shape[0]
 
     def exchange(i, state):
-        """Puts the best vector in place of the i-th one."""
+        """Replaces the i-th vector by the best one."""
         chosen, member, value, changed = state
         others = member.at[chosen[i]].set(False)
-        rest = others.astype(energy.dtype) @ energy  # summed afresh: a running difference would gather rounding
+        rest = others.astype(energy.dtype) @ energy  # summed anew: a running difference would accumulate rounding
         values = jnp.where(others, jnp.inf, total(rest + energy))
         best = jnp.argmin(values)
         better = values[best] < value - _SWAP_GAIN * jnp.abs(value)
@@ -83,27 +83,27 @@ def _swap(energy: jax.Array, rank: int, total: Callable[[jax.Array], jax.Array])
 
 
 class _Ascent(NamedTuple):
-    """Where `refine` stands."""
+    """The state of `refine`."""
 
     basis: jax.Array  # [p, r]
     value: jax.Array
     gradient: jax.Array  # [p, r], tangent at basis
     step: jax.Array
     iteration: jax.Array
-    idle: jax.Array  # iterations since the last gain worth having
+    idle: jax.Array  # iterations since the last relevant gain
 
 
 def refine(coordinates: jax.Array, basis: jax.Array, cosine: Callable[[jax.Array], jax.Array], loss: Loss) -> jax.Array:
-    """Descends the total loss over all subspaces from a given one; monotone, so never worse than it.
+    """Minimises the total loss over subspaces by a monotone descent from a given one.
 
-    Gradient steps on the Grassmann manifold with a QR retraction, lengths by Barzilai and Borwein, each accepted only if it
-    lowers the loss enough (Armijo) and cut to a quarter otherwise.
+    Gradient steps on the Grassmann manifold with QR retraction and Barzilai-Borwein step sizes.  A step is accepted only if it
+    lowers the loss enough (Armijo); otherwise the step size is divided by four.
 
     Args:
       coordinates: C, `[p, m]`.
-      basis: P to start from, `[p, r]`, orthonormal.
+      basis: the initial P, `[p, r]`, orthonormal.
       cosine: from projected coordinates `[r, m]` to `[outputs]`.
-      loss: what a cosine costs.
+      loss: the risk as a function of the cosine.
 
     Returns:
       P, `[p, r]`, orthonormal.
@@ -141,11 +141,11 @@ def refine(coordinates: jax.Array, basis: jax.Array, cosine: Callable[[jax.Array
 
 
 def tabulated(loss: Loss, outputs: int, dtype: Any) -> Loss:
-    """The loss read off a table by cubic interpolation (Catmull and Rom): where it is dear, a search cannot afford it anew.
+    """A table of an expensive loss, read by cubic (Catmull-Rom) interpolation.
 
     Args:
       loss: `[outputs] -> [outputs]` over cosines in [0, 1].
-      outputs: how many.
+      outputs: number of outputs.
       dtype: of the table.
     """
     cells = 64

@@ -1,4 +1,4 @@
-"""The theory, runnable: the best low-rank ReLU network from samples, and what the kernel projection gains."""
+"""The theory as code: learning the best low-rank ReLU network from samples, and the gain of the kernel projection."""
 
 from lowrank_jax.theory.examples import draw_network, draw_samples
 from lowrank_jax.theory.gap import gaussian_gap, relative_gap, risk_bound, sampled_gap

@@ -1,4 +1,4 @@
-"""Networks to learn, drawn at random, and samples of them."""
+"""Random networks to learn, and samples of them."""
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +12,20 @@ from lowrank_jax.theory.learning import ReluNetwork, unit_rows
 def draw_network(key: jax.Array, n: int, width: int, outputs: int, *, condition: float = 3.0) -> ReluNetwork:
     """y = relu(x W) A with the singular values of W from 1 to `condition`, and outputs of variance one.
 
-    Then the rows of A are given length one in `ReluNetwork`'s manner, and W's columns their lengths.  With one output these are
-    those of Gaussian numbers, some of which are small, and the W that is returned is as ill-conditioned.  In float64 where jax
-    has it enabled.
+    Then, as in `ReluNetwork`, the rows of A are scaled to length one and their lengths moved to the columns of W.  With one
+    output these lengths are Gaussian numbers, some of them small, and W becomes as ill-conditioned.  In float64 if JAX has it
+    enabled.
 
     Args:
-      key: of the singular vectors and of A, whose elements are Gaussian.
+      key: for the singular vectors and for A, whose elements are Gaussian.
       n, width, outputs: sizes; width at most n.
-      condition: of W.
+      condition: condition number of W.
 
     Raises:
-      ValueError: a size is no whole number from 1, or the width is above n.
+      ValueError: a size is not a positive whole number, or the width is above n.
     """
     if not all(map(is_count, (n, width, outputs))) or width > n:
-        raise ValueError(f"n {n!r}, width {width!r}, outputs {outputs!r}: must be whole numbers from 1, the width at most n")
+        raise ValueError(f"n {n!r}, width {width!r}, outputs {outputs!r}: must be whole numbers from 1, with width at most n")
     keys = jax.random.split(key, 3)
     left, right = (jnp.linalg.qr(jax.random.normal(k, (rows, width)))[0] for k, rows in zip(keys, (n, width), strict=False))
     w = left * jnp.linspace(1, condition, width) @ right.T

@@ -1,9 +1,9 @@
-"""Gauss–Newton for y = relu(x W) A, with a curvature that needs no samples.
+"""Gauss-Newton for y = relu(x W) A, with a curvature that needs no samples.
 
-Of Gaussian inputs the expected products of derivatives are known in closed form (docs/mathematics.md, section 11).  With them a
-step costs one look at the samples, for the gradient, instead of one at all pairs of unknowns of all samples; what the samples'
-own curvature differs by, √(n m / N), is the factor by which a step then reduces the error.  Where samples are so few that this
-is no reduction, their own curvature is taken.
+For Gaussian inputs the expected products of derivatives have a closed form (docs/mathematics.md, section 11).  With it a step
+takes one pass over the samples, for the gradient, instead of products of all pairs of unknowns for every sample.  The curvature
+of the samples differs from the expected one by about √(n m / N), and each step reduces the error by that factor.  With too few
+samples for that to be a reduction, their own curvature is used.
 """
 
 import functools
@@ -25,7 +25,7 @@ _FEW = 4  # samples for an unknown of W: with fewer, the expected curvature is t
 
 @flax.struct.dataclass
 class Fit:
-    """relu(x W) A, how far it is from the samples, and which way is down.
+    """relu(x W) A, its error on the samples and the descent directions.
 
     Attributes:
       w, a: `[n, m]`, columns of length one, and `[m, outputs]`.
@@ -47,10 +47,10 @@ class Curvature:
     """Means of products of derivatives, with s_j = [w_j·x > 0] and h = relu(x W).
 
     Attributes:
-      basis: orthonormal Q `[n, d]`; at right angles to it inputs are independent of all s.
+      basis: orthonormal Q `[n, d]`; the components of inputs orthogonal to it are independent of all s.
       second: E s_j s_l z zᵀ for z = Qᵀx, `[d, j, d, l]`.
       shared: E s_j h_l z, `[d, j, l]`.
-      outside: E s_j s_l, `[j, l]`: all there is at right angles to Q.
+      outside: E s_j s_l, `[j, l]`: the curvature in every direction orthogonal to Q.
     """
 
     basis: jax.Array
@@ -60,13 +60,13 @@ class Curvature:
 
 
 def polish(samples: Samples, count: int, w: jax.Array, *, goal: float) -> Fit:
-    """The local optimum that is reached from W, to rounding.
+    """The local optimum reached from W, to rounding.
 
     Args:
-      samples: of inputs close to N(0, I).
-      count: how many there are.
+      samples: samples whose inputs are close to N(0, I).
+      count: the number of samples.
       w: `[n, m]`, linearly independent.
-      goal: the error at which to be content.
+      goal: the error at which to stop.
     """
     curvature = expected_curvature if count >= _FEW * w.size else functools.partial(sampled_curvature, samples)
     w = unit_columns(w)
@@ -74,7 +74,7 @@ def polish(samples: Samples, count: int, w: jax.Array, *, goal: float) -> Fit:
     damping, errors = _DAMPING, [fit.error]
     for _ in range(_STEPS):
         trial = _measure(samples, *_step(fit, curvature(fit.w), damping))
-        better = trial.error < fit.error  # False of NaN
+        better = trial.error < fit.error  # False for NaN
         fit, damping = (trial, damping / _FACTOR) if better else (fit, damping * _FACTOR)
         damping = max(damping, _LEAST)
         errors.append(fit.error)
@@ -92,7 +92,7 @@ def _measure(samples: Samples, w: jax.Array, a: jax.Array) -> Fit:
 @jax.jit
 @highest_precision
 def regress(x: jax.Array, y: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Σ relu(x W)ᵀ relu(x W) and Σ relu(x W)ᵀ y, of which `linalg.solve_gram` makes A."""
+    """Σ relu(x W)ᵀ relu(x W) and Σ relu(x W)ᵀ y, from which `linalg.solve_gram` computes A."""
     hidden = jax.nn.relu(x @ w)
     return hidden.T @ hidden, hidden.T @ y
 
@@ -115,22 +115,22 @@ def _gradients(x: jax.Array, y: jax.Array, w: jax.Array, a: jax.Array) -> tuple[
 @jax.jit
 @highest_precision
 def _step(fit: Fit, curvature: Curvature, damping: float) -> tuple[jax.Array, jax.Array]:
-    """W and A after a step, A's part eliminated.
+    """W and A after a step, with A eliminated.
 
-    The curvature falls into that of W within the span of Q and, for each direction at right angles to it, the same one of m
+    The curvature splits into that of W within the span of Q and, for every direction orthogonal to it, the same one of m
     unknowns.
     """
     w, a, q, shared = fit.w, fit.a, curvature.basis, curvature.shared
     d, m = q.shape[1], w.shape[1]
     weights = a @ a.T
 
-    # Eliminating A: what a change of W does to the outputs is felt after A has been fitted again.
+    # Eliminating A: a change of W counts by its effect on the outputs after A has been fitted again.
     fitted = solve_gram(fit.gram, fit.down_a)
     coupled = solve_gram(fit.gram, shared.reshape(-1, m).T).T.reshape(d, m, m)
     inner = weights[None, :, None, :] * (curvature.second - jnp.einsum("ajq,blq->ajbl", shared, coupled))
     outer = weights * curvature.outside
     own = jnp.diagonal(weights) / 2
-    # A neuron may grow while its row of A shrinks: no curvature there, so any will do.
+    # A neuron may grow while its row of A shrinks: there is no curvature there, so any value will do.
     along = q.T @ w
     inner += jnp.einsum("aj,bj,j,jl->ajbl", along, along, own, jnp.eye(m, dtype=w.dtype))
     inner = inner.reshape(d * m, d * m)
@@ -149,7 +149,7 @@ def _step(fit: Fit, curvature: Curvature, damping: float) -> tuple[jax.Array, ja
 @jax.jit
 @highest_precision
 def expected_curvature(w: jax.Array) -> Curvature:
-    """Over x ~ N(0, I), for columns of length one, which Q spans.  With the angle θ between columns û and v̂
+    """Over x ~ N(0, I), for columns of length one; Q spans them.  With the angle θ between columns û and v̂
 
     E s_js_l xxᵀ = (π - θ)/2π I + (ûv̂ᵀ + v̂ûᵀ - cos θ (ûûᵀ + v̂v̂ᵀ)) / (2π sin θ).
     """
@@ -158,7 +158,7 @@ def expected_curvature(w: jax.Array) -> Curvature:
     cosine = jnp.where(jnp.eye(m, dtype=bool), 1, jnp.clip(unit.T @ unit, -1, 1))
     sine = jnp.sqrt((1 - cosine) * (1 + cosine))
     both = (math.pi - jnp.arccos(cosine)) / (2 * math.pi)
-    bend = jnp.where(sine > 1e-6, 1 / (2 * math.pi * jnp.where(sine > 1e-6, sine, 1)), 0)  # parallel ones have none
+    bend = jnp.where(sine > 1e-6, 1 / (2 * math.pi * jnp.where(sine > 1e-6, sine, 1)), 0)  # none for parallel columns
     squares = jnp.einsum("aj,bj->abj", unit, unit)
     second = jnp.einsum("jl,ab->ajbl", both, jnp.eye(m, dtype=w.dtype))
     second += jnp.einsum("jl,aj,bl->ajbl", bend, unit, unit) + jnp.einsum("jl,al,bj->ajbl", bend, unit, unit)
@@ -167,7 +167,7 @@ def expected_curvature(w: jax.Array) -> Curvature:
 
 
 def sampled_curvature(samples: Samples, w: jax.Array) -> Curvature:
-    """The mean over samples; Q is all of space."""
+    """The mean over the samples; Q is the identity."""
     second, shared = samples.mean(_pairs, w)
     (n, m), eye = w.shape, jnp.eye
     return Curvature(eye(n, dtype=w.dtype), second.reshape(n, m, n, m), shared.reshape(n, m, m), eye(m, dtype=w.dtype))

@@ -20,6 +20,6 @@ def products(w: jax.Array, y: jax.Array) -> jax.Array:
 @jax.jit
 @highest_precision
 def variance(w: jax.Array, a: jax.Array) -> jax.Array:
-    """That of every output of relu(x W) A, `[outputs]`."""
+    """The variance of every output of relu(x W) A, `[outputs]`."""
     mean = lengths(w, 1) / math.sqrt(2 * math.pi)
     return jnp.einsum("jk,jl,lk->k", a, products(w, w) - jnp.outer(mean, mean), a)

@@ -1,7 +1,7 @@
 """Learning a one-hidden-layer ReLU network, and its best low-rank approximation, from noiseless samples.
 
-Moments give directions, directions a start, Gauss–Newton the rest (docs/mathematics.md, section 11); then the kernel projection
-(section 3).  The network that generates the samples need not be low-rank.
+Moments give directions, these give a start, and Gauss-Newton converges from it (docs/mathematics.md, section 11); then comes
+the kernel projection (section 3).  The network that generates the samples need not be low-rank.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,14 +23,14 @@ from lowrank_jax.theory.samples import SampleError, Samples, from_arrays, from_b
 class ReluNetwork:
     """y = relu(x W) A.
 
-    Only |w_j| times row j of A can be known from samples: the rows of A have length one.
+    Samples determine only the product of |w_j| and row j of A: the rows of A have length one.
 
     Attributes:
       w: `[n, m]`.
       a: `[m, outputs]`.
-      residual: the mean of |y - relu(x W) A|² over all samples, of which the mean of |y - E y|² is 1.
-      converged: whether that is rounding, so that the function is the one that generated the samples; and so are W and A, up to
-        the order of neurons, where the width is no larger than it has to be.
+      residual: the mean of |y - relu(x W) A|² over all samples, relative to that of |y - E y|².
+      converged: whether the residual is rounding, so that this is the function that generated the samples.  Then W and A are
+        its weights too, up to the order of neurons, if the width is no larger than necessary.
     """
 
     w: jax.Array
@@ -50,7 +50,7 @@ def _apply(x: jax.Array, w: jax.Array, a: jax.Array) -> jax.Array:
 
 
 def silent(line: str) -> None:
-    """Where lines of progress go unless somebody wants them."""
+    """Discards progress messages; the default of `say`."""
 
 
 def learn_relu_network(
@@ -63,25 +63,26 @@ def learn_relu_network(
     mesh: Mesh | None = None,
     say: Callable[[str], None] = silent,
 ) -> ReluNetwork:
-    """The network y = relu(x W) A from noiseless samples of Gaussian x.
+    """Learns the network y = relu(x W) A from noiseless samples of Gaussian x.
 
-    Inputs N(0, S) of any S are whitened first.  Computed in float64 where jax has it enabled and the samples have it, else in
+    Inputs N(0, S) with any S are whitened first.  Computes in float64 if JAX has it enabled and the samples use it, else in
     float32.
 
     Args:
-      x: `[N, n]`, numpy's, a mapped file's or jax's.
+      x: `[N, n]`, a NumPy array, memory-mapped file or JAX array.
       y: `[N, outputs]`.
       width: m, at most n unless the hidden layer is observed.
-      key: of what is random in the search; the same key gives the same network.
-      hidden_observed: y = relu(x W) itself, and width the number of outputs.  Then inputs need not be Gaussian.
-      mesh: devices that share the samples, over the axis `data`.
-      say: takes lines of progress.
+      key: for the random parts of the search; the same key gives the same network.
+      hidden_observed: y is the hidden layer relu(x W) itself, so width is the number of outputs.  Then inputs need not be
+        Gaussian.
+      mesh: devices over which samples are sharded, along the axis `data`.
+      say: called with every progress message.
 
     Raises:
-      SampleError: no network of that width can be learned from these samples, for the reason it gives.
+      SampleError: no network of that width can be learned from these samples; the message says why.
 
     Warns:
-      NotGaussianWarning: a moment test says that the inputs are not Gaussian with mean zero.
+      NotGaussianWarning: the moments of the inputs are not those of a Gaussian with mean zero.
     """
     return learn(from_arrays(x, y, mesh), width, key, hidden_observed, say)[0]
 
@@ -95,11 +96,11 @@ def learn_from_batches(
     mesh: Mesh | None = None,
     say: Callable[[str], None] = silent,
 ) -> ReluNetwork:
-    """`learn_relu_network` of samples that do not fit into memory.
+    """`learn_relu_network` for samples that do not fit into memory.
 
     Args:
-      batches: pairs of x `[any, n]` and y `[any, outputs]`; read several times, and every time the same.
-      width, key, hidden_observed, mesh, say: as there.
+      batches: pairs of x `[any, n]` and y `[any, outputs]`; read several times, with the same result every time.
+      width, key, hidden_observed, mesh, say: as in `learn_relu_network`.
     """
     return learn(from_batches(batches, mesh), width, key, hidden_observed, say)[0]
 
@@ -107,7 +108,7 @@ def learn_from_batches(
 def learn(
     samples: Samples, width: int, key: jax.Array, hidden_observed: bool, say: Callable[[str], None]
 ) -> tuple[ReluNetwork, Overview]:
-    """Both of the above, and what was seen of the samples on the way."""
+    """Implements both functions above; also returns the overview of the samples."""
     check_width(width)
     overview = moments.look(samples)
     if hidden_observed:
@@ -120,13 +121,13 @@ def learn(
 
 def check_width(width: Any) -> None:
     if not is_count(width):
-        raise SampleError(f"width {width!r}: must be a whole number from 1")
+        raise SampleError(f"width must be a whole number from 1, got {width!r}")
 
 
 def start_from_moments(x: Any, y: Any, width: int, *, key: jax.Array, mesh: Mesh | None = None) -> ReluNetwork:
-    """The network that moments alone suggest, from which `learn_relu_network` sets out; its error is of the order of 1/√N.
+    """The network from moments alone, where `learn_relu_network` starts; its error is of the order of 1/√N.
 
-    Arguments and errors are as there.
+    Arguments and errors as in `learn_relu_network`.
     """
     check_width(width)
     samples = from_arrays(x, y, mesh)
@@ -144,6 +145,6 @@ def _network(samples: Samples, overview: Overview, w: jax.Array, a: jax.Array) -
 
 @jax.jit
 def unit_rows(w: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same function, with rows of A of length one and the lengths in W's columns."""
+    """The same function, with the lengths of the rows of A moved to the columns of W."""
     length = jnp.linalg.norm(a, axis=1)
     return w * length, a / jnp.where(length > 0, length, 1)[:, None]

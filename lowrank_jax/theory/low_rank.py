@@ -1,4 +1,4 @@
-"""The best low-rank approximation of a ReLU network that is known only by samples."""
+"""The best low-rank approximation of a ReLU network that is known only from samples."""
 
 import functools
 from collections.abc import Callable
@@ -23,20 +23,20 @@ from lowrank_jax.theory.samples import from_arrays
 
 @flax.struct.dataclass
 class LowRankNetwork:
-    """y = relu(x U V) A, and what it loses of the network relu(x W) A' that was learned.
+    """y = relu(x U V) A, and its risks relative to the learned network relu(x W) A'.
 
-    All in closed form, over Gaussian inputs of the samples' second moment.  `risk`, `optimum`, `bound` and `whole` are of the
-    hidden layer, E |relu(x W) - relu(x Y)|², which is what the projection minimises.
+    All risks are closed forms for Gaussian inputs with the samples' second moment.  `risk`, `optimum`, `bound` and `whole` are
+    those of the hidden layer, E |relu(x W) - relu(x Y)|², which the projection minimises.
 
     Attributes:
       u, v: `[n, rank]` and `[rank, m]`.
-      a: `[m, outputs]`, of least squares for this U V; the identity where the hidden layer is observed.
+      a: `[m, outputs]`, by least squares for this U V; the identity if the hidden layer is observed.
       learned: the network that was learned.
       risk: of Y = U V.
-      optimum: the least risk that is known of any Y of this rank, that of a monotone descent (`subspace="refine"`).
-      bound: no Y of this rank has less risk (`risk_bound`).
+      optimum: the least known risk of any Y of this rank, found by a monotone descent (`subspace="refine"`).
+      bound: a lower bound on the risk of any Y of this rank (`risk_bound`).
       whole: the risk of Y = 0, for comparison.
-      output_risk: the mean squared error of all outputs over their variance.
+      output_risk: the mean squared error of all outputs, relative to their variance.
     """
 
     u: jax.Array
@@ -74,8 +74,8 @@ def learn_low_rank(
 ) -> LowRankNetwork:
     """Learns the network (`learn_relu_network`, with its arguments, errors and warnings), then projects its kernel.
 
-    The network that generated the samples need not be low-rank: the excess risk of the result over the best one goes to zero
-    with the error in W (docs/mathematics.md, section 11).
+    The network that generated the samples need not be low-rank: as the error in W goes to zero, the risk of the result goes to
+    that of the best network of this rank (docs/mathematics.md, section 11).
 
     Args:
       rank: from 1 to min(n, width).
@@ -86,8 +86,8 @@ def learn_low_rank(
     """
     samples = from_arrays(x, y, mesh)
     check_width(width)
-    if not is_count(rank) or not rank <= min(samples.inputs, width):  # before the long part
-        raise ValueError(f"rank {rank}: must be a whole number from 1 to min({samples.inputs} inputs, width {width})")
+    if not is_count(rank) or not rank <= min(samples.inputs, width):  # before the expensive part
+        raise ValueError(f"rank must be a whole number from 1 to min({samples.inputs} inputs, width {width}), got {rank}")
     if subspace not in SUBSPACES:
         raise ValueError(f"unknown subspace {subspace!r}{did_you_mean(subspace, SUBSPACES)}")
     learned, overview = learn(samples, width, key, hidden_observed, say)
@@ -96,7 +96,7 @@ def learn_low_rank(
 
 @highest_precision
 def _project(learned: ReluNetwork, root: jax.Array, rank: int, subspace: str, keep: bool) -> LowRankNetwork:
-    """For inputs of the second moment RᵀR; A is kept or fitted anew."""
+    """For inputs with second moment RᵀR; A is kept or fitted again."""
     w = root @ learned.w
     u, v = matrix.kernel_projection(w, rank, subspace=subspace)
     best = (u, v) if subspace == "refine" else matrix.kernel_projection(w, rank, subspace="refine")
@@ -110,7 +110,7 @@ def _project(learned: ReluNetwork, root: jax.Array, rank: int, subspace: str, ke
 @functools.partial(jax.jit, static_argnames="keep")
 @highest_precision
 def _outputs(w: jax.Array, a: jax.Array, y: jax.Array, keep: bool) -> tuple[jax.Array, jax.Array]:
-    """A of least squares for relu(x Y), unless it is kept, and the outputs' relative error."""
+    """A by least squares for relu(x Y), unless it is kept, and the outputs' relative error."""
     gram, cross = hidden.products(y, y), hidden.products(y, w)
     fitted = a if keep else solve_gram(gram, cross @ a)
     lost = jnp.sum(a * (hidden.products(w, w) @ a)) - 2 * jnp.sum(fitted * (cross @ a)) + jnp.sum(fitted * (gram @ fitted))
@@ -119,7 +119,7 @@ def _outputs(w: jax.Array, a: jax.Array, y: jax.Array, keep: bool) -> tuple[jax.
 
 
 def _root(overview: Overview) -> np.ndarray:
-    """R `[n, n]`, upper triangular, with RᵀR the inputs' second moment: I where the samples agree with it."""
+    """R `[n, n]`, upper triangular, with RᵀR the inputs' second moment; I if the samples are compatible with that."""
     if moments.agrees_with_identity(overview.covariance, overview.count):
         return np.eye(len(overview.covariance))
     return np.linalg.cholesky(overview.covariance).T

@@ -1,4 +1,4 @@
-"""Hermite moments of a function, and whether its inputs are as Gaussian as they have to be.
+"""Hermite moments of a function, and tests of whether its inputs are Gaussian.
 
 For y = relu(x W) A with x ~ N(0, I_n), w_j = |w_j| ŵ_j and c_jk = |w_j| A_jk / √(2π), the second and the contracted fourth
 moments share their directions (docs/mathematics.md, section 11):
@@ -17,19 +17,19 @@ import numpy as np
 from lowrank_jax.projection.linalg import highest_precision
 from lowrank_jax.theory.samples import SampleError, Samples, rounding
 
-FOURTH = 0.3  # the weight of slices of the fourth moment, which are noisier than those of the second
+FOURTH = 0.3  # the weight of slices of the fourth moment, which are noisier than those of the second moment
 
 
 class NotGaussianWarning(UserWarning):
-    """The inputs are not Gaussian with mean zero: what is promised of learning from samples does not cover them."""
+    """The inputs are not Gaussian with mean zero: the guarantees for learning from samples do not cover them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """What one look at the samples tells, on the host and in float64.
+    """Statistics from one pass over the samples, on the host and in float64.
 
     Attributes:
-      count: how many there are.
+      count: the number of samples.
       covariance: E xxᵀ `[n, n]`.
       outputs: E yyᵀ `[outputs, outputs]`.
       mean_output: E y `[outputs]`.
@@ -44,21 +44,25 @@ class Overview:
 
     @property
     def variance(self) -> float:
-        """Of all outputs together."""
+        """The variance of all outputs together."""
         return float(np.trace(self.outputs) - np.sum(self.mean_output**2))
 
 
 def look(samples: Samples) -> Overview:
-    """Raises SampleError if there are NaNs or infinities, or elements with which no error could be told in their dtype."""
+    """An overview of the samples.
+
+    Raises:
+      SampleError: values are NaN or infinite, or so large or small that errors are out of range in their dtype.
+    """
     total, count = samples.total(_look)
     covariance, outputs, mean_output, powers = (np.asarray(part, np.float64) / count for part in total)
     if not (np.isfinite(covariance).all() and np.isfinite(outputs).all()):
-        raise SampleError("the samples have elements that are not finite, or whose squares are not")
+        raise SampleError("the samples contain non-finite values, or values whose squares overflow")
     least, beyond = float(jnp.finfo(samples.dtype).tiny), f"beyond the range of {jnp.dtype(samples.dtype)}: scale"
     if not np.isfinite(powers).all() or (powers[3].max() < least and powers[0].any()):
         raise SampleError(f"the inputs' fourth powers are {beyond} x")
     if np.trace(outputs) * rounding(samples.dtype) < least and mean_output.any():
-        raise SampleError(f"errors of the outputs that would count are {beyond} y")
+        raise SampleError(f"squared errors of the outputs are {beyond} y")
     return Overview(count, covariance, outputs, mean_output, powers)
 
 
@@ -78,19 +82,19 @@ def _second(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
 @jax.jit
 @highest_precision
 def _fourth(x: jax.Array, y: jax.Array, u: jax.Array) -> tuple[jax.Array, ...]:
-    """Σ over samples, for every direction u_l and output k as one axis l k: what He₄[u, u] is made of."""
+    """The terms of He₄[u, u] summed over samples, for every direction u_l and output k, along one axis l k."""
     along = x @ u.T
     weights, linear = _products(along**2 - 1, y), _products(along, y)
     return y.sum(axis=0), weights.sum(axis=0), x.T @ linear, x.T @ _products(weights, x)
 
 
 def _products(a: jax.Array, b: jax.Array) -> jax.Array:
-    """All products of an element of a row of a `[rows, p]` and of b `[rows, q]`: `[rows, p q]`."""
+    """The outer products of the rows of a `[rows, p]` and b `[rows, q]`: `[rows, p q]`."""
     return (a[:, :, None] * b[:, None, :]).reshape(len(a), -1)
 
 
 def second_moments(samples: Samples) -> tuple[jax.Array, float]:
-    """E y_k (xxᵀ - I), `[outputs, n, n]`, and E |x|⁴, of inputs whose second moment is I."""
+    """E y_k (xxᵀ - I), `[outputs, n, n]`, and E |x|⁴, for inputs whose second moment is I."""
     mean, products, fourth = samples.mean(_second)
     return _second_slices(mean, products), float(fourth)
 
@@ -119,14 +123,14 @@ def _fourth_slices(u: jax.Array, mean: jax.Array, weights: jax.Array, linear: ja
 @jax.jit
 @highest_precision
 def second_moments_of(w: jax.Array, a: jax.Array) -> jax.Array:
-    """What `second_moments` would be of relu(x W) A for Gaussian inputs and columns of length one: `[outputs, n, n]`."""
+    """The expected `second_moments` of relu(x W) A for Gaussian inputs and columns of length one: `[outputs, n, n]`."""
     return _slices(w, a)
 
 
 @jax.jit
 @highest_precision
 def fourth_moments_of(w: jax.Array, a: jax.Array, u: jax.Array) -> jax.Array:
-    """What `fourth_moments` would be, `[l k, n, n]`; W may be what a subspace has of columns of length one."""
+    """The expected `fourth_moments`, `[l k, n, n]`; W may be the projection of columns of length one on a subspace."""
     along = (w.T @ u.T) ** 2
     return -_slices(w, (along[:, :, None] * a[:, None, :]).reshape(len(a), -1))
 
@@ -137,26 +141,26 @@ def _slices(w: jax.Array, a: jax.Array) -> jax.Array:
 
 # --- are they Gaussian? ---
 
-_CONSTANT = 1e-6  # of an input's square: a variance that is rounding
-_DOUBT = 6.0  # standard deviations: of a few hundred means of Gaussian samples none is so far off
+_CONSTANT = 1e-6  # of an input's mean square: a smaller variance is rounding
+_DOUBT = 6.0  # standard deviations: none of a few hundred means of Gaussian samples is so far off
 
 
 def warn_if_not_gaussian(overview: Overview, fourth: float) -> None:
     """Tests the inputs' mean (Hotelling), every input's third and fourth moment, and E |z|⁴ of the whitened inputs z (Mardia).
 
-    Each is compared with what samples of N(0, S) would show, S being the samples' own second moment.  What has a Gaussian's
-    moments to the fourth passes, Gaussian or not.
+    Each is compared with its distribution for samples of N(0, S), where S is the second moment of the samples.  Inputs whose
+    moments up to the fourth are those of a Gaussian pass, Gaussian or not.
 
     Warns:
-      NotGaussianWarning: it names the worst of them.
+      NotGaussianWarning: names the worst deviation.
     """
     reason = not_gaussian(overview, fourth)
     if reason:
-        warnings.warn(f"{reason}: what is promised does not cover these inputs", NotGaussianWarning, stacklevel=5)
+        warnings.warn(f"{reason}: the guarantees do not cover such inputs", NotGaussianWarning, stacklevel=5)
 
 
 def not_gaussian(overview: Overview, fourth: float) -> str | None:
-    """What is wrong with the inputs, for a message; None if nothing is."""
+    """Why the inputs do not look Gaussian, for a message; None if they do."""
     n, count = overview.powers.shape[1], overview.count
     one, two, three, four = overview.powers
     variance = two - one**2
@@ -164,7 +168,7 @@ def not_gaussian(overview: Overview, fourth: float) -> str | None:
         return f"input {int(np.argmax(constant))} is constant (relu(x W) A has no biases)"
     skewness = (three - 3 * one * two + 2 * one**3) / variance**1.5
     kurtosis = (four - 4 * one * three + 6 * one**2 * two - 3 * one**4) / variance**2
-    expected = n * (n + 2) * count / (count + 2)  # of inputs that their own second moment has whitened
+    expected = n * (n + 2) * count / (count + 2)  # for inputs whitened by their own second moment
     doubts = [
         _mean_doubt(overview),
         _worst(skewness * math.sqrt(count / 6), skewness, "input {} has a skewness of {:.3g}, not 0"),
@@ -179,18 +183,20 @@ def not_gaussian(overview: Overview, fourth: float) -> str | None:
 
 
 def _mean_doubt(overview: Overview) -> tuple[float, str]:
-    """Hotelling's test, its F statistic made a standard Gaussian by Paulson's transformation.
+    """Hotelling's test, with its F statistic transformed to a standard Gaussian by Paulson's method.
 
     E. Paulson, An approximate normalization of the analysis of variance distribution, Ann. Math. Statist. 13 (1942).
     """
     n, count, mean = len(overview.covariance), overview.count, overview.powers[0]
-    share = min(float(mean @ np.linalg.solve(overview.covariance, mean)), 1)  # of a whitened input's square, its mean's
-    if count - n < 4:  # too few to tell, and for the approximation
+    share = min(
+        float(mean @ np.linalg.solve(overview.covariance, mean)), 1
+    )  # the mean's share of the whitened inputs' mean square
+    if count - n < 4:  # too few for the test and for the approximation
         return 0.0, ""
     f = share * (count - n) / (n * max(1 - share, np.finfo(np.float64).tiny))
     a, b = 2 / (9 * n), 2 / (9 * (count - n))
     score = ((1 - b) * f ** (1 / 3) - (1 - a)) / math.sqrt(a + b * f ** (2 / 3))
-    return score, f"the inputs' mean is {math.sqrt(share):.3g} standard deviations long, not 0"
+    return score, f"the inputs' mean is {math.sqrt(share):.3g} standard deviations from zero"
 
 
 def _worst(scores: np.ndarray, values: np.ndarray, words: str) -> tuple[float, str]:
@@ -199,7 +205,7 @@ def _worst(scores: np.ndarray, values: np.ndarray, words: str) -> tuple[float, s
 
 
 def _kurtosis_score(kurtosis: np.ndarray, count: int) -> np.ndarray:
-    """The kurtosis of N Gaussian samples as a standard Gaussian: at small N its own distribution is skewed.
+    """The kurtosis of N Gaussian samples, transformed to a standard Gaussian: for small N its own distribution is skewed.
 
     F. J. Anscombe and W. J. Glynn, Distribution of the kurtosis statistic b2 for normal samples, Biometrika 70 (1983).
     """
@@ -213,7 +219,7 @@ def _kurtosis_score(kurtosis: np.ndarray, count: int) -> np.ndarray:
 
 
 def agrees_with_identity(covariance: np.ndarray, count: int) -> bool:
-    """Whether a sample of N(0, I) may have this second moment `[n, n]` (Nagao's test: N/2 |S - I|² is chi-squared)."""
+    """Whether samples of N(0, I) could have this second moment `[n, n]` (Nagao's test: N/2 |S - I|² is chi-squared)."""
     n = len(covariance)
     degrees = n * (n + 1) / 2
     excess = np.sum((covariance - np.eye(n)) ** 2)

@@ -1,4 +1,4 @@
-"""Samples of a function: inputs and outputs, which go through the devices a batch at a time."""
+"""Samples of a function: inputs and outputs, processed on the devices one batch at a time."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -12,23 +12,23 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lowrank_jax.projection.linalg import highest_precision
 
 Batch = tuple[jax.Array, jax.Array, int]
-"""x `[rows, n]`, y `[rows, outputs]`, and how many of the rows are samples; the rest are zeros."""
+"""x `[rows, n]`, y `[rows, outputs]`, and the number of rows that are samples; the rest are zeros."""
 
-_ELEMENTS = 2**22  # of a batch's products of an input and an output, which moments are made of
+_ELEMENTS = 2**22  # products of an input and an output in a batch, from which moments are computed
 
 
 class SampleError(ValueError):
-    """Samples from which nothing can be learned; the message says why."""
+    """Nothing can be learned from these samples; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """What means are taken of, as often as is asked.
+    """Samples that can be read any number of times.
 
     Attributes:
-      read: begins anew to read the batches, all of one shape.
+      read: starts reading the batches from the beginning; all have one shape.
       inputs, outputs: n, and the number of outputs.
-      dtype: float32, or float64 where jax has it enabled and the samples have it.
+      dtype: float32, or float64 if JAX has it enabled and the samples use it.
     """
 
     read: Callable[[], Iterator[Batch]]
@@ -37,11 +37,11 @@ class Samples:
     dtype: Any
 
     def total(self, fn: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
-        """The sum over all samples, and how many there are.
+        """A sum over all samples, and their number.
 
         Args:
-          fn: jitted; what it makes of a batch x, y and the arguments is a sum over rows, to which rows of zeros add nothing.
-          arguments: of `fn` besides.
+          fn: jitted, `(x, y, *arguments)` to a sum over the rows of a batch; rows of zeros must add nothing.
+          arguments: further arguments of `fn`.
         """
         total, count = None, 0
         for x, y, rows in self.read():
@@ -54,7 +54,7 @@ class Samples:
         return _divided(*self.total(fn, *arguments))
 
     def map(self, fn: Callable[..., tuple[jax.Array, jax.Array]], *arguments: Any) -> "Samples":
-        """The samples `fn(x, y, *arguments)`; it is jitted and leaves zeros zeros."""
+        """The samples `fn(x, y, *arguments)`; fn must be jitted and map zeros to zeros."""
 
         def read() -> Iterator[Batch]:
             return ((*fn(x, y, *arguments), rows) for x, y, rows in self.read())
@@ -69,7 +69,7 @@ class Samples:
         return self.map(_through, root, turn)
 
     def head(self, count: int) -> "Samples":
-        """The first samples, so many or all there are, kept on the devices."""
+        """The first `count` samples, or all if there are fewer, kept on the devices."""
         kept, found = [], 0
         for x, y, rows in self.read():
             rows = min(rows, count - found)
@@ -81,22 +81,22 @@ class Samples:
 
 
 def from_batches(batches: Iterable[tuple[Any, Any]], mesh: Mesh | None = None) -> Samples:
-    """Samples that come in batches of any sizes.
+    """Samples in batches of any sizes.
 
     Args:
-      batches: pairs of x `[any, n]` and y `[any, outputs]`, numpy's or jax's; read several times, so an iterator will not do.
-      mesh: devices that share every batch, over the axis `data`.
+      batches: pairs of x `[any, n]` and y `[any, outputs]`, NumPy or JAX arrays; read several times, so not an iterator.
+      mesh: devices over which every batch is sharded, along the axis `data`.
 
     Raises:
-      SampleError: there are none, or they are not such pairs.
+      SampleError: there are no batches, or they are not such pairs.
     """
     if isinstance(batches, Iterator):
-        raise SampleError("batches are read several times: give a list, or an object whose __iter__ begins anew")
+        raise SampleError("batches are read several times: pass a list, or an object whose __iter__ starts over")
     shards, sharding = 1, None
     if mesh is not None:
         if "data" not in mesh.shape:
-            raise SampleError(f"the mesh has the axes {list(mesh.shape)}; samples are shared over one called data")
-        mesh = Mesh(mesh.devices, mesh.axis_names)  # explicit axes, make_mesh's default, refuse decompositions
+            raise SampleError(f"the mesh has the axes {list(mesh.shape)}; samples are sharded over an axis named 'data'")
+        mesh = Mesh(mesh.devices, mesh.axis_names)  # explicit axes, the default of make_mesh, do not support decompositions
         shards, sharding = mesh.shape["data"], NamedSharding(mesh, PartitionSpec("data"))
     first = next(iter(batches), None)
     if first is None:
@@ -113,7 +113,7 @@ def from_batches(batches: Iterable[tuple[Any, Any]], mesh: Mesh | None = None) -
         for x, y in map(_checked, batches):
             if (x.shape[1], y.shape[1]) != shape:
                 raise SampleError(
-                    f"samples of {x.shape[1]} inputs and {y.shape[1]} outputs follow some of {shape[0]}, {shape[1]}"
+                    f"a batch has {x.shape[1]} inputs and {y.shape[1]} outputs; the first one has {shape[0]} and {shape[1]}"
                 )
             for begin in range(0, len(x), rows):
                 part = slice(begin, begin + rows)
@@ -123,17 +123,17 @@ def from_batches(batches: Iterable[tuple[Any, Any]], mesh: Mesh | None = None) -
 
 
 def from_arrays(x: Any, y: Any, mesh: Mesh | None = None) -> Samples:
-    """Samples x `[N, n]` and y `[N, outputs]`, numpy's, mapped files or jax's; mesh and errors as in `from_batches`."""
+    """Samples x `[N, n]` and y `[N, outputs]`: arrays or memory-mapped files; mesh and errors as in `from_batches`."""
     return from_batches([(x, y)], mesh)
 
 
 def rounding(dtype: Any) -> float:
-    """A relative squared error that is no more than rounding: some digits above the square of the dtype's own."""
+    """The largest relative squared error that counts as rounding: somewhat above the dtype's epsilon squared."""
     return float(jnp.finfo(dtype).eps) ** 1.5
 
 
 def negligible(dtype: Any) -> float:
-    """The part of a second moment's largest eigenvalue that is rounding."""
+    """The fraction of a second moment's largest eigenvalue below which others are rounding."""
     return float(jnp.finfo(dtype).eps) ** 0.75
 
 
@@ -147,7 +147,7 @@ def _checked(batch: Any) -> tuple[Any, Any]:
                 f"{name} must be a matrix, samples by {'inputs' if name == 'x' else 'outputs'}; got {_kind(part)}"
             )
         if not jnp.issubdtype(part.dtype, jnp.floating):
-            raise SampleError(f"{name} must hold real numbers; its dtype is {part.dtype}")
+            raise SampleError(f"{name} must contain real numbers; its dtype is {part.dtype}")
     if len(x) != len(y):
         raise SampleError(f"x has {len(x)} samples, y has {len(y)}")
     return x, y
@@ -171,7 +171,7 @@ def _divided(total: Any, count: int) -> Any:
 
 @jax.jit
 def _first(x: jax.Array, y: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """The others are zeros."""
+    """The first rows; the others become zeros."""
     among = (jnp.arange(len(x)) < rows)[:, None]
     return jnp.where(among, x, 0), jnp.where(among, y, 0)
 

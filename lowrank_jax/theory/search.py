@@ -1,7 +1,7 @@
-"""The hidden layer of y = relu(x W) A when neither it nor A is seen (docs/mathematics.md, section 11).
+"""The hidden layer of y = relu(x W) A when only x and y are observed (docs/mathematics.md, section 11).
 
-Inputs and outputs are whitened.  Moments give directions, a regression their signs, Gauss–Newton the rest; where that ends in
-a local optimum, the next attempt begins with moments that the network found so far has rid of most of their sampling noise.
+Inputs and outputs are whitened.  Moments give directions, a regression their signs, and Gauss-Newton converges from there.  If
+that ends in a local optimum, the next attempt uses the network found so far to remove most of the moments' sampling noise.
 """
 
 import functools
@@ -20,27 +20,27 @@ from lowrank_jax.theory.moments import Overview
 from lowrank_jax.theory.samples import SampleError, Samples, negligible, rounding
 
 _ATTEMPTS = 10
-_PATIENCE = 6  # attempts in turn that have not brought the error down by a tenth
-_SEEN = 0.8  # of the samples, at most, for Gauss–Newton
-_EQUATIONS = 2  # for an unknown of W and A, at least
-_UNSEEN = 2  # unseen samples for an unknown of A, which is fitted to them too, at least
-_GOAL = 1e-3  # of what counts as rounding: where Gauss–Newton may stop
-_LEARNED = 1e-6  # what is unexplained of a network that has been found, if not to rounding
-_KEPT = 64  # samples for an unknown of W, on which Gauss–Newton works; more would not make it faster
+_PATIENCE = 6  # consecutive attempts without reducing the error by a tenth
+_SEEN = 0.8  # the fraction of the samples for Gauss-Newton, at most
+_EQUATIONS = 2  # per unknown of W and A, at least
+_UNSEEN = 2  # held-out samples per unknown of A, which is fitted to them too, at least
+_GOAL = 1e-3  # of what counts as rounding: where Gauss-Newton may stop
+_LEARNED = 1e-6  # the unexplained part below which a network counts as found, though not to rounding
+_KEPT = 64  # samples per unknown of W for Gauss-Newton; more would not make it faster
 _LEAST_KEPT = 2**16
 
 
 def search(samples: Samples, overview: Overview, width: int, key: jax.Array, say: Callable[[str], None]) -> jax.Array:
-    """W `[n, width]`, the best that was found; the lengths of its columns are arbitrary.
+    """The best W found, `[n, width]`; the lengths of its columns are arbitrary.
 
     Raises:
-      SampleError: the width, the samples or the directions found in them do not allow it.
+      SampleError: it cannot be found, because of the width, the samples or the directions found in them.
 
     Warns:
       NotGaussianWarning: the inputs are not Gaussian.
     """
     root, white = _whitened(samples, overview, width)
-    # The rest is for judging: a network that fits samples it has not seen is no accident of those it has.
+    # The rest is held out: a network that fits unseen samples has not merely fitted noise.
     count = min(int(_SEEN * overview.count), max(_LEAST_KEPT, _KEPT * samples.inputs * width))
     kept = white.head(count)
     exact = rounding(samples.dtype) * white.outputs
@@ -64,7 +64,7 @@ def search(samples: Samples, overview: Overview, width: int, key: jax.Array, say
 
 
 def start(samples: Samples, overview: Overview, width: int, key: jax.Array) -> jax.Array:
-    """What moments alone say of W: where `search` begins."""
+    """W from moments alone: where `search` starts."""
     root, white = _whitened(samples, overview, width)
     slices, basis, _ = _slices(white, width, None, key)
     return _product(root, _directions(white, slices, basis, key))
@@ -77,7 +77,7 @@ def _whitened(samples: Samples, overview: Overview, width: int) -> tuple[jax.Arr
 
 
 def outputs_fitted(samples: Samples, w: jax.Array) -> jax.Array:
-    """A of least squares for W; what the first solution leaves, a Gram matrix having lost digits, a second one takes."""
+    """A by least squares for W, solved twice: the second time for the residual, since the Gram matrix loses digits."""
     gram, products = samples.mean(regress, w)
     a = solve_gram(gram, products)
     _, rest = samples.map(_unexplained, w, a).mean(regress, w)
@@ -87,15 +87,15 @@ def outputs_fitted(samples: Samples, w: jax.Array) -> jax.Array:
 def _slices(white: Samples, width: int, known: Fit | None, key: jax.Array) -> tuple[jax.Array, jax.Array, float]:
     """Moments in the subspace of the columns of W, `[k, m, m]`, a basis `[n, m]` of it, and E |x|⁴.
 
-    Of what a network found before leaves unexplained, the sampled moments; of the network itself, the closed form, so that only
-    the rest has a sampling error.
+    If a network is known, its own moments are computed in closed form and only the residual's are sampled, so that only the
+    residual has a sampling error.
     """
     rest = white if known is None else white.map(_unexplained, known.w, known.a)
     slices, fourth = moments.second_moments(rest)
     if known is not None:
         slices += moments.second_moments_of(known.w, known.a)
     slices, basis = _within(slices, width)
-    if white.outputs < width:  # the second moments are few: one alone would have any directions
+    if white.outputs < width:  # there are few second moments: a single one determines no directions
         u = _unit_vectors(key, -(-2 * width // white.outputs), width, white.dtype)
         more = moments.fourth_moments(rest.through(basis, jnp.eye(white.outputs, dtype=white.dtype)), u)
         if known is not None:
@@ -113,7 +113,7 @@ def _unexplained(x: jax.Array, y: jax.Array, w: jax.Array, a: jax.Array) -> tupl
 @functools.partial(jax.jit, static_argnames="width")
 @highest_precision
 def _within(slices: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """The slices `[k, width, width]` within the subspace that holds most of them all, and its basis `[n, width]`."""
+    """The slices `[k, width, width]` in the subspace that holds most of all of them, and its basis `[n, width]`."""
     basis = jnp.linalg.eigh(jnp.einsum("kij,kjl->il", slices, slices))[1][:, -width:]
     return basis.T @ slices @ basis, basis
 
@@ -125,7 +125,7 @@ def _unit_vectors(key: jax.Array, count: int, size: int, dtype: Any) -> jax.Arra
 
 
 def _directions(kept: Samples, slices: jax.Array, basis: jax.Array, key: jax.Array) -> jax.Array:
-    """ŵ_j `[n, m]`: relu(z) is half of |z| and half of z, so a regression on both tells the signs."""
+    """ŵ_j `[n, m]`, with signs from a regression on |z| and z: relu(z) = (|z| + z) / 2."""
     directions = _product(basis, common_directions(slices, slices.shape[1], key))
     return _signed(directions, *kept.mean(_regress_both, directions))
 
@@ -155,12 +155,12 @@ def _whitening(overview: Overview, dtype: Any) -> np.ndarray:
     values, vectors = np.linalg.eigh(overview.covariance)
     independent = int(np.sum(values > negligible(dtype) * values[-1]))
     if independent < len(values):
-        raise SampleError(f"the inputs vary in {independent} independent directions; all {len(values)} are needed")
+        raise SampleError(f"the inputs span {independent} dimensions; all {len(values)} are needed")
     return (vectors / np.sqrt(values)).astype(dtype)
 
 
 def _output_whitening(overview: Overview, width: int, dtype: Any) -> np.ndarray:
-    """T `[outputs, k]` with Tᵀ E yyᵀ T = I: noiseless outputs can be told apart however small they are."""
+    """T `[outputs, k]` with Tᵀ E yyᵀ T = I: without noise, outputs can be distinguished however small they are."""
     values, vectors = np.linalg.eigh(overview.outputs)
     if not values[-1] > 0:
         raise SampleError("all outputs are zero")
@@ -169,8 +169,8 @@ def _output_whitening(overview: Overview, width: int, dtype: Any) -> np.ndarray:
     independent = int(np.sum(values > negligible(dtype) * values[-1]))
     if independent > width:
         raise SampleError(
-            f"the outputs vary in {independent} independent directions, those of a network of width {width} in {width} at "
-            "most: width is too small, or y is not relu(x W) A without noise"
+            f"the outputs span {independent} dimensions, but a network of width {width} can only produce {width}: the width is "
+            "too small, or y is not relu(x W) A without noise"
         )
     return (vectors[:, -independent:] / np.sqrt(values[-independent:])).astype(dtype)
 
@@ -178,17 +178,17 @@ def _output_whitening(overview: Overview, width: int, dtype: Any) -> np.ndarray:
 def _check_size(overview: Overview, width: int) -> None:
     n, outputs = len(overview.covariance), len(overview.outputs)
     if width > n:
-        raise SampleError(f"width {width} of {n} inputs: the columns of W have to be linearly independent, at most {n}")
+        raise SampleError(f"width {width} with {n} inputs: the columns of W must be linearly independent, so at most {n}")
     needed = max(-(-_EQUATIONS * width * (n + outputs) // min(outputs, width)), round(_UNSEEN * width / (1 - _SEEN)))
     if overview.count < needed:
-        raise SampleError(f"{overview.count} samples: with fewer than {needed} a perfect fit would prove nothing")
+        raise SampleError(f"{overview.count} samples are too few: with fewer than {needed} a perfect fit proves nothing")
 
 
 def _check_directions(white: Samples, count: int, width: int, error: float) -> None:
-    """Raises SampleError where fewer directions than wanted stand out of the moments' sampling noise.
+    """Raises SampleError if fewer than `width` directions stand out from the moments' sampling noise.
 
-    Unfolded to `[n, k n]`, noise in elements of which each has about the standard deviation 1/√N has no singular value above
-    (√n + √(k n)) / √N, nearly.
+    Every element has noise of standard deviation about 1/√N.  Unfolded to `[n, k n]`, the noise has no singular value
+    much above (√n + √(k n)) / √N.
     """
     n, outputs = white.inputs, white.outputs
     slices, _ = moments.second_moments(white)
@@ -197,7 +197,7 @@ def _check_directions(white: Samples, count: int, width: int, error: float) -> N
     distinct = int(np.sum(values[:width] > noise))
     if distinct < width:
         raise SampleError(
-            f"{error:.0e} of the outputs' power is unexplained, and only {distinct} directions stand out of the sampling "
-            f"noise, where {width} are wanted: the columns of W are linearly dependent or nearly so, some neurons weigh very "
-            f"little, the width is too large, or {count} samples are too few"
+            f"{error:.0e} of the outputs' power is unexplained, and only {distinct} of {width} directions stand out from the "
+            "sampling noise: the columns of W are (nearly) linearly dependent, some neurons contribute very little, the width "
+            f"is too large, or {count} samples are too few"
         )

@@ -1,7 +1,10 @@
-"""Matrices to project, and function risks by NumPy in float64: closed forms for ReLU, quadrature in the plane for the others."""
+"""Matrices to project, and what is expected of projections, by NumPy in float64.
+
+Closed forms for ReLU and the identity, quadrature in the plane for other activations.
+"""
 
 import numpy as np
-from scipy import special
+from scipy import optimize, special
 
 FUNCTIONS = {
     "identity": lambda x: x,
@@ -49,12 +52,44 @@ def risk(w, y, activation="relu", group=1):
     rho = np.clip(ratio(inner, a * b), -1, 1)
     if activation == "relu":
         return float(np.sum((a**2 + b**2) / 2 - a * b * relu_h(rho)))
+    if activation == "identity":
+        return float(np.sum((w - y) ** 2))
     return float(sum(planar_risk(FUNCTIONS[activation], s, t, r, 181) for s, t, r in zip(a, b, rho, strict=True)))
 
 
 def relative_risk(w, factors, activation="relu", group=1):
     u, v = (np.asarray(factor, np.float64) for factor in factors)
     return risk(w, u @ v, activation, group) / risk(w, 0 * np.asarray(w), activation, group)
+
+
+def spectral(w, rank):
+    """The truncated singular value decomposition, as a product."""
+    return projected(w, rank, "identity")
+
+
+def projected(w, rank, activation="relu", group=1, normalized=False):
+    """The kernel projection on the leading left singular vectors, as a product."""
+    w = np.asarray(w, np.float64)
+    q = np.linalg.svd(w, full_matrices=False)[0][:, :rank]
+    c = q.T @ w
+    whole, kept = lengths(w, group), lengths(c, group)
+    best = whole if normalized else best_lengths(activation, whole, np.minimum(ratio(kept, whole), 1))
+    return q @ (c * np.tile(ratio(best, kept), group))
+
+
+def best_lengths(activation, s, rho):
+    if activation == "identity":
+        return s * rho
+    if activation == "relu":
+        return s * relu_h(rho)
+
+    def best(s, rho):
+        def lost(t):
+            return planar_risk(FUNCTIONS[activation], s, t, rho, 181)
+
+        return optimize.minimize_scalar(lost, bounds=(0, 2 * s), method="bounded", options={"xatol": 1e-5 * s}).x if s else 0.0
+
+    return np.array([best(*pair) for pair in zip(s, rho, strict=True)])
 
 
 def planar_risk(fn, s, t, rho, points=1001):

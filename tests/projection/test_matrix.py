@@ -141,8 +141,7 @@ def test_float32_agrees_with_float64(subspace, case, activation):
 
 @pytest.mark.parametrize(("case", "activation"), RELU)
 def test_with_batchnorm_right_behind_spectral_and_the_projection_compute_the_same(case, activation):
-    n, _, _ = case
-    x = normal(2, 256, n)
+    x = normal(2, 256, case[0])
 
     def outputs(name, i):
         u, v, _ = made(*case, activation)[name]
@@ -335,12 +334,12 @@ def with_element(value):
         (lambda w: projection.kernel_projection(w, 1, subspace="tpo"), "unknown subspace 'tpo'; did you mean top"),
         (lambda w: projection.kernel_projection(w, 1, activation="x"), "unknown activation 'x'"),
         (lambda w: projection.kernel_projection(w, 1, group=4), "group 4 does not divide the 6 columns"),
-        (lambda w: projection.risk(w, w.T), "must have one shape"),
+        (lambda w: projection.risk(w, w.T), "must have the same shape"),
         (lambda w: projection.spectral(w, 1.5), "rank 1.5 of a 4x6 matrix"),
         (lambda w: projection.spectral([[1.0]], 1), "expected a matrix"),
-        (lambda w: projection.spectral(with_element(np.nan), 1), "the 4x6 matrix has elements that are not finite"),
-        (lambda w: projection.kernel_projection(with_element(np.inf), 1), "elements that are not finite"),
-        (lambda w: projection.risk(w, with_element(np.nan)), "elements that are not finite"),
+        (lambda w: projection.spectral(with_element(np.nan), 1), "the 4x6 matrix contains non-finite values"),
+        (lambda w: projection.kernel_projection(with_element(np.inf), 1), "contains non-finite values"),
+        (lambda w: projection.risk(w, with_element(np.nan)), "contains non-finite values"),
     ],
 )
 def test_bad_input_gets_one_clear_error(call, message):

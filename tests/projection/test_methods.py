@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,32 +7,62 @@ import pytest
 
 from lowrank_jax.projection import methods
 from lowrank_jax.projection.methods import METHODS
-from lowrank_jax.projection.sampled import Stack
+from lowrank_jax.projection.stack import Stack
+from tests.projection.reference import normal
 
-W = jax.random.normal(jax.random.key(0), (12, 20)) / np.sqrt(6)
+W = normal(0, 12, 20) / np.float32(np.sqrt(6))
+PAIR = np.stack([W, 2 * W[::-1]])
 UNBALANCED = {"spectral_column_scales", "random"}
+DRAWS = {"random", "random_subspace", "function_approximation"}
+SLOW = {  # tested one by one in test_matrix, test_ablations and test_sampled
+    "kernel_projection_search",
+    "norm_preserving_refine",
+    "function_approximation",
+    "spectral_global_scale",
+    "spectral_column_scales",
+}
+EVERY = [pytest.param(method, marks=pytest.mark.slow) if method in SLOW else method for method in METHODS]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("dtype", "activation"), [(jnp.float32, "relu"), (jnp.bfloat16, "silu")])
-def test_every_method_gives_finite_factors_in_the_kernels_dtype(method, dtype, activation):
-    u, v = methods.factor(method, jax.random.key(1), W.astype(dtype), 3, activation=activation, group=2)
-    assert (u.shape, v.shape) == ((12, 3), (3, 20))
-    assert u.dtype == v.dtype == dtype
-    u, v = u.astype(jnp.float32), v.astype(jnp.float32)
-    assert np.isfinite(u).all() and np.isfinite(v).all()
-    if method not in UNBALANCED:
-        np.testing.assert_allclose(u.T @ u, v @ v.T, atol=1e-4 if dtype == jnp.float32 else 0.05)
+@functools.cache
+def alone(method, key, i=0):
+    return [np.asarray(part) for part in methods.factor(method, jax.random.key(key), PAIR[i], 3, group=2)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@functools.cache
+def together(method):
+    """Factors of a stack of two kernels, and of one in another dtype with another activation."""
+
+    @jax.jit
+    def factors(ws, half):
+        keys = jax.vmap(jax.random.key)(np.arange(2))
+        return METHODS[method]([Stack(keys, ws, 3, "relu", 2), Stack(keys[:1], half, 3, "leaky_relu", 2)])
+
+    return factors(PAIR, PAIR[:1].astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_every_method_gives_finite_factors_in_the_kernels_dtype(method):
+    (_, narrow), made = together(method), alone(method, 0)
+    for (u, v), dtype in ((made, jnp.float32), ([part[0] for part in narrow], jnp.bfloat16)):
+        assert (u.shape, v.shape) == ((12, 3), (3, 20))
+        assert u.dtype == v.dtype == dtype
+        u, v = np.float32(u), np.float32(v)
+        assert np.isfinite(u).all()
+        assert np.isfinite(v).all()
+        if method not in UNBALANCED:
+            np.testing.assert_allclose(u.T @ u, v @ v.T, atol=1e-4 if dtype == jnp.float32 else 0.05)
+
+
+@pytest.mark.parametrize("method", EVERY)
 def test_a_stack_is_its_matrices_one_by_one(method):
-    keys = jax.random.split(jax.random.key(1), 2)
-    [(u, v)] = METHODS[method]([Stack(keys, jnp.stack([W, 2 * W[::-1]]), 3)])
-    one, other = methods.factor(method, keys[1], 2 * W[::-1], 3)
-    np.testing.assert_allclose(u[1] @ v[1], one @ other, atol=1e-4)
+    (u, v), _ = together(method)
+    for i in range(2):
+        one, other = alone(method, i, i)
+        np.testing.assert_allclose(np.asarray(u[i]) @ v[i], one @ other, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_kernels_of_other_shapes_ranks_and_activations_change_nothing():
     """The first two are padded to one shape; the last is too large for that, and is done first."""
     described = [((8, 9), 3, "gelu"), ((8, 10), 4, "relu"), ((420, 420), 3, "relu")]
@@ -43,18 +75,20 @@ def test_kernels_of_other_shapes_ranks_and_activations_change_nothing():
         np.testing.assert_allclose(u[0] @ v[0], one @ other, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_factors_are_decided_by_the_key(method):
-    first, again, other = (methods.factor(method, jax.random.key(k), W, 2)[0] for k in (1, 1, 2))
+    first = alone(method, 0)[0]
+    again, other = (methods.factor(method, jax.random.key(k), W, 3, group=2)[0] for k in (0, 1))
     np.testing.assert_array_equal(first, again)
-    draws = method in ("random", "random_subspace", "function_approximation")
-    assert np.array_equal(first, other) != draws
+    assert np.array_equal(first, other) != (method in DRAWS)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_input_gets_one_clear_error(method):
-    with pytest.raises(ValueError, match="12x20 matrix has elements that are not finite"):
-        methods.factor(method, jax.random.key(1), W.at[0, 0].set(jnp.nan), 3)
+    broken = W.copy()
+    broken[0, 0] = np.nan
+    with pytest.raises(ValueError, match="12x20 matrix contains non-finite values"):
+        methods.factor(method, jax.random.key(1), broken, 3)
     with pytest.raises(ValueError, match="rank 13 of a 12x20 matrix"):
         methods.factor(method, jax.random.key(1), W, 13)
     with pytest.raises(ValueError, match="unknown activation 'rel'; did you mean relu"):

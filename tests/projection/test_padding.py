@@ -1,14 +1,13 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_jax.projection import linalg
-from lowrank_jax.projection import padding as stacks
+from lowrank_jax.projection import linalg, padding
+from tests.projection.reference import normal
 
 SHAPES = st.lists(st.tuples(st.integers(1, 2000), st.integers(1, 2000)), min_size=1, max_size=8)
 
@@ -19,21 +18,22 @@ def work(shape):
 
 
 @given(SHAPES, st.integers(1, 5))
-def test_every_stack_is_in_one_group_and_padding_costs_no_more_than_a_tenth(shapes, count):
+def test_every_stack_is_in_one_bucket_and_padding_costs_no_more_than_a_tenth(shapes, count):
     counts, alike = [count] * len(shapes), [n <= m for n, m in shapes]
-    found = stacks.groups(shapes, counts, work, alike)
-    assert sorted(itertools.chain(*(group.members for group in found))) == list(range(len(shapes)))
-    for group in found:
-        assert group.shape == tuple(np.max([shapes[i] for i in group.members], axis=0))
-        assert len({alike[i] for i in group.members}) == 1
-    padded = sum(count * work(group.shape) * len(group.members) for group in found)
-    assert padded <= 1.1 * count * sum(map(work, shapes)) + 1.01 * stacks.FREE
+    found = padding.buckets(shapes, counts, work, alike)
+    assert sorted(itertools.chain(*(bucket.members for bucket in found))) == list(range(len(shapes)))
+    for bucket in found:
+        assert bucket.shape == tuple(np.max([shapes[i] for i in bucket.members], axis=0))
+        assert bucket.counts == (count,) * len(bucket.members)
+        assert len({alike[i] for i in bucket.members}) == 1
+    padded = sum(count * work(bucket.shape) * len(bucket.members) for bucket in found)
+    assert padded <= 1.1 * count * sum(map(work, shapes)) + 1.01 * padding.FREE
 
 
 def test_small_shapes_are_one_and_large_ones_stay_apart():
     def shapes(*sizes):
         return sorted(
-            group.shape[0] for group in stacks.groups([(size,) for size in sizes], [1] * len(sizes), lambda s: s[0] ** 3)
+            bucket.shape[0] for bucket in padding.buckets([(size,) for size in sizes], [1] * len(sizes), lambda s: s[0] ** 3)
         )
 
     assert shapes(3, 7, 20, 64, 100) == [100]
@@ -48,13 +48,17 @@ def gram_stacks(draw):
     for p in draw(st.sampled_from([(3, 8), (1, 5, 5), (8, 2, 3)])):
         rows = draw(st.sampled_from([0, 1, p, 2 * p]))
         a = rng.standard_normal((2, rows, p)) * 10.0 ** draw(st.integers(-6, 3))
-        made.append(jnp.asarray(a.transpose(0, 2, 1) @ a, jnp.float32))
+        made.append((a.transpose(0, 2, 1) @ a).astype(np.float32))
     return made
+
+
+eigenvectors = jax.jit(linalg.eigenvectors)
+orthonormalizers = jax.jit(linalg.orthonormalizers)
 
 
 @given(gram_stacks())
 def test_padded_matrices_have_the_eigenvectors_that_they_have_alone(grams):
-    for gram, vectors in zip(grams, linalg.eigenvectors(grams), strict=True):
+    for gram, vectors in zip(grams, eigenvectors(grams), strict=True):
         gram, vectors = np.asarray(gram, np.float64), np.asarray(vectors, np.float64)
         assert vectors.shape == gram.shape  # and what was cut off was zero:
         np.testing.assert_allclose(
@@ -67,16 +71,16 @@ def test_padded_matrices_have_the_eigenvectors_that_they_have_alone(grams):
 def test_padding_is_no_matter_to_orthonormal_bases():
     rng = np.random.default_rng(0)
     ys = [rng.standard_normal((2, 40, p)).astype(np.float32) for p in (1, 3, 8)]
-    grams = [jnp.asarray(y.transpose(0, 2, 1) @ y) for y in ys]
-    for gram, pair in zip(grams, linalg.orthonormalizers(grams), strict=True):
-        for ours, theirs in zip(pair, linalg.orthonormalizers([gram])[0], strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=2e-6 * float(jnp.abs(theirs).max()))
+    grams = [y.transpose(0, 2, 1) @ y for y in ys]
+    for gram, pair in zip(grams, orthonormalizers(grams), strict=True):
+        for ours, theirs in zip(pair, orthonormalizers([gram])[0], strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-6 * float(np.abs(theirs).max()))
 
 
 @pytest.mark.parametrize("lengths", [(1.0, 1.0, 1.0), (1.0, 1e-2, 1e-4)])
 def test_a_basis_is_orthonormal_whatever_the_lengths_of_its_columns(lengths):
     y = np.random.default_rng(0).standard_normal((1, 40, 3)).astype(np.float32) * np.float32(lengths)
-    [(turn, back)] = linalg.orthonormalizers([jnp.asarray(y.transpose(0, 2, 1) @ y)])
+    [(turn, back)] = orthonormalizers([y.transpose(0, 2, 1) @ y])
     q = y @ turn
     np.testing.assert_allclose(q[0].T @ q[0], np.eye(3), atol=2e-6)
     np.testing.assert_allclose(turn[0] @ back[0], np.eye(3), atol=2e-6)
@@ -84,7 +88,7 @@ def test_a_basis_is_orthonormal_whatever_the_lengths_of_its_columns(lengths):
 
 def test_a_column_of_rounding_spans_nothing():
     y = np.random.default_rng(0).standard_normal((1, 40, 3)).astype(np.float32) * np.float32([1, 1e-7, 0])
-    [(turn, _)] = linalg.orthonormalizers([jnp.asarray(y.transpose(0, 2, 1) @ y)])
+    [(turn, _)] = orthonormalizers([y.transpose(0, 2, 1) @ y])
     np.testing.assert_allclose(np.linalg.norm(y[0] @ turn[0], axis=0), [1, 0, 0], atol=1e-6)
 
 
@@ -93,16 +97,19 @@ def test_factors_are_balanced_down_to_singular_values_that_a_gram_matrix_does_no
     rng = np.random.default_rng(1)
     left, right = np.linalg.qr(rng.standard_normal((12, 12)))[0], np.linalg.qr(rng.standard_normal((40, 12)))[0]
     c = (left * np.geomspace(1, ratio, 12)) @ right.T
-    u, v = (np.asarray(part, np.float64) for part in linalg.balance(jnp.eye(12), jnp.asarray(c, jnp.float32)))
+    u, v = (np.float64(part) for part in balance(np.eye(12, dtype=np.float32), c.astype(np.float32)))
     np.testing.assert_allclose(u @ v, c, atol=1e-6)
     np.testing.assert_allclose(u.T @ u, v @ v.T, atol=2e-5)
 
 
+balance = jax.jit(linalg.balance)
+
+
 def test_rebalancing_keeps_the_product_of_factors_of_any_sizes():
-    keys = jax.random.split(jax.random.key(0), 4)
-    us = [jax.random.normal(keys[0], (2, 9, 3)) * jnp.array([1e3, 1, 1e-6]), 1e-15 * jax.random.normal(keys[1], (1, 20, 5))]
-    vs = [jax.random.normal(keys[2], (2, 3, 7)) / jnp.array([1e3, 1, 1e-6])[:, None], jax.random.normal(keys[3], (1, 5, 30))]
-    for u, v, (a, b) in zip(us, vs, linalg.rebalance(us, vs), strict=True):
-        size = float(jnp.abs(u @ v).max())
+    sizes = np.float32([1e3, 1, 1e-6])
+    us = [normal(0, 2, 9, 3) * sizes, np.float32(1e-15) * normal(1, 1, 20, 5)]
+    vs = [normal(2, 2, 3, 7) / sizes[:, None], normal(3, 1, 5, 30)]
+    for u, v, (a, b) in zip(us, vs, jax.jit(linalg.rebalance)(us, vs), strict=True):
+        size, a, b = np.abs(u @ v).max(), np.asarray(a), np.asarray(b)
         np.testing.assert_allclose(a @ b / size, u @ v / size, atol=1e-5)
-        np.testing.assert_allclose(a.mT @ a / size, b @ b.mT / size, atol=1e-4)
+        np.testing.assert_allclose(a.swapaxes(1, 2) @ a / size, b @ b.swapaxes(1, 2) / size, atol=1e-4)

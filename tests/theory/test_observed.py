@@ -40,6 +40,7 @@ def test_more_inputs_than_outputs_and_fewer():
         assert relative(learn(x, y).w, w) < 1e-12
 
 
+@pytest.mark.slow
 def test_about_two_samples_an_input_suffice():
     """Of 2n + 6√n samples of a symmetric input more than n are active, but for one column in 10⁴."""
     n = 40
@@ -113,11 +114,11 @@ def flat():
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (short, "column 4 of y is positive in 3 samples; 6 are needed, of twice as many"),
-        (lambda: (*draw(9, count=5)[1:], 9), r"5 samples of 6 inputs: 12 are about the least"),
-        (flat, "the samples in which column 0 of y is positive do not vary in all 6 inputs"),
-        (lambda: (draw(9)[1], -draw(9)[2], 9), "y has negative elements: it is not a hidden layer behind a ReLU"),
-        (lambda: (*draw(9)[1:], 5), "the hidden layer is observed: y has 9 columns, and width is 5"),
+        (short, "column 4 of y is positive in only 3 samples; 6 are needed, which takes about 12 samples"),
+        (lambda: (*draw(9, count=5)[1:], 9), r"5 samples of 6 inputs are too few: about 12 are needed"),
+        (flat, "the samples where column 0 of y is positive do not span all 6 inputs"),
+        (lambda: (draw(9)[1], -draw(9)[2], 9), "y has negative values, so it is not the output of a ReLU layer"),
+        (lambda: (*draw(9)[1:], 5), "with hidden_observed, y needs one column per hidden unit: it has 9, and width is 5"),
     ],
 )
 def test_what_does_not_determine_it_is_refused(samples, message):

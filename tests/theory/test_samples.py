@@ -160,7 +160,7 @@ X, Y = draw(10)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: from_batches(iter([(X, Y)])), "read several times: give a list, or an object whose __iter__ begins anew"),
+        (lambda: from_batches(iter([(X, Y)])), "read several times: pass a list, or an object whose __iter__ starts over"),
         (lambda: from_batches((X, Y) for _ in range(2)), "read several times"),
         (lambda: from_batches([]), "there are no samples"),
         (lambda: from_batches([X, Y]), r"a batch must be a pair \(x, y\); got shape \[10, 3\]"),
@@ -170,16 +170,19 @@ X, Y = draw(10)
         (lambda: from_arrays(X, Y[:, 0]), r"y must be a matrix, samples by outputs; got shape \[10\]"),
         (lambda: from_arrays(X[:0], Y[:0]), r"x must be a matrix, samples by inputs; got shape \[0, 3\]"),
         (lambda: from_arrays(X[None], Y), r"got shape \[1, 10, 3\]"),
-        (lambda: from_arrays(X, Y > 0), "y must hold real numbers; its dtype is bool"),
-        (lambda: from_arrays(X.astype(int), Y), "x must hold real numbers; its dtype is int64"),
-        (lambda: from_arrays(X + 1j, Y), "x must hold real numbers; its dtype is complex128"),
+        (lambda: from_arrays(X, Y > 0), "y must contain real numbers; its dtype is bool"),
+        (lambda: from_arrays(X.astype(int), Y), "x must contain real numbers; its dtype is int64"),
+        (lambda: from_arrays(X + 1j, Y), "x must contain real numbers; its dtype is complex128"),
         (lambda: from_arrays(X, Y[:9]), "x has 10 samples, y has 9"),
         (
             lambda: from_batches([(X, Y), (X[:, :2], Y)]).mean(sums),
-            "samples of 2 inputs and 2 outputs follow some of 3, 2",
+            "a batch has 2 inputs and 2 outputs; the first one has 3 and 2",
         ),
         (lambda: from_batches([(X, Y), (X, Y[:4])]).mean(sums), "x has 10 samples, y has 4"),
-        (lambda: from_arrays(X, Y, jax.make_mesh((8,), ("rows",))), r"the mesh has the axes \['rows'\]; .* called data"),
+        (
+            lambda: from_arrays(X, Y, jax.make_mesh((8,), ("rows",))),
+            r"the mesh has the axes \['rows'\]; samples are sharded over an axis named 'data'",
+        ),
     ],
 )
 def test_what_are_no_samples_is_refused(call, message):
