@@ -1,17 +1,21 @@
-"""What layers are fed, against the layers' own outputs; and projections made for it."""
+"""What layers read, against the layers' own outputs; and projections made for it."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 import lowrank_jax as lr
-from lowrank_jax.experiment.data import datasets
+from lowrank_jax.linen.inputs import capture
 from lowrank_jax.paths import named_leaves
+from lowrank_jax.planning.plans import Plan
 from lowrank_jax.projection import linalg
+from tests import drawn
 
 KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
 
 
 class Net(nn.Module):
@@ -30,58 +34,102 @@ class Net(nn.Module):
         return nn.Dense(10, name="head")(x.mean(1))
 
 
-@pytest.fixture(scope="module")
-def net():
-    model, x = Net(), jax.random.uniform(KEY, (4, 10, 14, 3))
-    return model, x, model.init(jax.random.key(1), x)
-
-
-def make_plan(net, scheme="channel", method="kernel_projection"):
-    model, x, _ = net
-    return lr.plan(model, x, [lr.Rule("head/kernel"), lr.Rule(".*", rank=2, scheme=scheme, method=method)])
-
-
 @pytest.mark.parametrize("scheme", ["channel", "spatial"])
-def test_inputs_times_the_matrix_are_the_layers_outputs(net, scheme):
-    """Without sampling (every position is wanted) the moments of outputs must agree, whatever the order of positions."""
-    model, x, variables = net
-    plan = make_plan(net, scheme)
-    samples = lr.inputs.samples(model, variables, [x], plan, key=KEY, per_batch=10**6, train=True)
-    _, state = model.apply(variables, x, train=True, capture_intermediates=True, mutable=["batch_stats", "intermediates"])
+def test_inputs_times_the_matrix_are_the_layers_outputs(scheme):
+    model, x = Net(), RNG.uniform(size=(4, 10, 14, 3)).astype(np.float32)
+    variables = drawn.variables(model, x)
+    plan = lr.plan(model, x, [lr.Rule("head/kernel"), lr.Rule(".*", rank=2, scheme=scheme)])
+
+    @jax.jit
+    def run(variables, x):
+        every = capture(model, variables, x, plan, lambda _, x: (x,), lambda a, b: (a[0], b[0]), None, {"train": True})
+        _, state = model.apply(variables, x, train=True, capture_intermediates=True, mutable=["batch_stats", "intermediates"])
+        return every, state["intermediates"]
+
+    captured, layers = run(variables, x)
     params = named_leaves(variables["params"])
     for kernel in plan.factored:
-        view, outputs = kernel.view, state["intermediates"]
+        view, outputs = kernel.view, layers
         for part in kernel.name.split("/")[:-1]:
             outputs = outputs[part]
-        wanted = jnp.concatenate([y.reshape(-1, view.m // view.group) for y in outputs["__call__"]])
-        wanted = wanted - params[kernel.name.replace("kernel", "bias")].reshape(-1)
-        matrix = view.to_matrix(params[kernel.name]).reshape(view.n, view.group, -1)
-        got = jnp.einsum("sgn,ngo->so", samples[kernel.name], matrix)
-        assert got.shape == wanted.shape
-        np.testing.assert_allclose(got.mean(0), wanted.mean(0), atol=1e-4)
-        np.testing.assert_allclose(got.T @ got, wanted.T @ wanted, rtol=1e-3, atol=1e-2)
+        matrix = np.asarray(view.to_matrix(params[kernel.name])).reshape(view.n, view.group, -1)
+        bias = params[kernel.name.replace("kernel", "bias")].reshape(-1)
+        assert len(captured[kernel.name]) == len(outputs["__call__"])  # a use each
+        for read, wanted in zip(captured[kernel.name], outputs["__call__"], strict=True):
+            got = np.einsum("sgn,ngo->so", read, matrix) + bias
+            np.testing.assert_allclose(got, wanted.reshape(got.shape), rtol=1e-3, atol=1e-4)
+
+
+class Small(nn.Module):
+    """A convolution, and a dense layer that is used twice."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(6, (3, 3), padding="VALID", name="conv")(x))
+        shared = nn.Dense(6, name="shared")
+        return shared(nn.relu(shared(x)))
+
+
+IMAGES = RNG.standard_normal((4, 4, 5, 3)).astype(np.float32)
+VARIABLES = drawn.variables(Small(), IMAGES)
+PARAMS = VARIABLES["params"]
+
+
+def small_plan(scheme="channel", method="kernel_projection"):
+    return lr.plan(Small(), IMAGES, [lr.Rule(".*", rank=2, scheme=scheme, method=method)])
+
+
+def reads(variables):
+    """What the three layers are given, written out: `[batch, rows, columns, 3, 3, 3]` and twice `[batch, ..., 6]`."""
+    patches = np.lib.stride_tricks.sliding_window_view(IMAGES, (3, 3), axis=(1, 2)).transpose(0, 1, 2, 4, 5, 3)
+    dense = jax.tree.map(np.asarray, lr.merge(variables["params"]))
+    first = np.maximum(np.einsum("bxyijc,ijco->bxyo", patches, dense["conv"]["kernel"]) + dense["conv"]["bias"], 0)
+    second = np.maximum(first @ dense["shared"]["kernel"] + dense["shared"]["bias"], 0)
+    return patches, first, second
 
 
 @pytest.mark.parametrize("scheme", ["channel", "spatial"])
-def test_moments_are_those_of_the_samples_however_the_batches_fall(net, scheme):
-    model, x, variables = net
-    plan = make_plan(net, scheme)
-    samples = lr.inputs.samples(model, variables, [x], plan, key=KEY, per_batch=10**6)
-    moments = lr.inputs.second_moments(model, variables, [x[:1], x[1:3], x[3:]], plan)
-    for name, rows in samples.items():
-        rows = np.asarray(rows, np.float64).reshape(-1, rows.shape[-1])
-        np.testing.assert_allclose(moments[name], rows.T @ rows / len(rows), atol=1e-5)
-        assert moments[name].dtype == jnp.float32
+def test_moments_are_those_of_what_is_read_however_the_batches_fall(scheme):
+    batches = [IMAGES[:1], IMAGES[1:]]
+    moments = lr.inputs.second_moments(Small(), VARIABLES, batches, small_plan(scheme))
+    assert moments.keys() == lr.inputs.moment_shapes(small_plan(scheme)).keys()
+    patches, first, second = reads(VARIABLES)
+    rows = patches if scheme == "channel" else patches.swapaxes(3, 4)  # an output of 1 x 3 reads three columns of 3 x 1
+    rows = {
+        "conv/kernel": rows.reshape(-1, 27 if scheme == "channel" else 9),
+        "shared/kernel": np.stack([first, second]).reshape(-1, 6),
+    }
+    for name, expected in lr.inputs.moment_shapes(small_plan(scheme)).items():
+        assert (moments[name].shape, moments[name].dtype) == (expected.shape, expected.dtype)
+        np.testing.assert_allclose(moments[name], rows[name].T @ rows[name] / len(rows[name]), atol=1e-5)
 
 
-def test_factored_kernels_can_be_watched_too(net):
-    model, x, variables = net
-    plan = make_plan(net)
-    params = lr.factorize(variables["params"], plan, key=KEY)
-    before = lr.inputs.second_moments(model, variables, [x], plan)
-    after = lr.inputs.second_moments(model, {**variables, "params": params}, [x], plan)
-    np.testing.assert_allclose(before["plain/kernel"], after["plain/kernel"])
-    assert not np.allclose(before["strided/kernel"], after["strided/kernel"])
+def test_factored_kernels_can_be_watched_too():
+    view = small_plan().factored[0].view
+    pair = view.from_factors(*(jnp.asarray(RNG.standard_normal(size), jnp.float32) for size in ((27, 2), (2, 6))))
+    factored = {"params": {**PARAMS, "conv": {**PARAMS["conv"], "kernel": pair}}}
+    moments = lr.inputs.second_moments(Small(), factored, [IMAGES], small_plan())
+    patches, first, second = reads(factored)
+    for name, read in {"conv/kernel": patches.reshape(-1, 27), "shared/kernel": np.stack([first, second])}.items():
+        read = read.reshape(-1, read.shape[-1])
+        np.testing.assert_allclose(moments[name], read.T @ read / len(read), rtol=1e-4, atol=1e-3)
+
+
+def test_samples_are_of_different_positions_of_each_batch_and_serve_the_sampled_method():
+    plan = small_plan("spatial", "function_approximation")
+    samples = lr.inputs.samples(Small(), VARIABLES, [IMAGES, 2 * IMAGES], plan, key=KEY, per_batch=7)
+    assert samples["conv/kernel"].shape == (14, 3, 9)
+    assert samples["shared/kernel"].shape == (28, 1, 6)  # of both uses
+    patches, *_ = reads(VARIABLES)
+    positions = patches.swapaxes(3, 4).reshape(-1, 27)
+    for scale, rows in ((1, samples["conv/kernel"][:7]), (2, samples["conv/kernel"][7:])):
+        differences = np.abs(np.asarray(rows).reshape(7, 1, 27) - scale * positions).max(-1)
+        assert len(set(differences.argmin(1))) == 7 and differences.min(1).max() < 1e-5
+    conv = lr.plan(Small(), IMAGES, [lr.Rule("conv/kernel", rank=2, scheme="spatial", method="function_approximation")])
+    factored = lr.factorize(PARAMS, conv, key=KEY, inputs={"conv/kernel": samples["conv/kernel"]})
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(factored))
+    with pytest.raises(ValueError, match="per_batch 0 must be at least 1"):
+        lr.inputs.samples(Small(), VARIABLES, [IMAGES], plan, key=KEY, per_batch=0)
 
 
 class Scanned(nn.Module):
@@ -100,26 +148,22 @@ class Layer(nn.Module):
         return nn.relu(nn.Dense(6, name="dense")(x)), None
 
 
+def scanned(seen):
+    x = RNG.standard_normal((9, 6)).astype(np.float32)
+    model = Scanned(seen)
+    return model, x, drawn.variables(model, x), lr.plan(model, x, [lr.Rule(".*", rank=1, method="spectral")])
+
+
 def test_layers_under_scan_have_moments_of_their_own_once_the_collection_is_scanned():
-    x = jax.random.normal(KEY, (9, 6))
-    for seen in (True, False):
-        model = Scanned(seen)
-        variables = {"params": model.init(KEY, x)["params"]}
-        plan = lr.plan(model, x, [lr.Rule(".*", rank=1)])
-        if not seen:
-            with pytest.raises(ValueError, match=r'cannot capture the inputs of .layers/dense/kernel.: .*"lowrank_inputs": 0'):
-                lr.inputs.second_moments(model, variables, [x], plan)
-            continue
-        moments = lr.inputs.second_moments(model, variables, [x], plan)
-        dense = variables["params"]["layers"]["dense"]
-        for layer in range(3):
-            np.testing.assert_allclose(moments["layers/dense/kernel"][layer], x.T @ x / 9, atol=1e-5)
-            x = Layer().apply({"params": {"dense": jax.tree.map(lambda leaf, layer=layer: leaf[layer], dense)}}, x, None)[0]
-
-
-def digits_images(split):
-    arrays = datasets.load(datasets.describe("digits", {}), split, None)
-    return jnp.asarray(arrays.images, jnp.float32) / 255
+    model, x, variables, plan = scanned(True)
+    moments = lr.inputs.second_moments(model, variables, [x], plan)
+    dense = variables["params"]["layers"]["dense"]
+    for layer in range(3):
+        np.testing.assert_allclose(moments["layers/dense/kernel"][layer], x.T @ x / 9, atol=1e-5)
+        x = np.maximum(x @ dense["kernel"][layer] + dense["bias"][layer], 0)
+    model, x, variables, plan = scanned(False)
+    with pytest.raises(ValueError, match=r'cannot capture the inputs of .layers/dense/kernel.: .*"lowrank_inputs": 0'):
+        lr.inputs.second_moments(model, variables, [x], plan)
 
 
 class Plain(nn.Module):
@@ -127,99 +171,97 @@ class Plain(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = nn.Conv(32, (3, 3), name="conv")(x)
+        x = nn.Conv(32, (3, 3), strides=2, name="conv")(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
         return nn.relu(nn.Dense(64, name="dense")(x.reshape(x.shape[0], -1)))
 
 
-@pytest.mark.parametrize("name", ["conv/kernel", "dense/kernel"])
-def test_on_real_images_the_data_aware_projection_loses_less(name):
-    model, seen, unseen = Plain(), digits_images("train")[:512], digits_images("test")
-    variables = model.init(KEY, seen)
-    plan = lr.plan(model, seen, [lr.Rule(name, rank=3)])
+def test_on_real_images_the_data_aware_projection_loses_less():
+    images = load_digits().images[..., None].astype(np.float32) / 16
+    model, seen, unseen = Plain(), images[:512], images[-360:]
+    variables = drawn.variables(model, seen)
+    dense = variables["params"]
+    plan = lr.plan(model, seen, [lr.Rule(".*", rank=3)])
     moments = lr.inputs.second_moments(model, variables, [seen[:256], seen[256:]], plan, train=True)
+    plain, aware = (jax.jit(lr.merge)(lr.factorize(dense, plan, key=KEY, moments=m)) for m in (None, moments))
 
+    @jax.jit
     def features(params):
-        apply = lr.apply(model, {**variables, "params": params}, unseen, train=True, mutable=["batch_stats"])
-        return apply[0]
+        return model.apply({**variables, "params": params}, unseen, train=True, mutable=["batch_stats"])[0]
 
-    dense = features(variables["params"])
-    plain, aware = (
-        jnp.sum((features(lr.factorize(variables["params"], plan, key=KEY, moments=m)) - dense) ** 2) for m in (None, moments)
-    )
-    assert aware < 0.9 * plain
+    wanted = features(dense)
+    for layer in ("conv", "dense"):
+        errors = [np.sum((features({**dense, layer: part[layer]}) - wanted) ** 2) for part in (aware, plain)]
+        assert errors[0] < 0.9 * errors[1]
 
 
-def test_isotropic_inputs_change_nothing(net):
-    _, _, variables = net
-    plan = make_plan(net)
-    moments = {kernel.name: 2.5 * jnp.eye(kernel.view.n) for kernel in plan.factored}
-    with_moments = lr.merge(lr.factorize(variables["params"], plan, key=KEY, moments=moments))
-    without = lr.merge(lr.factorize(variables["params"], plan, key=KEY))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), with_moments, without)
+def with_and_without(params, plan, moments):
+    """The kernels' products, `[*stack, ...]`, for these moments of the inputs and for isotropic inputs."""
+    factored = [lr.factorize(params, plan, key=KEY, moments=m) for m in (moments, None)]
+    return [named_leaves(jax.jit(lr.merge)(params)) for params in factored]
+
+
+def test_isotropic_inputs_change_nothing():
+    conv = lr.plan(Small(), IMAGES, [lr.Rule("conv/kernel", rank=2, scheme="spatial")])
+    _, _, variables, stack = scanned(True)
+    for params, plan in ((PARAMS, conv), (variables["params"], stack)):
+        shapes = lr.inputs.moment_shapes(plan)
+        isotropic = {name: np.broadcast_to(2.5 * np.eye(s.shape[-1], dtype=s.dtype), s.shape) for name, s in shapes.items()}
+        with_moments, without = with_and_without(params, plan, isotropic)
+        for name, kernel in without.items():
+            np.testing.assert_allclose(with_moments[name], kernel, atol=2e-5, err_msg=name)
+
+
+DENSE = nn.Dense(9, use_bias=False)
+DENSE_PLAN = lr.plan(DENSE, np.ones((1, 7)), [lr.Rule("kernel", rank=2)])
 
 
 def test_the_data_aware_projection_is_the_projection_of_a_whitened_kernel():
-    n, m, rank = 7, 9, 2
+    n, m = 7, 9
     rng = np.random.default_rng(0)
     w, mix = rng.standard_normal((n, m)), rng.standard_normal((n, n)) * np.array([1, 1, 1, 1, 0.1, 0.1, 0])
-    model = nn.Dense(m, use_bias=False)
-    plan = lr.plan(model, jnp.ones((1, n)), [lr.Rule("kernel", rank=rank)])
     moment = mix @ mix.T  # of rank six: one direction has no input
     regular = moment + linalg.RIDGE * np.trace(moment) / n * np.eye(n)
     params = lr.factorize(
-        {"kernel": jnp.asarray(w, jnp.float32)}, plan, key=KEY, moments={"kernel": jnp.asarray(moment, jnp.float32)}
+        {"kernel": np.asarray(w, np.float32)}, DENSE_PLAN, key=KEY, moments={"kernel": np.asarray(moment, np.float32)}
     )
-    kernel = params["kernel"]
-    np.testing.assert_allclose(kernel.u.T @ kernel.u, kernel.v @ kernel.v.T, atol=1e-4)
+    u, v = (np.asarray(factor) for factor in (params["kernel"].u, params["kernel"].v))
+    np.testing.assert_allclose(u.T @ u, v @ v.T, atol=1e-4)
     values, vectors = np.linalg.eigh(regular)
     root = (vectors * np.sqrt(values)) @ vectors.T  # any square root will do
-    u, v = lr.projection.kernel_projection(jnp.asarray(root @ w, jnp.float32), rank)
-    np.testing.assert_allclose(root @ kernel.merge(), u @ v, atol=1e-4)
+    plain = lr.factorize({"kernel": np.asarray(root @ w, np.float32)}, DENSE_PLAN, key=KEY)["kernel"]
+    np.testing.assert_allclose(root @ (u @ v), np.asarray(plain.u) @ np.asarray(plain.v), atol=1e-4)
 
 
-def test_a_layer_that_is_fed_zeros_gets_the_plain_projection():
-    model = nn.Dense(9, use_bias=False)
-    params = model.init(KEY, jnp.ones((1, 7)))["params"]
-    plan = lr.plan(model, jnp.ones((1, 7)), [lr.Rule("kernel", rank=2)])
-    aware = lr.factorize(params, plan, key=KEY, moments={"kernel": jnp.zeros((7, 7))})
-    plain = lr.factorize(params, plan, key=KEY)
-    np.testing.assert_allclose(aware["kernel"].merge(), plain["kernel"].merge(), atol=1e-5)
+def test_a_layer_that_reads_zeros_gets_the_plain_projection():
+    params = {"kernel": RNG.standard_normal((7, 9)).astype(np.float32)}
+    aware, plain = with_and_without(params, DENSE_PLAN, {"kernel": np.zeros((7, 7), np.float32)})
+    np.testing.assert_allclose(aware["kernel"], plain["kernel"], atol=1e-5)
 
 
-def test_data_that_does_not_fit_gets_one_clear_error(net):
-    model, x, variables = net
-    plan = make_plan(net)
-    moments = lr.inputs.second_moments(model, variables, [x], plan)
+def test_data_that_does_not_fit_gets_one_clear_error():
+    plan = small_plan()
+    moments = {name: np.eye(shape.shape[-1], dtype=np.float32) for name, shape in lr.inputs.moment_shapes(plan).items()}
 
-    def factorize(plan=plan, **data):
-        return lr.factorize(variables["params"], plan, key=KEY, **data)
+    def factorize(plan: Plan = plan, **data):
+        return lr.factorize(PARAMS, plan, key=KEY, **data)
 
     with pytest.raises(TypeError, match=r"captured from a flax\.linen\.Module, not from function"):
-        lr.inputs.second_moments(lambda x: x, variables, [x], plan)
+        lr.inputs.second_moments(lambda x: x, VARIABLES, [IMAGES], plan)
     with pytest.raises(ValueError, match="no batches"):
-        lr.inputs.second_moments(model, variables, [], plan)
-    with pytest.raises(ValueError, match="plain/kernel: has no moments"):
-        factorize(moments={name: m for name, m in moments.items() if name != "plain/kernel"})
-    with pytest.raises(ValueError, match=r"plain/kernel: moments must be \[27, 27\], are \[26, 26\]"):
-        factorize(moments={**moments, "plain/kernel": jnp.eye(26)})
+        lr.inputs.second_moments(Small(), VARIABLES, [], plan)
+    with pytest.raises(ValueError, match="conv/kernel: has no moments"):
+        factorize(moments={name: m for name, m in moments.items() if name != "conv/kernel"})
+    with pytest.raises(ValueError, match=r"conv/kernel: moments must be \[27, 27\], are \[26, 26\]"):
+        factorize(moments={**moments, "conv/kernel": np.eye(26)})
     with pytest.raises(ValueError, match="typo/kernel: is given data, and is no kernel that the plan factors"):
-        factorize(moments={**moments, "typo/kernel": jnp.eye(2)})
-    for moment in (jnp.full((27, 27), jnp.nan), -jnp.eye(27)):
-        with pytest.raises(ValueError, match="plain/kernel: moments are not those of any finite inputs"):
-            factorize(moments={**moments, "plain/kernel": moment})
+        factorize(moments={**moments, "typo/kernel": np.eye(2)})
+    for moment in (np.full((27, 27), np.nan, np.float32), -np.eye(27, dtype=np.float32)):
+        with pytest.raises(ValueError, match="conv/kernel: moments are not those of any finite inputs"):
+            factorize(moments={**moments, "conv/kernel": moment})
     with pytest.raises(ValueError, match="inputs are for the method 'function_approximation'"):
         factorize(inputs={})
     with pytest.raises(ValueError, match="moments or inputs, not both"):
         factorize(moments=moments, inputs={})
-    with pytest.raises(ValueError, match="plain/kernel: has no inputs"):
-        factorize(make_plan(net, method="function_approximation"), inputs={})
-
-
-def test_samples_serve_the_sampled_method(net):
-    model, x, variables = net
-    plan = make_plan(net, "spatial", "function_approximation")
-    samples = lr.inputs.samples(model, variables, [x, 2 * x], plan, key=KEY, per_batch=64)
-    assert samples["plain/kernel"].shape == (128, 3, 9)
-    params = lr.factorize(variables["params"], plan, key=KEY, inputs=samples)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    with pytest.raises(ValueError, match="conv/kernel: has no inputs"):
+        factorize(small_plan(method="function_approximation"), inputs={})

@@ -13,23 +13,31 @@ from hypothesis import strategies as st
 import lowrank_jax as lr
 from lowrank_jax.kernel import channel_view, dense_view, spatial_view
 from lowrank_jax.projection.matrix import spectral
+from tests import drawn
 
+KEY = jax.random.key(0)
 PADDINGS = ["SAME", "VALID", 1, (1, 2), ((0, 2), (1, 0)), "CIRCULAR", "REFLECT"]
 
 
+def normal(*shape, seed=2):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
 def factors(view, rank, seed=0):
-    u = jax.random.normal(jax.random.key(seed), (view.n, rank)) / np.sqrt(view.n)
-    v = jax.random.normal(jax.random.key(seed + 1), (rank, view.m))
-    return view.from_factors(u, v)
+    return view.from_factors(normal(view.n, rank, seed=seed) / np.sqrt(view.n), normal(rank, view.m, seed=seed + 1))
 
 
 def assert_same(model, params, x, rtol=1e-5):
-    expected = model.apply({"params": lr.merge(params)}, x)
-    for execution in ("factored", "merged"):
-        kernel = dataclasses.replace(params["kernel"], execution=execution)
-        y = lr.apply(model, {"params": {**params, "kernel": kernel}}, x)
+    @jax.jit  # one program, rather than one for every operation
+    def run(params, x):
+        executions = [dataclasses.replace(params["kernel"], execution=execution) for execution in ("factored", "merged")]
+        ys = [lr.apply(model, {"params": {**params, "kernel": kernel}}, x) for kernel in executions]
+        return model.apply({"params": lr.merge(params)}, x), ys
+
+    expected, ys = run(params, x)
+    for y in ys:
         assert y.dtype == expected.dtype
-        np.testing.assert_allclose(y, expected, rtol=rtol, atol=rtol * float(jnp.abs(expected).max()))
+        np.testing.assert_allclose(y, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
 
 
 @given(
@@ -45,8 +53,8 @@ def test_convolutions_equal_the_merged_kernel(scheme, window, strides, dilation,
     conv = nn.Conv(6, window, strides, padding, kernel_dilation=dilation, use_bias=use_bias)
     params = {"kernel": factors(view, 2)}
     if use_bias:
-        params["bias"] = jnp.arange(6.0)
-    assert_same(conv, params, jax.random.normal(jax.random.key(2), (2, 9, 8, 4)))
+        params["bias"] = np.arange(6, dtype=np.float32)
+    assert_same(conv, params, normal(2, 9, 8, 4))
 
 
 @pytest.mark.parametrize(
@@ -62,8 +70,8 @@ def test_convolutions_equal_the_merged_kernel(scheme, window, strides, dilation,
     ],
 )
 def test_other_convolutions_equal_the_merged_kernel(conv, shape):
-    kernel = conv.init(jax.random.key(0), jnp.zeros(shape))["params"]["kernel"]
-    assert_same(conv, {"kernel": factors(channel_view(kernel.shape), 2)}, jax.random.normal(jax.random.key(2), shape))
+    kernel = drawn.variables(conv, np.zeros(shape, np.float32))["params"]["kernel"]
+    assert_same(conv, {"kernel": factors(channel_view(kernel.shape), 2)}, normal(*shape))
 
 
 @pytest.mark.parametrize(
@@ -76,19 +84,23 @@ def test_other_convolutions_equal_the_merged_kernel(conv, shape):
     ],
 )
 def test_dense_layers_equal_the_merged_kernel(layer, view, shape):
-    bias = jnp.arange(6.0).reshape(view.shape[len(view.rows) :])
-    assert_same(layer, {"kernel": factors(view, 2), "bias": bias}, jax.random.normal(jax.random.key(2), shape))
+    bias = np.arange(6, dtype=np.float32).reshape(view.shape[len(view.rows) :])
+    assert_same(layer, {"kernel": factors(view, 2), "bias": bias}, normal(*shape))
 
 
 @pytest.mark.parametrize("scheme", [channel_view, spatial_view])
 def test_full_rank_is_the_original_layer(scheme):
     conv = nn.Conv(6, (3, 3), strides=2)
-    x = jax.random.normal(jax.random.key(2), (2, 8, 8, 4))
-    variables = conv.init(jax.random.key(0), x)
+    x = normal(2, 8, 8, 4)
+    variables = drawn.variables(conv, x)
     view = scheme((3, 3, 4, 6))
-    pair = view.from_factors(*spectral(view.to_matrix(variables["params"]["kernel"]), view.full_rank))
-    factored = lr.apply(conv, {"params": {**variables["params"], "kernel": pair}}, x)
-    np.testing.assert_allclose(factored, conv.apply(variables, x), rtol=1e-5, atol=1e-5)
+
+    @jax.jit
+    def run(variables, x):
+        pair = view.from_factors(*spectral(view.to_matrix(variables["params"]["kernel"]), view.full_rank))
+        return lr.apply(conv, {"params": {**variables["params"], "kernel": pair}}, x), conv.apply(variables, x)
+
+    np.testing.assert_allclose(*run(variables, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("execution", ["factored", "merged"])
@@ -122,26 +134,33 @@ class Classifier(nn.Module):
     def __call__(self, x):
         if self.low_rank:
             conv = lr.LowRankConv(8, (3, 3), rank=3, strides=2, scheme="spatial", name="conv")
-            dense = lr.LowRankDense(5, rank=2, activation="identity", name="dense")
+            dense = lr.LowRankDense(5, rank=2, method="spectral", name="dense")
         else:
             conv, dense = nn.Conv(8, (3, 3), strides=2, name="conv"), nn.Dense(5, name="dense")
         return dense(nn.relu(conv(x)).mean((1, 2)))
 
 
 def test_drop_in_modules_hold_what_factorize_leaves():
-    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    x = normal(2, 8, 8, 3)
     low, plain = Classifier(True), Classifier(False)
-    params = low.init(jax.random.key(1), x)["params"]
     rules = [lr.Rule("conv/kernel", rank=3, scheme="spatial"), lr.Rule("dense/kernel", rank=2)]
-    planned = lr.factorize(plain.init(jax.random.key(1), x)["params"], lr.plan(plain, x, rules), key=jax.random.key(0))
+    plan = lr.plan(plain, x, rules)
+    planned = jax.eval_shape(lambda x: lr.factorize(plain.init(KEY, x)["params"], plan, key=KEY), x)
+
+    @jax.jit
+    def run(x):
+        params = low.init(KEY, x)["params"]
+        on_factors = [low.apply({"params": params}, x), lr.apply(plain, {"params": params}, x)]
+        return params, on_factors, plain.apply({"params": lr.merge(params)}, x)
+
+    params, on_factors, expected = run(x)
     assert jax.tree.structure(params) == jax.tree.structure(planned)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, planned)
-    expected = plain.apply({"params": lr.merge(params)}, x)
-    for logits in (low.apply({"params": params}, x), lr.apply(plain, {"params": params}, x)):
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, planned)
+    for logits in on_factors:
         np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [lr.LowRankDense(5, rank=9), lr.LowRankConv(5, (3, 3), rank=6)])
 def test_a_drop_in_module_refuses_a_rank_above_full(layer):
     with pytest.raises(ValueError, match="must be a whole number from 1 to"):
-        layer.init(jax.random.key(0), jnp.ones((1, 4, 4, 3)))
+        jax.eval_shape(layer.init, KEY, np.ones((1, 4, 4, 3), np.float32))

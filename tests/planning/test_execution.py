@@ -11,10 +11,10 @@ import pytest
 
 import lowrank_jax as lr
 from lowrank_jax import models
-from lowrank_jax.experiment.preflight.compiler import compile_program, topology
-from lowrank_jax.paths import named_leaves
+from lowrank_jax.paths import map_named, named_leaves
 from lowrank_jax.planning.chips import CHIPS, Chip
 from lowrank_jax.planning.execution import seconds
+from tests import drawn
 
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
 
@@ -32,29 +32,46 @@ class Scanned(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(
-    ("model", "shape"),
-    [
-        (models.build("resnet8", num_classes=5, norm="none", blocks=(1, 1), widths=(8, 12)), (2, 8, 8, 3)),
-        (Scanned(), (4, 12)),
-    ],
-)
+class Net(nn.Module):
+    """A strided convolution, a pointwise one and a dense layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), strides=2, name="window")(x))
+        x = nn.relu(nn.Conv(12, (1, 1), name="pointwise")(x))
+        return nn.Dense(6, name="dense")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize(("model", "shape"), [(Net(), (2, 8, 8, 4)), (Scanned(), (4, 12))])
 @pytest.mark.parametrize("scheme", ["channel", "spatial"])
 def test_either_execution_gives_the_same_function_and_gradients(model, shape, scheme):
-    x = jax.random.normal(jax.random.key(0), shape)
-    params = model.init(jax.random.key(1), x)["params"]
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape).astype(np.float32)
+    params = drawn.variables(model, x)["params"]
 
-    def run(execution):
+    def factored(execution):
         plan = lr.plan(model, x, [lr.Rule(".*", scale=0.25, scheme=scheme, execution=execution)])
         assert {kernel.execution for kernel in plan.factored} == {execution}
-        factored = lr.factorize(params, plan, key=jax.random.key(2))
-        return jax.jit(jax.value_and_grad(lambda p: (lr.apply(model, {"params": p}, x) ** 2).sum()))(factored)
+        rng = np.random.default_rng(1)
 
-    (loss, grads), (merged_loss, merged_grads) = run("factored"), run("merged")
+        def pair(kernel):
+            u, v = (kernel.view.n, kernel.rank), (kernel.rank, kernel.view.m)
+            factors = (jnp.asarray(rng.standard_normal((*kernel.stack, *size)) / 3, jnp.float32) for size in (u, v))
+            return kernel.view.from_factors(*factors, kernel.execution)
+
+        pairs = {kernel.name: pair(kernel) for kernel in plan.factored}
+        return map_named(lambda name, leaf: pairs.get(name, leaf), params)
+
+    def gradients(params):
+        return jax.value_and_grad(lambda p: (lr.apply(model, {"params": p}, x) ** 2).sum())(params)
+
+    run = jax.jit(lambda *networks: [gradients(params) for params in networks])
+    (loss, grads), (merged_loss, merged_grads) = run(factored("factored"), factored("merged"))
     np.testing.assert_allclose(loss, merged_loss, rtol=1e-4)
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
-    for name, grad in named_leaves(grads).items():  # float32's sums in another order; some gradients are zero but for rounding
-        np.testing.assert_allclose(grad, named_leaves(merged_grads)[name], rtol=1e-3, atol=1e-5 * largest, err_msg=name)
+    grads, merged_grads = named_leaves(grads), named_leaves(merged_grads)
+    largest = max(np.abs(leaf).max() for leaf in grads.values())
+    for name, grad in grads.items():  # float32's sums in another order; some gradients are zero but for rounding
+        np.testing.assert_allclose(grad, merged_grads[name], rtol=1e-3, atol=1e-5 * largest, err_msg=name)
 
 
 def dense_plan(n, m, rank, **rule):
@@ -109,12 +126,18 @@ def test_an_execution_that_does_not_exist_is_refused():
 
 @pytest.mark.parametrize("execution", ["factored", "merged"])
 def test_a_drop_in_module_runs_as_it_is_told(execution):
-    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
-    layer = lr.LowRankConv(8, (3, 3), rank=2, execution=execution)
-    params = layer.init(jax.random.key(1), x)["params"]
+    x = np.random.default_rng(0).standard_normal((2, 6, 6, 4)).astype(np.float32)
+    layer = lr.LowRankConv(8, (3, 3), rank=2, method="random", execution=execution)
+
+    @jax.jit
+    def run(key, x):
+        params = layer.init(key, x)["params"]
+        expected = nn.Conv(8, (3, 3)).apply({"params": lr.merge(params)}, x)
+        return params, layer.apply({"params": params}, x), expected
+
+    params, y, expected = run(jax.random.key(1), x)
     assert params["kernel"].execution == execution
-    expected = nn.Conv(8, (3, 3)).apply({"params": lr.merge(params)}, x)
-    np.testing.assert_allclose(layer.apply({"params": params}, x), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
 class Layer(nn.Module):
@@ -131,6 +154,8 @@ class Layer(nn.Module):
 
 def tpu_estimate(model, x, plan, placed):
     """Seconds of both gradients, by the TPU's compiler."""
+    from lowrank_jax.experiment.preflight.compiler import compile_program
+
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     params = jax.eval_shape(lambda p: lr.factorize(p, plan, key=jax.random.key(0)), variables["params"])
 
@@ -145,8 +170,7 @@ def tpu_estimate(model, x, plan, placed):
     return compiled.cost.seconds
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
-@pytest.mark.parametrize(
+TWO_LAYERS = pytest.mark.parametrize(
     ("features", "window", "side", "rank", "faster"),
     [
         (256, 3, 14, 64, "factored"),
@@ -155,15 +179,31 @@ def tpu_estimate(model, x, plan, placed):
         (64, 1, 56, 1, "factored"),  # the output is not stored
     ],
 )
-def test_the_choice_is_what_the_compiler_of_the_tpu_expects_to_be_faster(features, window, side, rank, faster):
-    placed = jax.sharding.SingleDeviceSharding(topology("v5e:2x2")[0])
-    model, batch = nn.Sequential([Layer(features, window), Layer(features, window)]), 64
-    x = jax.ShapeDtypeStruct((batch, side, side, features), jnp.bfloat16)
-    plans = {
-        execution: lr.plan(model, x, [lr.Rule(".*", rank=rank, execution=execution)])
-        for execution in ("auto", "factored", "merged")
-    }
-    chosen = lr.choose_execution(plans.pop("auto"), CHIPS["v5e"], batch=batch, itemsize=2)
-    estimates = {execution: tpu_estimate(model, x, plan, placed) for execution, plan in plans.items()}
-    assert min(estimates, key=estimates.get) == faster
+
+
+def two_layers(features, window, side):
+    model = nn.Sequential([Layer(features, window), Layer(features, window)])
+    return model, jax.ShapeDtypeStruct((64, side, side, features), jnp.bfloat16)
+
+
+@TWO_LAYERS
+def test_the_choice_for_a_tpu(features, window, side, rank, faster):
+    model, x = two_layers(features, window, side)
+    plan = lr.plan(model, x, [lr.Rule(".*", rank=rank)])
+    chosen = lr.choose_execution(plan, CHIPS["v5e"], batch=64, itemsize=2)
     assert {kernel.execution for kernel in chosen.factored} == {faster}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
+@TWO_LAYERS
+def test_the_choice_is_what_the_compiler_of_the_tpu_expects_to_be_faster(features, window, side, rank, faster):
+    from lowrank_jax.experiment.preflight.compiler import topology
+
+    placed = jax.sharding.SingleDeviceSharding(topology("v5e:2x2")[0])
+    model, x = two_layers(features, window, side)
+    estimates = {}
+    for execution in ("factored", "merged"):
+        plan = lr.plan(model, x, [lr.Rule(".*", rank=rank, execution=execution)])
+        estimates[execution] = tpu_estimate(model, x, plan, placed)
+    assert min(estimates, key=lambda execution: estimates[execution]) == faster
