@@ -19,7 +19,7 @@ import time as clock
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from lowrank_jax.experiment import config
-from lowrank_jax.experiment.cli.commands import cache_home
+from lowrank_jax.experiment.cli.environment import cache_home
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.errors import DOES_NOT_FIT
 from lowrank_jax.experiment.preflight.cache import Cache

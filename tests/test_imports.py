@@ -1,42 +1,108 @@
-"""The wall between the two halves: everything outside `experiment/` imports jax, flax, optax and numpy alone."""
+"""The wall between the two halves, and a graph of imports without circles."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 
+import pytest
+
+import lowrank_jax
+
 ALLOWED = {"jax", "flax", "optax", "numpy", "lowrank_jax", *sys.stdlib_module_names}
-EXCEPTIONS = {"__main__.py", "config.py"}  # the command, and the shim that config files import
+EXCEPTIONS = {"lowrank_jax.__main__", "lowrank_jax.config"}  # the command, and the shim that config files import
 
 
-def _imports(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+def imports(tree, modules):
+    """Modules that a file imports, in functions too; not for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in modules else node.module for name in names)
+        else:
+            yield from imports(node, modules)
 
 
-def test_the_library_half_imports_neither_the_experiment_half_nor_anything_but_four_packages(repository):
-    package = repository / "lowrank_jax"
-    for file in package.rglob("*.py"):
-        inside = file.relative_to(package)
-        if inside.parts[0] == "experiment" or str(inside) in EXCEPTIONS:
+@pytest.fixture(scope="module")
+def graph(repository):
+    """The imports of every module of the package."""
+    files = (repository / "lowrank_jax").rglob("*.py")
+    modules = {".".join(file.relative_to(repository).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+    return {name: set(imports(ast.parse(file.read_text()), modules)) for name, file in modules.items()}
+
+
+def room(module):
+    """The folder of a module below lowrank_jax or lowrank_jax.experiment; a module outside of any is a room of its own."""
+    parts = module.split(".")
+    return ".".join(parts[: 3 if parts[1:2] == ["experiment"] else 2])
+
+
+def test_the_library_half_imports_neither_the_experiment_half_nor_anything_but_four_packages(graph):
+    for module in graph.keys() - EXCEPTIONS:
+        if module.startswith("lowrank_jax.experiment"):
             continue
-        for name in _imports(file):
-            assert name.split(".")[0] in ALLOWED, f"{inside} imports {name}"
-            assert not name.startswith(("lowrank_jax.experiment", "lowrank_jax.config")), f"{inside} imports {name}"
+        for name in graph[module]:
+            assert name.split(".")[0] in ALLOWED, f"{module} imports {name}"
+            assert not name.startswith(("lowrank_jax.experiment", "lowrank_jax.config")), f"{module} imports {name}"
 
 
-def test_importing_the_library_loads_none_of_the_experiment_half():
-    code = "import sys, lowrank_jax; print([m for m in ('tensorflow', 'orbax', 'clu', 'grain') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
-
-
-def test_planning_and_projection_know_jax_and_no_module_library(repository):
+def test_planning_and_projection_know_jax_and_no_module_library(graph):
     """Plans, ranks and factors are the same for every door; what is Linen's is in `linen/`."""
     doors = ("flax", "lowrank_jax.linen", "lowrank_jax.models", "lowrank_jax.exchange", "lowrank_jax.inputs")
-    for room in ("planning", "projection"):
-        for file in (repository / "lowrank_jax" / room).rglob("*.py"):
-            for name in _imports(file):
-                assert not f"{name}.".startswith(tuple(f"{door}." for door in doors)), f"{room}/{file.name} imports {name}"
+    for module in graph:
+        if room(module) in ("lowrank_jax.planning", "lowrank_jax.projection"):
+            for name in graph[module]:
+                assert not f"{name}.".startswith(tuple(f"{door}." for door in doors)), f"{module} imports {name}"
+
+
+def test_modules_import_each_other_in_no_circle(graph):
+    own = {module: {name for name in names if name in graph} for module, names in graph.items()}
+    graphlib.TopologicalSorter(own).prepare()
+
+
+def test_rooms_import_each_other_in_no_circle(graph):
+    rooms = {}
+    for module, names in graph.items():
+        rooms.setdefault(room(module), set()).update(room(name) for name in names if name in graph)
+    graphlib.TopologicalSorter({name: others - {name} for name, others in rooms.items()}).prepare()
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_library_loads_none_of_the_experiment_half():
+    load = "import sys, lowrank_jax as lr; [getattr(lr, name) for name in (*lr.__all__, 'models')]"
+    others = ("lowrank_jax.experiment", "ml_collections", "tensorflow", "orbax", "clu", "grain", "matplotlib")
+    assert python(f"{load}; print([module for module in {others} if module in sys.modules])") == "[]\n"
+
+
+def test_public_names_are_loaded_when_they_are_used():
+    assert python("import sys, lowrank_jax; print('jax' in sys.modules, lowrank_jax.__version__)").startswith("False ")
+    code = "from lowrank_jax import *; print(Rule.__module__, plan.__module__, chips.__name__)"
+    assert python(code).split() == ["lowrank_jax.planning.rules", "lowrank_jax.linen.plan", "lowrank_jax.planning.chips"]
+
+
+def test_public_names_are_listed_and_others_are_no_attributes():
+    modules = {"activations", "chips", "config", "inputs", "models", "projection", "theory"}
+    assert modules | set(lowrank_jax.__all__) <= set(dir(lowrank_jax))
+    for name in modules | set(lowrank_jax.__all__):
+        assert getattr(lowrank_jax, name) is not None
+    with pytest.raises(AttributeError, match="'lowrank_jax' has no attribute 'plna'"):
+        _ = lowrank_jax.plna
+
+
+def test_the_names_for_type_checkers_are_those_that_are_loaded(repository):
+    tree = ast.parse((repository / "lowrank_jax" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    typed = {alias.name: f"{node.module}.{alias.name}" for node in block.body for alias in node.names}
+    homes = {name: f"lowrank_jax.{home}.{name}" for name, home in lowrank_jax._HOMES.items()}
+    assert typed == homes | {name: f"lowrank_jax.{module}" for name, module in lowrank_jax._MODULES.items()}
+
+
+def test_the_package_says_that_it_has_types(repository):
+    assert (repository / "lowrank_jax" / "py.typed").is_file()

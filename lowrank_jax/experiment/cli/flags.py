@@ -1,24 +1,27 @@
-"""What the command line takes: flags, their help, and what the exit statuses mean."""
+"""Flags of every command, and their help."""
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
 
+from lowrank_jax.experiment.cli import values
 from lowrank_jax.experiment.errors import BAD_INPUT, MEANINGS
 
 # The flags that say which of several processes this is.
 HOSTS = ("coordinator", "processes", "process", "heartbeat", "patience")
 
+# The flags of `sweep` that only one way of running trials takes; each is None unless given.
+RAY = ("ray_address", "cpus", "gpus", "tpus", "asha_grace", "asha_reduction")
+JOBSET = ("tpu", "image", "name", "namespace", "queue", "service_account", "spot", "max_restarts", "grace")
+
 _STATUS = "\n".join(["exit status:", *(f"  {status:<3}  {meaning}" for status, meaning in MEANINGS.items())])
 
-_OVERRIDES = """Any key of the config can be set from the command line: --config.optim.lr=0.05 --config.lowrank.scale=0.1"""
+_OVERRIDES = "Set any config key on the command line: --config.optim.lr=0.05 --config.lowrank.scale=0.1"
 
 
 def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
-    """A parser whose result has the chosen one as `command`."""
+    """A parser whose result holds the chosen command's function as `command`."""
     parser = argparse.ArgumentParser(prog="lowrank", description="Train and evaluate low-rank neural networks.", epilog=_STATUS)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     chosen = parser.add_subparsers(title="commands", required=True, metavar="command")
@@ -60,14 +63,17 @@ _TRAIN = f"""examples:
   lowrank train --config=configs/digits_resnet.py --config.lowrank.method=spectral --workdir=runs/spectral
   lowrank train --config=configs/digits_resnet.py --config.lowrank.method=none --workdir=runs/dense
 
-The same command on the same --workdir resumes an interrupted run exactly. {_OVERRIDES}
+The same command on the same --workdir resumes an interrupted run exactly.
+{_OVERRIDES}
 
 {_STATUS}"""
 
 
 def _train(command: argparse.ArgumentParser) -> None:
     _add_config(command)
-    command.add_argument("--workdir", required=True, type=_not_empty, help="folder of the run, local or remote (gs://...)")
+    command.add_argument(
+        "--workdir", required=True, type=values.not_empty, help="folder of the run, local or remote (gs://...)"
+    )
     _add_hosts(command)
 
 
@@ -78,28 +84,34 @@ _EVALUATE = f"""examples:
   lowrank evaluate --workdir=runs/imagenet --dataset=imagenet_v2
   lowrank evaluate --workdir=runs/digits --watch
 
-Of several work directories one that cannot be evaluated is reported, and the rest go on; the status is {BAD_INPUT} then.
+With several work directories, those that cannot be evaluated are reported and the others are evaluated; the exit status is
+then {BAD_INPUT}.
 
---watch runs beside training: it waits for the work directory, evaluates the checkpoints that it finds there, adds each to
-DIR/watch_SPLIT.jsonl and to TensorBoard, and ends with the run. Stopped, it goes on where it was when started again.
+--watch runs beside training. It waits for the work directory, evaluates each checkpoint as it appears, adds the results to
+DIR/watch_SPLIT.jsonl and to TensorBoard, and ends when training ends. The same command resumes it.
 
 {_STATUS}"""
 
 
 def _evaluate(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--workdir", required=True, type=_not_empty, nargs="+", action="extend", metavar="DIR", help="folders of runs"
+    add = command.add_argument
+    add(
+        "--workdir", required=True, type=values.not_empty, nargs="+", action="extend", metavar="DIR",
+        help="work directories of runs",
+    )  # fmt: skip
+    add("--step", default="latest", help="latest (default), best (by top-1), or a step number")
+    add("--split", help='e.g. "test" or "train[:1000]"; default: dataset.eval_split of the config')
+    add("--dataset", metavar="NAME", help="another data set with the same classes, e.g. imagenet_v2")
+    add("--data-dir", help="folder of the data on this machine; default: the one used in training")
+    add(
+        "--max-undecodable",
+        type=values.whole,
+        metavar="N",
+        help="maximum number of undecodable images; default: the config's",
     )
-    command.add_argument("--step", default="latest", help="latest (default), best by top-1, or a number")
-    command.add_argument("--split", help='such as "test" or "train[:1000]"; default: the config\'s dataset.eval_split')
-    command.add_argument("--dataset", metavar="NAME", help="another data set of the same classes, such as imagenet_v2")
-    command.add_argument("--data-dir", help="where the data is on this machine, if not where it was in training")
-    command.add_argument(
-        "--max-undecodable", type=_whole, metavar="N", help="how many images may not decode, if not what it was in training"
-    )
-    command.add_argument("--json", type=_not_empty, metavar="FILE", help="write the numbers here too")
-    command.add_argument("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")
-    command.add_argument("--poll", type=_seconds, default=10.0, metavar="SECONDS", help="between two looks; default: 10")
+    add("--json", type=values.not_empty, metavar="FILE", help="also write the results to this file")
+    add("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")
+    add("--poll", type=values.seconds, default=10.0, metavar="SECONDS", help="polling interval of --watch; default: 10")
     _add_hosts(command)
 
 
@@ -112,58 +124,57 @@ _SWEEP = f"""examples:
   lowrank sweep ... --config.dataset.train_split='train[:90%]' --config.dataset.valid_split='train[90%:]' \\
       --sweep='lowrank.method=spectral,kernel_projection; seed=0:5; tune(optim.lr=0.03,0.1,0.3)'
 
-the sweep: terms separated by semicolons, of which every combination is a trial
-  key=a,b,c                  values of any key of the config; brackets and quotes protect commas
-  seed=0:5                   whole numbers, 5 excluded; 0:10:2 every second one
-  zip(key=a,b; other=c,d)    values that belong together: (a, c) and (b, d)
-  tune(optim.lr=a,b,c)       every value at the first seed, the best by top-1 on dataset.valid_split at the others
+the sweep: terms separated by semicolons; every combination of their values is a trial
+  key=a,b,c                  values of any config key; brackets and quotes protect commas
+  seed=0:5                   a range of whole numbers without its end; 0:10:2 takes every second one
+  zip(key=a,b; other=c,d)    values that change together: (a, c) and (b, d)
+  tune(optim.lr=a,b,c)       every value at the first seed, then the other seeds at the best by top-1 on dataset.valid_split
 A dense arm (lowrank.method=none) has no rank and appears once.
 
-Every trial is `lowrank train` in a folder of its own under --workdir, its output in log.txt there.  The same command goes on
-where it was stopped; finished trials are not repeated.  A trial that crashes is tried once more.  {_OVERRIDES}
+Every trial is a `lowrank train` with a folder of its own under --workdir, where log.txt holds its output. The same command
+resumes a stopped sweep and does not repeat finished trials. A trial that crashes is retried once.
+{_OVERRIDES}
 
 {_STATUS}"""
-
-# The flags of `sweep` that only one of its ways to run trials takes, all None unless given.
-RAY = ("ray_address", "cpus", "gpus", "tpus", "asha_grace", "asha_reduction")
-
-
-JOBSET = ("tpu", "image", "name", "namespace", "queue", "service_account", "spot", "max_restarts", "grace")
 
 
 def _sweep(command: argparse.ArgumentParser) -> None:
     _add_config(command)
-    command.add_argument("--sweep", required=True, metavar="TEXT", help="what to vary; see below")
-    command.add_argument(
-        "--workdir", required=True, type=_not_empty, help="folder of the sweep; each trial has one of its own in it"
-    )
-    command.add_argument("--dry-run", action="store_true", help="print the table of trials and start nothing")
-    command.add_argument(
-        "--jobs", type=_count, metavar="N", help="trials at a time; default: 1, with ray what there is room for"
-    )
-    command.add_argument("--engine", choices=("local", "ray"), help="child processes (default), or a Ray cluster")
-    ray = command.add_argument_group("with --engine=ray")
-    ray.add_argument(
-        "--ray-address", metavar="ADDRESS", help="auto or host:6379; default: RAY_ADDRESS, else this machine alone"
-    )
-    ray.add_argument("--cpus", type=float, metavar="N", help="of every trial; default: 1")
-    ray.add_argument("--gpus", type=float, metavar="N", help="of every trial; a fraction shares one; default: 0")
-    ray.add_argument("--tpus", type=int, metavar="N", help="chips of every trial; default: 0")
-    ray.add_argument(
-        "--asha-grace", type=_duration, metavar="LENGTH", help='stop poor trials early, never before "500 steps", say'
-    )
-    ray.add_argument("--asha-reduction", type=float, metavar="N", help="one in N goes on at each rung; default: 4")
-    command.add_argument("--emit", choices=("sh", "jobset"), help="print shell lines or Kubernetes JobSets instead of running")
-    jobset = command.add_argument_group("with --emit=jobset")
-    jobset.add_argument("--tpu", metavar="TYPE", help="slice of every trial, such as v5e:4x4")
-    jobset.add_argument("--image", help="container image that holds lowrank and the config file")
-    jobset.add_argument("--name", help="of the sweep in Kubernetes; default: lowrank")
-    jobset.add_argument("--namespace", help="default: the one that kubectl is set to")
-    jobset.add_argument("--queue", help="a LocalQueue of Kueue")
-    jobset.add_argument("--service-account", metavar="NAME", help="that may read and write the work directories")
-    jobset.add_argument("--spot", action="store_true", default=None, help="ask for spot nodes")
-    jobset.add_argument("--max-restarts", type=int, metavar="N", help="of each trial; default: 20")
-    jobset.add_argument("--grace", type=_count, metavar="SECONDS", help="from SIGTERM to SIGKILL; default: 300")
+    add = command.add_argument
+    add("--sweep", required=True, metavar="TEXT", help="what to vary; see below")
+    add("--workdir", required=True, type=values.not_empty, help="folder of the sweep, which holds a folder for each trial")
+    add("--dry-run", action="store_true", help="print the table of trials and start nothing")
+    add("--jobs", type=values.count, metavar="N", help="trials that run at the same time; default: 1, with ray as many as fit")
+    add("--engine", choices=("local", "ray"), help="run trials in child processes (local, default) or on a Ray cluster")
+    add("--emit", choices=("sh", "jobset"), help="print shell commands or Kubernetes JobSets instead of running")
+    _add_ray(command)
+    _add_jobset(command)
+
+
+def _add_ray(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("with --engine=ray").add_argument
+    add("--ray-address", metavar="ADDRESS", help="auto or HOST:PORT; default: RAY_ADDRESS, else a cluster on this machine")
+    add("--cpus", type=float, metavar="N", help="CPU cores per trial; default: 1")
+    add("--gpus", type=float, metavar="N", help="GPUs per trial; a fraction shares one; default: 0")
+    add("--tpus", type=int, metavar="N", help="TPU chips per trial; default: 0")
+    add(
+        "--asha-grace", type=values.duration, metavar="LENGTH",
+        help='stop poor trials early, but never before this point, e.g. "500 steps"',
+    )  # fmt: skip
+    add("--asha-reduction", type=float, metavar="N", help="keep the best 1/N at each rung; default: 4")
+
+
+def _add_jobset(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("with --emit=jobset").add_argument
+    add("--tpu", metavar="TYPE", help="TPU slice per trial, e.g. v5e:4x4")
+    add("--image", help="container image with lowrank and the config file")
+    add("--name", help="name of the sweep in Kubernetes; default: lowrank")
+    add("--namespace", help="Kubernetes namespace; default: the one kubectl is set to")
+    add("--queue", help="LocalQueue of Kueue")
+    add("--service-account", metavar="NAME", help="service account that may read and write the work directories")
+    add("--spot", action="store_true", default=None, help="use spot nodes")
+    add("--max-restarts", type=int, metavar="N", help="maximum number of restarts per trial; default: 20")
+    add("--grace", type=values.count, metavar="SECONDS", help="seconds between SIGTERM and SIGKILL; default: 300")
 
 
 _REPORT = """examples:
@@ -173,16 +184,14 @@ _REPORT = """examples:
 
 
 def _report(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folders", nargs="+", metavar="DIR", type=_not_empty, help="of a sweep or a run, local or a URL")
-    command.add_argument("--out", metavar="DIR", help="where to write; default: the first DIR")
-    command.add_argument("--rival", metavar="METHOD|KEY=VALUE", help="what other arms are set against; default: spectral")
-    command.add_argument(
-        "--tune",
-        type=_names,
-        default=("optim.lr",),
-        metavar="KEY,...",
-        help="shown at its best by validation; default: optim.lr",
-    )
+    add = command.add_argument
+    add("folders", nargs="+", metavar="DIR", type=values.not_empty, help="folder of a sweep or a run, local or a URL")
+    add("--out", metavar="DIR", help="folder to write to; default: the first DIR")
+    add("--rival", metavar="METHOD|KEY=VALUE", help="arm that the others are compared with; default: spectral")
+    add(
+        "--tune", type=values.names, default=("optim.lr",), metavar="KEY,...",
+        help="settings to show at their best value on the validation split; default: optim.lr",
+    )  # fmt: skip
 
 
 _OVERVIEW = f"""examples:
@@ -190,13 +199,14 @@ _OVERVIEW = f"""examples:
   lowrank overview --config=configs/fashion_mnist_resnet.py --config.lowrank.scale=0.1
   lowrank overview --config=configs/imagenet_resnet50_lowrank.py --config.mesh.fsdp=4 --devices=16
 
-Touches no data, computes nothing and needs none of the devices. {_OVERRIDES}"""
+Reads no data, computes nothing and needs none of the devices.
+{_OVERRIDES}"""
 
 
 def _overview(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     command.add_argument(
-        "--devices", type=_count, metavar="N", help="show what each of N devices holds; default: the fewest that the mesh takes"
+        "--devices", type=values.count, metavar="N", help="number of devices in the mesh; default: the fewest that fit"
     )
 
 
@@ -205,12 +215,12 @@ _PREFLIGHT = f"""examples:
   lowrank preflight --config=configs/imagenet_vit_lowrank.py --topology=v4:2x2x2 --sweep='lowrank.scale=0.05,0.1,0.25'
   lowrank preflight --config=configs/imagenet_resnet50.py --topology=v6e:16x16 --config.batch_size=16384 --effort=full
 
-Has the TPU's compiler say what the training step, the evaluation and the initialiser would take of a chip, beside what those
-of the dense twin (lowrank.method=none) would.  No TPU is needed, pip install 'lowrank_jax[tpu-preflight]' is; nothing runs, and
-all figures are the compiler's estimates.  Slices are named by their generation, v3, v4, v5e, v5p or v6e, and their topology.
+Compiles the training step, the evaluation and the initialisation for a TPU, and compares the memory and time per chip with
+those of the dense network (lowrank.method=none). Needs no TPU, only pip install 'lowrank_jax[tpu-preflight]'. Nothing runs: all
+figures are the compiler's estimates. A slice is a generation (v3, v4, v5e, v5p or v6e) and a topology.
 
---effort=fast has the FLOPs of full, the memory within some per cent, its bytes and times are those of a
-program that is optimised less. full takes minutes for each program.
+--effort=fast finds the FLOPs of full, and its memory within a few per cent; bytes and times are those of a less optimised
+program. full takes minutes per program.
 
 {_OVERRIDES}
 
@@ -219,11 +229,12 @@ program that is optimised less. full takes minutes for each program.
 
 def _preflight(command: argparse.ArgumentParser) -> None:
     _add_config(command)
-    command.add_argument("--topology", required=True, metavar="SLICE", help="such as v5e:4x4 or v4:2x2x2")
-    command.add_argument("--sweep", metavar="TEXT", help="arms that differ in a few settings; see lowrank sweep --help")
-    command.add_argument("--effort", choices=("fast", "full"), default="fast", help="of the compiler; default: fast")
-    command.add_argument("--json", type=_not_empty, metavar="FILE", help="write the numbers here too")
-    command.add_argument("--no-cache", action="store_true", help="compile again what has been compiled before")
+    add = command.add_argument
+    add("--topology", required=True, metavar="SLICE", help="TPU slice, e.g. v5e:4x4 or v4:2x2x2")
+    add("--sweep", metavar="TEXT", help="compare arms that differ in a few settings; see lowrank sweep --help")
+    add("--effort", choices=("fast", "full"), default="fast", help="effort of the compiler; default: fast")
+    add("--json", type=values.not_empty, metavar="FILE", help="also write the results to this file")
+    add("--no-cache", action="store_true", help="recompile programs whose estimates are in the cache")
 
 
 _INIT_REPORT = f"""examples:
@@ -231,92 +242,57 @@ _INIT_REPORT = f"""examples:
   lowrank init-report --config=configs/digits_resnet.py --images=data --seeds=3 --config.lowrank.moment_batches=2
   lowrank init-report --config=configs/digits_resnet.py --scales=0.1 --methods=spectral,function_approximation
 
-Trains nothing. Writes OUT.md, OUT.json and OUT.png. {_OVERRIDES}"""
+Trains nothing. Writes OUT.md, OUT.json and OUT.png.
+{_OVERRIDES}"""
 
 
 def _init_report(command: argparse.ArgumentParser) -> None:
     _add_config(command)
-    command.add_argument("--out", default="runs/init_report", type=_not_empty, help="path of the report, without suffix")
-    command.add_argument(
-        "--scales", type=_numbers, metavar="A,B,...", help="ranks to try, as fractions; default: 0.05,0.1,0.25"
-    )
-    command.add_argument("--methods", type=_names, metavar="A,B,...", help="methods to compare; default: the quick ones")
-    command.add_argument("--seeds", type=_count, metavar="N", help="draw the network N times, from config.seed on; default: 1")
-    command.add_argument("--images", metavar="KIND", help="what logits are computed from: noise (default) or data")
-    command.add_argument("--batch-size", type=_count, metavar="N", help="of those images; default: 16")
+    add = command.add_argument
+    add(
+        "--out", default="runs/init_report", type=values.not_empty,
+        help="path of the report without its suffix; default: runs/init_report",
+    )  # fmt: skip
+    add(
+        "--scales", type=values.numbers, metavar="A,B,...",
+        help="ranks to compare, as fractions of full rank; default: 0.05,0.1,0.25",
+    )  # fmt: skip
+    add("--methods", type=values.names, metavar="A,B,...", help="methods to compare; default: the fast ones")
+    add("--seeds", type=values.count, metavar="N", help="number of networks to draw, from config.seed on; default: 1")
+    add("--images", metavar="KIND", help="images to compute logits of: noise (default) or data")
+    add("--batch-size", type=values.count, metavar="N", help="number of those images; default: 16")
 
 
 _COMMANDS = {
-    "train": ("Train from a config file, or go on where a run stopped.", _TRAIN, _train),
+    "train": ("Train from a config file, or resume a run.", _TRAIN, _train),
     "evaluate": ("Evaluate a checkpoint on every example of a split.", _EVALUATE, _evaluate),
     "sweep": ("Train many runs that differ in a few settings.", _SWEEP, _sweep),
     "report": ("Compare finished runs on one page.", _REPORT, _report),
-    "overview": ("Show every kernel with its rank, or why it stays dense, and what each device holds.", _OVERVIEW, _overview),
-    "preflight": ("Estimate what training takes of a TPU slice, without one.", _PREFLIGHT, _preflight),
-    "init-report": ("Compare initialisations of a network, without training it.", _INIT_REPORT, _init_report),
+    "overview": ("Show the rank of every kernel, or why it stays dense, and what each device holds.", _OVERVIEW, _overview),
+    "preflight": ("Estimate the memory and time that training takes on a TPU slice, without a TPU.", _PREFLIGHT, _preflight),
+    "init-report": ("Compare initialisations of a network without training it.", _INIT_REPORT, _init_report),
 }
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file that defines get_config()")
+    command.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="Python file that defines get_config(); ARG is its argument"
+    )
 
 
 def _add_hosts(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group(
-        "several hosts", "The same command on each; TPU slices, GKE, Slurm and Open MPI are detected and need no flags."
-    )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, as the others reach it")
-    group.add_argument("--processes", type=_count, metavar="N", help="how many there are; 1: alone, whatever is detected")
-    group.add_argument("--process", type=_whole, metavar="I", help="which of them this is, from 0")
-    group.add_argument(
-        "--heartbeat", type=_count, metavar="SECONDS", help="until the others end when one was lost; default: 100"
-    )
-    group.add_argument("--patience", type=_count, metavar="SECONDS", help="to wait for the others at the start; default: 300")
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.05,0.1") from None
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
-    return value
-
-
-def _duration(text: str) -> Any:
-    from lowrank_jax.experiment.duration import Duration
-
-    try:
-        return Duration.read(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} must be {error}") from None
-
-
-def _not_empty(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
+    add = command.add_argument_group(
+        "several hosts",
+        "Run the same command on every host. TPU slices, GKE, Slurm and Open MPI are detected and need no flags.",
+    ).add_argument
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0, as the other processes reach it")
+    add("--processes", type=values.count, metavar="N", help="number of processes; 1: run alone, whatever is detected")
+    add("--process", type=values.whole, metavar="I", help="index of this process, from 0")
+    add(
+        "--heartbeat", type=values.count, metavar="SECONDS",
+        help="seconds without a heartbeat before a process counts as lost; default: 100",
+    )  # fmt: skip
+    add(
+        "--patience", type=values.count, metavar="SECONDS",
+        help="seconds to wait for the other processes at start-up; default: 300",
+    )  # fmt: skip

@@ -13,10 +13,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -30,19 +30,26 @@ from lowrank_jax.experiment.workdir.writer import duration
 
 _TRIES = 2
 
+Lowrank = Callable[[Sequence[str]], NoReturn]
 
-def run(trials: Sequence[Trial], *, jobs: int) -> dict[str, Outcome]:
+
+def run(trials: Sequence[Trial], *, jobs: int, lowrank: Lowrank) -> dict[str, Outcome]:
     """Runs trials, `jobs` at a time, and shows how they are getting on.
 
     A trial that fails is tried once more, unless it would only fail the same way again: its config or data cannot be used, or
     it diverged.  SIGTERM and Ctrl-C save the running ones.
+
+    Args:
+      trials: in the order in which to start them.
+      jobs: how many run at the same time.
+      lowrank: runs a trial's command in a child process, where it is imported by its name, and exits.
 
     Returns:
       The outcome of every trial by name.
     """
     # Each process would take most of a GPU's memory for itself.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / jobs:.2f}")
-    return _Engine(trials, jobs).run()
+    return _Engine(trials, jobs, lowrank).run()
 
 
 @dataclasses.dataclass
@@ -54,11 +61,11 @@ class _Running:
 
 
 class _Engine:
-    def __init__(self, trials: Sequence[Trial], jobs: int):
+    def __init__(self, trials: Sequence[Trial], jobs: int, lowrank: Lowrank):
         self.outcomes = {trial.name: known for trial in trials if (known := known_outcome(trial))}
         self.waiting = [(trial, 1) for trial in trials if trial.name not in self.outcomes]
         self.running: list[_Running] = []
-        self.total, self.jobs = len(trials), jobs
+        self.total, self.jobs, self.lowrank = len(trials), jobs, lowrank
         self.seconds: list[float] = []  # of the trials that ended here
         self.stopping = False
         self.context = multiprocessing.get_context("forkserver")
@@ -81,7 +88,8 @@ class _Engine:
         return self.outcomes
 
     def _start(self, trial: Trial, tries: int) -> None:
-        process = self.context.Process(target=_train, args=(list(trial.command), str(_log(trial))), name=trial.name)
+        arguments = (self.lowrank, list(trial.command), str(_log(trial)))
+        process = self.context.Process(target=_train, args=arguments, name=trial.name)
         process.start()
         if self.stopping:  # while it started
             process.terminate()
@@ -181,16 +189,14 @@ def _start_server() -> None:
     signal.signal(signal.SIGINT, handler)
 
 
-def _train(arguments: list[str], log: str) -> None:
+def _train(lowrank: Lowrank, arguments: list[str], log: str) -> None:
     """In the child: `lowrank` with these arguments, its output in a file."""
-    from lowrank_jax.experiment.cli import commands
-
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(file, stream.fileno())
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    commands.main(arguments)
+    lowrank(arguments)
 
 
 def _end_with_the_parent() -> None:

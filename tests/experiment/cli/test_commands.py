@@ -1,34 +1,65 @@
-"""The command line as a user meets it: real processes, exit statuses, no tracebacks."""
+"""The command line as a user meets it: exit statuses, messages, no tracebacks."""
 
+import contextlib
+import dataclasses
+import io
 import json
+import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
+import threading
 
+import jax
 import pytest
 
+from lowrank_jax.experiment.cli import commands
+from lowrank_jax.experiment.cli.flags import split_overrides
 from tests import running
 
 CONFIG = f"--config={running.ROOT / 'configs' / 'digits_resnet.py'}"
+NAMES = ("train", "evaluate", "sweep", "report", "overview", "preflight", "init-report")
 
 
-def lowrank(*arguments, devices=1):
-    result = running.run([sys.executable, "-m", "lowrank_jax", *map(str, arguments)], devices=devices)
-    assert "Traceback" not in result.stderr + result.stdout, result.stderr
-    return result
+@dataclasses.dataclass
+class Ended:
+    status: int
+    stdout: str
+    stderr: str
+
+
+def lowrank(*arguments) -> Ended:
+    """Runs a command in this process; an exception would be a traceback."""
+    out, err, before, cached = io.StringIO(), io.StringIO(), dict(os.environ), jax.config.jax_enable_compilation_cache
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+            commands.main(list(map(str, arguments)))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        jax.config.update("jax_enable_compilation_cache", cached)
+    return Ended(end.value.code, out.getvalue(), err.getvalue())
+
+
+def tiny(workdir, **changes):
+    """The arguments that train the tiny experiment."""
+    return running.command(workdir, steps=200, eval__every="50 steps", **changes)[3:]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """A run on eight devices."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    result = running.run(running.command(workdir, steps=200, eval__every="50 steps"))
-    assert result.returncode == 0, result.stderr
+    result = lowrank(*tiny(workdir))
+    assert result.status == 0, result.stderr
     return workdir
 
 
 def test_evaluate_prints_a_table_and_writes_json(trained, tmp_path):
     result = lowrank("evaluate", f"--workdir={trained}", f"--json={tmp_path / 'out.json'}")
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.stderr
     header, row = (line.split() for line in result.stdout.splitlines())
     assert header[:6] == ["split", "examples", "top1", "top5", "loss", "step"] and row[0] == "test" and row[1] == "360"
     written = json.loads((tmp_path / "out.json").read_text())
@@ -38,20 +69,45 @@ def test_evaluate_prints_a_table_and_writes_json(trained, tmp_path):
     assert written["metrics"]["top1"] == final["top1"] and abs(written["metrics"]["loss"] - final["loss"]) < 1e-5
 
 
-def test_evaluate_on_other_steps_splits_and_devices(trained):
-    best = lowrank("evaluate", f"--workdir={trained}", "--step=best", "--split=train[:100]", devices=8)
-    assert best.returncode == 0, best.stderr
+def test_evaluate_on_other_steps_and_splits(trained):
+    best = lowrank("evaluate", f"--workdir={trained}", "--step=best", "--split=train[:100]")
+    assert best.status == 0, best.stderr
     assert best.stdout.splitlines()[1].split()[:2] == ["train[:100]", "100"]
+
+
+@pytest.mark.slow
+def test_a_process_evaluates_on_other_devices(trained):
+    """The whole command, as the shell runs it."""
+    flags = [f"--workdir={trained}", "--step=best", "--split=train[:100]"]
+    one = running.run([sys.executable, "-m", "lowrank_jax", "evaluate", *flags], devices=1)
+    assert one.returncode == 0, one.stderr
+    assert one.stdout == lowrank("evaluate", *flags).stdout
 
 
 def test_evaluate_takes_several_work_directories(trained, tmp_path):
     result = lowrank("evaluate", "--workdir", trained, tmp_path / "nowhere", f"--json={tmp_path / 'out.json'}")
-    assert result.returncode == 2 and f"{tmp_path / 'nowhere'} is not a work directory" in result.stderr
+    assert result.status == 2 and f"{tmp_path / 'nowhere'} is not a work directory" in result.stderr
     assert [line.split()[:2] for line in result.stdout.splitlines()] == [["workdir", "split"], [str(trained), "test"]]
     (written,) = json.loads((tmp_path / "out.json").read_text())
     assert (written["workdir"], written["step"]) == (str(trained), 200)
 
 
+def test_a_watch_stopped_by_ctrl_c_has_its_status(tmp_path, monkeypatch):
+    waits = threading.Event()
+
+    def interrupt():
+        waits.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(commands, "say", lambda text: (print(text), waits.set()))
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    result = lowrank("evaluate", f"--workdir={tmp_path / 'later'}", "--watch", "--poll=0.1")
+    thread.join()
+    assert (result.status, result.stdout) == (75, f"waiting for {tmp_path / 'later'}\n")
+
+
+@pytest.mark.slow
 def test_a_watch_stopped_by_a_signal_has_its_status(tmp_path):
     arguments = ["evaluate", f"--workdir={tmp_path / 'later'}", "--watch"]
     with running.start([sys.executable, "-m", "lowrank_jax", *arguments]) as process:
@@ -66,32 +122,31 @@ def test_a_watch_stopped_by_a_signal_has_its_status(tmp_path):
     [
         (["--step=7"], "has no step 7; there are ["),
         (["--step=lates"], "has no step lates"),
-        (["--watch", "--step=best"], "leave out --step and --json"),
+        (["--watch", "--step=best"], "remove --step and --json"),
+        (["--watch", "--processes=2", "--process=1"], "runs as a single process; remove --processes --process"),
         (["--split=tset"], "digits has no split 'tset'; did you mean test?"),
     ],
 )
 def test_evaluate_refuses_what_is_not_there(trained, arguments, message):
     result = lowrank("evaluate", f"--workdir={trained}", *arguments)
-    assert result.returncode == 2
+    assert result.status == 2
     assert message in result.stderr
 
 
 def test_evaluate_says_so_when_the_newest_checkpoint_is_damaged(trained, tmp_path):
-    import shutil
-
     shutil.copytree(trained, tmp_path / "run")
     step = max((tmp_path / "run" / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
     for file in step.rglob("d/*"):
         file.write_bytes(file.read_bytes()[:10])
     result = lowrank("evaluate", f"--workdir={tmp_path / 'run'}")
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.stderr
     assert f"checkpoint {step.name} is damaged" in result.stdout and step.is_dir()
-    assert lowrank("evaluate", f"--workdir={tmp_path / 'run'}", f"--step={step.name}").returncode == 2
+    assert lowrank("evaluate", f"--workdir={tmp_path / 'run'}", f"--step={step.name}").status == 2
 
 
 def test_overview_names_every_kernel_without_touching_data(tmp_path):
     result = lowrank("overview", CONFIG, "--config.lowrank.scale=0.1", f"--config.dataset.data_dir={tmp_path / 'none'}")
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.stderr
     assert "stage1/block1/conv1/kernel" in result.stdout and "kept dense by rule 1" in result.stdout
     assert not (tmp_path / "none").exists()
 
@@ -99,16 +154,16 @@ def test_overview_names_every_kernel_without_touching_data(tmp_path):
 def test_overview_shows_a_mesh_that_is_not_there():
     axes = ("--config.mesh.fsdp=2", "--config.mesh.model=2")
     sixteen = lowrank("overview", CONFIG, *axes, "--devices=16")
-    assert sixteen.returncode == 0, sixteen.stderr
+    assert sixteen.status == 0, sixteen.stderr
     assert "mesh data 4 x fsdp 2 x model 2" in sixteen.stdout
     assert re.search(r"stage1/block1/conv1/kernel/u +3x3x16x4 +-, -, model\*fsdp, - +3x3x4x4 +576", sixteen.stdout)
     three = lowrank("overview", CONFIG, *axes, "--devices=3")
-    assert three.returncode == 2 and "a mesh of -1x2x2 does not fit 3 devices" in three.stderr
+    assert three.status == 2 and "a mesh of -1x2x2 does not fit 3 devices" in three.stderr
 
 
 def test_a_wrong_config_gets_all_its_problems_and_status_2(tmp_path):
     result = lowrank("train", CONFIG, "--config.lowrank.scael=0.1", "--config.batch_size", "-3", f"--workdir={tmp_path / 'w'}")
-    assert result.returncode == 2
+    assert result.status == 2
     assert result.stderr.splitlines()[0].endswith("digits_resnet.py: 2 problems")
     assert "lowrank.scael: unknown key; did you mean lowrank.scale?" in result.stderr
     assert "batch_size: -3; must be at least 1" in result.stderr
@@ -120,66 +175,133 @@ def test_a_wrong_config_gets_all_its_problems_and_status_2(tmp_path):
     [
         ("lowrank.rules=({'path': 'stm/.*'},)", "rule 'stm/.*' matches no parameter; the nearest is 'stem/conv/kernel'"),
         ("optim.decay_rules=(('.*/kernl', 1.0), ('.*', 0.0))", "optim.decay_rules: rule '.*/kernl' matches no parameter"),
-        ("mesh.data=3", "mesh.data: a mesh of 3x1x1 does not fit 1 devices"),
+        ("mesh.data=3", "mesh.data: a mesh of 3x1x1 does not fit 8 devices"),
         ("model.kwargs.blocks=(1, 1)", "model or lowrank"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_config_problems_too(tmp_path, override, message):
     result = lowrank("train", CONFIG, f"--config.{override}", f"--workdir={tmp_path / 'w'}")
-    assert result.returncode == 2
+    assert result.status == 2
     assert message in result.stderr
 
 
 def test_a_work_directory_of_another_experiment_is_refused(trained):
-    result = running.run(running.command(trained, steps=200, eval__every="50 steps", lowrank__scale=0.5))
-    assert result.returncode == 2
+    result = lowrank(*tiny(trained, lowrank__scale=0.5))
+    assert result.status == 2
     assert "belongs to another experiment: lowrank.scale is 0.25 there, 0.5 here" in result.stderr
 
 
 def test_data_that_is_not_there_is_no_traceback(tmp_path):
     config = f"--config={running.ROOT / 'configs' / 'fashion_mnist_mlp.py'}"
     result = lowrank("train", config, f"--config.dataset.data_dir={tmp_path}", f"--workdir={tmp_path / 'w'}")
-    assert result.returncode == 2
+    assert result.status == 2
     assert "fashion_mnist is not prepared under" in result.stderr and "scripts/prepare_fashion_mnist.sh" in result.stderr
 
 
 def test_a_file_that_cannot_be_written_is_no_traceback(trained, tmp_path):
     result = lowrank("evaluate", f"--workdir={trained}", f"--json={tmp_path / 'no' / 'out.json'}")
-    assert result.returncode == 2
+    assert result.status == 2
     assert "out.json: No such file or directory" in result.stderr
 
 
+def test_work_that_fails_leaves_the_file_for_its_result_as_it_was(trained, tmp_path):
+    kept, absent = tmp_path / "kept.json", tmp_path / "absent.json"
+    kept.write_text("old")
+    for file in (kept, absent):
+        assert lowrank("evaluate", f"--workdir={trained}", "--step=7", f"--json={file}").status == 2
+    assert kept.read_text() == "old" and not absent.exists()
+
+
 def test_divergence_has_a_status_of_its_own(tmp_path):
-    result = running.run(running.command(tmp_path, optim__lr=1e30, optim__warmup="0 steps", model__kwargs={"widths": (8,)}))
-    assert result.returncode == 4, result.stderr
+    result = lowrank(*tiny(tmp_path, optim__lr=1e30, optim__warmup="0 steps", model__kwargs={"widths": (8,)}))
+    assert result.status == 4, result.stderr
     assert "There is no checkpoint yet. Lower optim.lr or set optim.clip_norm." in result.stderr
-    assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["sweep"], ["report"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in NAMES)])
 def test_help_has_examples(command):
     result = lowrank(*command, "--help")
-    assert result.returncode == 0
-    assert "exit status" in result.stdout or "examples" in result.stdout
+    assert result.status == 0
+    assert ("examples:" in result.stdout) == bool(command)
+    assert "exit status" in result.stdout or command in (["report"], ["overview"], ["init-report"])
+
+
+WRONG = [
+    [],
+    ["tain"],
+    ["train"],
+    ["train", CONFIG, "--workdri=x"],
+    ["train", CONFIG, "--workdir=x", "--config.seed"],
+    ["train", CONFIG, "--workdir="],
+    ["train", CONFIG, "--workdir=x", "--process=-1"],
+    ["evaluate", "--workdir=x", "--poll=0"],
+    ["sweep", CONFIG, "--workdir=x", "--sweep=seed=0:2", "--jobs=0"],
+    ["sweep", CONFIG, "--workdir=x", "--sweep=seed=0:2", "--asha-grace=soon"],
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_a_wrong_command_line_has_status_2(arguments):
+    result = lowrank(*arguments)
+    assert result.status == 2
+    assert result.stderr
+
+
+def test_help_and_a_wrong_command_line_are_answered_without_jax():
+    code = """
+import contextlib, io, json, sys
+from lowrank_jax.experiment.cli.commands import main
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            code = end.code
+    assert code == (0 if arguments[-1:] == ["--help"] else 2), arguments
+    assert not {"jax", "flax", "absl", "numpy", "ml_collections"} & sys.modules.keys(), arguments
+"""
+    asked = [["--help"], *([name, "--help"] for name in NAMES), *WRONG]
+    ended = subprocess.run([sys.executable, "-c", code, json.dumps(asked)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.slow
+def test_both_ways_to_start_the_command():
+    for command in ([sys.executable, "-m", "lowrank_jax"], [f"{sys.prefix}/bin/lowrank"]):
+        help, wrong = running.run([*command, "--help"]), running.run([*command, "tain"])
+        assert (help.returncode, wrong.returncode) == (0, 2)
+        assert "exit status" in help.stdout and "invalid choice: 'tain'" in wrong.stderr
+
+
+def test_overrides_are_taken_out_of_the_command_line():
+    given = ["train", "--config.a.b=c=d", "--config=file", "--config.e", "-1", "--config.f=", "--workdir=x"]
+    assert split_overrides(given) == ([("a.b", "c=d"), ("e", "-1"), ("f", "")], ["train", "--config=file", "--workdir=x"])
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["tain"], ["train"], ["train", CONFIG, "--workdri=x"], ["train", CONFIG, "--workdir=x", "--config.seed"]]
+    ("flags", "message"),
+    [
+        (["--gpus=1"], "--gpus: only with --engine=ray"),
+        (["--engine=ray", "--spot"], "--spot: only with --emit=jobset"),
+        (["--emit=jobset"], "--tpu: required with --emit=jobset"),
+        (["--emit=sh", "--jobs=2"], "--jobs: not with --emit"),
+        (["--engine=ray", "--asha-reduction=2"], "--asha-reduction: only with --asha-grace"),
+    ],
 )
-def test_a_wrong_command_line_has_status_2(arguments):
-    result = lowrank(*arguments)
-    assert result.returncode == 2
-    assert result.stderr
+def test_flags_of_a_sweep_that_do_not_go_together_are_refused(tmp_path, flags, message):
+    result = lowrank("sweep", CONFIG, f"--workdir={tmp_path / 'w'}", "--sweep=seed=0:2", *flags)
+    assert result.status == 2 and message in result.stderr
+    assert not (tmp_path / "w").exists()
 
 
 def test_report_prints_the_table_and_where_the_page_is(trained, tmp_path):
     result = lowrank("report", trained, f"--out={tmp_path / 'out'}")
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.stderr
     header, row, *_ = (line.split() for line in result.stdout.splitlines())
     assert header[:5] == ["scale", "arm", "params", "MACs", "top-1"] and row[1] == "kernel_projection"
     assert str(tmp_path / "out" / "report.html") in result.stdout.splitlines()
     missing = lowrank("report", tmp_path / "nowhere")
-    assert missing.returncode == 2 and "nowhere is not a folder" in missing.stderr
+    assert missing.status == 2 and "nowhere is not a folder" in missing.stderr
 
 
 def test_init_report_prints_a_table_and_writes_three_files(tmp_path):
@@ -187,7 +309,7 @@ def test_init_report_prints_a_table_and_writes_three_files(tmp_path):
     out = tmp_path / "report"
     flags = ["--scales=0.1", "--methods=spectral,kernel_projection", "--batch-size=4", f"--out={out}"]
     result = lowrank("init-report", CONFIG, *changes, *flags)
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.stderr
     assert "mean relative risk" in result.stdout and result.stdout.splitlines()[-1] == f"{out}.png"
     assert "--methods=spectral,kernel_projection" in (tmp_path / "report.md").read_text()
 
@@ -195,7 +317,7 @@ def test_init_report_prints_a_table_and_writes_three_files(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--scales=a"], "'a' is no list of numbers such as 0.05,0.1"),
+        (["--scales=a"], "'a' is not a list of numbers such as 0.05,0.1"),
         (["--seeds=0"], "'0' must be a whole number of at least 1"),
         (["--methods=sectral"], "unknown 'sectral'; did you mean spectral?"),
         (["--out=/proc/nowhere/report", "--scales=0.1", "--methods=spectral"], "/proc/nowhere"),
@@ -203,5 +325,5 @@ def test_init_report_prints_a_table_and_writes_three_files(tmp_path):
 )
 def test_init_report_refuses_what_it_cannot_do(flags, message):
     result = lowrank("init-report", CONFIG, *flags)
-    assert result.returncode == 2
+    assert result.status == 2
     assert message in result.stderr

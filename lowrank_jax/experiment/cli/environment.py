@@ -1,0 +1,25 @@
+"""What the command line sets up before a command runs."""
+
+import os
+import pathlib
+
+
+def prepare() -> None:
+    """Silences start-up messages of libraries, and turns on a compilation cache unless the user has chosen one."""
+    import jax
+    from absl import logging
+
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    logging.set_verbosity(logging.ERROR)
+    if not (list(pathlib.Path("/dev").glob("accel*")) or list(pathlib.Path("/dev/vfio").glob("[0-9]*"))):
+        # Without a TPU, jax still loads the TPU's compiler where that is installed, which complains of what it cannot find out.
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def cache_home() -> pathlib.Path:
+    """The project's folder for what can be made again."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "lowrank_jax"

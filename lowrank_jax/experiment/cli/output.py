@@ -1,0 +1,53 @@
+"""What a command prints, and files that it writes when its work is done."""
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def hush(text: str) -> None:
+    """In place of `say`, where another process prints."""
+
+
+def complain(text: str) -> None:
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece, whatever other threads print
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A file to write after long work; without a path, nothing is written."""
+
+    path: pathlib.Path | None
+    new: bool
+
+    def write(self, text: str) -> None:
+        if self.path:
+            self.path.write_text(text)
+
+    def give_up(self) -> None:
+        """Leaves the folder as it was."""
+        if self.path and self.new:
+            self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_at_the_end(name: str | None) -> Iterator[Output]:
+    """A file for the result of long work: it is opened first, so that a bad path is found early, and kept as it was on failure.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    output = Output(path := pathlib.Path(name) if name else None, new=path is not None and not path.exists())
+    if path:
+        path.open("a").close()
+    try:
+        yield output
+    except BaseException:
+        output.give_up()
+        raise
