@@ -239,12 +239,14 @@ def _engine(args: argparse.Namespace, sweep: "Sweep") -> "Engine":
 
         return functools.partial(local.run, jobs=args.jobs or 1)
     from lowrank_jax.experiment.sweep import ray_tune
+    from lowrank_jax.experiment.sweep.asha import Asha
+    from lowrank_jax.experiment.sweep.ray_cluster import Resources
 
     asha = None
     if args.asha_grace is not None:
         grace = sweep.first[0].config.in_steps(args.asha_grace)
-        asha = ray_tune.Asha(grace, **({"reduction": args.asha_reduction} if args.asha_reduction is not None else {}))
-    resources = ray_tune.Resources(**_given(args, ("cpus", "gpus", "tpus")))
+        asha = Asha(grace, **({"reduction": args.asha_reduction} if args.asha_reduction is not None else {}))
+    resources = Resources(**_given(args, ("cpus", "gpus", "tpus")))
     return functools.partial(ray_tune.run, address=args.ray_address, jobs=args.jobs, resources=resources, asha=asha, say=_say)
 
 
@@ -259,7 +261,7 @@ def _emitted(args: argparse.Namespace, sweep: "Sweep") -> str:
     if "://" not in args.workdir:  # for the report; a bucket may be out of reach from here
         trials.record(args.workdir, sweep, wanted, f"lowrank sweep {shlex.join(args.given)}")
     try:
-        return emit.shell(wanted) if args.emit == "sh" else emit.jobset(wanted, emit.Cluster(**_given(args, JOBSET)))
+        return emit.shell(wanted) if args.emit == "sh" else emit.jobset(wanted, emit.JobSetSettings(**_given(args, JOBSET)))
     except ValueError as error:
         raise ConfigError(f"--emit={args.emit}", str(error).splitlines()) from None
 

@@ -13,7 +13,9 @@ import types
 import pytest
 
 from lowrank_jax.experiment.config.files import ConfigError
-from lowrank_jax.experiment.sweep import ray_tune
+from lowrank_jax.experiment.sweep import ray_cluster, ray_tune
+from lowrank_jax.experiment.sweep.asha import Asha, StandIn, replay
+from lowrank_jax.experiment.sweep.ray_cluster import Resources
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
@@ -78,7 +80,7 @@ def test_a_trial_whose_worker_is_killed_ends_where_an_undisturbed_one_does(clust
     assert outcomes["broken"] == outcomes["whole"] == Outcome("done")
     assert outcomes["diverging"].status == "diverged" and "optim.clip_norm" in outcomes["diverging"].reason
     (retry,) = [line for line in said if "attempt" in line]
-    assert retry.startswith("broken: ") and "attempt 2 of 3 goes on from its last checkpoint" in retry
+    assert retry.startswith("broken: ") and "attempt 2 of 3 resumes from its last checkpoint" in retry
     assert [line.split()[0] for line in said if line is not retry] == ["[1/3]", "[2/3]", "[3/3]"]
 
     assert log.read_text().count("process ") == 2 and "resuming" in log.read_text()
@@ -106,7 +108,7 @@ def test_asha_ends_a_poor_trial_for_good(cluster, tmp_path):
     (tmp_path / "good" / "metrics.jsonl").write_text("\n".join(lines))
     poor = trial(tmp_path, "poor", eval__every="10 steps", optim__lr=1e-6)
     impossible = trial(tmp_path, "impossible", mesh__data=8)
-    outcomes = ray_tune.run([good, poor, impossible], address=cluster, asha=ray_tune.Asha(grace=20, reduction=2))
+    outcomes = ray_tune.run([good, poor, impossible], address=cluster, asha=Asha(grace=20, reduction=2))
 
     assert outcomes["good"] == Outcome("done") and outcomes["poor"] == Outcome("stopped", "by asha at step 20")
     assert outcomes["impossible"].status == "failed" and "does not fit 1 devices" in outcomes["impossible"].reason
@@ -131,10 +133,10 @@ def judged(asha, trials, evaluations):
     """The trials that ASHA ends, with the step, when their evaluations come in this order."""
     scheduler, ended = asha.scheduler(trials), {}
     for trial in trials:
-        scheduler.on_trial_add(None, ray_tune._StandIn(trial.name))
+        scheduler.on_trial_add(None, StandIn(trial.name))
     for name, step, top1 in evaluations:
         if name not in ended:
-            decision = scheduler.on_trial_result(None, ray_tune._StandIn(name), {"step": step, "top1": top1})
+            decision = scheduler.on_trial_result(None, StandIn(name), {"step": step, "top1": top1})
             ended |= {name: step} if decision == "STOP" and step < 40 else {}
     return ended
 
@@ -152,8 +154,8 @@ def test_asha_keeps_the_best_half_at_each_rung(tmp_path):
         ("c", 20, 0.45),  # better at 10, worse at 20
         ("a", 40, 0.5),
     ]
-    assert judged(ray_tune.Asha(grace=10, reduction=2), trials, order) == {"b": 10, "d": 10, "c": 20}
-    assert judged(ray_tune.Asha(grace=30, reduction=2), trials, order) == {}  # nobody before its time
+    assert judged(Asha(grace=10, reduction=2), trials, order) == {"b": 10, "d": 10, "c": 20}
+    assert judged(Asha(grace=30, reduction=2), trials, order) == {}  # nobody before its time
 
 
 def test_asha_judges_by_trials_of_earlier_calls_too(tmp_path):
@@ -161,11 +163,11 @@ def test_asha_judges_by_trials_of_earlier_calls_too(tmp_path):
     (tmp_path / "earlier").mkdir()
     lines = [json.dumps({"step": step, "eval/top1": 0.9}) for step in (10, 20)]
     (tmp_path / "earlier" / "metrics.jsonl").write_text("\n".join(lines))
-    scheduler = ray_tune.Asha(grace=20, reduction=2).scheduler([earlier, poor, good])
-    ray_tune._replay(scheduler, [earlier])
+    scheduler = Asha(grace=20, reduction=2).scheduler([earlier, poor, good])
+    replay(scheduler, [earlier])
     for name, top1, decision in (("poor", 0.1, "STOP"), ("good", 0.95, "CONTINUE")):
-        scheduler.on_trial_add(None, ray_tune._StandIn(name))
-        assert scheduler.on_trial_result(None, ray_tune._StandIn(name), {"step": 20, "top1": top1}) == decision
+        scheduler.on_trial_add(None, StandIn(name))
+        assert scheduler.on_trial_result(None, StandIn(name), {"step": 20, "top1": top1}) == decision
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,7 @@ def test_asha_judges_by_trials_of_earlier_calls_too(tmp_path):
 )
 def test_an_asha_that_cannot_work_is_refused_before_a_cluster_is_looked_for(tmp_path, asha, names):
     with pytest.raises(ConfigError, match=names):
-        ray_tune.run([trial(tmp_path, "a")], asha=ray_tune.Asha(**asha))
+        ray_tune.run([trial(tmp_path, "a")], asha=Asha(**asha))
 
 
 def test_how_a_trial_of_tune_ended_is_noted_in_its_folder(tmp_path):
@@ -217,18 +219,23 @@ def test_without_ray_there_is_one_clear_message(monkeypatch):
 
 @pytest.mark.parametrize(
     ("resources", "names"),
-    [({"cpus": 0}, "not all"), ({"gpus": 1.5}, "gpus: 1.5"), ({"tpus": 3}, "tpus: 3"), ({"cpus": -1}, "at least 0")],
+    [
+        ({"cpus": 0}, "not all 0"),
+        ({"gpus": 1.5}, "gpus: 1.5; must be at most 1"),
+        ({"tpus": 3}, "tpus: 3"),
+        ({"cpus": -1}, "at least 0"),
+    ],
 )
 def test_resources_that_cannot_be_had_are_refused_at_once(tmp_path, resources, names):
     with pytest.raises(ConfigError, match=names):
-        ray_tune.run([trial(tmp_path, "a")], resources=ray_tune.Resources(**resources))
+        ray_tune.run([trial(tmp_path, "a")], resources=Resources(**resources))
 
 
 def test_trials_that_share_a_gpu_share_its_memory(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-    assert ray_tune._worker_environment(ray_tune.Resources(gpus=0.25))[name] == "0.225"
-    assert name not in ray_tune._worker_environment(ray_tune.Resources(gpus=1))
+    assert ray_cluster.worker_environment(Resources(gpus=0.25))[name] == "0.225"
+    assert name not in ray_cluster.worker_environment(Resources(gpus=1))
     monkeypatch.setenv(name, "0.1")
-    assert ray_tune._worker_environment(ray_tune.Resources(gpus=0.25))[name] == "0.1"
-    assert ray_tune._worker_environment(ray_tune.Resources())["JAX_PLATFORMS"] == "cpu"
+    assert ray_cluster.worker_environment(Resources(gpus=0.25))[name] == "0.1"
+    assert ray_cluster.worker_environment(Resources())["JAX_PLATFORMS"] == "cpu"
