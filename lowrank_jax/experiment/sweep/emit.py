@@ -42,7 +42,7 @@ def shell(trials: Sequence[Trial]) -> str:
     if broken:
         raise ValueError(f"a value contains a line break, which --emit=sh cannot write: {', '.join(broken)}")
     head = [
-        f"# {len(trials)} trials of `lowrank train`, one per line, in any order, on any machine that reaches the work directories.",
+        f"# {len(trials)} trials of `lowrank train`, one per line, in any order, wherever the work directories are reachable.",
         f"# Exit status {INTERRUPTED}: give the line again, and it goes on where it stopped; {BAD_INPUT}, {DIVERGED}: do not.",
     ]
     return "\n".join([*head, *(shlex.join(["lowrank", *trial.command]) for trial in trials), ""])

@@ -46,6 +46,10 @@ def trial(folder, name="seed=0"):
     return Trial(name, {}, running.config(), str(folder / name), ("train",))
 
 
+def engine_of(*trials, jobs=1):
+    return local._Engine(trials, jobs)
+
+
 def end(engine, trial, status, tries=1):
     """Tells an engine that a trial's process has ended."""
     engine._ended(local._Running(trial, types.SimpleNamespace(exitcode=status), tries, time.monotonic()))
@@ -65,7 +69,7 @@ def end(engine, trial, status, tries=1):
 )
 def test_what_becomes_of_a_trial_by_the_status_of_its_process(tmp_path, capsys, status, tries, outcome):
     one = trial(tmp_path)
-    engine = local._Engine([one], jobs=1)
+    engine = engine_of(one)
     assert engine.waiting == [(one, 1)]
     engine.waiting.clear()
     folder = Workdir(one.workdir)
@@ -98,7 +102,7 @@ def test_what_ends_after_a_signal_is_interrupted_and_what_has_ended_is_not_run(t
     done, diverged, stopped = (trial(tmp_path, name) for name in ("done", "diverged", "stopped"))
     Workdir(done.workdir).write_json("result.json", {})
     Workdir(diverged.workdir).note_failure(diverged=True, reason="why")
-    engine = local._Engine([done, diverged, stopped], jobs=2)
+    engine = engine_of(done, diverged, stopped, jobs=2)
     assert engine.waiting == [(stopped, 1)]
     engine.waiting.clear()
     engine.stopping = True
@@ -111,7 +115,7 @@ def test_what_ends_after_a_signal_is_interrupted_and_what_has_ended_is_not_run(t
 def test_the_table_says_what_runs_and_what_its_trial_says(tmp_path):
     running_, waiting = trial(tmp_path, "lr=[0.1]"), trial(tmp_path, "waits")
     (tmp_path / "lr=[0.1]" / "log.txt").write_text("begun\n[     10/2000] loss 1.5\n")
-    engine = local._Engine([running_, waiting], jobs=1)
+    engine = engine_of(running_, waiting)
     engine.waiting.pop(0)
     engine.running.append(local._Running(running_, None, 1, time.monotonic()))
     console = Console(file=io.StringIO(), width=120)
