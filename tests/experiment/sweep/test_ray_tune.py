@@ -82,7 +82,9 @@ def test_a_trial_whose_worker_is_killed_ends_where_an_undisturbed_one_does(clust
     outcomes = ray_tune.run([broken, whole], address=cluster, say=said.append)
 
     assert outcomes == {"broken": Outcome("done"), "whole": Outcome("done")}
-    (retry,) = [line for line in said if "attempt" in line]
+    retries = [line for line in said if "attempt" in line]
+    assert len(retries) == 1, said
+    (retry,) = retries
     assert retry.startswith("broken: ") and "attempt 2 of 3 resumes from its last checkpoint" in retry
     assert [line.split()[0] for line in said if line is not retry] == ["[1/2]", "[2/2]"]
 
