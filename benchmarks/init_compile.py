@@ -1,9 +1,9 @@
-"""What the TPU's compiler takes for the initialiser of ResNet-50 at scale 0.1, with device and with host decompositions.
+"""The TPU compiler's time for the initialiser of ResNet-50 at scale 0.1, with decompositions on the device and on the host.
 
     python -m benchmarks.init_compile [CONFIG] [--effort=full] [--topology=v5e:2x2]
 
-CONFIG is a file, by default configs/imagenet_resnet50_lowrank.py.  No TPU is needed, nothing runs: the figures are CPU-seconds
-of this machine and counts of decompositions in the program.  At effort full it takes minutes.
+CONFIG is a file, default configs/imagenet_resnet50_lowrank.py.  No TPU is needed and nothing is run: the figures are
+CPU-seconds of this machine and counts of decompositions in the program.  Effort full takes minutes.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""What a trial of a sweep costs, against the same command given by hand.
+"""The time per trial of a sweep, compared with running the same command by hand.
 
-Both train the same few short runs with the same warm compilation cache; the sweep's children are forked from a process that has
+Both train the same few short runs with the same warm compilation cache.  The sweep forks its children from a process that has
 imported everything.
 
     python -m benchmarks.sweep_overhead
@@ -42,7 +42,7 @@ def main() -> None:
         times = take_turns(runs, TURNS)
         for name, seconds in times.items():
             each = statistics.median(seconds) / TRIALS
-            print(f"{name:20} {each:5.2f} s a trial   ratio to by hand {ratio(times, name, 'by hand'):.2f}")
+            print(f"{name:20} {each:5.2f} s per trial   ratio to by hand {ratio(times, name, 'by hand'):.2f}")
 
 
 if __name__ == "__main__":

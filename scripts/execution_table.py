@@ -1,10 +1,10 @@
-"""Writes docs/results/execution.md: how the choice between factored and merged kernels fares in whole networks, on TPUs.
+"""Writes docs/results/execution.md: the choice between factored and merged kernels in whole networks, on TPUs.
 
-    python -m scripts.execution_table              # an hour of two cores; goes on where it was stopped
-    python -m scripts.execution_table --part=0/2   # every second one, for a second process to take the others
+    python -m scripts.execution_table              # an hour on two cores; continues where it was stopped
+    python -m scripts.execution_table --part=0/2   # every second result; another process can compute the others
 
-Compiles the training step of three networks for three generations of TPU at several scales: dense, all kernels factored, all
-merged, and as the cost model chooses (`auto`).  The numbers are the compiler's estimates; they are kept in
+Compiles the training step of three networks for three TPU generations at several scales: dense, all kernels factored, all
+merged, and as chosen by the cost model (`auto`).  The numbers are the compiler's estimates, stored in
 docs/results/execution.json.  Needs libtpu (pip install 'lowrank_jax[tpu-preflight]') and no TPU.
 """
 
@@ -28,7 +28,7 @@ from lowrank_jax.text import markdown_table
 RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 SCALES = (0.05, 0.25, 0.5)
 ARMS = ("factored", "merged", "auto")
-# Four chips, each with as many images as at the batch of the config on 16.
+# Four chips, with as many images per chip as the config's batch on 16.
 SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 NETWORKS = {
     "ResNet-50": ("configs/imagenet_resnet50_lowrank.py", {"batch_size": "256"}),
@@ -37,13 +37,13 @@ NETWORKS = {
 }
 LIMIT = 1.02
 
-HEAD = """# Factored or merged: what the choice is worth on TPUs
+HEAD = """# Factored or merged: the gain of choosing on TPUs
 
-Estimates of the TPU's compiler for a whole training step, in milliseconds, on one of four chips: nothing ran. They are its sum
-over operations (`optimal_seconds`) at the lowest effort; `python -m scripts.execution_table` writes this page. Images a chip:
-ResNet-50 and ViT-B/16 64, EfficientNet-B0 256. `factored` and `merged` are the pure choices; `auto` is what `choose_execution`
-chooses kernel by kernel, by the cost model of [mathematics](../mathematics.md#10-what-a-layer-costs), and beside it stands how
-many kernels it runs factored. In brackets the ratio to the dense network.
+Estimates of the TPU's compiler for a whole training step, in milliseconds, on one of four chips; nothing was run. They are its
+sum over operations (`optimal_seconds`) at the lowest effort; `python -m scripts.execution_table` writes this page. Images per
+chip: 64 for ResNet-50 and ViT-B/16, 256 for EfficientNet-B0. `factored` and `merged` are the pure choices; `auto` is chosen by
+`choose_execution` kernel by kernel, with the cost model of [mathematics](../mathematics.md#10-what-a-layer-costs); the last
+column counts the kernels that it runs factored. In parentheses: ratio to the dense network.
 
 """
 
@@ -84,7 +84,7 @@ def estimate(network: str, chip: str, arm: str, scale: float) -> dict[str, Any]:
 
 
 def note(name: str, found: dict[str, Any]) -> None:
-    """Adds a result to the file, beside another process that may do so too."""
+    """Adds a result to the file, which another process may be writing too."""
     with (RESULTS / "execution.json").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         known = {**read(file), name: found}
@@ -103,7 +103,7 @@ def known() -> dict[str, Any]:
 
 
 def page(results: dict[str, Any]) -> str:
-    """The tables of what is complete, and whether the choice keeps there what it promises."""
+    """The complete rows as tables, and whether the choice is within the limit."""
     text, worst, missing = [], {"dense": 0.0, "factored": 0.0, "merged": 0.0}, 0
     for chip in SLICES:
         rows = [["network", "scale", "dense", "factored", "merged", "auto", "kernels factored"]]
@@ -122,17 +122,15 @@ def page(results: dict[str, Any]) -> str:
             text.append(f"## {chip}\n\n{markdown_table(rows)}\n")
     figures = ", ".join(f"{ratio:.3f} of {arm}" for arm, ratio in worst.items())
     verdict = "within" if max(worst.values()) <= LIMIT else "**not** within"
-    text.append(f"At worst `auto` is estimated at {figures}: {verdict} the 2 per cent that are asked of it.\n")
+    text.append(f"The worst estimates of `auto` are {figures}: {verdict} the required 2 per cent.\n")
     if missing:
-        text.append(
-            f"**Not complete:** {missing} rows of {len(SLICES) * len(NETWORKS) * len(SCALES)} are still to be compiled.\n"
-        )
+        text.append(f"**Not complete:** {missing} rows of {len(SLICES) * len(NETWORKS) * len(SCALES)} are not compiled yet.\n")
     return HEAD + "\n".join(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default="0/1", help="I/N: take every N-th result, from the I-th on")
+    parser.add_argument("--part", default="0/1", help="I/N: compute every N-th result, starting from the I-th")
     part, parts = (int(number) for number in parser.parse_args().part.split("/"))
     for case in wanted()[part::parts]:
         if key(*case) in known():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepares Fashion-MNIST for TFDS from Debian's package dataset-fashion-mnist: no download from the publisher.
+# Prepares Fashion-MNIST for TFDS from Debian's package dataset-fashion-mnist, without a download from the publisher.
 # Usage: scripts/prepare_fashion_mnist.sh [DATA_DIR]        (on Debian or Ubuntu; needs `make setup` first)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ if [ ! -d "$files" ]; then
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT
   (cd "$work" && apt-get download -q dataset-fashion-mnist) || {
-    echo "could not fetch Debian's package dataset-fashion-mnist; run 'apt-get update' or install it by hand" >&2
+    echo "could not download Debian's package dataset-fashion-mnist; run 'apt-get update', or install the package by hand" >&2
     exit 1
   }
   dpkg -x "$work"/dataset-fashion-mnist_*.deb "$work"

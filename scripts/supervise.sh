@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# Starts a command again whenever it ends before its time, which `lowrank train` then goes on from its last save.
+# Restarts a command when it fails; `lowrank train` then resumes from its last checkpoint.
 set -u
 
 usage() {
   cat <<'EOF'
 usage: scripts/supervise.sh [--processes=N] [--restarts=N] [--pause=SECONDS] [--grace=SECONDS] [--] COMMAND...
 
-Runs COMMAND until it ends with status 0, or with one that would only come again: 2 (something that cannot be used),
-4 (diverged), 126 or 127 (it cannot be run). SIGTERM and Ctrl-C are passed on, and then nothing is started again. On several hosts, run it on each of them,
-with a --patience of COMMAND that gives a lost host the time to come back.
+Runs COMMAND until it exits with status 0, or with one that a restart would only repeat: 2 (bad input), 4 (diverged), 126 or
+127 (the command cannot be run). SIGTERM and Ctrl-C are passed on; after that nothing is restarted. On several hosts, run it on
+each of them, with a --patience of COMMAND that is long enough for a lost host to come back.
 
-  --processes=N      N processes on this machine as one run: each gets --coordinator, --processes and --process
-  --restarts=N       so many at most; default: 20
-  --pause=SECONDS    before each; default: 10
-  --grace=SECONDS    for the other processes to end by themselves when one has failed, before they are killed; default: 10
+  --processes=N      start N processes on this machine as one run; each gets --coordinator, --processes and --process
+  --restarts=N       maximum number of restarts; default: 20
+  --pause=SECONDS    wait before each restart; default: 10
+  --grace=SECONDS    when a process has failed, time for the others to end before they are killed; default: 10
 
   scripts/supervise.sh lowrank train --config=configs/digits_resnet.py --workdir=runs/a
   scripts/supervise.sh --processes=4 lowrank train --config=configs/digits_resnet.py --workdir=runs/b
 
-It ends with the status of the command.
+The exit status is that of COMMAND.
 EOF
 }
 
 refuse() {
-  echo "supervise: $1 (--help says more)" >&2
+  echo "supervise: $1; see --help" >&2
   exit 2
 }
 
@@ -56,7 +56,7 @@ pass_on() {  # SIGNAL
   stopping=yes
   for pid in "${!running[@]}"; do kill -"$1" "$pid" 2>/dev/null; done
 }
-trap 'pass_on TERM' TERM HUP  # a terminal that closes would leave them without this script
+trap 'pass_on TERM' TERM HUP  # HUP: the terminal was closed
 trap 'pass_on INT' INT
 
 free_port() {
@@ -94,7 +94,7 @@ note() {  # STATUS
   esac
 }
 
-finish() {  # waits for all; what has to be killed does not count
+finish() {  # waits for all; the status of a killed process does not count
   local pid code deadline='' killed=
   while [ ${#running[@]} -gt 0 ]; do
     for pid in "${!running[@]}"; do
@@ -116,14 +116,14 @@ finish() {  # waits for all; what has to be killed does not count
 for ((round = 0; ; round++)); do
   status=0
   start "$@"
-  [ ! "$stopping" ] || pass_on TERM  # it came while they started
+  [ ! "$stopping" ] || pass_on TERM  # the signal came while they started
   finish
   if [ "$stopping" ] || [[ $status =~ ^(0|2|4|126|127)$ ]]; then exit "$status"; fi
   if [ "$round" -ge "$restarts" ]; then
-    echo "supervise: ended with status $status; $restarts restarts are used up" >&2
+    echo "supervise: exited with status $status; no restarts left ($restarts used)" >&2
     exit "$status"
   fi
-  echo "supervise: ended with status $status; restart $((round + 1)) of $restarts in $pause s" >&2
+  echo "supervise: exited with status $status; restart $((round + 1)) of $restarts in $pause s" >&2
   for ((waited = 0; waited < pause * 5; waited++)); do
     [ ! "$stopping" ] || exit "$status"
     sleep 0.2

@@ -1,51 +1,51 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU VM or pod slice: creates or reuses it, installs this checkout there, starts `lowrank` on all workers,
-# follows the log, starts again what a preemption ended.  `scripts/tpu_vm.sh --help` has examples; docs/tpu.md the whole way.
+# follows the log, and restarts after a preemption.  `scripts/tpu_vm.sh --help` has examples; docs/tpu.md is the guide.
 #
-# What is relied on, and where it is said:
+# What it relies on, with sources:
 #   tpu-vm create, ssh, scp, list, delete        https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm
 #   queued-resources create, list, delete        https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources
 #   states of a queued resource                  https://docs.cloud.google.com/tpu/docs/queued-resources
 #   states of a node (READY, PREEMPTED, ...)     https://cloud.google.com/python/docs/reference/tpu/1.12.0/google.cloud.tpu_v2.types.Node.State
-#   a spot VM has to be deleted and made anew    https://docs.cloud.google.com/tpu/docs/spot
+#   a spot VM has to be deleted and recreated    https://docs.cloud.google.com/tpu/docs/spot
 #   runtime versions by generation               https://docs.cloud.google.com/tpu/docs/runtimes
 #   accelerator types (v5litepod-16 is v5e:4x4)  https://docs.cloud.google.com/tpu/docs/v5e
-#   one process a host, started on all of them   https://docs.cloud.google.com/tpu/docs/jax-pods
-# shellcheck disable=SC2016,SC2015 # what is in single quotes is for the workers' shell; `a && b || return` means what it says
+#   one process per host, on all of them         https://docs.cloud.google.com/tpu/docs/jax-pods
+# shellcheck disable=SC2016,SC2015 # single quotes: for the workers' shell; `a && b || return` is meant
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-poll=${TPU_VM_POLL:-15} # seconds between two looks at a TPU that is on its way
+poll=${TPU_VM_POLL:-15} # seconds between polls of a TPU that is being created
 
 usage() {
   cat <<'USAGE'
 usage: scripts/tpu_vm.sh [run] --name=NAME --type=TYPE --zone=ZONE [options] -- LOWRANK_ARGUMENTS...
        scripts/tpu_vm.sh logs|status|stop|delete --name=NAME --zone=ZONE [options]
 
-run (the default): create the TPU unless it is there, install this checkout on every worker, start `lowrank` on all of them
-  and follow the log of worker 0.  Ctrl-C ends the following alone; the same command picks it up again.  The exit status is
-  that of the training: 0, or 2 and 4, which a restart would only repeat (`lowrank --help`).
-logs: print the logs of all workers, each line with its worker's name; with --worker=N follow that one.
-status: the state of the TPU, and on every worker whether a run is in progress.
-stop: end the run on all workers; `lowrank` saves first, and the same `run` command goes on.  The TPU stays, and costs.
+run (default): create the TPU if it does not exist, install this checkout on every worker, start `lowrank` on all of them and
+  follow the log of worker 0.  Ctrl-C stops following, not the run; the same command follows it again.  The exit status is
+  that of the training.  2 and 4 are final: a restart would only repeat them (`lowrank --help`).
+logs: print the logs of all workers, each line prefixed with its worker's name; with --worker=N, follow that worker's log.
+status: print the state of the TPU, and for every worker whether a run is in progress.
+stop: stop the run on all workers; `lowrank` saves first, and the same `run` command resumes.  The TPU stays and is billed.
 delete: delete the TPU and its queued resource.
 
-  --name=NAME             of the TPU (needed)
-  --zone=ZONE             such as us-west4-a (needed)
-  --type=TYPE             such as v5litepod-16 (or v5e-16), v6e-8, v5p-8, v4-8, v3-8: of v5e and v6e the number counts chips,
-                          of the others TensorCores, two a chip (needed by run)
-  --project=PROJECT       default: the one that gcloud is set to
-  --version=VERSION       of the TPU's software; default: by type, such as v2-alpha-tpuv5-lite
-  --service-account=MAIL  that the VMs act as; it has to read the data and write the work directory
-  --spot                  capacity that may be taken away
-  --queued                ask by a queued resource and wait until it is granted
-  --create-flag=FLAG      one more flag for creating, such as --create-flag=--internal-ips; may be repeated
-  --setup=COMMAND         shell line to run on every worker before each start, such as mounting a disk
-  --restarts=N            how often a worker starts again what ended otherwise than by 0, 2 or 4; default: 20
-  --recreate=N            how often `run` starts over, with a new TPU where the old one was taken away; default: 0
-  --worker=N              of logs: follow that worker
-  --dry-run               print every command, ready to paste, and run none; nothing is asked of Google Cloud, so it prints
-                          what happens where there is no such TPU yet
+  --name=NAME             name of the TPU (required)
+  --zone=ZONE             zone, e.g. us-west4-a (required)
+  --type=TYPE             accelerator type, e.g. v5litepod-16 (or v5e-16), v6e-8, v5p-8, v4-8, v3-8; the number counts chips
+                          for v5e and v6e, TensorCores (two per chip) for the others (required by run)
+  --project=PROJECT       default: gcloud's current project
+  --version=VERSION       TPU software version; default: depends on the type, e.g. v2-alpha-tpuv5-lite
+  --service-account=MAIL  service account of the VMs; must be able to read the data and write the work directory
+  --spot                  use spot capacity, which may be preempted
+  --queued                request a queued resource and wait until it is granted
+  --create-flag=FLAG      extra flag for the create command, e.g. --create-flag=--internal-ips; may be repeated
+  --setup=COMMAND         shell command to run on every worker before each start, e.g. to mount a disk
+  --restarts=N            maximum number of restarts on a worker, unless the status is 0, 2 or 4; default: 20
+  --recreate=N            maximum number of times to start over, with a new TPU if the old one was preempted; default: 0
+  --worker=N              with logs: follow this worker
+  --dry-run               print every command, ready to paste, and run none; does not contact Google Cloud, so it assumes
+                          that the TPU does not exist yet
   --help
 
 examples:
@@ -61,9 +61,9 @@ fail() {
   exit 2
 }
 
-# A word as any POSIX shell reads it back; the workers' shell gets what this prints, and so does whoever pastes a dry run.
+# Quotes a word for any POSIX shell: the workers' shell, or that of whoever pastes a dry run.
 quote() {
-  local mark="'" escaped="'\\''" # named, since the bash of macOS takes backslashes in a replacement for its own
+  local mark="'" escaped="'\\''" # in variables: macOS's bash treats backslashes in a replacement as escapes
   if [[ $1 =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
     printf '%s' "$1"
   else
@@ -119,18 +119,18 @@ check_options() {
   [ -n "$name" ] || missing+=(--name)
   [ -n "$zone" ] || missing+=(--zone)
   [ "$action" != run ] || [ -n "$type" ] || missing+=(--type)
-  [ ${#missing[@]} -eq 0 ] || fail "$action needs ${missing[*]}"
-  [[ $name =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] || fail "--name=$name: lower-case letters, digits and hyphens, a letter first"
-  [[ $zone =~ ^[a-z]+(-[a-z]+)+[0-9]+-[a-z]$ ]] || fail "--zone=$zone: a zone, such as us-west4-a"
+  [ ${#missing[@]} -eq 0 ] || fail "$action requires ${missing[*]}"
+  [[ $name =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] || fail "--name=$name: must be lower-case letters, digits and hyphens, starting with a letter"
+  [[ $zone =~ ^[a-z]+(-[a-z]+)+[0-9]+-[a-z]$ ]] || fail "--zone=$zone: must be a zone, e.g. us-west4-a"
   [[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || fail "--restarts=$restarts: must be a whole number"
   [[ $recreate =~ ^(0|[1-9][0-9]*)$ ]] || fail "--recreate=$recreate: must be a whole number"
-  [[ -z $worker || $worker =~ ^[0-9]+$ ]] || fail "--worker=$worker: must be the number of a worker"
+  [[ -z $worker || $worker =~ ^[0-9]+$ ]] || fail "--worker=$worker: must be a worker number"
   [ -z "$worker" ] || [ "$action" = logs ] || fail "--worker: only with logs"
   if [ "$action" != run ]; then
     [ ${#arguments[@]} -eq 0 ] || fail "$action takes no arguments after --"
     return
   fi
-  [ ${#arguments[@]} -gt 0 ] || fail "run needs the arguments of lowrank after --, such as -- train --config=... --workdir=gs://..."
+  [ ${#arguments[@]} -gt 0 ] || fail "run requires the arguments of lowrank after --, e.g. -- train --config=... --workdir=gs://..."
   check_type
   check_arguments
 }
@@ -143,13 +143,13 @@ check_type() {
     v5litepod-*) default=v2-alpha-tpuv5-lite ;;
     v5p-*) default=v2-alpha-tpuv5 ;;
     v6e-*) default=v2-alpha-tpuv6e ;;
-    *) fail "--type=$type: unknown; such as v5litepod-16, v6e-8, v5p-8, v4-8 or v3-8 (later ones are to be had in GKE alone: lowrank sweep --emit=jobset)" ;;
+    *) fail "--type=$type: unknown; known: v5litepod-16, v6e-8, v5p-8, v4-8, v3-8 and other sizes of these (newer types are only available in GKE: lowrank sweep --emit=jobset)" ;;
   esac
-  [[ $type =~ -[1-9][0-9]*$ ]] || fail "--type=$type: a number has to follow, such as ${type%%-*}-16"
+  [[ $type =~ -[1-9][0-9]*$ ]] || fail "--type=$type: must end in a number, e.g. ${type%%-*}-16"
   version=${version:-$default}
 }
 
-# What would only come to light on the workers, once they are paid for.
+# Mistakes that would otherwise only show on the workers, once they are paid for.
 check_arguments() {
   local i word key value workdir=''
   for ((i = 0; i < ${#arguments[@]}; i++)); do
@@ -157,25 +157,25 @@ check_arguments() {
     key=${word%%=*} value=${word#*=}
     [ "$key" != "$word" ] || value=${arguments[i + 1]:-}
     case $key in
-      --config) [ -f "$root/${value%%:*}" ] || fail "--config=$value: not a file of this checkout, which is what the workers get" ;;
+      --config) [ -f "$root/${value%%:*}" ] || fail "--config=$value: not a file of this checkout, which is what is installed on the workers" ;;
       --workdir)
         workdir=$value
-        [[ $value == gs://* ]] || fail "--workdir=$value: has to be a bucket, such as gs://BUCKET/NAME: a worker's disk is gone with it"
+        [[ $value == gs://* ]] || fail "--workdir=$value: must be in a bucket, e.g. gs://BUCKET/NAME; a worker's disk is lost with the worker"
         ;;
     esac
   done
   case ${arguments[0]} in
-    -*) fail "after -- comes the command of lowrank, such as train, and then its flags" ;;
-    train) [ -n "$workdir" ] || fail "train needs --workdir=gs://..." ;;
+    -*) fail "after -- the command of lowrank comes first, e.g. train, then its flags" ;;
+    train) [ -n "$workdir" ] || fail "train requires --workdir=gs://..." ;;
     sweep) # a type of up to 8 is one worker, whatever it counts
-      [ "${type##*-}" -le 8 ] || fail "sweep: each worker of a $type would run all of it. \`lowrank sweep ... --emit=sh\` prints the \`train\` of every trial, for a run of its own; --emit=jobset is for GKE; a --type of up to 8 has one worker, and takes a sweep"
+      [ "${type##*-}" -le 8 ] || fail "sweep: every worker of a $type would run the whole sweep. Use a --type of up to 8, which has one worker; or \`lowrank sweep ... --emit=sh\`, which prints one \`train\` command per trial; or --emit=jobset on GKE"
       ;;
   esac
 }
 
 # --- gcloud ---
 
-# Runs a command, or prints it as it would be pasted.
+# Runs a command; in a dry run prints it, ready to paste.
 do_it() {
   if [ -n "$dry_run" ]; then
     quote_all "$@"
@@ -199,7 +199,7 @@ on_workers() { # WORKERS COMMAND
   do_it gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
 }
 
-# The state of the TPU, nothing where there is none.  By list, since describe fails for a missing one as for a missing right.
+# The state of the TPU; nothing if there is none.  By list: describe fails the same way for a missing TPU and a missing permission.
 node_state() {
   gcloud compute tpus tpu-vm list "${where[@]}" "--filter=name ~ /$name\$" '--format=value(state)'
 }
@@ -222,7 +222,7 @@ create() {
 
 delete() {
   if [ -n "$dry_run" ]; then
-    note "whichever of the two there is; the first takes its TPU along"
+    note "the first one if it exists (with its TPU), else the second one:"
     do_it gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
     do_it gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet
   elif [ -n "$(request_state)" ]; then
@@ -230,16 +230,16 @@ delete() {
   elif [ -n "$(node_state)" ]; then
     gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet
   else
-    note "there is no $name in $zone"
+    note "$name does not exist in $zone"
   fi
 }
 
-# Ends with a TPU that takes commands; creates it, makes anew what was taken away, waits for what is on its way.
+# Returns once the TPU accepts commands; creates it, recreates it after a preemption, waits while it is created.
 ensure_ready() {
   if [ -n "$dry_run" ]; then
-    note "unless the TPU is there:"
+    note "if the TPU does not exist:"
     create
-    [ -z "$queued" ] || note "waits until it is granted"
+    [ -z "$queued" ] || note "then waits until it is granted"
     return
   fi
   local state request
@@ -248,8 +248,8 @@ ensure_ready() {
     case ${state:-none}/${request:-none} in
       READY/*) check_reused && return ;;
       */FAILED) note "the request for $name failed; gcloud compute tpus queued-resources describe $name ${where[*]}" && exit 1 ;;
-      */SUSPENDING | */DELETING | DELETING/*) note "waiting until $name is gone" ;;
-      PREEMPTED/* | TERMINATED/* | */SUSPENDED) note "$name was taken away: deleting what is left" && delete || return ;;
+      */SUSPENDING | */DELETING | DELETING/*) note "waiting until $name is deleted" ;;
+      PREEMPTED/* | TERMINATED/* | */SUSPENDED) note "$name was preempted: deleting what is left" && delete || return ;;
       none/none) note "creating $name, $type" && create || return ;;
       STOPPED/*) gcloud compute tpus tpu-vm start "$name" "${where[@]}" || return ;;
       *) note "waiting for $name: ${state:-no TPU yet}${request:+, request $request}" ;;
@@ -261,16 +261,16 @@ ensure_ready() {
 check_reused() {
   local found
   found=$(gcloud compute tpus tpu-vm list "${where[@]}" "--filter=name ~ /$name\$" '--format=value(acceleratorType.basename())') || return
-  [ "$found" = "$type" ] || fail "$name is there and is a $found, not a $type; use another --name, or delete it first"
+  [ "$found" = "$type" ] || fail "$name exists and is a $found, not a $type; use another --name, or delete it first"
 }
 
-# --- on the workers, in the shell of the login ---
+# --- on the workers, in the login shell ---
 
-# What is there: the checkout, what it is installed in, and of the run its command, log, session and exit status.
+# src: the checkout; env: its virtual environment; run: command, log, session id and exit status of the run.
 on_vm='src=$HOME/lowrank_jax env=$HOME/lowrank_env run=$HOME/lowrank_run
 busy() { [ -f "$run/pid" ] && pgrep -s "$(cat "$run/pid")" >/dev/null; }'
 
-# Google's images bring Python 3.10, for which there is no current jax: uv brings another one.
+# Google's images have Python 3.10, which is too old for jax: uv installs a newer one.
 install_command="$on_vm"'
 if busy; then echo "a run is in progress: not installing"; exit 0; fi
 set -e
@@ -279,7 +279,7 @@ python3 -m pip install --quiet --user --upgrade uv
 [ -x "$env/bin/python" ] || python3 -m uv venv --quiet --python 3.11 "$env"
 python3 -m uv pip install --quiet --python "$env/bin/python" -c "$src/constraints.txt" "$src[train,tpu,gcs]"'
 
-# A stop goes to the whole session; the shell that notes the exit status has to outlive it.
+# stop signals the whole session; the shell that records the exit status has to survive that.
 start_command='set -e
 mkdir -p "$run" && rm -f "$run/status" && cd "$src"
 printf %s "$command" >"$run/command"
@@ -293,20 +293,20 @@ launch_command() {
   echo "command=$(quote "$command")"
   echo 'if busy; then
   [ "$(cat "$run/command")" = "$command" ] && { echo "the run is in progress"; exit 0; }
-  echo "another run is in progress here; end it first: scripts/tpu_vm.sh stop" >&2; exit 2
+  echo "another run is in progress here; stop it first: scripts/tpu_vm.sh stop" >&2; exit 2
 fi'
   [ -z "$setup" ] || echo "sh -c $(quote "$setup")"' || { echo "the setup failed" >&2; exit 2; }'
   echo "$start_command"
 }
 
 follow_command="$on_vm"'
-[ -f "$run/log" ] || { echo "there is no run here" >&2; exit 2; }
+[ -f "$run/log" ] || { echo "no run has been started here" >&2; exit 2; }
 tail -n +1 --pid="$(cat "$run/pid")" -F "$run/log" 2>/dev/null
 [ -f "$run/status" ] && exit "$(cat "$run/status")"
-echo "the run has ended without a word" >&2; exit 1'
+echo "the run ended without an exit status" >&2; exit 1'
 
 logs_command="$on_vm"'
-[ -f "$run/log" ] || { echo "$(hostname): there is no run here" >&2; exit 2; }
+[ -f "$run/log" ] || { echo "$(hostname): no run has been started here" >&2; exit 2; }
 sed "s/^/$(hostname): /" "$run/log"'
 
 status_command="$on_vm"'
@@ -321,7 +321,7 @@ echo "still running after 300 s" >&2; exit 1'
 
 # --- actions ---
 
-# What git knows of or would add, without what it ignores.
+# Packs tracked and untracked files, without ignored ones.
 pack() {
   local files='git ls-files -z --cached --others --exclude-standard'
   if [ -n "$dry_run" ]; then
@@ -338,10 +338,10 @@ install() {
     on_workers all "$install_command"
 }
 
-# Ends with the training's exit status, or whatever kept it from being known.
+# Returns the training's exit status, or that of what failed before it.
 attempt() {
   ensure_ready && install && on_workers all "$(launch_command)" || return
-  note "following worker 0; Ctrl-C ends the following alone"
+  note "following worker 0; Ctrl-C stops following, not the run"
   on_workers 0 "$follow_command"
 }
 
@@ -350,10 +350,10 @@ run() {
   for ((left = recreate; ; left--)); do
     status=0
     attempt || status=$?
-    # Done, hopeless, or stopped on purpose; all else may be a TPU that was taken away, which the next attempt will see.
+    # Done, final, or stopped on purpose; anything else may be a preempted TPU, which the next attempt will find out.
     case $status in 0 | 2 | 4 | 75) exit "$status" ;; esac
     [ "$left" -gt 0 ] || exit "$status"
-    note "ended with $status; trying again, $((left - 1)) more times after this"
+    note "ended with status $status; retrying ($((left - 1)) retries left)"
     sleep "$poll"
   done
 }
@@ -368,7 +368,7 @@ main() {
     run) run ;;
     logs) if [ -n "$worker" ]; then on_workers "$worker" "$follow_command"; else on_workers all "$logs_command"; fi ;;
     status)
-      if [ -n "$dry_run" ]; then note "after a list of its states"; else echo "$name: TPU $(node_state), request $(request_state)"; fi
+      if [ -n "$dry_run" ]; then note "prints the states of the TPU and its request, then:"; else echo "$name: TPU $(node_state), request $(request_state)"; fi
       on_workers all "$status_command"
       ;;
     stop) on_workers all "$stop_command" ;;

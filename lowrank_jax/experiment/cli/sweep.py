@@ -73,12 +73,14 @@ def _engine(args: argparse.Namespace, expanded: "Sweep", lowrank: Callable[[Sequ
 
         return functools.partial(local.run, jobs=args.jobs or 1, lowrank=lowrank)
     from lowrank_jax.experiment.sweep import ray_tune
+    from lowrank_jax.experiment.sweep.asha import Asha
+    from lowrank_jax.experiment.sweep.ray_cluster import Resources
 
     asha = None
     if args.asha_grace is not None:
         grace = expanded.first[0].config.in_steps(args.asha_grace)
-        asha = ray_tune.Asha(grace, **({"reduction": args.asha_reduction} if args.asha_reduction is not None else {}))
-    resources = ray_tune.Resources(**given(args, ("cpus", "gpus", "tpus")))
+        asha = Asha(grace, **({"reduction": args.asha_reduction} if args.asha_reduction is not None else {}))
+    resources = Resources(**given(args, ("cpus", "gpus", "tpus")))
     return functools.partial(ray_tune.run, address=args.ray_address, jobs=args.jobs, resources=resources, asha=asha, say=say)
 
 
@@ -94,6 +96,6 @@ def _emitted(args: argparse.Namespace, expanded: "Sweep") -> str:
     if "://" not in args.workdir:  # for the report; a bucket may be out of reach from here
         trials.record(args.workdir, expanded, wanted, _command(args))
     try:
-        return emit.shell(wanted) if args.emit == "sh" else emit.jobset(wanted, emit.Cluster(**given(args, JOBSET)))
+        return emit.shell(wanted) if args.emit == "sh" else emit.jobset(wanted, emit.JobSetSettings(**given(args, JOBSET)))
     except ValueError as error:
         raise ConfigError(f"--emit={args.emit}", str(error).splitlines()) from None

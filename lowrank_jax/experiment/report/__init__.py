@@ -1,1 +1,1 @@
-"""Reports: what finished runs say, and what initialisations do before training, on one page."""
+"""Reports: finished runs compared on one page, and initialisations compared before training."""

@@ -1,4 +1,4 @@
-"""Runs grouped into arms, every arm at its own best tuning, and arms compared with each other."""
+"""Runs grouped into arms, each arm at its best tuning, and comparisons between arms."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy import stats
 
-from lowrank_jax.experiment.report.runs import Found, Run
+from lowrank_jax.experiment.report.runs import Found, StoredRun
 from lowrank_jax.experiment.sweep.trials import Merit, merit
 
 CONFIDENCE = 0.95
@@ -19,7 +19,7 @@ Values = tuple[tuple[str, Any], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """The mean of n values with Student's t interval: half its width, NaN for a single value."""
+    """The mean of n values with half the width of Student's t interval; NaN for a single value."""
 
     mean: float
     half: float
@@ -41,7 +41,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One tuning of an arm: its values, and its mean top-1 on the held-out split over `seeds`, or why it cannot be chosen."""
+    """One tuning of an arm, with its mean top-1 on the held-out split over `seeds`, or why it cannot be chosen."""
 
     values: Values
     seeds: tuple[int, ...]
@@ -51,21 +51,21 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """The finished runs that differ in nothing but the seed.
+    """Finished runs that differ only in the seed.
 
     Attributes:
-      line: the method and all that was varied besides its size, its tuning and the seed.
+      line: the method and every other varied setting, except size, tuning and seed.
       size: the scale or rank; empty for a dense network.
       tuning: the values of the tuned keys.
       runs: by seed.
-      missing: how many runs beside these did not finish.
-      candidates: what the tuning was chosen from; empty where nothing was chosen.
+      missing: number of further runs that did not finish.
+      candidates: the tunings to choose from; empty if nothing was chosen.
     """
 
     line: Values
     size: Values
     tuning: Values
-    runs: dict[int, Run]
+    runs: dict[int, StoredRun]
     missing: int = 0
     candidates: tuple[Candidate, ...] = ()
 
@@ -75,7 +75,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """The line in words: "spectral, frobenius_decay 0.001"."""
+        """The line as text, for example "spectral, frobenius_decay 0.001"."""
         method = "dense" if self.method == "none" else self.method
         return ", ".join([method, *(f"{short(key)} {text(value)}" for key, value in self.line if key != "lowrank.method")])
 
@@ -84,7 +84,7 @@ class Arm:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the chosen tuning is the lowest or highest number that was tried, so that a better one may lie beyond."""
+        """Whether the chosen tuning is the lowest or highest value tried, so that a better one may lie outside the range."""
         for key, value in self.tuning:
             tried = {dict(candidate.values).get(key) for candidate in self.candidates}
             numbers = [number for number in tried if isinstance(number, int | float)]
@@ -98,26 +98,26 @@ def short(key: str) -> str:
 
 
 def text(value: Any) -> str:
-    """A setting in a table: as short as it can be without becoming another one."""
+    """A setting in a table: the shortest form that keeps its value."""
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def same(value: Any, given: str) -> bool:
-    """Whether a setting is what somebody has typed."""
+    """Whether a setting equals the value that the user typed."""
     try:
         return float(value) == float(given)
     except (TypeError, ValueError):
         return str(value) == given
 
 
-def group(found: Found, tune: Sequence[str]) -> list[Arm]:
-    """The arms of finished runs; where a key of `tune` was varied, each arm at its best by validation.
+def into_arms(found: Found, tune: Sequence[str]) -> list[Arm]:
+    """Groups finished runs into arms; where a key of `tune` was varied, each arm has its best value on the held-out split.
 
     Without a held-out split nothing is chosen: every value is an arm of its own.
     """
     tuned = [key for key in tune if key in found.varied]
     other = [key for key in found.varied if key not in (*_SIZES, *tuned, "seed", "lowrank.method")]
-    cells: dict[tuple[Values, Values], dict[Values, dict[int, Run]]] = {}
+    cells: dict[tuple[Values, Values], dict[Values, dict[int, StoredRun]]] = {}
     for run in found.runs:
         if run.settings and run.status != "repeated":
             cell = _values(run, ["lowrank.method", *other]), _values(run, _SIZES)
@@ -126,8 +126,8 @@ def group(found: Found, tune: Sequence[str]) -> list[Arm]:
     return sorted(arms, key=lambda arm: (arm.method != "none", str(arm.line[1:]), _order(arm)))
 
 
-def _arms(line: Values, size: Values, tunings: dict[Values, dict[int, Run]]) -> list[Arm]:
-    """The best tuning, if all runs have a held-out split to choose it by; else every tuning."""
+def _arms(line: Values, size: Values, tunings: dict[Values, dict[int, StoredRun]]) -> list[Arm]:
+    """The arm at its best tuning if all runs have a held-out split; otherwise one arm per tuning."""
     finished = [run for runs in tunings.values() for run in runs.values() if run.done]
     if not finished:
         return []
@@ -140,7 +140,7 @@ def _arms(line: Values, size: Values, tunings: dict[Values, dict[int, Run]]) -> 
     ]
 
 
-def _done(runs: dict[int, Run]) -> dict[int, Run]:
+def _done(runs: dict[int, StoredRun]) -> dict[int, StoredRun]:
     return {seed: run for seed, run in runs.items() if run.done}
 
 
@@ -149,7 +149,7 @@ def _order(arm: Arm) -> Any:
     return (sizes, arm.method)
 
 
-def _values(run: Run, keys: Sequence[str]) -> Values:
+def _values(run: StoredRun, keys: Sequence[str]) -> Values:
     return tuple((key, _hashable(run.settings[key])) for key in keys if run.settings.get(key) is not None)
 
 
@@ -157,10 +157,10 @@ def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list) else str(value) if isinstance(value, dict) else value
 
 
-def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, Run]]) -> Arm:
-    """The arm at the tuning of highest `merit`, over the seeds at which every tuning that has come to an end did so.
+def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, StoredRun]]) -> Arm:
+    """The arm at the tuning with the highest `merit`, over the seeds that every tuning with an ended run has ended.
 
-    A tuning that diverged, failed or was stopped at one of these seeds cannot be chosen, unless none can otherwise.
+    A tuning that diverged, failed or was stopped at one of these seeds is only chosen if there is no other.
     """
     ended = [{seed for seed, run in runs.items() if run.status in _ENDS} for runs in tunings.values()]
     seeds = set.intersection(*filter(None, ended))
@@ -177,7 +177,7 @@ def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, Run]]) -
     return Arm(line, size, best, finished[best], len(tunings[best]) - len(finished[best]), candidates)
 
 
-def _candidate(values: Values, runs: dict[int, Run], seeds: list[int], merits: Merit | None) -> Candidate:
+def _candidate(values: Values, runs: dict[int, StoredRun], seeds: list[int], merits: Merit | None) -> Candidate:
     if merits is not None:
         return Candidate(values, tuple(seeds), merits[0])
     ends = dict.fromkeys(run.status for run in runs.values() if not run.done)
@@ -186,7 +186,7 @@ def _candidate(values: Values, runs: dict[int, Run], seeds: list[int], merits: M
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """`arm` less `rival`, seed by seed."""
+    """`arm` minus `rival`, paired by seed."""
 
     arm: Arm
     rival: Arm
@@ -194,12 +194,12 @@ class Difference:
 
 
 def paired(arms: Sequence[Arm], rival: tuple[str, str], name: str) -> list[Difference]:
-    """Every low-rank arm less the one with the rival's value of a key and the same size and other settings, over common seeds.
+    """Every low-rank arm minus its rival: the arm with the rival's value of a key that is equal otherwise, over common seeds.
 
     Args:
-      arms: all of them.
-      rival: the key, such as "lowrank.method", and the value as text, such as "spectral".
-      name: of the figure that is compared.
+      arms: all arms.
+      rival: key and value as text, for example ("lowrank.method", "spectral").
+      name: of the figure to compare; see `StoredRun.figure`.
     """
     differences = []
     for arm in arms:
@@ -213,7 +213,7 @@ def paired(arms: Sequence[Arm], rival: tuple[str, str], name: str) -> list[Diffe
 
 
 def _differ_in(arm: Arm, other: Arm, rival: tuple[str, str]) -> bool:
-    """Whether the other arm is the rival, and nothing else tells them apart."""
+    """Whether `other` is the rival and differs from `arm` in nothing else."""
     key, value = rival
     line, others = dict(arm.line), dict(other.line)
     own, its = line.pop(key, None), others.pop(key, None)

@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNG files' bytes by name."""
+"""The figures of a report, as PNG bytes by file name."""
 
 import io
 import math
@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from lowrank_jax.experiment.report.arms import Arm, text
 from lowrank_jax.text import count
 
-# Okabe and Ito's colours, which most colour-blind readers can tell apart; the marker tells the lines apart again.
+# Okabe and Ito's colour-blind-safe colours; the markers distinguish the lines too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#555555")
 MARKERS = "osD^vP*Xh"
-_AXES = {"params": "parameters", "macs": "multiply-adds per image", "images/s": "images per second in training, measured"}
+_AXES = {"params": "parameters", "macs": "multiply-adds per image", "images/s": "images per second in training (measured)"}
 
 
 def draw(arms: Sequence[Arm]) -> dict[str, bytes]:
@@ -39,7 +39,7 @@ def _styles(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
 
 
 def _accuracy(arms: Sequence[Arm], cost: str) -> bytes:
-    """Top-1 by what it costs: one line per method, its sizes joined, with the intervals over seeds as a band."""
+    """Top-1 against a cost: one line per arm over its sizes, with the intervals over seeds as a band."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     panel = figure.subplots()
     for label, style in _styles(arms).items():
@@ -53,7 +53,7 @@ def _accuracy(arms: Sequence[Arm], cost: str) -> bytes:
         else:
             panel.errorbar(at, means, halves, color=style["color"], capsize=3)
     low, high = panel.get_ylim()
-    panel.set(xlabel=_AXES[cost], ylabel="top-1", ylim=(max(low, 0), min(high, 1.002)))  # an interval may go beyond, top-1 not
+    panel.set(xlabel=_AXES[cost], ylabel="top-1", ylim=(max(low, 0), min(high, 1.002)))  # intervals may exceed [0, 1]
     if cost != "images/s":
         sizes = sorted({arm.interval(cost).mean for arm in arms})
         panel.set_xscale("log")
@@ -65,7 +65,7 @@ def _accuracy(arms: Sequence[Arm], cost: str) -> bytes:
 
 
 def _curves(arms: Sequence[Arm]) -> bytes:
-    """Training loss and evaluated top-1 by step, a column for every size, bands from the lowest seed to the highest."""
+    """Training loss and evaluated top-1 by step, one column per size; bands from the lowest seed to the highest."""
     sizes = list(dict.fromkeys(arm.size for arm in arms if arm.size)) or [()]
     figure = Figure(figsize=(2.2 + 3.4 * len(sizes), 6), layout="constrained")
     panels = figure.subplots(2, len(sizes), squeeze=False, sharex=True, sharey="row")
@@ -101,7 +101,7 @@ def _curve(panel: Axes, arm: Arm, name: str, style: dict[str, Any]) -> None:
 
 
 def _plain(label: str) -> str:
-    return label.replace("$", r"\$")  # what would begin a formula
+    return label.replace("$", r"\$")  # it would begin a formula
 
 
 def _png(figure: Figure) -> bytes:

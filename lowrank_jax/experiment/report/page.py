@@ -15,7 +15,7 @@ from etils import epath
 from lowrank_jax.experiment.report import arms as grouping
 from lowrank_jax.experiment.report import figures
 from lowrank_jax.experiment.report.arms import Arm, Interval, short, text
-from lowrank_jax.experiment.report.runs import Found, Run, find
+from lowrank_jax.experiment.report.runs import Found, StoredRun, find
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.text import align, count, did_you_mean, markdown_table
 
@@ -29,16 +29,16 @@ pre { overflow-x: auto; background: #f4f4f4; padding: .5rem }"""
 
 
 class Report:
-    """What some work directories say.
+    """Work directories compared.
 
     Args:
-      folders: local folders or URLs, each a work directory or a folder of them.
-      rival: what the other arms are set against: a method, or "key=value" of any setting that was varied; None for `spectral`,
-        or the first method where that is not there.
-      tune: the keys of which each arm takes its best value by validation, beside those that sweeps tuned.
+      folders: local folders or URLs, each a work directory or a folder of work directories.
+      rival: the arm to compare the others with: a method, or "key=value" of any varied setting; None for `spectral`, or the
+        first method if that is missing.
+      tune: the keys whose best value on the held-out split each arm takes, in addition to those that sweeps tuned.
 
     Raises:
-      WorkdirError: there is no work directory, or one is damaged.
+      WorkdirError: there is no work directory, a sweep.json is damaged, or `rival` or `tune` names nothing known.
     """
 
     def __init__(self, folders: Sequence[str], *, rival: str | None = None, tune: Sequence[str] = ("optim.lr",)):
@@ -47,7 +47,7 @@ class Report:
         for key in tune:
             if legal and key not in legal:
                 raise WorkdirError(f"--tune: {key}: unknown key{did_you_mean(key, legal)}")
-        self.arms: list[Arm] = grouping.group(self.found, list(dict.fromkeys([*tune, *self.found.tuned])))
+        self.arms: list[Arm] = grouping.into_arms(self.found, list(dict.fromkeys([*tune, *self.found.tuned])))
         self.rival: tuple[str, str] = self._rival(rival)
 
     def _rival(self, given: str | None) -> tuple[str, str]:
@@ -60,8 +60,8 @@ class Report:
             key, value = "lowrank.method", given
         known = dict.fromkeys(dict(arm.line)[key] for arm in low_rank if key in dict(arm.line))
         if not any(grouping.same(other, value) for other in known):
-            there = ", ".join(map(text, known)) or "none"
-            raise WorkdirError(f"--rival: no finished run has {key}={value}; there are: {there}")
+            finished = ", ".join(map(text, known)) or "none"
+            raise WorkdirError(f"--rival: no finished run has {key}={value}; finished: {finished}")
         return key, value
 
     def write(self, out: epath.PathLike) -> list[str]:
@@ -81,7 +81,7 @@ class Report:
         return [str(folder / name) for name in files]
 
     def markdown(self, pictures: Sequence[str] = ()) -> str:
-        """The whole page; `pictures` are files beside it."""
+        """The whole page; `pictures` are files next to it."""
         parts = [
             f"# {_plain(self.title())}",
             *(f"    {' '.join(command.split())}" for command in self.found.commands),
@@ -97,22 +97,22 @@ class Report:
 
     def title(self) -> str:
         kinds = {(run.settings["model.name"], run.settings["dataset.name"]) for run in self.found.runs if run.settings}
-        return ", ".join(f"{model} on {dataset}" for model, dataset in sorted(kinds)) or "Nothing has started"
+        return ", ".join(f"{model} on {dataset}" for model, dataset in sorted(kinds)) or "No run has started"
 
     def reading_aid(self) -> str:
         splits = " and ".join(sorted({f"`{run.settings['dataset.eval_split']}`" for run in self.found.runs if run.settings}))
         own = ", each arm at its own tuning" if any(arm.tuning for arm in self.arms) else ""
         averaged = any(run.settings.get("optim.ema_decay") is not None for run in self.found.runs)
-        weights = ", of the averaged weights where a run keeps any (`eval_raw` in the CSV is of the others)" if averaged else ""
+        weights = ", of the averaged weights where a run keeps them (raw weights: `eval_raw` in the CSV)" if averaged else ""
         return (
-            f"Top-1 on {splits} at the end of training{weights}. ± is half of the {grouping.CONFIDENCE:.0%} interval of"
-            " the mean over seeds (Student's t); one seed has none. *Early loss*: the mean training loss up to the first"
-            f" line of the log{self._first_window()}{own}. *Images/s*: in training, the median over the log; runs beside each"
-            " other share a machine."
+            f"Top-1 on {splits} at the end of training{weights}. ±: half the width of the {grouping.CONFIDENCE:.0%} interval of"
+            " the mean over seeds (Student's t); none for a single seed. *Early loss*: mean training loss up to the first log"
+            f" line{self._first_window()}{own}. *Images/s*: training speed, median over the log; runs at the same time share"
+            " the machine."
         )
 
     def _windows(self) -> list[int]:
-        """The steps at which the logs have their first line; losses of different windows are not compared."""
+        """The steps of the first log lines; losses over different windows are not compared."""
         return sorted({curve[0][0] for arm in self.arms for run in arm.runs.values() if (curve := run.curve("train/loss"))})
 
     def _first_window(self) -> str:
@@ -120,7 +120,7 @@ class Report:
         return f" ({steps} steps)" if steps else ""
 
     def summary(self) -> Table:
-        """A row for every arm."""
+        """One row per arm."""
         sizes = list(dict.fromkeys(key for arm in self.arms for key, _ in arm.size))
         tuned = list(dict.fromkeys(key for arm in self.arms for key, _ in arm.tuning))
         header = [*map(short, sizes), "arm", "params", "MACs", "top-1", "seeds", "early loss", "images/s", *map(short, tuned)]
@@ -141,17 +141,17 @@ class Report:
         return rows
 
     def _dense_twin(self, arm: Arm) -> Arm:
-        """The dense network with the same settings, as far as they mean something to it; the arm itself if there is none."""
+        """The dense arm with the same settings, as far as they apply to it; the arm itself if there is none."""
         twins = (other for other in self.arms if other.method == "none" and set(other.line[1:]) <= set(arm.line[1:]))
         return next(twins, arm)
 
     def differences(self) -> list[str]:
-        """Every method against the rival, seed by seed."""
+        """Every arm against the rival, paired by seed."""
         tops = grouping.paired(self.arms, self.rival, "eval/top1")
         losses = grouping.paired(self.arms, self.rival, "early loss")
         if not tops:
             return []
-        rows = [["size", "arm", "top-1 less rival's", "interval", "seeds", "", "early loss less rival's", ""]]
+        rows = [["size", "arm", "top-1 minus rival", "interval", "seeds", "", "early loss minus rival", ""]]
         for top, loss in zip(tops, losses, strict=True):
             row = [
                 _settings(top.arm.size),
@@ -162,10 +162,11 @@ class Report:
             ]
             rows.append([*row, _verdict(top.interval, 1), *self._early(loss.interval)])
         rival = " ".join(self.rival) if self.rival[0] != "lowrank.method" else self.rival[1]
-        chance = f"Of {len(tops)} comparisons, {len(tops) * (1 - grouping.CONFIDENCE):.1f} would come out by chance alone."
+        by_chance = len(tops) * (1 - grouping.CONFIDENCE)
         lead = (
-            f"The same seeds, arm less {rival} run by run; {grouping.CONFIDENCE:.0%} intervals of the mean difference by "
-            f"Student's t. An interval that holds 0 shows no difference. {chance}"
+            f"Arm minus {rival}, paired by seed; {grouping.CONFIDENCE:.0%} intervals of the mean difference (Student's t). "
+            f"An interval that contains 0 shows no difference. Of {len(tops)} comparisons, {by_chance:.1f} are expected to be "
+            "significant by chance."
         )
         return [f"## Paired differences from {rival}", lead, *_markdown(rows)]
 
@@ -173,11 +174,11 @@ class Report:
         return [f"{interval.mean:+.3f}", _verdict(interval, -1)] if len(self._windows()) == 1 else ["", ""]
 
     def choices(self) -> list[str]:
-        """What every arm's tuning was chosen from."""
+        """The candidates for every arm's tuning."""
         chosen = [arm for arm in self.arms if arm.candidates]
         if not chosen:
             tunable = [key for key in ("optim.lr",) if key in self.found.varied]
-            note = "No split was held out (`dataset.valid_split`), so nothing is chosen: every value is an arm of its own."
+            note = "There is no held-out split (`dataset.valid_split`), so nothing is chosen: every value is an arm of its own."
             return ["## Tuning", note] if tunable and self.arms else []
         rows = [["size", "arm", "chosen", "top-1 on the held-out split", "seeds", ""]]
         for arm in chosen:
@@ -186,13 +187,13 @@ class Report:
                 for candidate in arm.candidates
             )
             seeds = ", ".join(map(str, arm.candidates[0].seeds))
-            edge = "at the edge of what was tried" if arm.at_edge else ""
+            edge = "at the edge of the values tried" if arm.at_edge else ""
             rows.append([_settings(arm.size), arm.label, _settings(arm.tuning), tried, seeds, edge])
-        lead = "Each arm is shown at its highest top-1 on the held-out split, which is neither trained on nor reported."
+        lead = "Each arm has the tuning with the highest top-1 on the held-out split, which is neither trained on nor reported."
         return ["## Tuning", lead, *_markdown(rows)]
 
     def failures(self) -> list[str]:
-        """Every run that has no result."""
+        """Every run without a result."""
         lost = self._lost()
         if not lost:
             return ["## Runs without a result", "None."]
@@ -201,11 +202,11 @@ class Report:
             *_markdown([["run", "", ""], *([_code(run.name), run.status, run.reason] for run in lost)]),
         ]
 
-    def _lost(self) -> list[Run]:
+    def _lost(self) -> list[StoredRun]:
         return [run for run in self.found.runs if not run.done]
 
     def common(self) -> list[str]:
-        """What all runs have in common, and what made them."""
+        """Common settings of all runs, and package versions."""
         settings = next((run.settings for run in self.found.runs if run.settings), {})
         versions = next((run.result["versions"] for run in self.found.runs if run.done), {})
         same = {key: value for key, value in settings.items() if key not in self.found.varied and value not in (None, [], {})}
@@ -214,7 +215,7 @@ class Report:
         return ["## Common to all runs", "\n".join(lines), made]
 
     def csv(self) -> str:
-        """A row for every run, chosen or not."""
+        """One row per run, chosen or not."""
         chosen = {run.name for arm in self.arms for run in arm.runs.values()}
         figures_of = ("params", "macs", "eval/top1", "eval/top5", "eval/loss", "early loss", "images/s", "seconds")
         figures_of += ("eval_raw/top1",) if any(run.result.get("eval_raw") for run in self.found.runs) else ()
@@ -230,7 +231,7 @@ class Report:
         return file.getvalue()
 
     def console(self) -> str:
-        """The table for a terminal, and what is missing."""
+        """The table for a terminal, and a count of the runs without a result."""
         lost = self._lost()
         lines = [align(self.summary())] if self.arms else ["no run has finished"]
         if lost:
@@ -238,7 +239,7 @@ class Report:
         return "\n".join(lines)
 
 
-def _ends(runs: Iterable[Run]) -> str:
+def _ends(runs: Iterable[StoredRun]) -> str:
     ends = [run.status for run in runs]
     return ", ".join(f"{ends.count(end)} {end}" for end in dict.fromkeys(ends))
 
@@ -258,7 +259,7 @@ def _bounds(interval: Interval) -> str:
 
 
 def _verdict(interval: Interval, better: int) -> str:
-    if math.isnan(interval.half) or not interval.half:  # one seed, or equal on all: no spread to judge by
+    if math.isnan(interval.half) or not interval.half:  # one seed, or no spread
         return ""
     if not interval.excludes_zero:
         return "not significant"
@@ -275,9 +276,9 @@ def _markdown(rows: Table) -> list[str]:
 
 
 def _plain(cell: str) -> str:
-    """Text that neither a table nor a page takes for its own."""
+    """Text escaped for a Markdown table and for HTML."""
     line = " ".join(cell.split()).replace("|", "\\|")
-    return line if line.startswith("`") else html.escape(line, quote=False)  # Markdown escapes code by itself
+    return line if line.startswith("`") else html.escape(line, quote=False)  # Markdown escapes code itself
 
 
 def _code(name: str) -> str:
@@ -285,7 +286,7 @@ def _code(name: str) -> str:
 
 
 def _html(body: str, pictures: dict[str, bytes]) -> str:
-    """One file that needs no other."""
+    """A self-contained page."""
     page = markdown.markdown(body, extensions=["tables"])
     for name, content in pictures.items():
         page = page.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(content).decode()}"')

@@ -1,4 +1,4 @@
-"""Work directories as a report reads them: what was set, how it went, how it ended."""
+"""Work directories as a report reads them: settings, metrics and outcome."""
 
 import dataclasses
 import json
@@ -13,20 +13,20 @@ from lowrank_jax.experiment.sweep.trials import meaningless_when_dense, read_rec
 from lowrank_jax.experiment.workdir.identity import config_digest, differing_keys, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
-_DEPTH = 3  # how far below a given folder work directories are looked for
+_DEPTH = 3  # of folders below a given one that are searched for work directories
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class StoredRun:
     """One work directory.
 
     Attributes:
-      name: its path below the folder that was given.
-      settings: the config by dotted key; without what means nothing where no kernel is factored.
+      name: its path below the given folder.
+      settings: the config by dotted key; for a dense network without the settings of factors.
       status: `done`, `diverged`, `failed`, `stopped` by a scheduler, `unfinished`, `not started`, `damaged`, or `repeated`:
-        another one is the same experiment and as good.
-      reason: in words, unless it is done.
-      result: what the run left at its end; empty unless it is done.
+        the same experiment as another run, which is counted instead.
+      reason: for the status, unless the run is done.
+      result: the contents of result.json; empty unless the run is done.
       metrics: the lines of metrics.jsonl.
     """
 
@@ -47,12 +47,12 @@ class Run:
 
     @property
     def images_per_second(self) -> float:
-        """In training, the median over the log's windows; the first one holds what is done once."""
+        """Training speed: the median over the log's windows without the first one, which includes compilation."""
         rates = [value for _, value in self.curve("train/images_per_second")]
         return statistics.median(rates[1:] or rates or [float("nan")])
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """A metric by step, where it was written and finite."""
+        """`(step, value)` of a metric, where it was logged and finite."""
         return [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
 
     def figure(self, name: str) -> float:
@@ -71,25 +71,25 @@ class Found:
     """All runs of a report.
 
     Attributes:
-      runs: in the order of their names.
-      varied: the keys that differ between them.
+      runs: sorted by name.
+      varied: the keys whose values differ between them.
       tuned: the keys that sweeps tuned.
-      commands: the sweeps' command lines.
+      commands: the command lines of the sweeps.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[StoredRun, ...]
     varied: tuple[str, ...]
     tuned: tuple[str, ...]
     commands: tuple[str, ...]
 
 
 def find(folders: Sequence[str]) -> Found:
-    """Every work directory at or below some folders, local or remote.
+    """Finds every work directory at or below some folders, local or remote.
 
     Raises:
-      WorkdirError: there is none, or the record of a sweep is damaged.
+      WorkdirError: there is none, or a sweep.json is damaged.
     """
-    runs: dict[str, Run] = {}  # by path: a folder may be given twice, or within another one
+    runs: dict[str, StoredRun] = {}  # by path: a folder may be given twice, or inside another one
     commands, tuned = [], []
     for folder in folders:
         home = _home(folder)
@@ -101,7 +101,7 @@ def find(folders: Sequence[str]) -> Found:
         for path in _with_file(home, "config.json", _DEPTH):
             runs[str(path)] = _read_or_damaged(path, _label(folder, home, path, folders))
     if not runs:
-        raise WorkdirError(f"{', '.join(folders)}: no work directory there (a folder with a config.json)")
+        raise WorkdirError(f"{', '.join(folders)}: no work directory found (a folder with a config.json)")
     found = _without_repeated(sorted(runs.values(), key=lambda run: run.name))
     return Found(tuple(found), tuple(_varied(found)), tuple(dict.fromkeys(tuned)), tuple(dict.fromkeys(commands)))
 
@@ -111,14 +111,14 @@ def _home(folder: str) -> Any:
         home = Workdir(folder).path
         if home.is_dir():
             return home
-    except (ValueError, ImportError, NotImplementedError) as error:  # no such kind of URL, or the package for it is missing
+    except (ValueError, ImportError, NotImplementedError) as error:  # unknown URL scheme, or its package is missing
         raise WorkdirError(f"{folder}: {error}") from None
     raise WorkdirError(f"{folder} is not a folder")
 
 
-def _without_repeated(runs: Sequence[Run]) -> list[Run]:
-    """Of runs with the same settings one counts, a finished one if there is one; the others say so."""
-    counted: dict[str, Run] = {}
+def _without_repeated(runs: Sequence[StoredRun]) -> list[StoredRun]:
+    """Of runs with the same settings one counts, preferably a finished one; the others get the status `repeated`."""
+    counted: dict[str, StoredRun] = {}
     for run in sorted(runs, key=lambda run: not run.done):
         counted.setdefault(_identity(run), run)
     return [
@@ -127,16 +127,16 @@ def _without_repeated(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def _identity(run: Run) -> str:
+def _identity(run: StoredRun) -> str:
     return config_digest(run.settings) if run.settings else run.name
 
 
-def _same_as(counted: dict[str, Run], run: Run) -> str:
+def _same_as(counted: dict[str, StoredRun], run: StoredRun) -> str:
     return f"the same experiment as {counted[_identity(run)].name}"
 
 
-def _varied(runs: Sequence[Run]) -> list[str]:
-    """The keys with more than one value among the runs that they mean something to."""
+def _varied(runs: Sequence[StoredRun]) -> list[str]:
+    """The keys with more than one value among the runs that have them."""
     settings = [run.settings for run in runs if run.settings]
     return [
         key
@@ -148,7 +148,7 @@ def _varied(runs: Sequence[Run]) -> list[str]:
 def _with_file(folder: Any, name: str, depth: int) -> Iterable[Any]:
     if (folder / name).exists():
         yield folder
-        if name == "config.json":  # a work directory holds no others
+        if name == "config.json":  # a work directory contains no others
             return
     if depth:
         for child in sorted(folder.iterdir(), key=str):
@@ -157,7 +157,7 @@ def _with_file(folder: Any, name: str, depth: int) -> Iterable[Any]:
 
 
 def _label(folder: str, home: Any, path: Any, folders: Sequence[str]) -> str:
-    """The shortest path that tells the work directories apart."""
+    """The shortest unambiguous path of a work directory."""
     below = str(path)[len(str(home)) :].strip("/")
     if below and len(folders) == 1:
         return below
@@ -165,24 +165,24 @@ def _label(folder: str, home: Any, path: Any, folders: Sequence[str]) -> str:
     return "/".join(part for part in (folder.rstrip("/") if ambiguous else home.name, below) if part)
 
 
-def _not_started(path: Any, trials: dict[str, Any], label: str) -> dict[str, Run]:
+def _not_started(path: Any, trials: dict[str, Any], label: str) -> dict[str, StoredRun]:
     missing = [name for name in trials if not (path / name / "config.json").exists()]
     prefix = "" if path.name == label or not label else f"{label}/"
     return {
-        str(path / name): _ended(path / name, f"{prefix}{name}") or Run(f"{prefix}{name}", {}, "not started", "", {}, ())
+        str(path / name): _ended(path / name, f"{prefix}{name}") or StoredRun(f"{prefix}{name}", {}, "not started", "", {}, ())
         for name in missing
     }
 
 
-def _read_or_damaged(path: epath.PathLike, name: str) -> Run:
+def _read_or_damaged(path: epath.PathLike, name: str) -> StoredRun:
     try:
         return read(path, name)
     except (WorkdirError, OSError) as error:
-        return Run(name, {}, "damaged", str(error), {}, ())
+        return StoredRun(name, {}, "damaged", str(error), {}, ())
 
 
-def read(path: epath.PathLike, name: str) -> Run:
-    """One work directory.  Raises WorkdirError if one of its files is damaged."""
+def read(path: epath.PathLike, name: str) -> StoredRun:
+    """Reads one work directory.  Raises WorkdirError if one of its files is damaged."""
     folder = Workdir(path)
     settings = flatten(folder.read_config())
     if settings.get("lowrank.method") == "none":
@@ -193,13 +193,13 @@ def read(path: epath.PathLike, name: str) -> Run:
         if "top1" not in (result.get("eval") or {"top1": None}):
             raise WorkdirError(f"{path}: a report compares top1, which is not among this run's objective.metrics")
         if not _is_result(result):
-            raise WorkdirError(f"{path}/result.json is not a run's, or holds what is no number")
-        return Run(name, settings, "done", "", result, metrics)
+            raise WorkdirError(f"{path}/result.json is not the result of a run, or contains non-numbers")
+        return StoredRun(name, settings, "done", "", result, metrics)
     ended = _ended(folder.path, name)
     status, reason = (
         (ended.status, ended.reason) if ended else ("unfinished", f"at step {metrics[-1]['step'] if metrics else 0}")
     )
-    return Run(name, settings, status, reason, {}, metrics)
+    return StoredRun(name, settings, status, reason, {}, metrics)
 
 
 def _is_result(result: dict[str, Any]) -> bool:
@@ -211,11 +211,11 @@ def _is_result(result: dict[str, Any]) -> bool:
     return all(isinstance(value, int | float) and math.isfinite(value) for value in figures)
 
 
-def _ended(path: Any, name: str) -> Run | None:
-    """What was left in place of a result."""
+def _ended(path: Any, name: str) -> StoredRun | None:
+    """The run if it left a failure or a stop instead of a result, else None."""
     folder = Workdir(path)
     failure = folder.read_json("failure.json")
     if failure is not None:
-        return Run(name, {}, failure.get("status", "failed"), failure.get("reason", ""), {}, ())
+        return StoredRun(name, {}, failure.get("status", "failed"), failure.get("reason", ""), {}, ())
     stopped = folder.read_json("stopped.json")
-    return Run(name, {}, "stopped", f"by {stopped.get('by')} at step {stopped.get('step')}", {}, ()) if stopped else None
+    return StoredRun(name, {}, "stopped", f"by {stopped.get('by')} at step {stopped.get('step')}", {}, ()) if stopped else None

@@ -1,1 +1,1 @@
-"""Sweeps: many ordinary runs, each `lowrank train` with overrides in a work directory of its own."""
+"""Sweeps: many ordinary runs, each one `lowrank train` with overrides in its own work directory."""

@@ -1,7 +1,7 @@
-"""A sweep as text, for clusters without Ray: lines for a shell or a batch system, or manifests for Kubernetes.
+"""A sweep as text, for clusters without Ray: shell lines for a batch system, or manifests for Kubernetes.
 
-Nothing here runs or watches a trial.  What makes that enough is that `lowrank train` resumes: the same command on the same work
-directory goes on where it stopped, so whatever restarts a line or a pod restarts the run.
+Nothing here runs or watches a trial.  That is enough because `lowrank train` resumes: the same command on the same work
+directory continues the run, so whatever restarts a line or a pod restarts the run.
 """
 
 import dataclasses
@@ -33,17 +33,17 @@ _DIGEST = 8
 
 
 def shell(trials: Sequence[Trial]) -> str:
-    """One `lowrank train` a line, quoted for sh.
+    """One `lowrank train` per line, quoted for sh.
 
     Raises:
-      ValueError: a value holds a line break, which a line cannot.
+      ValueError: a value contains a line break.
     """
     broken = [trial.name for trial in trials if any("\n" in word for word in trial.command)]
     if broken:
-        raise ValueError(f"a value with a line break does not fit on a line of shell: {', '.join(broken)}")
+        raise ValueError(f"a value contains a line break, which --emit=sh cannot write: {', '.join(broken)}")
     hopeless = ", ".join(map(str, HOPELESS))
     head = [
-        f"# {len(trials)} trials of `lowrank train`, one a line, in any order, wherever the work directories can be reached.",
+        f"# {len(trials)} trials of `lowrank train`, one per line, in any order, wherever the work directories are reachable.",
         f"# Exit status {INTERRUPTED}: give the line again, and it goes on where it stopped; {hopeless}: do not.",
     ]
     return "\n".join([*head, *(shlex.join(["lowrank", *trial.command]) for trial in trials), ""])
@@ -59,7 +59,7 @@ _ACCELERATORS = {
 
 
 def parse_tpu(text: str) -> Slice:
-    """A slice that GKE has; see `slices.parse`.
+    """Parses a slice that GKE offers; see `slices.parse`.
 
     Raises:
       ValueError: there is no such slice.
@@ -67,28 +67,29 @@ def parse_tpu(text: str) -> Slice:
     try:
         slice_ = slices.parse(text)
         if slice_.generation not in _ACCELERATORS:
-            raise ValueError(f"{slice_.generation} is not for JobSets; {', '.join(_ACCELERATORS)} are")
+            raise ValueError(f"{slice_.generation} is not available for JobSets; available: {', '.join(_ACCELERATORS)}")
     except ValueError as error:
         raise ValueError(f"tpu: {error}") from None
     return slice_
 
 
 @dataclasses.dataclass(frozen=True)
-class Cluster:
+class JobSetSettings:
     """Where and how the pods of a sweep run.
 
     Attributes:
-      image: container image with `lowrank`, jax for TPUs, and the config file at the path after --config=, which counts from
-        the image's working directory.
-      tpu: the slice of every trial; see `parse_tpu`.
-      name: of the sweep: label of its JobSets and the beginning of their names.
-      namespace: of Kubernetes; None: the one that kubectl is set to.
-      queue: a LocalQueue of Kueue, without which all trials ask for their slices at once.
-      service_account: of Kubernetes, that may read and write the work directories and the data; None: the namespace's default.
-      spot: ask for spot nodes.
-      max_restarts: after preemptions and crashes, of each trial.
-      grace: seconds from SIGTERM to SIGKILL, to end a step and save in.  An upper bound: a spot node gives less, 15 unless its
-        pool says otherwise, and what did not get saved there is what came after the last `checkpoint.every`.
+      image: container image with `lowrank`, jax for TPUs, and the config file at the path after --config=, relative to the
+        image's working directory.
+      tpu: the slice of each trial; see `parse_tpu`.
+      name: of the sweep: label of its JobSets and prefix of their names.
+      namespace: of Kubernetes; None: kubectl's current one.
+      queue: a LocalQueue of Kueue; without it all trials request their slices at once.
+      service_account: of Kubernetes; must be able to read and write the work directories and read the data; None: the
+        namespace's default.
+      spot: request spot nodes.
+      max_restarts: of each trial, after preemptions and crashes.
+      grace: seconds from SIGTERM to SIGKILL, for finishing a step and saving.  An upper bound: a spot node gives less, 15
+        unless its pool says otherwise, and then progress since the last `checkpoint.every` may be lost.
     """
 
     image: str
@@ -102,15 +103,15 @@ class Cluster:
     grace: int = 300
 
     def problems(self) -> list[str]:
-        """What is wrong, a line each; empty when nothing is."""
-        found = [] if re.fullmatch(r"\S+", self.image) else [f"image: {self.image!r} is no name of a container image"]
+        """What is wrong with the settings, one line per problem."""
+        found = [] if re.fullmatch(r"\S+", self.image) else [f"image: {self.image!r} is not the name of a container image"]
         try:
             parse_tpu(self.tpu)
         except ValueError as error:
             found.append(str(error))
         longest = _LONGEST_NAME - 1 - _DIGEST
         if not (_LABEL.fullmatch(self.name) and self.name[0].isalpha() and len(self.name) <= longest):
-            rule = f"lower-case letters, digits and hyphens, a letter first, {longest} characters at most"
+            rule = f"lower-case letters, digits and hyphens, starting with a letter, at most {longest} characters"
             found.append(f"name: {self.name!r}; must be {rule}")
         for key, pattern, longest in (
             ("namespace", _LABEL, 63),
@@ -119,38 +120,38 @@ class Cluster:
         ):
             value = getattr(self, key)
             if value is not None and not (pattern.fullmatch(value) and len(value) <= longest):
-                found.append(f"{key}: {value!r} is no name in Kubernetes (lower-case letters, digits, hyphens)")
+                found.append(f"{key}: {value!r} is not a valid name in Kubernetes (lower-case letters, digits, hyphens)")
         if not 0 <= self.max_restarts < 2**31:
-            found.append(f"max_restarts: {self.max_restarts}; must be at least 0, and below 2^31")
+            found.append(f"max_restarts: {self.max_restarts}; must be at least 0 and below 2^31")
         if self.grace < 1:
             found.append(f"grace: {self.grace}; must be at least 1 second")
         return found
 
 
-def jobset(trials: Sequence[Trial], cluster: Cluster) -> str:
-    """One JobSet a trial, as a stream of YAML documents for `kubectl apply -f`.
+def jobset(trials: Sequence[Trial], settings: JobSetSettings) -> str:
+    """One JobSet per trial, as a stream of YAML documents for `kubectl apply -f`.
 
-    A pod that fails or is taken away fails its Job, since the rest of the slice is of no use without it; the JobSet then starts
-    all pods anew, and the run resumes.  Not so after the exit statuses that would only come again: they fail the JobSet.
+    A pod that fails or is preempted fails its Job, because the rest of the slice is useless without it; the JobSet then
+    restarts all pods, and the run resumes.  Exit statuses that a restart would only repeat fail the JobSet instead.
 
     Raises:
-      ValueError: the settings, or work directories that pods would not share; one line a problem.
+      ValueError: invalid settings, or work directories that pods cannot share; one line per problem.
     """
-    problems = cluster.problems()
+    problems = settings.problems()
     problems += [
-        f"{trial.name}: work directory {trial.workdir!r} is local and would vanish with the pod; use a remote one (gs://...)"
+        f"{trial.name}: work directory {trial.workdir!r} is local and would be lost with the pod; use a remote one (gs://...)"
         for trial in trials
         if not _URL.match(trial.workdir)
     ]
     problems += dict.fromkeys(refusal for trial in trials if (refusal := _refusal(trial.workdir)))
     if problems:
         raise ValueError("\n".join(problems))
-    documents = (yaml.safe_dump(_manifest(trial, cluster), sort_keys=False, width=math.inf) for trial in trials)
-    return "".join([_header(len(trials), cluster), *(f"---\n{document}" for document in documents)])
+    documents = (yaml.safe_dump(_manifest(trial, settings), sort_keys=False, width=math.inf) for trial in trials)
+    return "".join([_header(len(trials), settings), *(f"---\n{document}" for document in documents)])
 
 
 def _refusal(workdir: str) -> str:
-    """What training would say of a remote work directory; not of buckets of Google's, which may be out of reach from here."""
+    """Training's error for a remote work directory; not checked for gs://, which may be unreachable from here."""
     if not _URL.match(workdir) or workdir.startswith("gs://"):
         return ""
     try:
@@ -160,48 +161,47 @@ def _refusal(workdir: str) -> str:
     return ""
 
 
-def _header(count: int, cluster: Cluster) -> str:
+def _header(count: int, settings: JobSetSettings) -> str:
     columns = f"JOBSET:.metadata.name,STATE:.status.terminalState,RESTARTS:.status.restarts,TRIAL:.metadata.annotations.{TRIAL}"
-    namespace = f" -n {cluster.namespace}" if cluster.namespace else ""
+    namespace = f" -n {settings.namespace}" if settings.namespace else ""
     return (
-        f"# {count} trials of `lowrank train`, a JobSet each, on {cluster.tpu}: kubectl apply -f THIS_FILE\n"
-        "# The config file has to be in the image at the path after --config=, and the data where the config says.\n"
-        "# A JobSet that has ended stays, and has to be deleted before its trial can be given again.\n"
-        f"# kubectl get jobsets{namespace} -l {SWEEP}={cluster.name} -o custom-columns={columns}\n"
+        f"# {count} trials of `lowrank train`, one JobSet each, on {settings.tpu}: kubectl apply -f THIS_FILE\n"
+        "# The image must contain the config file at the path after --config=; the data must be where the config says.\n"
+        "# A finished JobSet stays; delete it before applying its trial again.\n"
+        f"# kubectl get jobsets{namespace} -l {SWEEP}={settings.name} -o custom-columns={columns}\n"
     )
 
 
-def _manifest(trial: Trial, cluster: Cluster) -> dict[str, Any]:
-    slice_ = parse_tpu(cluster.tpu)
+def _manifest(trial: Trial, settings: JobSetSettings) -> dict[str, Any]:
+    slice_ = parse_tpu(settings.tpu)
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": _metadata(trial, cluster, slice_),
+        "metadata": _metadata(trial, settings, slice_),
         "spec": {
             "network": {"enableDNSHostnames": True},  # the hosts of a slice find each other by name
             "failurePolicy": {
-                "maxRestarts": cluster.max_restarts,
+                "maxRestarts": settings.max_restarts,
                 "rules": [{"name": "hopeless", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
             },
-            "replicatedJobs": [{"name": _JOB, "replicas": 1, "template": {"spec": _job(trial, cluster, slice_)}}],
+            "replicatedJobs": [{"name": _JOB, "replicas": 1, "template": {"spec": _job(trial, settings, slice_)}}],
         },
     }
 
 
-def _metadata(trial: Trial, cluster: Cluster, slice_: Slice) -> dict[str, Any]:
-    # Of the work directory, which ends in the trial's name: two sweeps may have trials of the same name, but two JobSets must
-    # not write to one work directory.
+def _metadata(trial: Trial, settings: JobSetSettings, slice_: Slice) -> dict[str, Any]:
+    # A digest of the work directory: two sweeps may have trials of one name, but two JobSets must not share a work directory.
     digest = hashlib.sha256(trial.workdir.encode()).hexdigest()[:_DIGEST]
-    labels, annotations = {SWEEP: cluster.name}, {TRIAL: trial.name}  # a label's value could not hold the trial's name
-    if cluster.queue:
-        labels["kueue.x-k8s.io/queue-name"] = cluster.queue
-    if slice_.hosts > 1:  # or else pods of one trial could land in the slices of two
+    labels, annotations = {SWEEP: settings.name}, {TRIAL: trial.name}  # a label cannot contain it
+    if settings.queue:
+        labels["kueue.x-k8s.io/queue-name"] = settings.queue
+    if slice_.hosts > 1:  # otherwise pods of a trial could land in several slices
         annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] = "cloud.google.com/gke-nodepool"
-    namespace = {"namespace": cluster.namespace} if cluster.namespace else {}
-    return {"name": f"{cluster.name}-{digest}", **namespace, "labels": labels, "annotations": annotations}
+    namespace = {"namespace": settings.namespace} if settings.namespace else {}
+    return {"name": f"{settings.name}-{digest}", **namespace, "labels": labels, "annotations": annotations}
 
 
-def _job(trial: Trial, cluster: Cluster, slice_: Slice) -> dict[str, Any]:
+def _job(trial: Trial, settings: JobSetSettings, slice_: Slice) -> dict[str, Any]:
     hopeless = {"operator": "In", "values": sorted(HOPELESS)}
     return {
         "parallelism": slice_.hosts,
@@ -209,26 +209,26 @@ def _job(trial: Trial, cluster: Cluster, slice_: Slice) -> dict[str, Any]:
         "completionMode": "Indexed",
         "backoffLimit": 0,
         "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": hopeless}]},
-        "template": {"spec": _pod(trial, cluster, slice_)},
+        "template": {"spec": _pod(trial, settings, slice_)},
     }
 
 
-def _pod(trial: Trial, cluster: Cluster, slice_: Slice) -> dict[str, Any]:
+def _pod(trial: Trial, settings: JobSetSettings, slice_: Slice) -> dict[str, Any]:
     nodes = {
         "cloud.google.com/gke-tpu-accelerator": _ACCELERATORS[slice_.generation],
         "cloud.google.com/gke-tpu-topology": slice_.topology,
     }
-    if cluster.spot:
+    if settings.spot:
         nodes["cloud.google.com/gke-spot"] = "true"
     return {
-        "restartPolicy": "Never",  # what podFailurePolicy requires
-        "terminationGracePeriodSeconds": cluster.grace,
-        **({"serviceAccountName": cluster.service_account} if cluster.service_account else {}),
+        "restartPolicy": "Never",  # required by podFailurePolicy
+        "terminationGracePeriodSeconds": settings.grace,
+        **({"serviceAccountName": settings.service_account} if settings.service_account else {}),
         "nodeSelector": nodes,
         "containers": [
             {
                 "name": "train",
-                "image": cluster.image,
+                "image": settings.image,
                 "command": ["lowrank"],  # no shell in between, so that SIGTERM reaches it
                 "args": [word.replace("$", "$$") for word in trial.command],  # Kubernetes would expand $(NAME)
                 "resources": {"limits": {"google.com/tpu": slice_.chips_per_host}},

@@ -1,11 +1,11 @@
-"""The text of a sweep, and what it stands for.
+"""The text of a sweep and its meaning.
 
     lowrank.scale=0.05,0.1; lowrank.method=spectral,kernel_projection; seed=0:5      every combination
-    zip(batch_size=64,128; optim.lr=0.1,0.2)                                         values that belong together
-    tune(optim.lr=0.01,0.03,0.1)                                                     all at the first seed, the best at the rest
+    zip(batch_size=64,128; optim.lr=0.1,0.2)                                         values taken together
+    tune(optim.lr=0.01,0.03,0.1)                                                     all at one seed, the best at the others
 
-Terms are separated by semicolons, values by commas; brackets and quotes protect both.  `a:b` and `a:b:step` are whole numbers
-from a, b excluded.  There is no zip(...) within tune(...).
+Semicolons separate terms and commas separate values, except inside brackets and quotes.  `a:b` and `a:b:step` are integer
+ranges without b.  zip(...) inside tune(...) is not supported.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _GROUP = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 MOST = 2000
-"""Trials of one sweep: beyond, somebody has mistyped."""
+"""Maximum number of trials in a sweep: more are taken for a typing mistake."""
 
 Assignment = dict[str, str]
 
@@ -29,7 +29,7 @@ class Axes:
     """What a sweep varies.
 
     Attributes:
-      terms: for every term in order its assignments, of which a trial takes one.
+      terms: the assignments of each term; a trial takes one of each.
       tuned: the keys of which only the best value is wanted.
     """
 
@@ -41,15 +41,15 @@ class Axes:
         return [key for term in self.terms for key in term[0]]
 
     def assignments(self) -> list[Assignment]:
-        """Every combination, the last term changing fastest."""
+        """Every combination; the last term changes fastest."""
         return [_merged(parts) for parts in itertools.product(*self.terms)]
 
 
 def parse(text: str) -> Axes:
-    """Reads the text of a sweep; whether the keys and values are legal is the config's business.
+    """Parses the text of a sweep.  Whether keys and values are legal is for the config to check.
 
     Raises:
-      ValueError: it does not read as one; one line a problem.
+      ValueError: a syntax error; one line per problem.
     """
     terms: list[tuple[Assignment, ...]] = []
     tuned: list[str] = []
@@ -66,16 +66,16 @@ def parse(text: str) -> Axes:
                 terms += axes
                 tuned += [key for axis in axes for key in axis[0]]
             else:
-                raise ValueError(f"{group[1]}(...): unknown; there are zip(...) and tune(...)")
+                raise ValueError(f"{group[1]}(...): unknown; known: zip(...), tune(...)")
         except ValueError as error:
             problems.append(str(error))
     keys = [key for term in terms for key in term[0]]
     problems += [f"{key}: given {keys.count(key)} times" for key in dict.fromkeys(keys) if keys.count(key) > 1]
     trials = math.prod(len(term) for term in terms)
     if trials > MOST:
-        problems.append(f"{trials} trials; more than {MOST}")
+        problems.append(f"{trials} trials; must be at most {MOST}")
     if not terms and not problems:
-        problems.append("empty; for example lowrank.scale=0.05,0.1; seed=0:3")
+        problems.append("empty; expected e.g. lowrank.scale=0.05,0.1; seed=0:3")
     if problems:
         raise ValueError("\n".join(problems))
     return Axes(tuple(terms), tuple(tuned))
@@ -83,7 +83,7 @@ def parse(text: str) -> Axes:
 
 def _parts(text: str, problems: list[str]) -> list[str]:
     try:
-        return [part for part in _split(text, ";") if part]  # a semicolon at the end is no mistake
+        return [part for part in _split(text, ";") if part]  # a semicolon at the end is fine
     except ValueError as error:
         problems.append(str(error))
         return []
@@ -93,10 +93,10 @@ def _axis(text: str) -> tuple[Assignment, ...]:
     """`key=a,b,c`."""
     key, equals, values = (part.strip() for part in text.partition("="))
     if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-        raise ValueError(f"{text!r}: not of the form key=value,value,...")
+        raise ValueError(f"{text!r}: expected key=value,value,...")
     found = [value for part in _split(values, ",") for value in _range(part)]
     if "" in found:
-        raise ValueError(f"{key}: a value is empty")
+        raise ValueError(f"{key}: contains an empty value")
     twice = sorted({value for value in found if found.count(value) > 1})
     if twice:
         raise ValueError(f"{key}: {', '.join(twice)} given twice")
@@ -109,16 +109,16 @@ def _range(text: str) -> Iterable[str]:
         return [text]
     numbers = range(int(match[1]), int(match[2]), int(match[3] or 1))
     if not numbers:
-        raise ValueError(f"{text}: an empty range")
+        raise ValueError(f"{text}: empty range")
     if len(numbers) > MOST:
-        raise ValueError(f"{text}: {len(numbers)} values; more than {MOST}")
+        raise ValueError(f"{text}: {len(numbers)} values; must be at most {MOST}")
     return map(str, numbers)
 
 
 def _zipped(axes: list[tuple[Assignment, ...]]) -> tuple[Assignment, ...]:
     if len({len(axis) for axis in axes}) > 1:
         counts = ", ".join(f"{next(iter(axis[0]))} has {len(axis)}" for axis in axes)
-        raise ValueError(f"zip(...): the keys need equally many values; {counts}")
+        raise ValueError(f"zip(...): the keys need the same number of values; {counts}")
     return tuple(_merged(parts) for parts in zip(*axes, strict=True))
 
 
@@ -127,7 +127,7 @@ def _merged(parts: Iterable[Assignment]) -> Assignment:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Splits where neither brackets nor quotes are open."""
+    """Splits outside brackets and quotes."""
     parts, begin, open_brackets, quote = [], 0, [], ""
     for i, letter in enumerate(text):
         if quote:
@@ -138,10 +138,10 @@ def _split(text: str, separator: str) -> list[str]:
             open_brackets.append(_CLOSING[letter])
         elif letter in _CLOSING.values():
             if not open_brackets or open_brackets.pop() != letter:
-                raise ValueError(f"{text!r}: {letter} without its opening bracket")
+                raise ValueError(f"{text!r}: unmatched {letter}")
         elif letter == separator and not open_brackets:
             parts.append(text[begin:i].strip())
             begin = i + 1
     if open_brackets or quote:
-        raise ValueError(f"{text!r}: {quote or open_brackets[-1]} is missing")
+        raise ValueError(f"{text!r}: missing {quote or open_brackets[-1]}")
     return [*parts, text[begin:].strip()]

@@ -1,4 +1,4 @@
-"""A sweep from its first trial to its last, whatever engine runs them."""
+"""Runs a sweep from its first trial to its last, with any engine."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,16 +12,17 @@ Engine = Callable[[Sequence[Trial]], dict[str, Outcome]]
 
 
 def launch(sweep: Sweep, folder: epath.PathLike, engine: Engine, *, command: str) -> dict[str, Outcome]:
-    """Runs the first trials, chooses the tuned values, runs the later ones.
+    """Runs the first trials, chooses the tuned values, then runs the later trials.
 
     Args:
       sweep: the trials.
-      folder: that holds their work directories; sweep.json there tells `lowrank report` what was asked for.
+      folder: of their work directories; sweep.json there tells `lowrank report` which trials were asked for.
       engine: runs trials and returns their outcomes by name.
-      command: to note in sweep.json.
+      command: the command line, to record in sweep.json.
 
     Raises:
-      WorkdirError, DataError: before anything is started; a folder belongs to another experiment, or there is no data.
+      WorkdirError: a work directory belongs to another experiment.
+      DataError: the data is missing.  Both are raised before anything starts.
     """
     check_workdirs([*sweep.first, *sweep.later])
     _check_data(sweep.first)
@@ -35,7 +36,7 @@ def launch(sweep: Sweep, folder: epath.PathLike, engine: Engine, *, command: str
 
 
 def _check_data(trials: Sequence[Trial]) -> None:
-    """Reads each data set once: what is missing is told now, and what is made on first use is made by one process."""
+    """Loads each data set once: missing data is reported now, and data prepared on first use is prepared by one process."""
     seen = {}
     for trial in trials:
         dataset = trial.config.dataset
@@ -49,7 +50,7 @@ def interrupted(outcomes: dict[str, Outcome]) -> bool:
 
 
 def summary(outcomes: dict[str, Outcome]) -> str:
-    """A count of each outcome, and a line for every trial that did not succeed."""
+    """Counts of the outcomes, and a line for every trial that failed or diverged."""
     counts = Counter(outcome.status for outcome in outcomes.values())
     lines = [", ".join(f"{number} {status}" for status, number in counts.items())]
     lines += [f"{outcome.status}: {name}: {outcome.reason}" for name, outcome in outcomes.items() if _bad(outcome)]

@@ -1,6 +1,6 @@
-"""Trials in child processes of this machine, a few at a time.
+"""Runs trials in child processes on this machine, a few at a time.
 
-The children are forked from a server that has imported everything and computed nothing: an import of TensorFlow, which the
+The children are forked from a server that has imported everything and computed nothing: importing TensorFlow, which the
 TensorBoard writer needs, takes longer than many a small run.
 """
 
@@ -30,14 +30,17 @@ from lowrank_jax.experiment.workdir.writer import duration
 
 _TRIES = 2
 
+PRELOADED = ("lowrank_jax.experiment.training.loop", "clu.metric_writers")
+"""Modules that the fork server imports.  Text, not imports: this process does not need them, and they take seconds."""
+
 Lowrank = Callable[[Sequence[str]], NoReturn]
 
 
 def run(trials: Sequence[Trial], *, jobs: int, lowrank: Lowrank) -> dict[str, Outcome]:
-    """Runs trials, `jobs` at a time, and shows how they are getting on.
+    """Runs trials, `jobs` at a time, and shows their progress.
 
-    A trial that fails is tried once more, unless it would only fail the same way again: its config or data cannot be used, or
-    it diverged.  SIGTERM and Ctrl-C save the running ones.
+    A trial that fails is retried once, unless a retry would only repeat the failure: its config or data cannot be used, or it
+    diverged.  SIGTERM and Ctrl-C save the running trials.
 
     Args:
       trials: in the order in which to start them.
@@ -47,7 +50,7 @@ def run(trials: Sequence[Trial], *, jobs: int, lowrank: Lowrank) -> dict[str, Ou
     Returns:
       The outcome of every trial by name.
     """
-    # Each process would take most of a GPU's memory for itself.
+    # By default each process takes most of a GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / jobs:.2f}")
     return _Engine(trials, jobs, lowrank).run()
 
@@ -69,7 +72,7 @@ class _Engine:
         self.seconds: list[float] = []  # of the trials that ended here
         self.stopping = False
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["lowrank_jax.experiment.training.loop", "clu.metric_writers"])
+        self.context.set_forkserver_preload(list(PRELOADED))
         self.board = _Board(self)
 
     def run(self) -> dict[str, Outcome]:
@@ -101,7 +104,7 @@ class _Engine:
         if status == 0 and trial.result():
             self._note(trial, Outcome("done"))
         elif self.stopping:
-            self._note(trial, Outcome("interrupted", "the same command continues it"))
+            self._note(trial, Outcome("interrupted", "the same command resumes it"))
         elif status == DIVERGED:
             self._note(trial, known_outcome(trial) or Outcome("diverged"))
         elif status in HOPELESS or run.tries == _TRIES:
@@ -109,7 +112,7 @@ class _Engine:
             Workdir(trial.workdir).note_failure(diverged=False, reason=reason)
             self._note(trial, Outcome("failed", reason))
         else:
-            self.board.say(f"{_exit_in_words(status)}; trying once more: {trial.name}")
+            self.board.say(f"{_exit_in_words(status)}; retrying: {trial.name}")
             self.waiting.insert(0, (trial, run.tries + 1))
 
     def _note(self, trial: Trial, outcome: Outcome) -> None:
@@ -125,7 +128,7 @@ class _Engine:
                 raise KeyboardInterrupt
             self.stopping = True
             for run in self.running:
-                run.process.terminate()  # it saves, then ends
+                run.process.terminate()  # it saves and exits
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -133,7 +136,7 @@ class _Engine:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            for run in self.running:  # left by a second Ctrl-C
+            for run in self.running:  # after a second Ctrl-C
                 run.process.kill()
 
     def eta(self) -> str:
@@ -144,7 +147,7 @@ class _Engine:
 
 
 class _Board:
-    """What the user sees: a table that changes on a terminal, a line for each event elsewhere."""
+    """What the user sees: a live table on a terminal, and one line per event."""
 
     def __init__(self, engine: _Engine):
         self._engine, self._console = engine, Console(soft_wrap=True, highlight=False)
@@ -160,7 +163,7 @@ class _Board:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self._console.print(text, markup=False)
 
     def refresh(self) -> None:
@@ -170,27 +173,27 @@ class _Board:
     def _picture(self) -> Group:
         engine = self._engine
         table = Table(box=None, pad_edge=False)
-        for column in ("running", "for", "says"):
+        for column in ("running", "time", "last line"):
             table.add_column(column, no_wrap=True, overflow="ellipsis")
         for run in engine.running:
             cells = (run.trial.name, duration(time.monotonic() - run.begin), _last_line(run.trial))
-            table.add_row(*map(Text, cells))  # brackets in them are no markup
+            table.add_row(*map(Text, cells))  # not markup
         ends = [outcome.status for outcome in engine.outcomes.values()]
         failed = sum(end in ("failed", "diverged") for end in ends)
         counts = f"{ends.count('done')} done, {len(engine.running)} running, {failed} failed, {len(engine.waiting)} waiting"
-        state = "stopping, saving what runs" if engine.stopping else f"eta {engine.eta()}"
-        return Group(table, f"{counts} of {engine.total}   {state}")
+        state = "stopping: saving the running trials" if engine.stopping else f"eta {engine.eta()}"
+        return Group(table, f"{counts}, {engine.total} in total   {state}")
 
 
 def _start_server() -> None:
-    """What would end the server on Ctrl-C, before it has come to ignore it, goes by: the children are told by us."""
+    """Starts the server with Ctrl-C ignored: it would die of one that comes before it ignores it itself."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, handler)
 
 
 def _train(lowrank: Lowrank, arguments: list[str], log: str) -> None:
-    """In the child: `lowrank` with these arguments, its output in a file."""
+    """In the child: runs `lowrank` with these arguments and its output in a file."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -200,7 +203,7 @@ def _train(lowrank: Lowrank, arguments: list[str], log: str) -> None:
 
 
 def _end_with_the_parent() -> None:
-    """A sweep that was killed must not leave runs behind that fight with its successor's."""
+    """A killed sweep must not leave runs behind that write to the same folders as its successor's."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -208,7 +211,7 @@ def _end_with_the_parent() -> None:
 
 
 def _log(trial: Trial) -> pathlib.Path:
-    """Where a trial's output goes: beside its other files, or under the current folder when those are remote."""
+    """The file of a trial's output: next to its other files, or under the current folder if those are remote."""
     scheme, remote, path = trial.workdir.rpartition("://")
     folder = pathlib.Path("sweep_logs", path) if scheme or remote else pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +220,7 @@ def _log(trial: Trial) -> pathlib.Path:
 
 def _last_line(trial: Trial) -> str:
     log = _log(trial)
-    if not log.exists():  # the child has yet to begin
+    if not log.exists():  # the child has not begun yet
         return ""
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
@@ -226,4 +229,4 @@ def _last_line(trial: Trial) -> str:
 
 
 def _exit_in_words(status: int) -> str:
-    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"

@@ -1,12 +1,12 @@
-"""Runs the trials of a sweep on a Ray cluster, through Ray Tune.
+"""Runs the trials of a sweep on a Ray cluster with Ray Tune.
 
-A trial is the ordinary training in the ordinary work directory, inside a Ray worker process: it ends when the worker does, and
-a worker that is lost is replaced by another one, which goes on from the trial's last checkpoint.  So work directories, and data
-if it is given by a path, must be on storage that every node sees, and lowrank_jax must be installed on every node.
+A trial is ordinary training in an ordinary work directory, inside a Ray worker process.  A lost worker is replaced by another
+one, which resumes from the trial's last checkpoint.  So work directories, and data given by a path, must be on storage that
+every node can reach, and lowrank_jax must be installed on every node.
 
-Tune schedules, retries and compares; what a trial has done is in its work directory alone, so that it does not matter which
-engine ran it before or will go on with it.  A worker waits while Tune judges an evaluation, and reports the last one only when
-`result.json` is written: a trial that the scheduler ends can no longer finish, and one that has finished is not ended.
+Tune schedules, retries and compares.  The state of a trial is only in its work directory, so any engine can continue it.  A
+worker waits while Tune judges an evaluation, and reports the last one only after `result.json` is written: a trial that the
+scheduler ends cannot finish any more, and one that has finished is not ended.
 """
 
 import asyncio
@@ -17,8 +17,6 @@ import math
 import os
 import pathlib
 import platform
-import signal
-import sys
 import tempfile
 import threading
 import traceback
@@ -29,6 +27,8 @@ import jax
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.sweep.asha import Asha, replay
+from lowrank_jax.experiment.sweep.ray_cluster import Resources, connected, fits
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial, known_outcome
 from lowrank_jax.experiment.training.loop import score, train
 from lowrank_jax.experiment.training.stop import StopSignal
@@ -46,93 +46,19 @@ except ImportError as error:
 
 _RETRIES = 2
 
-# Tune's own files and tables off: the work directories have it all.  Ctrl-C is ours to hear.
+# No files and tables of Tune's own: the work directories have everything.  We handle Ctrl-C ourselves.
 _QUIET = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new one draws a box even when told to be silent
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output draws a box even at verbose=0
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_RESULT_BUFFER_LENGTH": "1",  # a buffered trial would train on while it is judged
+    "TUNE_RESULT_BUFFER_LENGTH": "1",  # with a buffer, a trial would train on while it is judged
 }
-
-_PASSED_ON = ("JAX_", "XLA_", "LIBTPU_", "TFDS_", "TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS")
-_GPU_MEMORY = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
-
-
-@dataclasses.dataclass(frozen=True)
-class Resources:
-    """What a trial takes of one node while it runs.
-
-    Attributes:
-      cpus: cores, for scheduling; JAX takes what it finds.
-      gpus: a fraction lets trials share one.
-      tpus: chips; those of a host can be had by 1, 2, 4 or 8.
-    """
-
-    cpus: float = 1
-    gpus: float = 0
-    tpus: int = 0
-
-    def check(self) -> None:
-        """Raises ConfigError if nothing of the kind can be had."""
-        problems = []
-        if not all(0 <= amount < math.inf for amount in dataclasses.astuple(self)) or not any(dataclasses.astuple(self)):
-            problems.append(f"{self}: must be at least 0, and not all of them 0")
-        if self.gpus > 1 and self.gpus != int(self.gpus):
-            problems.append(f"gpus: {self.gpus:g}; a fraction of one, or a whole number")
-        if self.tpus not in (0, 1, 2, 4, 8):
-            problems.append(f"tpus: {self.tpus}; must be 1, 2, 4 or 8")
-        if problems:
-            raise configs.ConfigError("--cpus, --gpus, --tpus", problems)
-
-    def bundle(self) -> dict[str, float]:
-        """By the names that Ray has for them."""
-        named = {"CPU": float(self.cpus), "GPU": float(self.gpus), "TPU": float(self.tpus)}
-        return {name: amount for name, amount in named.items() if amount}
-
-
-@dataclasses.dataclass(frozen=True)
-class Asha:
-    """Asynchronous successive halving (Li et al., 2020): ends the trials that are behind at the same step.
-
-    Attributes:
-      grace: the step before which no trial is ended.
-      reduction: of the trials at a rung one in so many goes on; rungs are at grace, grace * reduction, and so on.
-    """
-
-    grace: int
-    reduction: float = 4
-
-    def scheduler(self, trials: Sequence[Trial]) -> ASHAScheduler:
-        """Judges by the evaluations that Tune is told of and by those of trials that have ended before.
-
-        Raises:
-          ConfigError: it cannot work like that.
-        """
-        longest = max(trial.config.total_steps for trial in trials)
-        problems = []
-        if not 1 <= self.grace <= longest:
-            problems.append(f"grace: {self.grace}; must be from 1 to {longest}, the steps of the longest trial")
-        if not self.reduction > 1:
-            problems.append(f"reduction: {self.reduction:g}; must be more than 1")
-        if problems:
-            raise configs.ConfigError("--asha", problems)
-        # A trial at max_t is at its end anyway.  With stop_last_trials, besides, one with fewer evaluations than rungs would
-        # later be compared at those that it had skipped.
-        return ASHAScheduler(
-            time_attr="step",
-            metric="top1",
-            mode="max",
-            max_t=longest,
-            grace_period=self.grace,
-            reduction_factor=self.reduction,
-            stop_last_trials=False,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """A trial as it travels to its worker, which reads the config anew, for the devices that it has."""
+    """A trial as sent to its worker, which parses the config again for its own devices."""
 
     workdir: str
     config: dict[str, Any]
@@ -147,21 +73,21 @@ def run(
     asha: Asha | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Outcome]:
-    """Runs those trials that have not ended yet; Ctrl-C and SIGTERM save them, for the same call to go on with.
+    """Runs the trials that have not ended yet.  Ctrl-C and SIGTERM save them; the same call resumes.
 
     Args:
       trials: in the order in which to start them.
-      address: of a Ray cluster, such as "auto" or "host:6379"; None for `RAY_ADDRESS`, or else one of this machine's own.
-      jobs: how many may run at the same time; None for as many as the cluster has room for.
-      resources: of each trial; by default one CPU.
-      asha: ends the poor ones early; by default none.
-      say: is given a line for each trial that ends.
+      address: of a Ray cluster, for example "auto" or "host:6379"; None for `RAY_ADDRESS`, else a new one on this machine.
+      jobs: maximum number of trials at a time; None for as many as fit the cluster.
+      resources: of each trial; default: one CPU.
+      asha: ends poor trials early; default: no.
+      say: called with a line for each trial that ends.
 
     Returns:
-      how each trial ended, by name.
+      The outcome of every trial by name.
 
     Raises:
-      ConfigError: resources or asha cannot be.
+      ConfigError: resources or asha are not valid.
       ConnectionError: there is no cluster at the address.
     """
     resources = resources or Resources()
@@ -171,9 +97,9 @@ def run(
     waiting = {trial.name: trial for trial in trials if trial.name not in outcomes}
     if waiting:
         if scheduler:
-            _replay(scheduler, [trial for trial in trials if trial.name in outcomes])
-        with _environment(_QUIET), _connected(address, resources):
-            if not _fits(resources):
+            replay(scheduler, [trial for trial in trials if trial.name in outcomes])
+        with _environment(_QUIET), connected(address, resources):
+            if not fits(resources):
                 say(f"no node of the cluster has {resources.bundle()}; waiting for one")
             events = _Events(waiting, say)
             with StopSignal() as stop:
@@ -191,7 +117,7 @@ def _tune(
     resources: Resources,
     scheduler: ASHAScheduler | None,
 ) -> None:
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what it has to say, `events` does
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `events` reports instead
     flag = _start_flag()
     travelling = {name: _Job(_absolute(trial.workdir), configs.to_dict(trial.config)) for name, trial in trials.items()}
     folder = str(pathlib.Path.cwd())
@@ -199,7 +125,7 @@ def _tune(
     def trainable(point: dict[str, Any]) -> None:
         _work(travelling[point["trial"]], folder, flag)
 
-    # No trial has a checkpoint of Tune's kind: nothing in its folder outlives the call.
+    # Trials have no checkpoints of Tune's kind: its folder is scratch space.
     with tempfile.TemporaryDirectory(prefix="lowrank_jax_tune_") as scratch:
         tune.run(
             trainable,
@@ -217,8 +143,12 @@ def _tune(
         )
 
 
+def _absolute(workdir: str) -> str:
+    return workdir if "://" in workdir else str(pathlib.Path(workdir).absolute())
+
+
 class _Events(tune.Callback):
-    """Hears from Tune how trials end, and marks those that the scheduler ends."""
+    """Records how trials end, and marks those that the scheduler ends."""
 
     def __init__(self, trials: Mapping[str, Trial], say: Callable[[str], None]):
         self.outcomes: dict[str, Outcome] = {}
@@ -236,7 +166,7 @@ class _Events(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         attempt = f"attempt {trial.run_metadata.num_failures + 1} of {_RETRIES + 1}"
-        self._say(f"{trial.config['trial']}: {_last_line(trial)}; {attempt} goes on from its last checkpoint")
+        self._say(f"{trial.config['trial']}: {_last_line(trial)}; {attempt} resumes from its last checkpoint")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         reason = f"{_last_line(trial)}; {trial.run_metadata.num_failures} attempts"
@@ -250,13 +180,13 @@ class _Events(tune.Callback):
 
 
 def _last_line(trial: Any) -> str:
-    """Of the last error of a Tune trial, which is where Python and Ray say what it was."""
+    """The last line of a Tune trial's last error, where Python and Ray name it."""
     lines = pathlib.Path(trial.error_file).read_text().strip().splitlines()
     return lines[-1].strip().partition(" Some common causes include")[0]
 
 
 class _Interruption(tune.Stopper):
-    """Ends everything once a signal has come, and lets the workers know, who then save."""
+    """Ends everything after a signal, and tells the workers to save."""
 
     def __init__(self, stop: StopSignal, flag: Any):
         self._stop, self._flag = stop, flag
@@ -271,9 +201,9 @@ class _Interruption(tune.Stopper):
 
 
 def _start_flag() -> Any:
-    """An actor that workers can wait for; Tune itself reaches a trial only when it reports."""
+    """An actor that workers can wait for; Tune only reaches a trial when it reports."""
 
-    class Flag:  # local, so that its process need not import this module, and jax with it
+    class Flag:  # local, so that its process does not import this module, and with it jax
         def __init__(self):
             self._is_up = asyncio.Event()
 
@@ -286,25 +216,9 @@ def _start_flag() -> Any:
     return ray.remote(num_cpus=0)(Flag).remote()
 
 
-def _replay(scheduler: ASHAScheduler, trials: Sequence[Trial]) -> None:
-    """Has the scheduler judge by trials of earlier calls too, as if all had been one call."""
-    for trial in trials:
-        stand_in: Any = _StandIn(trial.name)
-        scheduler.on_trial_add(None, stand_in)  # pyright: ignore[reportArgumentType]
-        for step, top1 in Workdir(trial.workdir).evaluations():
-            scheduler.on_trial_result(None, stand_in, {"step": step, "top1": top1})  # pyright: ignore[reportArgumentType]
-
-
-@dataclasses.dataclass(frozen=True)
-class _StandIn:
-    """All that the scheduler asks of a Tune trial."""
-
-    trial_id: str
-
-
 def _work(job: _Job, folder: str, flag: Any) -> None:
-    """Trains, in a thread of the worker process, and tells Tune how it ended."""
-    if pathlib.Path(folder).is_dir():  # relative paths in the config mean what they meant at the driver
+    """Trains, in a thread of the worker process, and reports to Tune how it ended."""
+    if pathlib.Path(folder).is_dir():  # relative paths in the config are the driver's
         os.chdir(folder)
     with _logged(job.workdir):
         print(f"process {os.getpid()} on {platform.node()}", flush=True)
@@ -337,13 +251,13 @@ def _train(job: _Job, flag: Any) -> dict[str, Any]:
 
 
 def _listen(flag: Any, stop: StopSignal) -> None:
-    with contextlib.suppress(RayError):  # without the flag a signal ends the worker unsaved, no more
+    with contextlib.suppress(RayError):  # without the flag, a signal just ends the worker unsaved
         ray.get(flag.wait.remote())
         stop.requested = True
 
 
 def _report(status: str, reason: str = "", *, step: int | None = None, top1: float = math.nan) -> dict[str, Any]:
-    """The last report of a trial; one without a step does not count for the scheduler."""
+    """The last report of a trial; without a step the scheduler ignores it."""
     at = {} if step is None else {"step": step, "training_iteration": step}
     return {"status": status, "reason": reason, "top1": top1, "done": True, **at}
 
@@ -354,7 +268,7 @@ def _one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _logged(workdir: str) -> Iterator[None]:
-    """Sends what training prints to log.txt; where the folder is remote it stays with Ray's logs of the worker."""
+    """Redirects output to log.txt; if the folder is remote, output stays in Ray's worker logs."""
     if "://" in workdir:
         yield
         return
@@ -365,53 +279,6 @@ def _logged(workdir: str) -> Iterator[None]:
         contextlib.redirect_stderr(file),
     ):
         yield
-
-
-@contextlib.contextmanager
-def _connected(address: str | None, resources: Resources) -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}  # Ray leaves its own behind
-    ray.init(
-        address or os.environ.get("RAY_ADDRESS") or "local",
-        runtime_env={"env_vars": _worker_environment(resources)},
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _worker_environment(resources: Resources) -> dict[str, str]:
-    """What the workers' processes start with, beside what their nodes give them."""
-    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-    for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):
-        if (value := jax.config.values[name]) is not None:  # trials of a sweep often are the same programs
-            passed[name.upper()] = str(value)
-    if not resources.gpus and not resources.tpus:  # Ray hides accelerators only from those that have asked for some
-        passed.setdefault("JAX_PLATFORMS", "cpu")
-    if 0 < resources.gpus < 1 and not any(name in passed for name in _GPU_MEMORY):
-        passed["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * resources.gpus:.3f}"  # JAX would take three quarters at once
-    return {**passed, "PYTHONPATH": os.pathsep.join(_own_paths())}
-
-
-def _own_paths() -> list[str]:
-    """Where the driver finds modules other than installed ones: a checkout, the user's models."""
-    own = [path for path in sys.path if not path.startswith((sys.prefix, sys.base_prefix))]
-    return list(dict.fromkeys(str(pathlib.Path(path).absolute()) for path in own))
-
-
-def _absolute(workdir: str) -> str:
-    return workdir if "://" in workdir else str(pathlib.Path(workdir).absolute())
-
-
-def _fits(resources: Resources) -> bool:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return any(all(node.get(name, 0) >= amount for name, amount in resources.bundle().items()) for node in nodes)
 
 
 @contextlib.contextmanager

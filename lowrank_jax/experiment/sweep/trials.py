@@ -1,4 +1,4 @@
-"""From the text of a sweep to the runs that it asks for."""
+"""The trials of a sweep, from its text to their configs, commands and outcomes."""
 
 import dataclasses
 import hashlib
@@ -17,11 +17,11 @@ from lowrank_jax.experiment.workdir.identity import flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.text import align, count, did_you_mean
 
-# Settings that mean nothing where no kernel is factored: a dense arm appears once, whatever they are.
+# Settings without effect where no kernel is factored: a dense arm appears once, whatever their values.
 _OF_FACTORS = ("lowrank.", "optim.frobenius_decay", "optim.nuclear_decay")
 
 
-# What tells the arms of a comparison apart, and what their spread is taken over.
+# Keys that distinguish the arms of a comparison, and the seed, over which their spread is taken.
 _NOT_TUNED = ("seed", "lowrank.method", "lowrank.scale", "lowrank.rank")
 
 
@@ -30,8 +30,8 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-      name: of its folder, made of the values that the sweep gives it.
-      values: those values as text, by key.
+      name: of its folder, made of the swept values.
+      values: the swept values as text, by key.
       config: the whole config, parsed.
       workdir: of the run.
       command: the arguments of `lowrank` that run it.
@@ -44,18 +44,18 @@ class Trial:
     command: tuple[str, ...]
 
     def result(self) -> dict[str, Any] | None:
-        """What the run left at its end; None if it has not come there."""
+        """The contents of result.json; None if the run has not finished."""
         return Workdir(self.workdir).read_json("result.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a trial ended, as an engine tells it.
+    """How a trial ended, as reported by an engine.
 
     Attributes:
-      status: `done`; `diverged`; `failed`, for any other reason; `stopped` by a scheduler, on purpose; `interrupted`, to go on
-        when the same command is given again.
-      reason: in words, where there is one.
+      status: `done`; `diverged`; `failed` for any other reason; `stopped` on purpose by a scheduler; `interrupted`: the same
+        command resumes it.
+      reason: as text; may be empty.
     """
 
     status: Literal["done", "diverged", "failed", "stopped", "interrupted"]
@@ -63,12 +63,12 @@ class Outcome:
 
 
 def known_outcome(trial: Trial) -> "Outcome | None":
-    """How the trial ended earlier, if running it again would only end the same way."""
+    """How the trial ended earlier; None if it is to be run or resumed."""
     folder = Workdir(trial.workdir)
     try:
         if trial.result() is not None:
             return Outcome("done")
-    except WorkdirError:  # the run writes it anew when it is given again
+    except WorkdirError:  # the run rewrites it when it is resumed
         return None
     if stopped := folder.read_json("stopped.json"):
         return Outcome("stopped", f"by {stopped['by']} at step {stopped['step']}")
@@ -78,11 +78,11 @@ def known_outcome(trial: Trial) -> "Outcome | None":
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """All runs of a sweep, in the order in which to start them.
+    """All trials of a sweep, in the order in which to start them.
 
     Attributes:
-      first: the runs that can start at once.
-      later: those that wait for the first ones to tell which tuned values are best; empty unless `tune(...)` was given.
+      first: the trials that can start at once.
+      later: the trials that wait until the first ones show which tuned values are best; empty without `tune(...)`.
       tuned: the tuned keys.
     """
 
@@ -91,7 +91,7 @@ class Sweep:
     tuned: tuple[str, ...]
 
     def chosen(self) -> list[Trial]:
-        """The later runs at the tuned values that were best in the first ones, by `merit`."""
+        """The later trials at the tuned values that were best in the first ones, by `merit`."""
         finished = [(merit([result], self._tuning(trial)), trial) for trial in self.first if (result := trial.result())]
         best = {self._arm(trial): trial for _, trial in sorted(finished, key=lambda pair: pair[0])}
         return [trial for trial in self.later if _same_tuning(trial, best.get(self._arm(trial)), self.tuned)]
@@ -112,7 +112,7 @@ class Sweep:
         lines = [align(rows), f"{len(self.first)} trials"]
         if self.later:
             rest = len({(self._arm(trial), trial.values["seed"]) for trial in self.later})
-            lines.append(f"and {rest} more at the best {', '.join(self.tuned)} of each arm, the other seeds")
+            lines.append(f"and {rest} more: the other seeds at the best {', '.join(self.tuned)} of each arm")
         return "\n".join(lines)
 
 
@@ -121,12 +121,12 @@ def expand(source: str, overrides: Sequence[tuple[str, str]], text: str, workdir
 
     Args:
       source: the config file.
-      overrides: what all trials have in common, `(key, value)` as text.
+      overrides: common to all trials, `(key, value)` as text.
       text: of the sweep; see `grammar`.
-      workdir: the folder that holds the trials' work directories.
+      workdir: the folder of the trials' work directories.
 
     Raises:
-      ConfigError: the text does not read as a sweep, or a trial's config is not valid; with all problems, before anything runs.
+      ConfigError: all problems of the sweep's text and of the trials' configs; nothing has started.
     """
     try:
         axes = grammar.parse(text)
@@ -158,7 +158,7 @@ def expand(source: str, overrides: Sequence[tuple[str, str]], text: str, workdir
 
 
 def _check_distinct(trials: Sequence[Trial]) -> None:
-    """0.1 and 1e-1 are written differently and mean the same."""
+    """Refuses two spellings of one value, such as 0.1 and 1e-1."""
     seen: dict[Config, str] = {}
     problems = []
     for trial in trials:
@@ -172,9 +172,9 @@ def _check_distinct(trials: Sequence[Trial]) -> None:
 def _check_keys(axes: grammar.Axes, overrides: Sequence[tuple[str, str]]) -> None:
     legal, fixed = configs.legal_keys(), {key for key, _ in overrides}
     problems = [f"{key}: both swept and set by --config.{key}" for key in axes.keys if key in fixed]
-    open_ended = ("model.kwargs.", "dataset.kwargs.")  # the model or data set knows what is legal there
+    open_ended = ("model.kwargs.", "dataset.kwargs.")  # checked by the model or data set
     given = {*fixed, *axes.keys}
-    problems += [f"{key}: given beside {other}" for key in axes.keys for other in given if other.startswith(f"{key}.")]
+    problems += [f"{key}: conflicts with {other}" for key in axes.keys for other in given if other.startswith(f"{key}.")]
     problems += [f"{key}: cannot be tuned" for key in axes.tuned if key in _NOT_TUNED]
     for key in axes.keys:
         if key not in legal and not key.startswith(open_ended):
@@ -184,19 +184,19 @@ def _check_keys(axes: grammar.Axes, overrides: Sequence[tuple[str, str]]) -> Non
 
 
 def _relevant(assignment: grammar.Assignment, method: Any) -> grammar.Assignment:
-    """Without what a dense network has no use for; `method` is what is not swept."""
+    """The assignment without settings that a dense network ignores; `method` is the config's, if it is not swept."""
     if assignment.get("lowrank.method", method) != "none":
         return assignment
     return {key: text for key, text in assignment.items() if not meaningless_when_dense(key)}
 
 
 def meaningless_when_dense(key: str) -> bool:
-    """Whether a setting has no effect where no kernel is factored."""
+    """Whether a setting has no effect if no kernel is factored."""
     return key != "lowrank.method" and key.startswith(_OF_FACTORS)
 
 
 class _Parser:
-    """Parses configs that differ from each other in a few values; a new seed is no reason to judge the rest again."""
+    """Parses configs that differ in a few values; those that differ only in the seed are checked once."""
 
     def __init__(self, source: str, overrides: Sequence[tuple[str, str]]):
         self._source = source
@@ -207,7 +207,7 @@ class _Parser:
 
     def __call__(self, values: grammar.Assignment) -> Config:
         seed = values.get("seed", "")
-        if not re.fullmatch(r"0|[1-9]\d{0,8}", seed):  # the whole judgement, if only to be told what is wrong with the seed
+        if not re.fullmatch(r"0|[1-9]\d{0,8}", seed):  # for the error message about the seed
             return self._parse(values)
         rest = tuple((key, text) for key, text in values.items() if key != "seed")
         if rest not in self._known:
@@ -225,7 +225,7 @@ class _Parser:
 
 
 def _names(assignments: list[grammar.Assignment]) -> list[str]:
-    """A folder's name for each: `method=spectral,scale=0.1,seed=0`."""
+    """A folder name for each, for example `method=spectral,scale=0.1,seed=0`."""
     keys = dict.fromkeys(key for assignment in assignments for key in assignment)
     last = [key.rpartition(".")[2] for key in keys]
     short = {key: tail if last.count(tail) == 1 else key for key, tail in zip(keys, last, strict=True)}
@@ -233,7 +233,7 @@ def _names(assignments: list[grammar.Assignment]) -> list[str]:
     for assignment in assignments:
         exact = ",".join(f"{short[key]}={text}" for key, text in assignment.items())
         name = re.sub(r"[^\w.,=+-]+", "_", exact)
-        if name != exact or len(name) > 150:  # what was replaced or cut may have told two trials apart
+        if name != exact or len(name) > 150:  # names may have become equal
             name = f"{name[:150]}-{hashlib.sha256(exact.encode()).hexdigest()[:6]}"
         names.append(name)
     return names
@@ -243,11 +243,9 @@ def _in_two_stages(trials: list[Trial], axes: grammar.Axes) -> Sweep:
     unheld = [trial.name for trial in trials if trial.config.dataset.valid_split is None]
     if unheld:
         example = "--config.dataset.train_split='train[:90%]' --config.dataset.valid_split='train[90%:]'"
-        raise configs.ConfigError(
-            "--sweep", [f"tune(...): chooses on dataset.valid_split, which is not set; for example {example}"]
-        )
+        raise configs.ConfigError("--sweep", [f"tune(...): needs dataset.valid_split to choose on, e.g. {example}"])
     if any("seed" in term[0] and len(term[0]) > 1 for term in axes.terms):
-        raise configs.ConfigError("--sweep", ["zip(...): beside tune(...) the seed has to be a term of its own"])
+        raise configs.ConfigError("--sweep", ["zip(...): with tune(...) the seed must be a term of its own"])
     seed = next((term[0]["seed"] for term in axes.terms if "seed" in term[0]), None)
     first = [trial for trial in trials if trial.values.get("seed") == seed]
     return Sweep(tuple(first), tuple(trial for trial in trials if trial not in first), axes.tuned)
@@ -257,10 +255,9 @@ Merit = tuple[float, float, list[str]]
 
 
 def merit(results: Sequence[dict[str, Any]], tuning: Sequence[Any]) -> Merit:
-    """What tuned values are chosen by, given the results of runs at them: top-1 on the held-out split, and of equals its loss.
+    """The sort key for choosing tuned values by the results of their runs: top-1 on the held-out split, then its loss.
 
-    On a small split equals are common, and whoever runs the trials and whoever reports on them must choose alike: where
-    the loss is equal too, by the values themselves.
+    Ties are common on a small split, and sweep and report must choose alike, so the last criterion is the values themselves.
     """
     top1, loss = (statistics.fmean(result["valid"][name] for result in results) for name in ("top1", "loss"))
     return top1, -loss, [str(value) for value in tuning]
@@ -275,7 +272,7 @@ def _size(config: Config) -> list[str]:
 
 
 def check_workdirs(trials: Iterable[Trial]) -> None:
-    """Raises WorkdirError, with all that is wrong, if a folder belongs to another experiment."""
+    """Raises WorkdirError, with all problems, if work directories belong to other experiments."""
     problems = []
     for trial in trials:
         try:
@@ -287,7 +284,7 @@ def check_workdirs(trials: Iterable[Trial]) -> None:
 
 
 def record(folder: epath.PathLike, sweep: Sweep, trials: Sequence[Trial], command: str) -> None:
-    """Notes in sweep.json which runs were asked for, beside those of earlier sweeps of the same folder."""
+    """Adds trials to sweep.json, which keeps those of earlier sweeps in the same folder."""
     home = Workdir(folder)
     home.path.mkdir(parents=True, exist_ok=True)
     known = read_record(folder)
@@ -302,5 +299,5 @@ def record(folder: epath.PathLike, sweep: Sweep, trials: Sequence[Trial], comman
 
 
 def read_record(folder: epath.PathLike) -> dict[str, Any]:
-    """What `record` wrote; empty where there is none."""
+    """The contents of sweep.json; empty if there is none."""
     return Workdir(folder).read_json("sweep.json") or {"commands": [], "tuned": [], "trials": {}}

@@ -14,6 +14,7 @@ from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.report import before_training, before_training_page
 from lowrank_jax.experiment.training import start, state
+from lowrank_jax.projection import linalg
 from tests import running
 
 SETTINGS = before_training.Settings(scales=(0.1, 0.5), methods=("spectral", "kernel_projection"), seeds=2, batch_size=8)
@@ -76,6 +77,31 @@ def test_with_batchnorm_it_makes_no_difference_to_the_logits():
     assert ours.mean_risk < spectral.mean_risk
 
 
+def test_with_moments_risks_are_those_under_inputs_that_have_them():
+    rng = np.random.default_rng(0)
+    plan = lr.plan(nn.Dense(6), np.ones((2, 8), np.float32), [lr.Rule("kernel", rank=2, activation="relu")])
+    w, y, x = rng.normal(size=(8, 6)), rng.normal(size=(8, 6)), rng.normal(size=(8, 8))
+    moment = x.T @ x
+    root = np.linalg.cholesky(moment + linalg.RIDGE * np.trace(moment) / 8 * np.eye(8)).T
+    given = [{"kernel": np.float32(kernel), "bias": np.zeros(6, np.float32)} for kernel in (w, y)]
+    found = before_training.relative_risks(*given, plan, {"kernel": np.float32(moment)})
+    np.testing.assert_allclose(found["kernel"], risk(root @ w, root @ y) / risk(root @ w, 0 * w), rtol=1e-4)
+
+
+def test_images_of_the_data_are_normalised_training_images():
+    config = running.config(**UNNORMALISED)
+    first, second = before_training._images(config, before_training.Settings(images="data", batch_size=8), 2)
+    description = config.description
+    stored = datasets.load(description, config.dataset.train_split, None)
+    shown = {
+        ((image / 255 - description.mean) / description.std).astype(np.float32).round(3).tobytes() for image in stored.images
+    }
+    for batch in (first, second):
+        assert batch.shape == (8, 8, 8, 1)
+        assert {np.asarray(image).round(3).tobytes() for image in batch} <= shown
+
+
+@pytest.mark.slow
 def test_on_real_images_moments_keep_more_of_the_function():
     settings = before_training.Settings((0.1,), ("kernel_projection",), images="data", batch_size=64)
     first_alone = {**UNNORMALISED, "lowrank__rules": ({"path": "head/kernel", "method": "none"},)}

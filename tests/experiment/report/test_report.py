@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from lowrank_jax.experiment import config as configs
-from lowrank_jax.experiment.report.arms import Interval, group, paired
+from lowrank_jax.experiment.report.arms import Interval, into_arms, paired
 from lowrank_jax.experiment.report.page import Report
 from lowrank_jax.experiment.report.runs import find
 from lowrank_jax.experiment.sweep.trials import expand
@@ -83,14 +83,14 @@ def test_where_weights_are_averaged_the_report_says_so_and_has_the_raw_ones_besi
     assert "averaged" not in report.markdown() and "eval_raw" not in report.csv()
     make(tmp_path, "averaged", top1=0.9, raw=0.7, optim__ema_decay=0.99)
     report = Report([str(tmp_path)])
-    assert "of the averaged weights where a run keeps any" in report.markdown()
+    assert "of the averaged weights where a run keeps them" in report.markdown()
     rows = {row["run"]: row for row in csv.DictReader(io.StringIO(report.csv()))}
     assert (rows["averaged"]["eval/top1"], rows["averaged"]["eval_raw/top1"]) == ("0.9", "0.7")
     assert rows["plain"]["eval_raw/top1"] == "nan"
 
 
 def test_differences_are_paired_by_seed(shared):
-    arms = group(find([str(shared)]), ["optim.lr"])
+    arms = into_arms(find([str(shared)]), ["optim.lr"])
     differences = {dict(d.arm.size)["lowrank.scale"]: d for d in paired(arms, ("lowrank.method", "spectral"), "eval/top1")}
     assert set(differences) == {0.1, 0.25}
     gains = [0.01 + noise**2 for noise in NOISE]
@@ -145,7 +145,7 @@ def test_at_the_edge_of_what_was_tried_it_says_so(tmp_path):
     held_out = {"dataset__train_split": "train[:90%]", "dataset__valid_split": "train[90%:]"}
     for lr, valid in ((0.1, 0.7), (0.2, 0.8)):
         make(tmp_path, f"{lr}", valid=valid, top1=0.5, optim__lr=lr, **held_out)
-    assert "at the edge of what was tried" in Report([str(tmp_path)]).markdown()
+    assert "at the edge of the values tried" in Report([str(tmp_path)]).markdown()
 
 
 def test_without_a_held_out_split_nothing_is_chosen(tmp_path):
@@ -257,9 +257,9 @@ def test_no_runs_and_no_such_method_are_errors(shared, tmp_path):
     with pytest.raises(WorkdirError, match="is not a folder"):
         Report([str(tmp_path / "nowhere")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(WorkdirError, match="no work directory there"):
+    with pytest.raises(WorkdirError, match="no work directory found"):
         Report([str(tmp_path / "empty")])
-    with pytest.raises(WorkdirError, match=r"no finished run has .*=random; there are: kernel_projection, spectral"):
+    with pytest.raises(WorkdirError, match=r"no finished run has .*=random; finished: kernel_projection, spectral"):
         Report([str(shared)], rival="random")
     with pytest.raises(WorkdirError, match=r"--tune: optim\.lrr: unknown key; did you mean optim\.lr"):
         Report([str(shared)], tune=["optim.lrr"])

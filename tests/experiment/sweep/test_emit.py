@@ -17,7 +17,7 @@ from lowrank_jax.experiment.sweep.trials import Trial
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
 NAMES = ["method=spectral,seed=0", "M" * 400, "UPPER,Case=1", "größe=ß,Ω=日本", "-", "a'b\"c $(HOME) $$", "x: [y] # z"]
-CLUSTER = emit.Cluster(image="europe-docker.pkg.dev/p/r/lowrank:1", tpu="v5e:4x4")
+SETTINGS = emit.JobSetSettings(image="europe-docker.pkg.dev/p/r/lowrank:1", tpu="v5e:4x4")
 
 
 def trial(name="seed=0", *flags, folder="gs://bucket/sweep"):
@@ -27,7 +27,7 @@ def trial(name="seed=0", *flags, folder="gs://bucket/sweep"):
 
 
 def manifests(trials, **changes):
-    return list(yaml.safe_load_all(emit.jobset(trials, dataclasses.replace(CLUSTER, **changes))))
+    return list(yaml.safe_load_all(emit.jobset(trials, dataclasses.replace(SETTINGS, **changes))))
 
 
 def parts(manifest):
@@ -142,7 +142,7 @@ def conforms(value, schema, path="$"):
     "changes", [{}, {"namespace": "team", "queue": "tpus.a", "service_account": "trainer", "spot": True, "tpu": "v4:2x2x1"}]
 )
 def test_the_fields_are_those_of_the_api(changes):
-    text = emit.jobset([trial(name) for name in NAMES], dataclasses.replace(CLUSTER, **changes))
+    text = emit.jobset([trial(name) for name in NAMES], dataclasses.replace(SETTINGS, **changes))
     assert text.count("\n---\n") == len(NAMES) and "&id" not in text
     for manifest in yaml.safe_load_all(text):
         conforms(manifest, _JOBSET)
@@ -245,14 +245,14 @@ def test_what_is_restarted(status, restarted):
         ({"tpu": "v4:8x4x4"}, "v4 has no topology '8x4x4'"),
         ({"tpu": "v4:16x16x20"}, "v4 has no topology '16x16x20'"),
         ({"tpu": "v4:4x4x6"}, "v4 has no topology '4x4x6'; did you mean 4x4x"),
-        ({"tpu": "v4-8"}, "such as v5e:4x4"),
-        ({"tpu": "v5e:04x4"}, "such as v5e:4x4"),
-        ({"tpu": "v5e:4x4/4"}, "/4 is for 2x4"),
+        ({"tpu": "v4-8"}, "tpu: 'v4-8': expected GENERATION:TOPOLOGY"),
+        ({"tpu": "v5e:04x4"}, "expected GENERATION:TOPOLOGY"),
+        ({"tpu": "v5e:4x4/4"}, "/4 is only for 2x4"),
         ({"image": ""}, "image: ''"),
         ({"image": "a b"}, "image: 'a b'"),
         ({"name": "1a"}, "name: '1a'; must be"),
         ({"name": "Sweep"}, "name: 'Sweep'"),
-        ({"name": "a" * 36}, "35 characters at most"),
+        ({"name": "a" * 36}, "at most 35 characters"),
         ({"namespace": "a.b"}, "namespace: 'a.b'"),
         ({"queue": "Q_1"}, "queue: 'Q_1'"),
         ({"service_account": ""}, "service_account: ''"),
@@ -261,7 +261,7 @@ def test_what_is_restarted(status, restarted):
     ],
 )
 def test_mistakes_are_named(changes, message):
-    assert len(dataclasses.replace(CLUSTER, **changes).problems()) == 1
+    assert len(dataclasses.replace(SETTINGS, **changes).problems()) == 1
     with pytest.raises(ValueError, match=re.escape(message)):
         manifests([trial()], **changes)
 

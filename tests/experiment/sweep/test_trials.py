@@ -58,7 +58,7 @@ def test_the_dense_arm_appears_once(tmp_path):
         ("seed=0,x", "seed: 'x'; must be a whole number"),
         ("model.kwargs.nrm=batch", "model.kwargs.nrm: resnet8 has no such setting"),
         ("epochs=2", "epochs: both swept and set by --config.epochs"),
-        ("tune(optim.lr=0.1,0.2)", "chooses on dataset.valid_split, which is not set"),
+        ("tune(optim.lr=0.1,0.2)", "needs dataset.valid_split to choose on"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_starts(tmp_path, text, message):
@@ -98,7 +98,7 @@ def test_the_later_stage_takes_each_arms_best_by_validation(tmp_path):
         ("spectral", 0.1, 1),
         ("spectral", 0.1, 2),
     ]
-    assert "and 4 more at the best optim.lr" in sweep.table()
+    assert "and 4 more: the other seeds at the best optim.lr" in sweep.table()
 
 
 def test_what_ended_for_good_is_known(tmp_path):
@@ -131,12 +131,12 @@ def test_a_second_sweep_of_a_folder_is_recorded_beside_the_first(tmp_path):
     ("text", "message"),
     [
         ("optim.lr=0.1,1e-1", "lr=0.1 and lr=1e-1 are the same experiment"),
-        ("model.kwargs={}; model.kwargs.norm=none", "model.kwargs: given beside model.kwargs.norm"),
+        ("model.kwargs={}; model.kwargs.norm=none", "model.kwargs: conflicts with model.kwargs.norm"),
         ("tune(seed=0,1)", "seed: cannot be tuned"),
         ("tune(lowrank.method=none,spectral)", "lowrank.method: cannot be tuned"),
-        ("zip(seed=0,1; lowrank.scale=0.1,0.2); tune(optim.lr=0.1,0.2)", "the seed has to be a term of its own"),
-        ("seed=0:99999999999", "99999999999 values; more than 2000"),
-        ("seed=0:1000; optim.lr=1,2,3", "3000 trials; more than 2000"),
+        ("zip(seed=0,1; lowrank.scale=0.1,0.2); tune(optim.lr=0.1,0.2)", "the seed must be a term of its own"),
+        ("seed=0:99999999999", "99999999999 values; must be at most 2000"),
+        ("seed=0:1000; optim.lr=1,2,3", "3000 trials; must be at most 2000"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path, text, message):

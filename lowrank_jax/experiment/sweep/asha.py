@@ -1,0 +1,65 @@
+"""Ends poor trials early by asynchronous successive halving (ASHA), with Ray Tune's scheduler."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.sweep.trials import Trial
+from lowrank_jax.experiment.workdir.workdir import Workdir
+
+if TYPE_CHECKING:
+    from ray.tune.schedulers import ASHAScheduler
+
+
+@dataclasses.dataclass(frozen=True)
+class Asha:
+    """Asynchronous successive halving (Li et al., 2020): ends the trials that are behind others at the same step.
+
+    Attributes:
+      grace: no trial is ended before this step.
+      reduction: keep the best 1/reduction of the trials at each rung; rungs are at grace, grace * reduction, and so on.
+    """
+
+    grace: int
+    reduction: float = 4
+
+    def scheduler(self, trials: Sequence[Trial]) -> "ASHAScheduler":
+        """Tune's scheduler for these trials, by top-1.  Raises ConfigError if the settings are not valid for them."""
+        from ray.tune.schedulers import ASHAScheduler
+
+        longest = max(trial.config.total_steps for trial in trials)
+        problems = []
+        if not 1 <= self.grace <= longest:
+            problems.append(f"grace: {self.grace}; must be from 1 to {longest}, the steps of the longest trial")
+        if not self.reduction > 1:
+            problems.append(f"reduction: {self.reduction:g}; must be more than 1")
+        if problems:
+            raise configs.ConfigError("--asha", problems)
+        # A trial at max_t ends anyway.  stop_last_trials would also compare a trial with fewer evaluations than rungs at the
+        # rungs that it skipped.
+        return ASHAScheduler(
+            time_attr="step",
+            metric="top1",
+            mode="max",
+            max_t=longest,
+            grace_period=self.grace,
+            reduction_factor=self.reduction,
+            stop_last_trials=False,
+        )
+
+
+def replay(scheduler: "ASHAScheduler", trials: Sequence[Trial]) -> None:
+    """Tells the scheduler the evaluations of trials from earlier calls, as if all had been one call."""
+    for trial in trials:
+        stand_in: Any = StandIn(trial.name)
+        scheduler.on_trial_add(None, stand_in)  # pyright: ignore[reportArgumentType]
+        for step, top1 in Workdir(trial.workdir).evaluations():
+            scheduler.on_trial_result(None, stand_in, {"step": step, "top1": top1})  # pyright: ignore[reportArgumentType]
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """The part of a Tune trial that the scheduler uses."""
+
+    trial_id: str
