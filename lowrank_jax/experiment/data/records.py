@@ -137,8 +137,9 @@ class Records:
             names = ", ".join(self._undecodable.values())
         if count > limit:
             raise DataError(
-                f"{self._name}: {count} images cannot be decoded, more than dataset.max_undecodable={limit}: {names}. Raise the limit"
-                f" (lowrank evaluate: --max-undecodable) to continue without them, or prepare the data again: {self._remedy}"
+                f"{self._name}: {count} images cannot be decoded, more than dataset.max_undecodable={limit}: {names}."
+                f" Raise the limit (lowrank evaluate: --max-undecodable) to continue without them,"
+                f" or prepare the data again: {self._remedy}"
             )
 
 

@@ -1,13 +1,12 @@
 """The files of a work directory other than checkpoints and event files."""
 
 import contextlib
-import fcntl
 import json
 import re
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import filelock
 from etils import epath
 from upath import UPath
 
@@ -73,21 +72,30 @@ class Workdir:
 
     @contextlib.contextmanager
     def locked(self, seconds: float = 10.0) -> Iterator[None]:
-        """Keeps other processes of this machine from training in the folder; nothing where it is remote or cannot be locked.
+        """Keeps other processes of this machine from training in the folder.
+
+        Does nothing if the folder is remote or its file system has no locks.  A process that is killed frees its lock.
 
         Raises:
-          WorkdirError: another one was still at it after so many seconds, which a process that is ending may take.
+          WorkdirError: another process still holds the lock after so many seconds, which one that is ending may need.
         """
         if "://" in str(self.path) or not self._active:
             yield
             return
-        with (self.path / ".lock").open("w") as file:
-            end = time.monotonic() + seconds
-            while not _try_lock(file):
-                if time.monotonic() > end:
-                    raise WorkdirError(f"another process is training in {self.path}; stop it, or use a new --workdir")
-                time.sleep(0.1)
+        lock = filelock.FileLock(str(self.path / ".lock"), timeout=seconds, poll_interval=0.1, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise WorkdirError(f"another process is training in {self.path}; stop it, or use a new --workdir") from None
+        except PermissionError:
+            raise
+        except (OSError, NotImplementedError):  # a file system without locks
             yield
+            return
+        try:
+            yield
+        finally:
+            lock.release()
 
     def check(self, config: dict[str, Any]) -> None:
         """Raises WorkdirError if the folder belongs to another experiment."""
@@ -199,13 +207,3 @@ class Workdir:
             if line["step"] <= step and not repeated:
                 kept.append(line)
         self.write_lines("metrics.jsonl", kept)
-
-
-def _try_lock(file: Any) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True
