@@ -14,6 +14,7 @@ from etils import epath
 
 from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints
+from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.kernel import LowRankKernel
 
 
@@ -170,6 +171,7 @@ def test_a_checkpoint_that_cannot_be_written_says_so(tmp_path):
 @pytest.mark.parametrize("limit", [0, 2**14])  # at once, and in the background, where only the array is too large
 def test_a_save_that_fails_is_told_once(tmp_path, caplog, capfd, limit):
     large = jax.device_put(TrainState(np.int32(2), {"kernel": normal(2, 256, 256)}, {}, ()))
+    digests(large)  # compiled now: the compilation cache cannot be written later
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     told = pytest.raises(CheckpointError, match=r"/c: cannot write a checkpoint: .*File too large")
     with told, Checkpoints(save(tmp_path / "c", [None])) as checkpoints:
