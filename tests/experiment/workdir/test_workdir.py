@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
     with pytest.raises(WorkdirError, match=r"has no config\.json"):
         Workdir(tmp_path).read_config()
     (tmp_path / "config.json").write_text('{"model": {}, "dataset": {}, "lowrank": {}}')
-    with pytest.raises(WorkdirError, match=r"config\.json is not an experiment's"):
+    with pytest.raises(WorkdirError, match=r"config\.json is not the config of an experiment"):
         Workdir(tmp_path).read_config()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WorkdirError, match=r"config\.json is damaged"):
