@@ -54,7 +54,7 @@ def watch(
     """
     rows = Rows(workdirs, say)
     with StopSignal() as stop, contextlib.ExitStack() as stack:
-        runs = [stack.enter_context(_Run(workdir, evaluator, rows, stop, complain)) for workdir in workdirs]
+        runs = [stack.enter_context(_WatchedRun(workdir, evaluator, rows, stop, complain)) for workdir in workdirs]
         for run in runs:
             if run.is_awaited():
                 say(f"waiting for {run.workdir}")
@@ -67,7 +67,7 @@ def watch(
     return Outcome(not all(run.finished for run in runs), any(run.failed for run in runs))
 
 
-class _Run:
+class _WatchedRun:
     """One watched run; `look` is called at every poll."""
 
     def __init__(self, workdir: str, evaluator: Evaluator, rows: Rows, stop: StopSignal, complain: Callable[[str], None]):
@@ -79,7 +79,7 @@ class _Run:
         self._suspects: set[int] = set()  # steps that could not be read at the last poll
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> "_Run":
+    def __enter__(self) -> "_WatchedRun":
         return self
 
     def __exit__(self, *exception: Any) -> None:
