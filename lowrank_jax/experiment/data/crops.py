@@ -1,4 +1,4 @@
-"""Which box of an image becomes the input of a network."""
+"""The box of an image that a network sees."""
 
 import dataclasses
 import math
@@ -6,16 +6,16 @@ import math
 import numpy as np
 
 ASPECTS = (3 / 4, 4 / 3)
-"""Width over height of a random crop, from and to (Szegedy et al. 2015)."""
+"""Minimum and maximum of width over height of a random crop (Szegedy et al. 2015)."""
 
 _TRIES = 10
 DRAWS = 2 * _TRIES + 2
-"""How many uniform numbers `random_crop` may need."""
+"""The number of uniform draws that `random_crop` takes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """A part of an image in whole pixels."""
+    """A rectangle of an image, in whole pixels."""
 
     top: int
     left: int
@@ -24,22 +24,23 @@ class Box:
 
 
 def central_crop(height: int, width: int, fraction: float) -> Box:
-    """The square in the middle whose side is a fraction of the shorter side.
+    """The central square whose side is a fraction of the image's shorter side.
 
-    Bringing it to `size` shows what bringing the shorter side to `size / fraction` and cropping `size` from the middle does.
+    Resizing it to `size` gives the same view as resizing the shorter side to `size / fraction` and cropping `size` from the
+    centre.
     """
     side = max(1, round(fraction * min(height, width)))
     return Box((height - side) // 2, (width - side) // 2, side, side)
 
 
 def random_crop(height: int, width: int, area: tuple[float, float], draws: np.ndarray) -> Box:
-    """A box of random area, as a fraction of the image's, and random aspect ratio, at a random place.
+    """A box of random area and aspect ratio at a random place.
 
-    As in torchvision's RandomResizedCrop: ten tries to fit one into the image, then the largest one in the middle whose aspect
-    ratio is allowed.
+    As in torchvision's RandomResizedCrop: up to ten attempts to fit one into the image, then the largest central box of an
+    allowed aspect ratio.
 
     Args:
-      area: from and to, uniformly; the aspect ratio is log-uniform over `ASPECTS`.
+      area: minimum and maximum, as fractions of the image's area; uniform.  The aspect ratio is log-uniform over `ASPECTS`.
       draws: uniform numbers in [0, 1), `[DRAWS]`.
     """
     low, high = math.log(ASPECTS[0]), math.log(ASPECTS[1])

@@ -1,4 +1,4 @@
-"""From an encoded image to the pixels of one box of it, at a network's size."""
+"""Decodes one box of an encoded image at the size that a network takes."""
 
 import io
 import math
@@ -13,42 +13,42 @@ from PIL import Image, UnidentifiedImageError
 from lowrank_jax.experiment.data.crops import Box
 from lowrank_jax.text import first_line
 
-# Batches are decoded by a thread for each core: threads inside of an operation would only fight with them.
+# Batches are decoded by one thread per core; OpenCV's own threads would only compete with them.
 cv2.setNumThreads(1)
 
 Choose = Callable[[int, int], Box]
-"""Which box of an image of some height and width."""
+"""The box to decode, from the image's height and width."""
 
 
 class Undecodable(Exception):
-    """The bytes are no image, only the beginning of one, or say that they are an absurdly large one.
+    """The bytes are not an image, a truncated one, or one of an absurd size.
 
-    Damage inside of an image is not looked for: a JPEG that is whole up to its end marker but lacks or garbles a part before it
-    is taken as libjpeg reads it, as by TensorFlow and by Pillow; ImageNet has such files, with all that matters still there.
+    Damage inside an image is not detected: a JPEG that reaches its end marker but has missing or garbled parts is taken as
+    libjpeg reads it, as in TensorFlow and Pillow.  ImageNet has such files, and their content is still recognisable.
     """
 
 
 def decode_box(data: bytes, choose: Choose, out: np.ndarray, *, fast: bool = False) -> None:
-    """Decodes one box of an image and brings it to a size.
+    """Decodes one box of an image and resizes it.
 
-    A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size at which the box has at least the pixels asked for,
-    and no further down than the box goes.
+    A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size at which the box still has the pixels of `out`, and
+    only down to the lower edge of the box.
 
     Args:
-      data: the image as a file would hold it.
+      data: the encoded image.
       choose: the box, from the image's height and width.
-      out: where the pixels go, uint8 `[height, width, 3]`; contiguous.
-      fast: whether a twelfth of the time is worth more than colours that are exact to a level or two.
+      out: receives the pixels, uint8 `[height, width, 3]`; contiguous.
+      fast: saves a twelfth of the time, for colours that may be off by a level or two.
 
     Raises:
-      Undecodable: it is no image, truncated, or too large.
+      Undecodable: it is not an image, is truncated, or is too large.
     """
     box, factor, image = _decode(data, choose, out.shape[:2], fast)
     resample(image, [side / factor for side in (box.top, box.left, box.height, box.width)], out)
 
 
 def _decode(data: bytes, choose: Choose, size: tuple[int, int], fast: bool) -> tuple[Box, int, np.ndarray]:
-    """The box, how many times smaller than stored the image is, and its pixels, from the top at least to the end of the box."""
+    """The box, the factor by which the image is reduced, and its pixels from the top at least to the end of the box."""
     try:
         height, width, colours, _ = _header(data)
         _check_size(height, width)
@@ -57,11 +57,11 @@ def _decode(data: bytes, choose: Choose, size: tuple[int, int], fast: bool) -> t
             factor = _reduction(box, size)
             above, rows = _cut(data, height, box.top + box.height)
             least = {"min_height": -(-rows // factor), "min_width": -(-width // factor)} if factor > 1 else {}
-            # What was cut off would be taken for damage.
+            # A strict decoder would take the missing rows for damage.
             strict = rows == height
             return box, factor, simplejpeg.decode_jpeg(above, fastdct=fast, fastupsample=fast, strict=strict, **least)
-    except ValueError as error:  # no JPEG, or a damaged one
-        if _ENDS_EARLY in str(error):  # Pillow would take zeros for the rest of it
+    except ValueError as error:  # not a JPEG, or a damaged one
+        if _ENDS_EARLY in str(error):  # Pillow would fill the rest with zeros
             raise Undecodable("image file is truncated") from None
     image = _decode_slowly(data)
     return choose(*image.shape[:2]), 1, image
@@ -73,16 +73,16 @@ def _header(data: bytes) -> Any:
 
 
 def _reduction(box: Box, size: tuple[int, int]) -> int:
-    """By how much a JPEG may be scaled down as it is decoded.  Between powers of two that takes longer than not at all."""
+    """The factor by which a JPEG is reduced while it is decoded; other factors than powers of two take longer than none."""
     least = min(box.height / size[0], box.width / size[1])
     return 2 ** min(3, int(math.log2(least))) if least >= 2 else 1
 
 
 def _cut(data: bytes, height: int, bottom: int) -> tuple[bytes | bytearray, int]:
-    """A JPEG that ends some rows below `bottom`, and its height: a decoder stops at the height that the header states.
+    """The JPEG with a header that ends it some rows below `bottom`, where a decoder stops, and that height.
 
-    Left whole are progressive ones, which no pass from top to bottom completes, and those without an end, which have to be
-    looked at more closely.
+    Progressive JPEGs are left whole, as they are not coded from top to bottom, and so are those without an end marker, which
+    need a closer look.
     """
     rows = -(-(bottom + _CONTEXT) // _MCU) * _MCU
     place = _frame_header(data)
@@ -93,16 +93,16 @@ def _cut(data: bytes, height: int, bottom: int) -> tuple[bytes | bytearray, int]
     return shorter, rows
 
 
-_MCU = 32  # the most rows that are coded together are 16, or 32 at the rarest subsampling
+_MCU = 32  # rows that are coded together: at most 16, or 32 at the rarest subsampling
 _CONTEXT = 2  # rows that the interpolation of colours looks ahead
 _END = b"\xff\xd9"
 _ENDS_EARLY = "Premature end of JPEG file"  # libjpeg's words
-_MOST_PIXELS = 10**8  # ImageNet's largest has 2 * 10**7; a damaged header may ask for gigabytes
+_MAX_PIXELS = 10**8  # ImageNet's largest has 2 * 10**7; a damaged header may ask for gigabytes
 _BASELINE, _EXTENDED, _SCAN = 0xC0, 0xC1, 0xDA
 
 
 def _frame_header(data: bytes) -> int | None:
-    """Where the header of a JPEG begins that is coded in one pass from top to bottom; None for another one."""
+    """The offset of the frame header of a JPEG that is coded in one pass from top to bottom; None for other JPEGs."""
     place = 2
     while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != _SCAN:
         if data[place + 1] in (_BASELINE, _EXTENDED):
@@ -112,36 +112,36 @@ def _frame_header(data: bytes) -> int | None:
 
 
 def _decode_slowly(data: bytes) -> np.ndarray:
-    """Whatever Pillow can read: other formats and colours, and JPEGs with flaws that leave all of the image there."""
+    """Decodes whatever Pillow reads: other formats and colours, and JPEGs with flaws that leave the image complete."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(image.height, image.width)
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
                 grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)
             return np.asarray(image.convert("RGB"))
     except Undecodable:
         raise
-    except UnidentifiedImageError:  # its message is the address of an object
+    except UnidentifiedImageError:  # its message shows the address of an object
         raise Undecodable("not an image") from None
-    except Exception as error:  # each of its formats has errors of its own
+    except Exception as error:  # every format has its own errors
         raise Undecodable(first_line(error)) from None
 
 
 def _check_size(height: int, width: int) -> None:
-    if height * width > _MOST_PIXELS:
-        raise Undecodable(f"{width}x{height} pixels are more than an image has")
+    if height * width > _MAX_PIXELS:
+        raise Undecodable(f"{width}x{height} pixels are too many for an image")
 
 
 def resample(image: np.ndarray, box: Sequence[float], out: np.ndarray) -> None:
-    """Brings a box of an image to the size of `out`, both uint8 `[height, width, 3]`, without aliasing.
+    """Resizes a box of an image to the size of `out`, both uint8 `[height, width, 3]`, without aliasing.
 
-    The antialiased bilinear resizing of Pillow and jax averages with a triangle as wide as two pixels of the result, whose
-    variance is f²/6 when shrinking f times.  Plain linear interpolation has 1/6 of that; a 3-tap filter before it adds what
-    lacks.  That is as close to theirs as area averaging is, in a third of its time.
+    The antialiased bilinear resizing of Pillow and jax averages with a triangle as wide as two output pixels, whose variance
+    is f²/6 when shrinking f times.  Plain linear interpolation has a variance of 1/6; a 3-tap filter before it adds the rest.
+    The result is as close to theirs as area averaging, in a third of its time.
 
     Args:
-      box: top, left, height and width in pixels, not necessarily whole ones.
+      box: top, left, height and width in pixels, not necessarily whole numbers.
     """
     top, left, height, width = box
     bottom, right = math.ceil(top + height), math.ceil(left + width)
@@ -149,7 +149,7 @@ def resample(image: np.ndarray, box: Sequence[float], out: np.ndarray) -> None:
     part = image[int(box[0]) : bottom, int(box[1]) : right]
     shrink = height / out.shape[0], width / out.shape[1]
     size = out.shape[1::-1]
-    if max(shrink) > 2.2:  # more than three taps can add; a part of a pixel hardly matters here
+    if max(shrink) > 2.2:  # more than three taps can add; fractions of a pixel hardly matter here
         cv2.resize(part, size, dst=out, interpolation=cv2.INTER_AREA)
         return
     if max(shrink) > 1:
@@ -158,7 +158,7 @@ def resample(image: np.ndarray, box: Sequence[float], out: np.ndarray) -> None:
     if (height, width) == part.shape[:2]:
         cv2.resize(part, size, dst=out, interpolation=cv2.INTER_LINEAR)
         return
-    # OpenCV counts from the middle of the first pixel.
+    # OpenCV's origin is the centre of the first pixel.
     inverse = np.array(
         [
             [shrink[1], 0, left + shrink[1] / 2 - 0.5],
@@ -170,6 +170,6 @@ def resample(image: np.ndarray, box: Sequence[float], out: np.ndarray) -> None:
 
 
 def _filter(shrink: float) -> tuple[int, float]:
-    """Taps, and the deviation that makes OpenCV's kernel [a, 1 - 2a, a] one of variance 2a = (shrink² - 1) / 6."""
+    """The number of taps, and the sigma for which OpenCV's kernel [a, 1 - 2a, a] has the variance 2a = (shrink² - 1) / 6."""
     outer = (shrink**2 - 1) / 12
     return (3, math.sqrt(0.5 / math.log((1 - 2 * outer) / outer))) if outer > 1e-6 else (1, 1.0)

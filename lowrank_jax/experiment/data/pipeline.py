@@ -1,6 +1,6 @@
 """The order of the data: a batch is a function of (seed, step), an augmentation of (seed, epoch, example).
 
-Nothing about the order is ever stored but the number of the next batch, which is all that Grain's iterator state holds.
+The only state is the number of the next batch, which is what Grain's iterator state contains.
 """
 
 import collections
@@ -22,7 +22,7 @@ from lowrank_jax.experiment.hosts.sharding import BATCH_AXES
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """What of every global batch this process reads: these `parts` of `count` equal ones."""
+    """The part of every global batch that this process reads: these `parts` out of `count` equal ones."""
 
     parts: tuple[int, ...] = (0,)
     count: int = 1
@@ -32,7 +32,7 @@ class Shard:
 
 
 def shard_of(mesh: Mesh) -> Shard:
-    """What this process's devices hold of a batch; processes that share a part of it along the model axis read the same."""
+    """The part of a batch on this process's devices; processes that differ along the model axis alone read the same part."""
     by_part = np.moveaxis(mesh.devices, [mesh.axis_names.index(axis) for axis in BATCH_AXES], [0, 1])
     by_part = by_part.reshape(by_part.shape[0] * by_part.shape[1], -1)
     own = jax.process_index()
@@ -41,17 +41,17 @@ def shard_of(mesh: Mesh) -> Shard:
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatches:
-    """Random access to the batches of an endless shuffled epoch after epoch; a Grain data source.
+    """Random access to the batches of training, reshuffled every epoch; a Grain data source.
 
-    Epochs follow each other without a gap, so a batch may end one and begin the next, and no example is ever dropped.
+    Epochs follow each other without a gap: a batch may span two of them, and no example is dropped.
 
     Attributes:
       split: the examples.
       batch_size: over all processes.
-      length: how many batches there are.
+      length: the number of batches.
       seed: of order and augmentation.
-      augmentation: how images are varied.
-      shard: this process's part.
+      augmentation: of the images.
+      shard: this process's part of a batch.
     """
 
     split: Split
@@ -77,7 +77,7 @@ class TrainBatches:
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatches:
-    """Every example once, in order; the last batch is filled up with examples whose `mask` is 0."""
+    """Every example once, in order; the last batch is padded with examples whose `mask` is 0."""
 
     split: Split
     batch_size: int
@@ -89,28 +89,28 @@ class EvalBatches:
     def __getitem__(self, index: int) -> Batch:
         start = int(index) * self.batch_size
         positions = self.shard.of(np.arange(start, start + self.batch_size))
-        return self._filled(positions[positions < len(self.split)], len(positions))
+        return self._padded_batch(positions[positions < len(self.split)], len(positions))
 
     def __iter__(self) -> Iterator[Batch]:
         return _read_ahead(self, self.split.prefetch)
 
     def blank(self) -> Batch:
-        """A batch of no examples, in the place of one that cannot be read."""
-        return self._filled(np.arange(0), len(self.shard.of(np.arange(self.batch_size))))
+        """A batch of padding, in place of one that cannot be read."""
+        return self._padded_batch(np.arange(0), len(self.shard.of(np.arange(self.batch_size))))
 
-    def _filled(self, positions: np.ndarray, size: int) -> Batch:
-        return {name: _filled_up(array, size) for name, array in self.split.plain(positions).items()}
+    def _padded_batch(self, positions: np.ndarray, size: int) -> Batch:
+        return {name: _padded(array, size) for name, array in self.split.plain(positions).items()}
 
 
 class Feed:
     """The training batches in order.
 
     Args:
-      batches: where they come from.
-      ahead: so many are read before they are needed, so that `error` is known that early.
+      batches: the source.
+      ahead: the number of batches to read before they are needed, so that `error` is known that early.
 
     Attributes:
-      error: what is wrong with a batch to come; raised when it is that one's turn.
+      error: why an upcoming batch cannot be read; raised in its place.
     """
 
     def __init__(self, batches: TrainBatches, ahead: int = 0):
@@ -131,7 +131,7 @@ class Feed:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next batch is; `set_state` goes there."""
+        """The position of the next batch, for `set_state`."""
         return self._state
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ class Feed:
         self._iterator.set_state(state)
 
     def fill(self) -> None:
-        """Reads what is to be read before the next batch is asked for."""
+        """Reads the batches that are to be read ahead."""
         while len(self._queue) <= self._ahead and not self.error:
             try:
                 batch = next(self._iterator)
@@ -153,12 +153,12 @@ class Feed:
 
 
 def _read_ahead(batches: TrainBatches | EvalBatches, count: int) -> grain.DatasetIterator[Batch]:
-    """So many batches are made ahead of time; with none, each on the caller's thread when it is asked for."""
+    """An iterator that prefetches `count` batches on other threads; with 0 it makes each on the caller's thread."""
     options = grain.ReadOptions(num_threads=count, prefetch_buffer_size=count)
     return iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
 
-def _filled_up(array: np.ndarray, size: int) -> np.ndarray:
+def _padded(array: np.ndarray, size: int) -> np.ndarray:
     missing = size - len(array)
     return np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)]) if missing else array
 

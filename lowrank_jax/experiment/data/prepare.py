@@ -1,4 +1,4 @@
-"""Prepares a TFDS data set from files that are already on this machine.
+"""Prepares a TFDS data set from files on this machine.
 
 python -m lowrank_jax.experiment.data.prepare fashion_mnist --manual-dir=/usr/share/datasets/fashion-mnist --data-dir=data
 python -m lowrank_jax.experiment.data.prepare imagenet2012 --manual-dir=/downloads --data-dir=data
@@ -18,18 +18,18 @@ from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.sources import tfds_folder
 from lowrank_jax.text import first_line
 
-# Debian repacks the four files without the name and time that their publisher's gzip wrote.  With both put back they are
-# byte for byte the files whose checksums TFDS knows, so its own builder takes them.
+# Debian repacks the four files without the name and time that their publisher's gzip wrote.  With both restored they are
+# byte for byte the files whose checksums TFDS knows, so its own builder accepts them.
 _GZIP_TIME = {"train": 1504176606, "t10k": 1504176627}
 _FILES = {
     "fashion_mnist": [f"{part}-{kind}-ubyte.gz" for part in _GZIP_TIME for kind in ("images-idx3", "labels-idx1")],
     "imagenet2012": ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"],
 }
-_SOURCE = {"imagenet2012": "; https://image-net.org/download-images has them, after registration"}
+_SOURCE = {"imagenet2012": "; download them from https://image-net.org/download-images after registration"}
 
 
 def restore_gzip_header(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a gzip file, with the original name, time and flags in its header.
+    """Copies a gzip file with the original name, time and flags in its header.
 
     Raises:
       SystemExit: it is not a gzip file.
@@ -37,7 +37,7 @@ def restore_gzip_header(source: pathlib.Path, target: pathlib.Path) -> None:
     data = source.read_bytes()
     if data[:2] != b"\x1f\x8b":
         raise SystemExit(f"{source} is not a gzip file")
-    if data[3]:  # it has a name already: it is the publisher's own
+    if data[3]:  # with a name it is the publisher's own
         target.write_bytes(data)
         return
     header = data[:3] + b"\x08" + struct.pack("<I", _GZIP_TIME[source.name.split("-")[0]]) + b"\x00\x03"
@@ -53,7 +53,7 @@ def prepare(name: str, manual_dir: pathlib.Path, data_dir: str | None) -> None:
     builder = _open(name, data_dir)
     missing = [file for file in _FILES[name] if not (manual_dir / file).exists()]
     if missing:
-        raise SystemExit(f"{manual_dir} lacks {', '.join(missing)}{_SOURCE.get(name, '')}")
+        raise SystemExit(f"{manual_dir} does not contain {', '.join(missing)}{_SOURCE.get(name, '')}")
     with tempfile.TemporaryDirectory() as folder:
         if name == "fashion_mnist":
             for file in _FILES[name]:
@@ -118,8 +118,8 @@ def _build(builder: Any, manual_dir: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[*_FILES])
-    parser.add_argument("--manual-dir", type=pathlib.Path, required=True, help="where the downloaded files are")
-    parser.add_argument("--data-dir", help="where TFDS keeps its data; default: TFDS's own")
+    parser.add_argument("--manual-dir", type=pathlib.Path, required=True, help="folder of the downloaded files")
+    parser.add_argument("--data-dir", help="TFDS's data folder; default: TFDS's own")
     args = parser.parse_args()
     prepare(args.name, args.manual_dir, args.data_dir)
 

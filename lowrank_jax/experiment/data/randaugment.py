@@ -1,9 +1,9 @@
 """RandAugment (Cubuk, Zoph, Shlens and Le 2020): a few random operations, all of the same magnitude.
 
-The paper's fourteen operations.  Magnitudes go from 0, which changes as little as the operation can, to 10, the end of
+The paper's fourteen operations.  Magnitudes range from 0, the least change that an operation can make, to 10, the end of
 AutoAugment's range, as in torchvision: rotation to 30 degrees, shear to 0.3, translation to 150/331 of the side, colour,
 contrast, brightness and sharpness to factors of 1 ± 0.9, solarising from 256 down to 0, posterising from 8 down to 4 bits.
-Signs are random.  What moves in from outside is grey.
+Signs are random.  Pixels from outside the image are grey.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 
 from lowrank_jax.experiment.data.random import uniforms
 
-_CROPS = 64  # draws left to whatever happens before
+_CROPS = 64  # draws reserved for crops
 _GREY = (128, 128, 128)
 
 Operation = Callable[[np.ndarray, float], np.ndarray]
@@ -30,7 +30,7 @@ def randaugment(image: np.ndarray, bits: np.ndarray, layers: int, magnitude: flo
 
 
 def identity(image: np.ndarray, strength: float) -> np.ndarray:
-    """The image as it is."""
+    """Returns the image."""
     return image
 
 
@@ -63,28 +63,28 @@ def posterize(image: np.ndarray, strength: float) -> np.ndarray:
 
 
 def solarize(image: np.ndarray, strength: float) -> np.ndarray:
-    """Inverts what is bright."""
+    """Inverts bright pixels."""
     return np.where(image < 256 * (1 - abs(strength)), image, 255 - image)
 
 
 def color(image: np.ndarray, strength: float) -> np.ndarray:
-    """Away from or towards grey."""
+    """Changes saturation: away from or towards grey."""
     return _blend(np.repeat(_luma(image)[:, :, None], 3, axis=2), image, strength)
 
 
 def contrast(image: np.ndarray, strength: float) -> np.ndarray:
-    """Away from or towards the mean of its luma."""
+    """Changes contrast: away from or towards the mean luma."""
     mean = math.floor(_luma(image).mean() + 0.5)
     return _look_up(image, _blend(np.full((256, 3), mean, np.uint8), _RAMP, strength))
 
 
 def brightness(image: np.ndarray, strength: float) -> np.ndarray:
-    """Away from or towards black."""
+    """Changes brightness: away from or towards black."""
     return _look_up(image, _blend(np.zeros((256, 3), np.uint8), _RAMP, strength))
 
 
 def sharpness(image: np.ndarray, strength: float) -> np.ndarray:
-    """Away from or towards a smoothed image; the rim stays."""
+    """Changes sharpness: away from or towards a smoothed image; border pixels are kept."""
     smooth = image.copy()
     smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, _SMOOTH)[1:-1, 1:-1]
     return _blend(smooth, image, strength)
@@ -128,7 +128,7 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
 def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Each channel through its own column of a table `[256, 3]`, which is cut off to whole numbers of 0 ... 255."""
+    """Maps each channel through its column of a table `[256, 3]`, which is clipped to 0 ... 255 and truncated."""
     return cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8)[None])
 
 
@@ -138,14 +138,14 @@ def _luma(image: np.ndarray) -> np.ndarray:
 
 
 def _blend(away: np.ndarray, image: np.ndarray, strength: float) -> np.ndarray:
-    """`away` at strength -1/0.9, the image at 0, and as far beyond it on the other side."""
+    """Interpolates: `away` at strength -1/0.9, the image at 0, and beyond it for positive strengths."""
     factor = 1 + 0.9 * strength
     return cv2.addWeighted(image, factor, away, 1 - factor, 0)
 
 
 def _warp(image: np.ndarray, inverse: tuple[tuple[float, float, float], tuple[float, float, float]]) -> np.ndarray:
-    """The nearest pixels; `inverse` says where a place of the result comes from, in pixels from the upper left corner."""
+    """Warps with nearest pixels; `inverse` maps a place of the result to its origin, in pixels from the upper left corner."""
     matrix = np.array(inverse, np.float64)
-    matrix[:, 2] += matrix[:, :2].sum(1) / 2 - 0.5  # OpenCV counts from the middle of the first pixel
+    matrix[:, 2] += matrix[:, :2].sum(1) / 2 - 0.5  # OpenCV's origin is the centre of the first pixel
     flags = cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(image, matrix, image.shape[1::-1], flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=_GREY)

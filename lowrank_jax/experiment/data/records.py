@@ -1,4 +1,4 @@
-"""A split of encoded images, read and decoded as they are asked for."""
+"""A split of encoded images, which are read and decoded when they are needed."""
 
 import bisect
 import concurrent.futures
@@ -19,28 +19,28 @@ from lowrank_jax.experiment.data.decode import Choose, Undecodable, decode_box
 from lowrank_jax.experiment.data.random import uniforms
 from lowrank_jax.text import first_line
 
-_CHUNK = 4  # examples that a thread takes at a time: few enough that all end at about the same time
+_CHUNK = 4  # examples that a thread takes at a time; small, so that all threads end at about the same time
 
 
 class Records:
     """Encoded images on disk, each a TensorFlow Example of `image`, `label` and `file_name`.
 
-    An image that does not decode is reported once, with its file's name, and passed over: in training the next example takes
-    its place, in evaluation its `mask` is 0.  Too many of them in one process end the run.
+    An image that cannot be decoded is reported once, with its file's name, and skipped: in training the next example takes
+    its place, in evaluation its `mask` is 0.  Too many of them in one process end the run with a DataError.
 
     Args:
-      dataset: what is known of it; its `decoding` says how.
-      split: what to call it in messages.
-      parts: stored records as `(source, start, stop)`, one after the other; `source[i]` are the bytes of a record.
-      remedy: what to do about a record that cannot be read.
+      dataset: the data set; its `decoding` must be set.
+      split: its name in messages.
+      parts: stored records as `(source, start, stop)`, in order; `source[i]` are the bytes of a record.
+      remedy: what to do about a record that cannot be read, for messages.
     """
 
     prefetch = 2
-    """Batches ahead of the reader, each with a thread that waits for it."""
+    """The number of batches to prefetch, each on a thread of its own."""
 
     def __init__(self, dataset: Dataset, split: str, parts: Sequence[tuple[Sequence[bytes], int, int]], remedy: str):
         if dataset.decoding is None:
-            raise ValueError(f"{dataset.name} is stored at one size")
+            raise ValueError(f"the images of {dataset.name} have one size and need no decoding")
         self._dataset, self._decoding, self._name = dataset, dataset.decoding, f"{dataset.name}/{split}"
         self._parts, self._remedy = list(parts), remedy
         self._ends = list(itertools.accumulate(stop - start for _, start, stop in parts))
@@ -52,11 +52,11 @@ class Records:
 
     @property
     def undecodable(self) -> dict[int, str]:
-        """The images that this process could not decode so far: their names by index."""
+        """Names of the images that this process could not decode so far, by index."""
         return dict(self._undecodable)
 
     def augmented(self, index: np.ndarray, bits: np.ndarray, augmentation: Augmentation) -> Batch:
-        """Images for training, each cropped and varied by its own 64 bits, and their labels."""
+        """Training images at `index`, each cropped and augmented with its own 64 random bits, and their labels."""
         images, labels = self._empty(len(index))
         choose = self._crops(bits, augmentation)
 
@@ -68,7 +68,7 @@ class Records:
         return {"image": images, "label": labels}
 
     def plain(self, index: np.ndarray) -> Batch:
-        """Images for evaluation, cropped from the middle, their labels, and a `mask` that is 0 where one does not decode."""
+        """Evaluation images at `index`, centrally cropped, their labels, and a `mask` that is 0 where one cannot be decoded."""
         images, labels = self._empty(len(index))
         mask = np.ones(len(index), np.float32)
 
@@ -95,7 +95,7 @@ class Records:
         return crops.central_crop(height, width, self._decoding.eval_crop)
 
     def _decode_or_next(self, index: int, choose: Choose, out: np.ndarray) -> int:
-        """The label of the example, or of the first one after it that decodes: whichever process asks, and when."""
+        """Decodes the example, or the first one after it that can be decoded, whatever the process; returns its label."""
         for other in range(index, index + len(self)):
             label = self._decode(other % len(self), choose, out, fast=True)
             if label is not None:
@@ -103,7 +103,7 @@ class Records:
         raise DataError(f"{self._name}: none of the {len(self)} images can be decoded")
 
     def _decode(self, index: int, choose: Choose, out: np.ndarray, *, fast: bool = False) -> int | None:
-        """Fills `out` and returns the label; None if the image does not decode."""
+        """Fills `out` and returns the label; None if the image cannot be decoded."""
         features = self._read(index)
         try:
             decode_box(features["image"].bytes_list.value[0], choose, out, fast=fast)
@@ -137,14 +137,15 @@ class Records:
             names = ", ".join(self._undecodable.values())
         if count > limit:
             raise DataError(
-                f"{self._name}: {count} images cannot be decoded, more than dataset.max_undecodable={limit}: {names}. Raise the limit"
-                f" (lowrank evaluate: --max-undecodable) to continue without them, or prepare the data again: {self._remedy}"
+                f"{self._name}: {count} images cannot be decoded, more than dataset.max_undecodable={limit}: {names}."
+                f" Raise the limit (lowrank evaluate: --max-undecodable) to continue without them,"
+                f" or prepare the data again: {self._remedy}"
             )
 
 
 @functools.cache
 def _example_type() -> Any:
-    """TFDS's copy: TensorFlow's own would bring all of it in."""
+    """TFDS's copy of the message type; TensorFlow's would import all of it."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example  # type: ignore[attr-defined]
@@ -152,12 +153,12 @@ def _example_type() -> Any:
 
 @functools.cache
 def _pool() -> concurrent.futures.ThreadPoolExecutor:
-    """One for all splits; made when it is first needed, so that processes may fork before."""
+    """One pool for all splits; created on first use, so that the process can fork before."""
     return concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
 
 
 def _in_parallel(make: Callable[[int], None], count: int) -> None:
-    """Calls `make` for every number below `count`; raises what one of the calls raises."""
+    """Calls `make` for every number below `count`; an exception in one of the calls is raised here."""
 
     def make_all(numbers: Iterable[int]) -> None:
         for number in numbers:

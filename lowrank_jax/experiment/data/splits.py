@@ -1,4 +1,4 @@
-"""Splits by name, such as "train[:90%]": their parts, sizes and overlaps."""
+"""Splits with slices, such as "train[:90%]": their parts, sizes and overlaps."""
 
 import dataclasses
 from typing import Any
@@ -8,10 +8,10 @@ from lowrank_jax.text import did_you_mean
 
 
 def split_parts(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
-    """A split such as "train[:90%]" as ranges of stored splits: `(name, start, stop)`; TFDS's own slicing syntax.
+    """A split in TFDS's slicing syntax, such as "train[:90%]", as ranges of stored splits: `(name, start, stop)`.
 
     Raises:
-      ValueError: no such split, or not its syntax.
+      ValueError: there is no such split, the syntax is wrong, or a range is empty.
     """
     import tensorflow_datasets as tfds
 
@@ -36,13 +36,13 @@ def split_parts(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class _SplitSize:
-    """The one attribute of TFDS's split info that slicing asks for."""
+    """The attribute of TFDS's split info that slicing reads."""
 
     num_examples: int
 
 
 def split_size(dataset: Dataset, split: str) -> int:
-    """How many examples a split has, slices included."""
+    """The number of examples of a split, with slices."""
     return sum(stop - start for _, start, stop in split_parts(dataset, split))
 
 

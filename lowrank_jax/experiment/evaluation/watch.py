@@ -1,4 +1,4 @@
-"""Evaluation beside training: every checkpoint as it appears, by a process of its own that the training does not wait for."""
+"""Evaluates every checkpoint as it appears, in a process of its own that training does not wait for."""
 
 import contextlib
 import dataclasses
@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lowrank_jax.experiment.errors import UserError
-from lowrank_jax.experiment.evaluation.runs import Evaluator, Rows, Subject, complaint
+from lowrank_jax.experiment.evaluation.results import Rows
+from lowrank_jax.experiment.evaluation.runs import Evaluator, Subject, complaint
 from lowrank_jax.experiment.training.evaluate import Interrupted
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.experiment.workdir.writer import Writer
 
-_BLINK = 0.2  # seconds between two looks at the stop signal
+_STOP_POLL_SECONDS = 0.2  # polling interval of the stop signal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Outcome:
     """How a watch ended.
 
     Attributes:
-      interrupted: it was stopped before the runs had finished.
-      failed: a work directory or a checkpoint could not be evaluated.
+      interrupted: whether it was stopped before the runs had finished.
+      failed: whether a work directory or a checkpoint could not be evaluated.
     """
 
     interrupted: bool
@@ -41,19 +42,19 @@ def watch(
 ) -> Outcome:
     """Evaluates the checkpoints of runs as they appear, until every run has finished.
 
-    What is found goes to `watch_SPLIT.jsonl` and, for TensorBoard, to `watch_SPLIT/` in the run's work directory; the run's own
-    files are left as they are.  Started again, it goes on with the checkpoints that are not in that file.
+    Results go to `watch_SPLIT.jsonl` and, for TensorBoard, to `watch_SPLIT/` in the run's work directory; the run's own files
+    are not changed.  When started again, it continues with the checkpoints that are not in that file.
 
     Args:
-      workdirs: of the runs, which are looked at in turn; they need not exist yet.
-      evaluator: with the split and the place of the data.
-      poll: seconds between two looks.
-      say: takes the rows of the table, and what is waited for.
-      complain: takes what cannot be evaluated.
+      workdirs: of the runs, polled in turn; they need not exist yet.
+      evaluator: has the split and the data folder.
+      poll: polling interval in seconds.
+      say: prints the rows of the table, and which runs it waits for.
+      complain: prints what cannot be evaluated.
     """
     rows = Rows(workdirs, say)
     with StopSignal() as stop, contextlib.ExitStack() as stack:
-        runs = [stack.enter_context(_Run(workdir, evaluator, rows, stop, complain)) for workdir in workdirs]
+        runs = [stack.enter_context(_WatchedRun(workdir, evaluator, rows, stop, complain)) for workdir in workdirs]
         for run in runs:
             if run.is_awaited():
                 say(f"waiting for {run.workdir}")
@@ -66,30 +67,30 @@ def watch(
     return Outcome(not all(run.finished for run in runs), any(run.failed for run in runs))
 
 
-class _Run:
-    """One run under watch; `look` is called again and again."""
+class _WatchedRun:
+    """One watched run; `look` is called at every poll."""
 
     def __init__(self, workdir: str, evaluator: Evaluator, rows: Rows, stop: StopSignal, complain: Callable[[str], None]):
         self.workdir, self.finished, self.failed = workdir, False, False
         self._evaluator, self._rows, self._stop, self._complain = evaluator, rows, stop, complain
         self._folder = Workdir(workdir)
-        self._subject: Subject | None = None  # none before the folder is there
+        self._subject: Subject | None = None  # None before the folder exists
         self._done: set[int] = set()
-        self._suspects: set[int] = set()  # steps that could not be read at the last look
+        self._suspects: set[int] = set()  # steps that could not be read at the last poll
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> "_Run":
+    def __enter__(self) -> "_WatchedRun":
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
     def is_awaited(self) -> bool:
-        """Whether training has yet to begin.  What is a file will never become a work directory."""
+        """Whether training has not started yet.  A file never becomes a work directory."""
         return not (self._folder.path / "config.json").exists() and not self._folder.path.is_file()
 
     def look(self) -> None:
-        """Evaluates the checkpoints that are new, oldest first."""
+        """Evaluates new checkpoints, oldest first."""
         if self.finished or self._stop.requested or self.is_awaited():
             return
         try:
@@ -110,7 +111,7 @@ class _Run:
         return subject
 
     def _look(self, subject: Subject) -> None:
-        # If it has, the checkpoints listed next are the last ones.
+        # Asked first: if training has ended, the steps listed next are all there will be.
         ended = (self._folder.path / "result.json").exists() or self._folder.diverged() is not None
         with subject.checkpoints() as checkpoints:
             steps = checkpoints.steps()
@@ -137,7 +138,7 @@ class _Run:
         self._rows.add(self.workdir, evaluation)
 
     def _suspect(self, step: int, error: CheckpointError) -> None:
-        """A step that cannot be read is damaged or half deleted: the next look will tell."""
+        """A step that cannot be read is damaged or half deleted; the next poll will tell."""
         if step not in self._suspects:
             self._suspects.add(step)
             return
@@ -153,4 +154,4 @@ class _Run:
 def _sleep(seconds: float, stop: StopSignal) -> None:
     end = time.monotonic() + seconds
     while not stop.requested and time.monotonic() < end:
-        time.sleep(min(_BLINK, seconds))
+        time.sleep(min(_STOP_POLL_SECONDS, seconds))

@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh of devices, and the part of every array that each of them holds."""
+"""Where arrays live: a mesh of devices, and the shard of every array on each of them."""
 
 import dataclasses
 import math
@@ -15,15 +15,15 @@ from lowrank_jax.text import did_you_mean
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
-# Of one array axis; outer first: once the fsdp parts are gathered, a device holds one piece, the model axis' part.
+# The mesh axes that shard one array axis, outer first: with the fsdp shards gathered, a device has one contiguous piece.
 _TOGETHER = ("model", "fsdp")
 
 Entry = tuple[str, ...]
-"""The mesh axes that cut one axis of an array, outer first; empty for none."""
+"""The mesh axes that shard one axis of an array, outer first; empty for none."""
 
 
 def mesh_sizes(devices: int, data: int = -1, fsdp: int = 1, model: int = 1) -> tuple[int, int, int]:
-    """Devices along each axis; the axis given as -1 takes those that the others leave.  Checked by `config`."""
+    """Devices along each axis; an axis given as -1 takes those that the others leave.  Checked by `config`."""
     sizes = [data, fsdp, model]
     if -1 in sizes:
         sizes[sizes.index(-1)] = devices // math.prod(size for size in sizes if size != -1)
@@ -31,15 +31,15 @@ def mesh_sizes(devices: int, data: int = -1, fsdp: int = 1, model: int = 1) -> t
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over the given devices, by default all; sizes as in `mesh_sizes`."""
+    """A mesh over the given devices, by default all of them; sizes as in `mesh_sizes`."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(len(devices), data, fsdp, model)
-    # Explicit axes, jax's default, refuse decompositions of sharded arrays.
+    # Explicit axes, jax's default, do not support decompositions of sharded arrays.
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def absent_mesh(data: int, fsdp: int, model: int) -> Mesh:
-    """A mesh of devices that need not be there: enough for shardings, not for computing."""
+    """A mesh of devices that need not exist: enough for shardings, not for computing."""
     mesh: Any = AbstractMesh((data, fsdp, model), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return mesh
 
@@ -54,25 +54,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """In how many parts a batch is cut."""
+    """The number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch as part of a global array."""
+    """Global arrays from this process's part of a batch."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, part) for name, part in batch.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRule:
-    """How to cut the parameters that a path matches.
+    """How to shard the parameters that a path matches.
 
     Attributes:
-      path: a regular expression that has to match a parameter's whole name; of a factor pair, its kernel's.
-      spec: for every axis of the parameter as the dense model stores it the mesh axes that cut it, outer first.  Of a factor
-        pair u takes the entries of the kernel's row axes, v those of its column axes, both those of the leading axes that
-        `nn.scan` adds.  An empty spec leaves the whole parameter on every device.
+      path: a regular expression that matches the whole name of a parameter; for a factor pair, the kernel's.
+      spec: for each axis of the parameter in the dense model, the mesh axes that shard it, outer first.  In a factor pair, u
+        takes the entries of the kernel's row axes, v those of its column axes, and both those of the leading axes that
+        `nn.scan` adds.  An empty spec replicates the parameter.
     """
 
     path: str
@@ -80,9 +80,9 @@ class ShardingRule:
 
 
 def read_rules(given: Sequence[Mapping[str, Any]]) -> tuple[tuple[ShardingRule, ...], list[str]]:
-    """Rules as a config has them, `{"path": "head/kernel", "spec": ("fsdp", None)}`, and what is wrong with them.
+    """Rules from a config, such as `{"path": "head/kernel", "spec": ("fsdp", None)}`, and the problems with them.
 
-    A spec that cannot be read is taken for an empty one, so that the rest can still be judged.
+    A spec that cannot be read is replaced by an empty one, so that the rest can still be checked.
     """
     rules, problems = [], []
     for entry in given:
@@ -94,7 +94,7 @@ def read_rules(given: Sequence[Mapping[str, Any]]) -> tuple[tuple[ShardingRule, 
         path, spec = entry.get("path"), entry.get("spec")
         if not isinstance(path, str) or not isinstance(spec, list | tuple):
             example = '{"path": "head/kernel", "spec": ("fsdp", None)}'
-            problems.append(f"rule {dict(entry)}: needs a path and a spec, such as {example}")
+            problems.append(f"rule {dict(entry)}: needs a path and a spec, e.g. {example}")
             continue
         try:
             compile_pattern(path)
@@ -113,23 +113,23 @@ def _read_spec(path: str, spec: Sequence[Any]) -> tuple[Entry, ...]:
     entries = tuple(() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in spec)
     for entry in entries:
         if not isinstance(entry, list | tuple):
-            raise ValueError(f"rule {path!r}: {entry!r} is neither None, nor a mesh axis, nor a tuple of them")
+            raise ValueError(f"rule {path!r}: {entry!r} must be None, a mesh axis or a tuple of mesh axes")
     names = [name for entry in entries for name in entry]
     for name in names:
         if name not in AXES:
             raise ValueError(f"rule {path!r}: there is no mesh axis {name!r}{did_you_mean(str(name), AXES)}")
         if names.count(name) > 1:
-            raise ValueError(f"rule {path!r}: mesh axis {name!r} is named twice; it can cut an array only once")
+            raise ValueError(f"rule {path!r}: mesh axis {name!r} is used twice; it can shard an array only once")
     return tuple(map(tuple, entries))
 
 
 def rule_problems(rules: Sequence[ShardingRule], params: Any, sizes: Mapping[str, int]) -> list[str]:
-    """What of the rules does not fit a network on a mesh, a line a parameter.
+    """What does not fit between rules, a network and a mesh; a line for each parameter.
 
     Args:
       rules: in order.
-      params: shapes of its parameters, dense or factored.
-      sizes: devices along each mesh axis; axes that are left out are not judged.
+      params: shapes of the parameters, dense or factored.
+      sizes: devices along each mesh axis; missing axes are not checked.
     """
     leaves = named_leaves(params, is_leaf=is_low_rank)
     try:
@@ -158,9 +158,9 @@ def _misfit(spec: tuple[Entry, ...], shape: tuple[int, ...], sizes: Mapping[str,
 def state_shardings(state: Any, mesh: Mesh, rules: Sequence[ShardingRule] = ()) -> Any:
     """A sharding for every array of a `TrainState`, from its shapes (`jax.eval_shape`).
 
-    Parameters follow the first rule that matches them, or else the automatic one (see `param_specs`).  Whatever the optimiser
-    or an average keeps for a parameter lies as the parameter does; everything else, such as counters and BatchNorm's
-    statistics, is treated like a parameter without a rule.
+    A parameter follows the first rule that matches it, or else the automatic one (see `param_specs`).  What the optimiser or
+    an average stores for a parameter is sharded like the parameter; everything else, such as counters and BatchNorm's
+    statistics, like a parameter without a rule.
     """
     specs, params = param_specs(state.params, mesh.shape, rules), named_leaves(state.params)
 
@@ -174,15 +174,15 @@ def state_shardings(state: Any, mesh: Mesh, rules: Sequence[ShardingRule] = ()) 
 
 
 def _param_of(name: str, params: Mapping[str, Any]) -> str | None:
-    """The parameter whose name a leaf's name ends with: "opt_state/0/trace/head/kernel" is of "head/kernel"."""
+    """The parameter whose name ends a leaf's name: "head/kernel" for "opt_state/0/trace/head/kernel"."""
     parts = name.split("/")
     return next((suffix for start in range(len(parts)) if (suffix := "/".join(parts[start:])) in params), None)
 
 
 def param_specs(params: Any, sizes: Mapping[str, int], rules: Sequence[ShardingRule] = ()) -> dict[str, PartitionSpec]:
-    """For every array among the parameters, both factors of a pair included, how it is cut.
+    """The spec of every array of the parameters, by name; a pair has one for each factor.
 
-    Without a rule the model and fsdp axes both cut a factor along its longest axis that they divide, never along the rank.
+    Without a rule, the model and fsdp axes shard a factor along its longest axis that they divide, never along the rank.
     """
     leaves = named_leaves(params, is_leaf=is_low_rank)
     matches = first_match([rule.path for rule in rules], list(leaves))
@@ -202,7 +202,7 @@ def param_specs(params: Any, sizes: Mapping[str, int], rules: Sequence[ShardingR
 
 
 def _split(spec: tuple[Entry, ...], pair: LowRankKernel, sizes: Mapping[str, int]) -> tuple[PartitionSpec, PartitionSpec]:
-    """The factors' share of a kernel's spec."""
+    """The specs of u and v from the spec of their kernel."""
     if not spec:
         return PartitionSpec(), PartitionSpec()
     depth, view = len(pair.stack), pair.view
@@ -212,15 +212,15 @@ def _split(spec: tuple[Entry, ...], pair: LowRankKernel, sizes: Mapping[str, int
 
 
 def _partition(spec: Sequence[Entry], sizes: Mapping[str, int]) -> PartitionSpec:
-    """As jax has it, without mesh axes of one device."""
+    """As a PartitionSpec, without mesh axes of size 1."""
     cutting = [tuple(name for name in entry if sizes[name] > 1) for entry in spec]
     return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in cutting))
 
 
 def _automatic(shape: tuple[int, ...], sizes: Mapping[str, int], axes: Iterable[int] | None = None) -> PartitionSpec:
-    """Cuts the longest of some axes, by default of all, by as much of the mesh as divides it, the next one by what is left.
+    """Shards the longest axis, of `axes` if given, over as much of the mesh as divides it, and the next one over the rest.
 
-    The fsdp axis leaves arrays of one axis alone: they weigh nothing, and each would have to be gathered.
+    The fsdp axis does not shard arrays of one axis: they are small, and each would have to be gathered.
     """
     spec: list[Entry] = [()] * len(shape)
     left = _TOGETHER if len(shape) > 1 else ("model",)
@@ -236,12 +236,12 @@ def _parts(names: Entry, sizes: Mapping[str, int]) -> int:
 
 
 def bytes_per_device(shapes: Any) -> int:
-    """What one device holds of arrays that are given as shapes with shardings."""
+    """Bytes on one device of arrays that are given as shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def gathered(shardings: Any) -> Any:
-    """The same uncut along the axes that cut a batch: how parameters lie while a step computes with them."""
+    """The shardings without the axes that shard a batch: those of parameters while a step computes with them."""
 
     def without(entry: Any) -> Entry:
         names = () if entry is None else (entry,) if isinstance(entry, str) else entry

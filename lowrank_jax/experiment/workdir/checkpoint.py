@@ -1,7 +1,7 @@
-"""Checkpoints: written by orbax in the background, checked on the way back in.
+"""Checkpoints: written by orbax in the background, verified when they are restored.
 
-Orbax restores an array whose bytes have changed on disk without a word, and takes a truncated step for the latest.  So every
-step stores a digest of each array, restoring compares them, and a damaged step is reported and the one before it used.
+Orbax restores an array whose bytes have changed on disk without an error, and takes a truncated step for the latest.  So every
+step stores a digest of each array and restoring compares them; a damaged step is reported, and the one before it is used.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import json
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,29 +20,31 @@ from orbax.checkpoint import checkpoint_managers as managers
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.hosts import processes
 from lowrank_jax.experiment.workdir.digest import digests
-from lowrank_jax.experiment.workdir.orbax_quiet import alone, barrier, hush_saves, quiet_failure, together
+from lowrank_jax.experiment.workdir.orbax_logs import quiet_reads, quiet_saves
+from lowrank_jax.experiment.workdir.orbax_processes import all_processes, barrier, this_process
+from lowrank_jax.experiment.workdir.sealed import seal, unseal
 from lowrank_jax.text import first_line
 
 _SCORES = "scores.json"
 _GONE = "gone"
-_STRAGGLERS = 0.1  # seconds for the reads beside one that failed to end, while nobody listens to their complaints
-_OPENINGS = 5  # attempts to list the steps of a run that may be deleting some
+_STRAGGLER_SECONDS = 0.1  # for other reads to end after one has failed, while their complaints are silenced
+_OPEN_ATTEMPTS = 5  # to list the steps of a run that may be deleting some
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is needed cannot be read or written; the message says which and why."""
+    """A checkpoint cannot be read or written; the message says which one and why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A step as it came back.
+    """A restored checkpoint.
 
     Attributes:
       step: its number.
       state: the tree that was asked for.
-      info: what was saved beside it: `data`, the reader's state; `score`, its top-1 if it was evaluated; `seconds`
+      info: what was saved with it: `data`, the state of the data iterator; `score`, its top-1 if it was evaluated; `seconds`
         of training.
-      damaged: newer steps that could not be used, each with the reason.
+      damaged: the reason by newer step that could not be used.
     """
 
     step: int
@@ -54,7 +55,7 @@ class Restored:
 
 @dataclasses.dataclass
 class _LatestAndBest(managers.PreservationPolicy):
-    """Keeps the latest steps and the best one.  Orbax's own policy would read scores that no digest protects."""
+    """Keeps the latest steps and the best one.  Orbax's own policy reads scores that no digest protects."""
 
     latest: int
     best: Callable[[], int | None]
@@ -69,13 +70,13 @@ class _LatestAndBest(managers.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one work directory.
 
-    Where a run has several processes, all of them call every method; each writes and reads its own part of every array, and
-    they agree on what can be used.
+    If a run has several processes, all of them call every method; each writes and reads its own part of every array, and
+    they agree on which steps can be used.
 
     Args:
-      directory: where they are; made if need be.
-      keep: how many of the latest to keep besides the best by top-1.
-      read_only: for evaluation: nothing is written or moved.
+      directory: where they are; created if missing.
+      keep: the number of latest checkpoints to keep, besides the best by top-1.
+      read_only: nothing is written or moved, as evaluation needs it.
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int = 2, read_only: bool = False):
@@ -87,12 +88,12 @@ class Checkpoints:
             preservation_policy=_LatestAndBest(keep, self.best),
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
-            create=False,  # orbax refuses to, where barriers are the coordinator's
-            multiprocessing_options=together(),
+            create=False,  # orbax refuses to if the barriers are the coordinator's
+            multiprocessing_options=all_processes(),
             async_options=ocp.AsyncOptions(barrier_sync_fn=barrier()) if processes.several() else None,
         )
-        hush_saves()
-        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone())
+        quiet_saves()
+        self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=this_process())
         self._manager = self._open()
         self._scores = self._read_scores()
 
@@ -100,8 +101,8 @@ class Checkpoints:
         if not self._read_only and jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
         processes.barrier()
-        for _ in range(_OPENINGS - 1):
-            # A run that is still training may delete a step between orbax's listing it and looking at it.
+        for _ in range(_OPEN_ATTEMPTS - 1):
+            # A run that is still training may delete a step after orbax has listed it.
             with contextlib.suppress(FileNotFoundError):
                 return ocp.CheckpointManager(self.directory, options=self._options)
         return ocp.CheckpointManager(self.directory, options=self._options)
@@ -120,19 +121,19 @@ class Checkpoints:
         return -1.0 if best is None else self._scores[best]
 
     def note_score(self, step: int, top1: float) -> None:
-        """Notes the evaluation of a step, which may be saved before or after."""
+        """Records the top-1 of a step, which may be saved before or after."""
         self._scores[step] = top1
         if jax.process_index():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         partial = self.directory / f".{_SCORES}.partial"
-        partial.write_text(json.dumps(_seal({str(step): score for step, score in self._scores.items()})))
+        partial.write_text(json.dumps(seal({str(step): score for step, score in self._scores.items()})))
         partial.replace(self.directory / _SCORES)
 
     def _read_scores(self) -> dict[int, float]:
-        """What `note_score` wrote; where that is damaged, what the steps' own records say."""
+        """What `note_score` wrote; if that is damaged, the scores in the steps' own records."""
         try:
-            return {int(step): score for step, score in _unseal(json.loads((self.directory / _SCORES).read_text())).items()}
+            return {int(step): score for step, score in unseal(json.loads((self.directory / _SCORES).read_text())).items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -140,52 +141,52 @@ class Checkpoints:
             return {step: info["score"] for step, info in records.items() if info and info.get("score") is not None}
 
     def _read_record(self, step: int) -> dict[str, Any] | None:
-        with quiet_failure():
+        with quiet_reads():
             try:
-                return _unseal(self._read_items(step, info=ocp.args.JsonRestore()).info)
-            except Exception:  # restoring the step will say what is wrong with it
+                return unseal(self._read_items(step, info=ocp.args.JsonRestore()).info)
+            except Exception:  # restoring the step reports what is wrong with it
                 return None
 
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
-        """Starts to write a step; returns when the arrays are off the devices' hands."""
-        record = _seal({**info, "digests": digests(state)})
+        """Starts to write a step; returns as soon as the arrays are copied off the devices."""
+        record = seal({**info, "digests": digests(state)})
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(record))
         with self._reporting():
             self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
-        """Until everything is on disk."""
+        """Waits until everything is on disk."""
         with self._reporting():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
-        """A save that fails, often the one begun before, ends in a message: no space, no permission, no connection."""
+        """Turns a failed save, often the one begun before, into a CheckpointError: no space, no permission, no connection."""
         try:
             yield
         except Exception as error:  # tensorstore reports a full disk as a ValueError
-            raise CheckpointError(f"{self.directory}: a checkpoint could not be written: {_reason(error)}") from error
+            raise CheckpointError(f"{self.directory}: cannot write a checkpoint: {_reason(error)}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Waits for what is being written; not with the others when this process has failed, who know nothing of it."""
+        """Waits for pending saves; not if this process of several has failed, of which the others do not know."""
         if exception[0] and processes.several():
             return
         self._reader.close()
-        with contextlib.suppress(Exception) if exception[0] else self._reporting():  # what has failed is told already
+        with contextlib.suppress(Exception) if exception[0] else self._reporting():  # the failure is reported already
             self._manager.close()
 
     def restore(self, target: Any) -> Restored | None:
-        """The newest good step; None if there are no steps at all.
+        """Restores the newest usable step; None if there are no steps.
 
         Args:
-          target: shapes, dtypes and shardings of the tree to restore (`jax.ShapeDtypeStruct`s); it may be a mapping of some
-            of the state's fields, to read those alone.
+          target: shapes, dtypes and shardings of the tree to restore (`jax.ShapeDtypeStruct`s); a mapping of some
+            of the state's fields restores those alone.
 
         Raises:
-          CheckpointError: there are steps, and none is good.
+          CheckpointError: there are steps, and none is usable.
         """
         damaged: dict[int, str] = {}
         steps = self._agreed_steps()
@@ -202,11 +203,11 @@ class Checkpoints:
                 damaged, steps = {}, self._agreed_steps()
         if damaged:
             reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
-            raise CheckpointError(f"{self.directory}: no checkpoint can be used\n{reasons}")
+            raise CheckpointError(f"{self.directory}: no usable checkpoint\n{reasons}")
         return None
 
     def restore_step(self, step: int, target: Any) -> Restored | None:
-        """That step and no other; None if it was deleted, as a run that is still training does with its older ones.
+        """Restores this step; None if it was deleted, as a run that is still training does with older ones.
 
         Raises:
           CheckpointError: it is damaged.
@@ -219,45 +220,45 @@ class Checkpoints:
         return None
 
     def _agreed_steps(self) -> list[int]:
-        """Those that the first process sees: a run that is still training may delete some between two looks."""
+        """The steps that process 0 sees; a run that is still training may delete some at any time."""
         return json.loads(processes.exchange(json.dumps(self.steps()))[0])
 
     def _attempt(self, step: int, target: Any) -> Restored | str:
-        """The step, or why it cannot be used: because it is gone, or what is wrong with some process's part."""
+        """The step, or why it cannot be used: `_GONE`, or what is wrong with some process's part."""
         result = self._try(step, target)
         reasons = [reason for reason in processes.exchange(result if isinstance(result, str) else "") if reason]
         if _GONE in reasons:
             return _GONE
         if reasons or isinstance(result, str):
             return reasons[0]
-        # All processes have their parts, so all can take part in this.
+        # Every process has its part, so all of them can compute digests.
         for name, digest in digests(result.state).items():
             if result.info["digests"].get(name) != digest:
                 return f"digest of {name} differs"
         return result
 
     def _try(self, step: int, target: Any) -> Restored | str:
-        with quiet_failure():
+        with quiet_reads():
             try:
                 return self._read(step, target)
-            except (PermissionError, MemoryError):  # the step may well be good
+            except (PermissionError, MemoryError):  # not the step's fault
                 raise
             except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
                 reason = _reason(error)
-            time.sleep(_STRAGGLERS)
+            time.sleep(_STRAGGLER_SECONDS)
         return reason if (self.directory / str(step)).exists() else _GONE
 
     def _read(self, step: int, target: Any) -> Restored:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         state_args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
         items = self._read_items(step, state=state_args, info=ocp.args.JsonRestore())
-        return Restored(step, items.state, _unseal(items.info), {})
+        return Restored(step, items.state, unseal(items.info), {})
 
     def _read_items(self, step: int, **items: Any) -> Any:
         return self._reader.restore(self.directory / str(step), args=ocp.args.Composite(**items))
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Moves damaged steps out of the way of the saves to come; nothing is deleted."""
+        """Moves damaged steps out of the way of later saves; nothing is deleted."""
         if self._read_only or not steps:
             return
         if jax.process_index() == 0:
@@ -276,27 +277,13 @@ def _absolute(path: epath.Path) -> epath.Path:
         return path.resolve()
     if str(path).startswith("gs://"):
         try:
-            importlib.import_module("google.cloud.storage")  # orbax asks it what kind of bucket that is
+            importlib.import_module("google.cloud.storage")  # orbax asks it for the kind of the bucket
         except ImportError:
             raise CheckpointError(f"{path}: checkpoints there need pip install 'lowrank_jax[gcs]'") from None
     return path
 
 
 def _reason(error: Exception) -> str:
-    """Of long ones, which name a file several times on the way, both ends: the last words are the reason."""
+    """One line; of a long one, which names a file several times, both ends: the reason comes last."""
     line = first_line(error)
     return line if len(line) <= 200 else f"{line[:80]} ... {line[-115:]}"
-
-
-def _seal(body: dict[str, Any]) -> dict[str, Any]:
-    return {"body": body, "check": _check(body)}
-
-
-def _unseal(sealed: dict[str, Any]) -> dict[str, Any]:
-    if sealed["check"] != _check(sealed["body"]):
-        raise ValueError("the digest of its own record differs")
-    return sealed["body"]
-
-
-def _check(body: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())

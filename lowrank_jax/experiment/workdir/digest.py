@@ -13,8 +13,8 @@ _SALTS = (0x9E3779B9, 0x7F4A7C15)
 def digests(tree: Any) -> dict[str, str]:
     """A 64-bit digest of every array of a tree by name, as 16 hexadecimal digits.
 
-    A digest is a sum of mixed words modulo 2**32, twice with different salts: it does not depend on how an array is laid out
-    over devices, and changing a single element always changes it.
+    A digest is a sum of mixed words modulo 2**32, twice with different salts.  It does not depend on the sharding of an array,
+    and changing a single element always changes it.
     """
     words = jax.device_get(_digest_words(named_leaves(tree)))
     return {name: "".join(f"{int(word):08x}" for word in pair) for name, pair in words.items()}

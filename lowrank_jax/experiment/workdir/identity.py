@@ -8,9 +8,9 @@ from typing import Any
 
 from lowrank_jax.experiment import config as configs
 
-# What may change between two starts of one experiment: where things are, what is written and how often, how many devices, how
-# layers run on them, what decomposes their kernels, and how many images may be passed over, which no figure depends on as long
-# as it is enough.
+# Settings that may change between two starts of one experiment: where the data is, what is written and how often, the devices,
+# how layers run on them, what decomposes their kernels, and the limit of undecodable images, on which no result depends while
+# it is not reached.
 _FREE = (
     "dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "init.", "log.", "profile.",
     "lowrank.execution", "mesh.",
@@ -19,26 +19,27 @@ _FREE = (
 
 @functools.cache
 def defaults() -> dict[str, Any]:
-    """Every setting's default, as JSON has it."""
+    """Every setting's default, as it is read from JSON."""
     return json.loads(json.dumps(configs.to_dict(configs.Config())))
 
 
 def config_digest(config: dict[str, Any]) -> str:
-    """A short name for an experiment: equal for configs that may share a work directory."""
+    """A short digest, equal for configs that may share a work directory."""
     flat, usual = flatten(json.loads(json.dumps(config))), flatten(defaults())
-    # What is at its default is left out, so that the name stays the same when settings are added.
+    # Defaults are left out, so that the digest stays the same when settings are added.
     chosen = {key: value for key, value in flat.items() if key not in usual or value != usual[key]}
     text = json.dumps({key: value for key, value in sorted(chosen.items()) if not key.startswith(_FREE)})
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line for each setting by which two configs are different experiments."""
     old, new = flatten(old), flatten(json.loads(json.dumps(new)))
     return [f"{key} is {old.get(key, 'not set')} there, {new.get(key, 'not set')} here" for key in differing_keys([old, new])]
 
 
 def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The keys in which experiments differ, other than where things are and how often they are written."""
+    """The dotted keys by which experiments differ; settings that may change between two starts are not compared."""
     keys = dict.fromkeys(key for values in settings for key in values)
     return sorted(
         key for key in keys if not key.startswith(_FREE) and any(v.get(key) != settings[0].get(key) for v in settings)

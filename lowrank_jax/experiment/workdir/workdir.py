@@ -1,13 +1,12 @@
 """The files of a work directory other than checkpoints and event files."""
 
 import contextlib
-import fcntl
 import json
 import re
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import filelock
 from etils import epath
 from upath import UPath
 
@@ -15,8 +14,8 @@ from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.workdir.identity import defaults, differences, flatten
 from lowrank_jax.text import first_line
 
-# Without these a config.json is something else's.
-_NEEDED = {"seed", "dataset.name", "model.name", "lowrank.method"}
+# Without these a config.json belongs to something else.
+_REQUIRED = {"seed", "dataset.name", "model.name", "lowrank.method"}
 _EPATH = ("gs://", "s3://", "az://", "hf://")
 
 
@@ -25,16 +24,16 @@ class WorkdirError(UserError):
 
 
 class Workdir:
-    """A folder, local or remote, that holds one experiment.
+    """The folder of one experiment, local or remote.
 
     Args:
-      path: where it is.
-      active: whether anything is written; not by all but the first of a run's processes.
+      path: the folder.
+      active: whether to write anything; in a run of several processes only the first one does.
     """
 
     def __init__(self, path: epath.PathLike, *, active: bool = True):
         self._active = active
-        # Where training can write, epath can read; a report may be read from anywhere that fsspec reaches.
+        # Training writes where epath can; reports are also read from other places that fsspec supports.
         other = re.match(r"[a-z0-9+]+://", str(path)) and not str(path).startswith(_EPATH)
         self.path: Any = UPath(str(path)) if other else epath.Path(path)
 
@@ -43,10 +42,10 @@ class Workdir:
         return self.path / "checkpoints"
 
     def claim(self, config: dict[str, Any]) -> None:
-        """Marks the folder as this experiment's.
+        """Claims the folder for this experiment.
 
         Raises:
-          WorkdirError: it belongs to another one, or cannot be written.
+          WorkdirError: it belongs to another experiment, or cannot be written.
         """
         if not self._active:
             return
@@ -59,35 +58,43 @@ class Workdir:
             raise WorkdirError(f"cannot write to {self.path}: {error.strerror or error}") from None
 
     def check_bucket(self) -> None:
-        """Raises WorkdirError for a bucket that is not there, in which TensorFlow would try to make a folder for ever, or that
-        it has no file system for."""
+        """Raises WorkdirError for a bucket that cannot be reached; TensorFlow would retry for ever."""
         match = re.match(r"[a-z0-9+]+://[^/]*", str(self.path))
         if not match:
             return
         try:
             there = epath.Path(match[0]).exists()
-        except Exception as error:  # every kind of bucket has errors of its own
+        except Exception as error:  # every kind of bucket has its own errors
             raise WorkdirError(f"cannot reach {match[0]}: {first_line(error)}") from error
         if not there:
-            raise WorkdirError(f"there is no bucket {match[0]}, or this account may not see it")
+            raise WorkdirError(f"there is no bucket {match[0]}, or this account has no access to it")
 
     @contextlib.contextmanager
     def locked(self, seconds: float = 10.0) -> Iterator[None]:
-        """Keeps other processes of this machine from training in the folder; nothing where it is remote or cannot be locked.
+        """Keeps other processes of this machine from training in the folder.
+
+        Does nothing if the folder is remote or its file system has no locks.  A process that is killed frees its lock.
 
         Raises:
-          WorkdirError: another one was still at it after so many seconds, which a process that is ending may take.
+          WorkdirError: another process still holds the lock after so many seconds, which one that is ending may need.
         """
         if "://" in str(self.path) or not self._active:
             yield
             return
-        with (self.path / ".lock").open("w") as file:
-            end = time.monotonic() + seconds
-            while not _try_lock(file):
-                if time.monotonic() > end:
-                    raise WorkdirError(f"another process is training in {self.path}; stop it, or use a new --workdir")
-                time.sleep(0.1)
+        lock = filelock.FileLock(str(self.path / ".lock"), timeout=seconds, poll_interval=0.1, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise WorkdirError(f"another process is training in {self.path}; stop it, or use a new --workdir") from None
+        except PermissionError:
+            raise
+        except (OSError, NotImplementedError):  # a file system without locks
             yield
+            return
+        try:
+            yield
+        finally:
+            lock.release()
 
     def check(self, config: dict[str, Any]) -> None:
         """Raises WorkdirError if the folder belongs to another experiment."""
@@ -103,7 +110,7 @@ class Workdir:
                 )
 
     def check_shared(self) -> None:
-        """Raises WorkdirError if this is not the folder that the first process of the run has claimed."""
+        """Raises WorkdirError if this is not the folder that process 0 has claimed."""
         if not (self.path / "config.json").exists():
             raise WorkdirError(
                 f"{self.path} is not the folder that process 0 writes to: all processes need the same --workdir, on a shared"
@@ -111,22 +118,22 @@ class Workdir:
             )
 
     def read_config(self) -> dict[str, Any]:
-        """The config that the experiment was started with; settings that are younger than it have their defaults.
+        """The config of the experiment; settings that were added since it was written have their defaults.
 
         Raises:
-          WorkdirError: there is none, or it is something else's.
+          WorkdirError: there is none, or it does not belong to an experiment.
         """
         config = self.read_json("config.json")
         if config is None:
             raise WorkdirError(f"{self.path} is not a work directory: it has no config.json")
         usual = defaults()
         sections = {key: value for key, value in usual.items() if isinstance(value, dict)}
-        if not all(isinstance(config.get(key, {}), dict) for key in sections) or not flatten(config).keys() >= _NEEDED:
-            raise WorkdirError(f"{self.path}/config.json is not an experiment's")
+        if not all(isinstance(config.get(key, {}), dict) for key in sections) or not flatten(config).keys() >= _REQUIRED:
+            raise WorkdirError(f"{self.path}/config.json is not the config of an experiment")
         return {**usual, **config, **{key: {**value, **config.get(key, {})} for key, value in sections.items()}}
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The object in a file; None if there is no such file.
+        """The JSON object in a file; None if there is no such file.
 
         Raises:
           WorkdirError: it is damaged.
@@ -134,7 +141,7 @@ class Workdir:
         try:
             value = json.loads((self.path / name).read_text())
             if not isinstance(value, dict):
-                raise ValueError("it is no mapping")
+                raise ValueError("it is not an object")
             return value
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -145,7 +152,7 @@ class Workdir:
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a file whole or not at all."""
+        """Writes a file completely or not at all."""
         if not self._active:
             return
         partial = self.path / f".{name}.partial"
@@ -153,7 +160,7 @@ class Workdir:
         partial.replace(self.path / name)
 
     def note_failure(self, *, diverged: bool, reason: str) -> None:
-        """Leaves word of a run that cannot go on, for whoever reads the folder later."""
+        """Records why a run cannot continue, in `failure.json`."""
         self.write_json("failure.json", {"status": "diverged" if diverged else "failed", "reason": reason})
 
     def diverged(self) -> str | None:
@@ -162,17 +169,17 @@ class Workdir:
         return failure.get("reason", "") if failure and failure.get("status") == "diverged" else None
 
     def forget_failure(self) -> None:
-        """The run is given another try."""
+        """Removes the record, when the run is tried again."""
         if self._active:
             (self.path / "failure.json").unlink(missing_ok=True)
 
     def append_line(self, name: str, line: dict[str, Any]) -> None:
-        """One object a line, as in metrics.jsonl."""
+        """Appends an object as one line, as in metrics.jsonl."""
         with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """What `append_line` wrote, without the line that a kill cut short."""
+        """What `append_line` wrote, without a line that a kill cut short."""
         file, lines = self.path / name, []
         for text in file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []:
             with contextlib.suppress(ValueError):
@@ -181,16 +188,16 @@ class Workdir:
         return lines
 
     def write_lines(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        """Writes a file of such lines whole or not at all."""
+        """Writes a file of such lines completely or not at all."""
         self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
 
     def evaluations(self) -> list[tuple[int, float]]:
-        """Step and top-1 of every evaluation so far, by the held-out split where there is one."""
+        """Step and top-1 of every evaluation so far; on the held-out split if there is one."""
         lines = self.read_lines("metrics.jsonl")
         return [(line["step"], line.get("valid/top1", line["eval/top1"])) for line in lines if "eval/top1" in line]
 
     def forget_metrics_after(self, step: int, *, evaluated: bool) -> None:
-        """Drops what an interrupted run wrote beyond the step that it goes on from, so that the file reads as one run."""
+        """Drops the metrics that an interrupted run wrote after the step it resumes from, so that the file reads as one run."""
         if not (self.path / "metrics.jsonl").exists():
             return
         kept = []
@@ -199,13 +206,3 @@ class Workdir:
             if line["step"] <= step and not repeated:
                 kept.append(line)
         self.write_lines("metrics.jsonl", kept)
-
-
-def _try_lock(file: Any) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the console, metrics.jsonl and TensorBoard."""
+"""Writes the metrics of a run: to the console, metrics.jsonl and TensorBoard."""
 
 import concurrent.futures
 import math
@@ -10,47 +10,47 @@ from lowrank_jax.experiment.workdir.workdir import Workdir
 
 
 class Writer:
-    """Writes scalars; on all processes but the first it does nothing.
+    """Writes scalars, on process 0; on the others it does nothing.
 
     Args:
       workdir: of the run.
-      part: what another process than the training writes to instead: PART.jsonl, and PART/ for TensorBoard.
+      part: for another process than training, which writes to PART.jsonl and, for TensorBoard, to PART/ instead.
     """
 
     def __init__(self, workdir: Workdir, part: str = ""):
         self._active = jax.process_index() == 0
         self._workdir, self._file = workdir, f"{part or 'metrics'}.jsonl"
-        # clu's writer imports TensorFlow, which takes seconds: a thread does that while the model compiles.
+        # clu's writer imports TensorFlow, which takes seconds; a thread does that while the model compiles.
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._board = self._thread.submit(_open_board, str(workdir.path / part)) if self._active else None
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same in TensorBoard."""
+        """Writes a line of metrics.jsonl, and the same to TensorBoard."""
         if self._board is None:
             return
-        # JSON has no NaN; null is what its readers expect in its place.
+        # JSON has no NaN; readers expect null in its place.
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._workdir.append_line(self._file, {"step": step, **values})
         self.show(step, scalars)
 
     def show_settings(self, settings: dict[str, Any]) -> None:
-        """For TensorBoard's HParams tab, which sets the runs of a sweep against each other; what is no scalar goes as text."""
+        """Writes settings for TensorBoard's HParams tab, which compares the runs of a sweep; other values as text."""
         if self._board is not None:
             scalars = {key: _scalar(value) for key, value in settings.items() if value is not None}
             self._thread.submit(lambda board=self._board: board.result().write_hparams(scalars))
 
     def show(self, step: int, scalars: dict[str, float]) -> None:
-        """In TensorBoard alone."""
+        """Writes to TensorBoard alone."""
         if self._board is not None:
             self._thread.submit(lambda board=self._board: board.result().write_scalars(step, scalars))
 
     def flush(self) -> None:
-        """Shows TensorBoard at once what it would otherwise see with what comes next."""
+        """Flushes TensorBoard's file, which is otherwise done with later metrics."""
         if self._board is not None:
             self._thread.submit(lambda board=self._board: board.result().flush())
 
     def say(self, text: str) -> None:
-        """A line on the console."""
+        """Prints a line."""
         if self._active:
             print(text, flush=True)
 
@@ -58,7 +58,7 @@ class Writer:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Returns when all is written."""
+        """Waits until everything is written."""
         if self._board is not None:
             board = self._board.result()
             self._thread.submit(board.close).result()

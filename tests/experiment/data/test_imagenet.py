@@ -30,6 +30,8 @@ def settings(small, **changes):
         "dataset__randaugment_layers": 1,
         "eval__batch_size": 16,
         "lowrank__method": "spectral",
+        "model__kwargs": {"widths": (16,)},  # the data is what these runs are about
+        "dataset__mixup": 0.0,
         **changes,
     }
 

@@ -32,5 +32,5 @@ def test_what_is_not_gzip_is_refused(tmp_path):
 
 def test_missing_files_are_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare", "fashion_mnist", f"--manual-dir={tmp_path}"])
-    with pytest.raises(SystemExit, match=f"{tmp_path} lacks train-images-idx3-ubyte.gz"):
+    with pytest.raises(SystemExit, match=f"{tmp_path} does not contain train-images-idx3-ubyte.gz"):
         main()

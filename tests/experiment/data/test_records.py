@@ -290,7 +290,7 @@ def test_archives_that_are_none_are_named(tmp_path):
 
 def test_missing_archives_are_listed(tmp_path):
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"")
-    message = rf"{tmp_path} lacks ILSVRC2012_img_train\.tar; https://image-net\.org"
+    message = rf"{tmp_path} does not contain ILSVRC2012_img_train\.tar; download them from https://image-net\.org"
     with pytest.raises(SystemExit, match=message):
         prepare("imagenet2012", tmp_path, str(tmp_path / "data"))
 
@@ -343,7 +343,7 @@ class TestBuilder:
         (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"")
         done = self.call(str(tmp_path), str(tmp_path / "data"))
         assert done.returncode == 1
-        assert f"{tmp_path} lacks ILSVRC2012_img_train.tar; https://image-net.org" in done.stderr
+        assert f"{tmp_path} does not contain ILSVRC2012_img_train.tar; download them from https://image-net.org" in done.stderr
         assert "Traceback" not in done.stderr
         assert self.call().stderr.startswith("usage: ")
 

@@ -146,7 +146,7 @@ def test_a_process_that_cannot_write_its_part_of_a_checkpoint_ends_all(tmp_path)
     processes = running.start_all(["bash", "-c", no_files, "bash", *running.command(tmp_path)], 2)
     outputs = running.wait_all(processes)
     assert [process.returncode for process in processes] == [2, 2], outputs
-    assert "process 1: " in outputs[0] and "a checkpoint could not be written" in outputs[0]
+    assert "process 1: " in outputs[0] and "cannot write a checkpoint" in outputs[0]
     assert not (tmp_path / "checkpoints" / "10").exists()
 
 

@@ -137,8 +137,8 @@ def test_rules_are_held_against_the_network_and_the_mesh():
     problems += rule_problems(rules, shapes().params, {"fsdp": 4, "model": 2})
     expected = [
         "rule 'pair': there is no mesh axis 'fdsp'; did you mean fsdp?",
-        "rule 'conv': mesh axis 'model' is named twice; it can cut an array only once",
-        "rule 'bias': 3 is neither None, nor a mesh axis, nor a tuple of them",
+        "rule 'conv': mesh axis 'model' is used twice; it can shard an array only once",
+        "rule 'bias': 3 must be None, a mesh axis or a tuple of mesh axes",
         "rule '(' is not a regular expression",
         "unknown key 'specs'; did you mean spec?",
         "rule {'path': 'scalar', 'specs': ()}: needs a path and a spec",

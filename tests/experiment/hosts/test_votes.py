@@ -1,4 +1,4 @@
-"""What the processes agree on, with words that the devices of one process carry."""
+"""What the processes agree on, with votes that the devices of one process carry."""
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ def votes(monkeypatch):
 
 @jax.jit
 def step(batch):
-    rest, word = split(batch)
-    return {"loss": rest["image"].sum(), **word}
+    rest, vote = split(batch)
+    return {"loss": rest["image"].sum(), **vote}
 
 
 def train(votes, *, failed=False):
     batch = votes.cast({"image": jnp.ones(8)}, failed=failed)
     (metrics,) = votes.count(step(batch))
-    assert metrics.keys() == {"loss"} and metrics["loss"] == 8  # nobody sees the word
+    assert metrics.keys() == {"loss"} and metrics["loss"] == 8  # nobody sees the vote
     return votes.outcome
 
 
@@ -46,9 +46,9 @@ def test_a_failure_outweighs_a_stop_and_is_known_at_once_where_it_matters(votes)
     assert votes.settle() == FAIL == votes.outcome
 
 
-def test_the_largest_word_of_all_counts():
-    batch = {"image": np.ones(8, np.float32), "word": np.array([0, 0, 1, 0, 2, 0, 0, 0], np.int32)}
-    assert step(batch)["word"] == FAIL
+def test_the_largest_vote_of_all_counts():
+    batch = {"image": np.ones(8, np.float32), "vote": np.array([0, 0, 1, 0, 2, 0, 0, 0], np.int32)}
+    assert step(batch)["vote"] == FAIL
 
 
 def test_a_process_that_is_alone_is_asked_and_sends_nothing():

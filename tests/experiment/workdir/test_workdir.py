@@ -1,4 +1,9 @@
+import errno
+import fcntl
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -58,7 +63,7 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
     with pytest.raises(WorkdirError, match=r"has no config\.json"):
         Workdir(tmp_path).read_config()
     (tmp_path / "config.json").write_text('{"model": {}, "dataset": {}, "lowrank": {}}')
-    with pytest.raises(WorkdirError, match=r"config\.json is not an experiment's"):
+    with pytest.raises(WorkdirError, match=r"config\.json is not the config of an experiment"):
         Workdir(tmp_path).read_config()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WorkdirError, match=r"config\.json is damaged"):
@@ -66,7 +71,8 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
 
 
 def test_a_bucket_out_of_reach_is_an_error_not_a_wait(monkeypatch):
-    monkeypatch.setenv("EPATH_USE_TF", "false")  # which takes seconds to import, to say the same
+    # TensorFlow, which takes seconds to import, says the same.  EPATH_USE_TF is read once a process.
+    monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
     with pytest.raises(WorkdirError, match="cannot reach az://bucket: "):
         Workdir("az://bucket/run").claim(config())
 
@@ -87,7 +93,34 @@ def test_metrics_beyond_the_resumed_step_are_forgotten(tmp_path):
 
 def test_one_process_at_a_time(tmp_path):
     first, second = Workdir(tmp_path), Workdir(tmp_path)
-    with first.locked(), pytest.raises(WorkdirError, match="another process is training in"), second.locked(seconds=0.2):
+    refused = pytest.raises(WorkdirError, match=f"another process is training in {tmp_path}; stop it, or use a new --workdir")
+    with first.locked(), refused, second.locked(seconds=0.2):
         pass
     with second.locked(seconds=0.2):
+        pass
+    with first.locked(), Workdir(tmp_path, active=False).locked():  # one that writes nothing
+        pass
+
+
+def test_a_process_that_is_killed_frees_its_lock(tmp_path):
+    hold = "import sys, time, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()"
+    hold += "; print('held', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(WorkdirError, match="another process is training"), Workdir(tmp_path).locked(seconds=0.2):
+                pass
+        finally:
+            holder.kill()
+    with Workdir(tmp_path).locked(seconds=5):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch, number):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Workdir(tmp_path).locked(seconds=0.2), Workdir(tmp_path).locked(seconds=0.2):
         pass

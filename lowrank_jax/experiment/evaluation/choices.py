@@ -1,0 +1,76 @@
+"""Which checkpoint of a run is evaluated, and on which examples."""
+
+from typing import Any
+
+from lowrank_jax.experiment.config.files import ConfigError
+from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.data import datasets
+from lowrank_jax.experiment.data.base import Dataset
+from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints, Restored
+
+
+def other_dataset(config: Config, name: str) -> Dataset:
+    """Another data set, read as the run would read it.
+
+    Raises:
+      ConfigError: it is unknown, or its images or classes do not fit the run's network.
+    """
+    try:
+        datasets.find(name)
+    except ValueError as error:
+        raise ConfigError("--dataset", [str(error)]) from None
+    if name == config.dataset.name:
+        return config.description
+    ours, size = config.description, config.description.image_shape[0]
+    other = datasets.describe(name, {}, image_size=size, decoding=config.decoding)
+    if (other.classes, other.image_shape) != (ours.classes, ours.image_shape):
+        raise ConfigError("--dataset", [f"{name} has {_kind(other)}; the run was trained on {ours.name}, {_kind(ours)}"])
+    return other
+
+
+def _kind(dataset: Dataset) -> str:
+    height, width, channels = dataset.image_shape
+    return f"{height}x{width}x{channels} images of {dataset.num_classes} classes ({dataset.classes})"
+
+
+def default_split(config: Config, dataset: Dataset) -> str:
+    """The run's own `dataset.eval_split`, or another data set's only split.  Raises ConfigError if that one has several."""
+    if dataset.name == config.dataset.name:
+        return config.dataset.eval_split
+    if len(dataset.sizes) > 1:
+        raise ConfigError("--split", [f"choose a split of {dataset.name}: {', '.join(dataset.sizes)}"])
+    return next(iter(dataset.sizes))
+
+
+def restore(checkpoints: Checkpoints, step: str, target: Any) -> Restored:
+    """Restores a step by its number, `latest` or `best`.
+
+    Raises:
+      CheckpointError: there is no such step, or it cannot be read.
+    """
+    if step == "latest":
+        restored = checkpoints.restore(target)
+        if restored is None:
+            raise CheckpointError(f"{checkpoints.directory} has no checkpoints yet")
+        return restored
+    chosen = _choose(checkpoints, step)
+    restored = checkpoints.restore_step(chosen, target)
+    if restored is None:
+        raise CheckpointError(f"{checkpoints.directory}: the run deleted step {chosen} while it was being read")
+    return restored
+
+
+def _choose(checkpoints: Checkpoints, step: str) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise CheckpointError(f"{checkpoints.directory} has no checkpoints yet")
+    if step == "best":
+        best = checkpoints.best()
+        if best is None:
+            raise CheckpointError(
+                f"{checkpoints.directory}: none of the checkpoints was evaluated, so none is the best; choose from {steps}"
+            )
+        return best
+    if not (step.isascii() and step.isdecimal()) or int(step) not in steps:
+        raise CheckpointError(f"{checkpoints.directory} has no step {step}; choose from {steps}, latest or best")
+    return int(step)

@@ -1,0 +1,87 @@
+"""What an evaluation finds, and the table that shows it."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+
+from lowrank_jax.text import align, count
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of a checkpoint.
+
+    Attributes:
+      split: what it was evaluated on.
+      step: the checkpoint's.
+      metrics: from `evaluate`; of the averaged weights if the run keeps an average.
+      raw_metrics: of the raw weights, if the run keeps an average; otherwise None.
+      params, dense_params: the number of parameters of the network, and of the dense one.
+      damaged: the reason by newer step that could not be used.
+    """
+
+    split: str
+    step: int
+    metrics: dict[str, float]
+    raw_metrics: dict[str, float] | None
+    params: int
+    dense_params: int
+    damaged: dict[int, str]
+
+    def header(self) -> list[str]:
+        return ["split", "examples", *self._shown(), "step", "params", "dense params"]
+
+    def _shown(self) -> list[str]:
+        """The objective's metrics by name, then its loss."""
+        return [*(name for name in self.metrics if name not in ("loss", "examples", "undecodable")), "loss"]
+
+    def rows(self) -> list[list[str]]:
+        """Rows of a table: one, or one each for averaged and raw weights."""
+        if self.raw_metrics is None:
+            return [self._row(self.split, self.metrics)]
+        return [self._row(f"{self.split}, averaged", self.metrics), self._row(f"{self.split}, raw", self.raw_metrics)]
+
+    def _row(self, split: str, metrics: dict[str, float]) -> list[str]:
+        scores = [f"{metrics[name]:.4f}" for name in self._shown()]
+        examples = f"{metrics['examples']:,}"
+        return [split, examples, *scores, str(self.step), count(self.params), count(self.dense_params)]
+
+    def warnings(self) -> list[str]:
+        """A line for each damaged step, and one if images could not be decoded."""
+        lines = [f"checkpoint {step} is damaged ({reason})" for step, reason in self.damaged.items()]
+        skipped = self.metrics.get("undecodable", 0)
+        return lines + ([f"{skipped} of {skipped + self.metrics['examples']:,} images cannot be decoded"] if skipped else [])
+
+    def table(self) -> str:
+        """Warnings, a header and the rows as aligned text."""
+        return "\n".join([*self.warnings(), align([self.header(), *self.rows()])])
+
+    def json(self) -> str:
+        """A JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+class Rows:
+    """A table that is printed row by row, as evaluations end; several work directories are its first column.
+
+    Plain aligned text, also on a terminal: a table of rich's is printed when all of its rows are known.
+    """
+
+    def __init__(self, workdirs: Sequence[str], say: Callable[[str], None]):
+        self._named = len(workdirs) > 1
+        self._least, self._widths = max(map(len, workdirs)), []
+        self._say, self._header = say, []
+
+    def add(self, workdir: str, evaluation: Evaluation) -> None:
+        header = ["workdir", *evaluation.header()]
+        repeated = header == self._header  # it is printed once, and again where runs have other metrics
+        if not repeated:
+            self._header, self._widths = header, [self._least] + [0] * (len(header) - 1)
+        table = [header, *([workdir, *row] for row in evaluation.rows())]
+        self._widths = [max(map(len, column)) for column in zip(*table, [" " * width for width in self._widths], strict=True)]
+        for cells in table[repeated:]:
+            self._line(cells)
+
+    def _line(self, cells: list[str]) -> None:
+        padded = [cell.ljust(width) for cell, width in zip(cells, self._widths, strict=True)]
+        self._say("  ".join(padded if self._named else padded[1:]).rstrip())
