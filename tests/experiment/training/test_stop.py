@@ -73,11 +73,12 @@ def test_pytest_ends_when_it_is_told_to_while_a_run_is_under_way(tmp_path, repos
     # -m puts the working directory first on the path: that of the repository.
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_endless.py")]
     with running.start(command, devices=8, cwd=repository) as process:
+        assert process.stdout is not None
         seen = ""
-        for line in process.stdout:
+        while "[     10/" not in seen:
+            line = process.stdout.readline()
+            assert line, seen
             seen += line
-            if "[     10/" in line:
-                break
         process.send_signal(signal.SIGTERM)
         seen += process.stdout.read()
     assert process.returncode == 128 + signal.SIGTERM, seen
