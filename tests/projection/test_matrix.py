@@ -65,7 +65,7 @@ TANH = [pytest.param((9, 5, 3), "tanh"), *(pytest.param(case, "tanh", marks=slow
 
 @pytest.mark.parametrize(("case", "activation"), RELU + TANH)
 def test_every_subspace_is_worth_its_trouble(case, activation):
-    n, _, _ = case
+    n, m, _ = case
     found = made(*case, activation)
     risks = np.stack([found[name][2][:-1] for name in ("spectral", *SUBSPACES)])
     whole = np.array([reference.risk(w, 0 * w, activation) for w in matrices(n, m)])
@@ -74,7 +74,7 @@ def test_every_subspace_is_worth_its_trouble(case, activation):
 
 @pytest.mark.parametrize(("case", "activation"), RELU)
 def test_risks_of_relu_are_the_closed_form(case, activation):
-    n, _, _ = case
+    n, m, _ = case
     for u, v, risks in made(*case, activation).values():
         for w, u_i, v_i, risk in zip(matrices(n, m), u[:-1], v[:-1], risks[:-1], strict=True):
             np.testing.assert_allclose(risk, reference.risk(w, u_i @ v_i), atol=2e-5 * reference.risk(w, 0 * w))
@@ -83,7 +83,7 @@ def test_risks_of_relu_are_the_closed_form(case, activation):
 @pytest.mark.parametrize(("case", "activation"), RELU)
 @pytest.mark.parametrize("subspace", SUBSPACES)
 def test_normalized_keeps_every_length_and_serves_directions(case, activation, subspace):
-    n, _, _ = case
+    n, m, _ = case
     u, v, _ = made(*case, activation)[f"normalized {subspace}"]
     top_u, top_v, _ = made(*case, activation)["normalized top"]
     for w, y, top in zip(matrices(n, m), u @ v, top_u @ top_v, strict=False):
@@ -95,7 +95,7 @@ def test_normalized_keeps_every_length_and_serves_directions(case, activation, s
 
 @pytest.mark.parametrize(("case", "activation"), RELU)
 def test_no_other_length_of_a_column_does_better(case, activation):
-    n, _, _ = case
+    n, m, _ = case
     u, v, _ = made(*case, activation)["top"]
     for w, y in zip(matrices(n, m), u @ v, strict=False):
         least = reference.risk(w, y) - 1e-5 * reference.risk(w, 0 * w)
@@ -131,7 +131,7 @@ def test_under_a_transformation_nan_stays_nan(case, activation):
 @pytest.mark.parametrize(("case", "activation"), [RELU[0], *TANH[1:], pytest.param((8, 8, 4), "silu", marks=slow)])
 @pytest.mark.parametrize("subspace", SUBSPACES)
 def test_float32_agrees_with_float64(subspace, case, activation):
-    n, _, _ = case
+    n, m, _ = case
     narrow, wide = (made(*case, activation, dtype)[subspace][2] for dtype in (np.float32, np.float64))
     whole = np.array([reference.risk(w, 0 * w, activation) for w in matrices(n, m)])
     kept = (whole > 0) & (np.arange(len(whole)) < 3 * DRAWS)  # where singular values repeat, any basis is as good

@@ -21,7 +21,6 @@ from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """A run that is ready to be evaluated.
