@@ -51,7 +51,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def load(path: str) -> ConfigDict:
+def load(path: str) -> Any:
     """Runs `get_config()` of a config file; "file.py:argument" calls it with the argument.
 
     Raises:

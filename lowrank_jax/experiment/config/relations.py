@@ -6,13 +6,13 @@ import flax.linen as nn
 import jax
 
 from lowrank_jax import models
+from lowrank_jax.experiment import objective
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.plan import images_like, make_plan
 from lowrank_jax.experiment.config.schema import Config, DatasetConfig
 from lowrank_jax.experiment.config.typed import read_section, read_value
 from lowrank_jax.experiment.data import datasets, splits
 from lowrank_jax.experiment.hosts.sharding import AXES, read_rules, rule_problems
-from lowrank_jax.experiment.training import objective
 from lowrank_jax.text import did_you_mean, first_line
 
 

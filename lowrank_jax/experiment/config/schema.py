@@ -142,7 +142,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Loss and metrics by name, or functions of your own as "package.module:function" (see `training.objective`)."""
+    """Loss and metrics by name, or functions of your own as "package.module:function" (see `objective`)."""
 
     loss: str = "softmax_cross_entropy"
     metrics: tuple[str, ...] = ("top1", "top5")  # the first decides which checkpoint is best; larger is better

@@ -27,8 +27,8 @@ from lowrank_jax.experiment.hosts.sharding import (
     replicated,
     state_shardings,
 )
+from lowrank_jax.experiment.objective import Objective, make_objective
 from lowrank_jax.experiment.training import mixing, state, step
-from lowrank_jax.experiment.training.objective import Objective, make_objective
 from lowrank_jax.experiment.training.start import Start, blank_images, fresh_state, init_weights
 from lowrank_jax.planning import chips
 from lowrank_jax.planning.execution import choose_execution

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.experiment.training import objective as objectives
+from lowrank_jax.experiment import objective as objectives
+from lowrank_jax.experiment.objective import Objective
 from lowrank_jax.experiment.training.mixing import Mixing, Normalize
-from lowrank_jax.experiment.training.objective import Objective
 from lowrank_jax.experiment.training.state import TrainState, key
 from lowrank_jax.linen.layers import apply
 

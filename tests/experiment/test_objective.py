@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment import objective
 from lowrank_jax.experiment.cli.commands import main
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.evaluation.runs import Evaluator
 from lowrank_jax.experiment.report import runs
 from lowrank_jax.experiment.sweep import trials
-from lowrank_jax.experiment.training import objective
 from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.workdir.identity import config_digest
 from tests import running
