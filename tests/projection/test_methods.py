@@ -47,7 +47,7 @@ def test_every_method_gives_finite_factors_in_the_kernels_dtype(method):
     for (u, v), dtype in ((made, jnp.float32), ([part[0] for part in narrow], jnp.bfloat16)):
         assert (u.shape, v.shape) == ((12, 3), (3, 20))
         assert u.dtype == v.dtype == dtype
-        u, v = np.float32(u), np.float32(v)
+        u, v = (np.asarray(factor, np.float32) for factor in (u, v))
         assert np.isfinite(u).all()
         assert np.isfinite(v).all()
         if method not in UNBALANCED:
