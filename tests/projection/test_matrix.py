@@ -288,7 +288,9 @@ def test_a_group_shares_one_scale():
     assert relative_risk(w, (u, v), group=3) < relative_risk(w, (a, b), group=3)
 
 
-@pytest.mark.parametrize("kind", [{"activation": "silu"}, pytest.param({"subspace": "refine"}, marks=slow)])
+@pytest.mark.parametrize(
+    "kind", [{}, *(pytest.param(kind, marks=slow) for kind in ({"activation": "silu"}, {"subspace": "refine"}))]
+)
 def test_derivatives_of_what_the_projection_loses_are_those_of_differences(kind):
     with jax.enable_x64(True):
 

@@ -16,6 +16,8 @@ UNBALANCED = {"spectral_column_scales", "random"}
 DRAWS = {"random", "random_subspace", "function_approximation"}
 SLOW = {  # tested one by one in test_matrix, test_ablations and test_sampled
     "kernel_projection_search",
+    "kernel_projection_refine",
+    "random_subspace",
     "norm_preserving_refine",
     "function_approximation",
     "spectral_global_scale",
