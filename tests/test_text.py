@@ -1,8 +1,8 @@
-"""What messages are made of."""
+"""Messages and tables."""
 
 import pytest
 
-from lowrank_jax.text import did_you_mean, first_line
+from lowrank_jax.text import align, count, did_you_mean, first_line, markdown_table, nearest, with_change
 
 
 def test_did_you_mean_proposes_or_lists():
@@ -16,3 +16,26 @@ def test_did_you_mean_proposes_or_lists():
 )
 def test_of_a_long_error_the_first_line_and_of_a_silent_one_its_type(error, line):
     assert first_line(error) == line
+
+
+def test_the_nearest_is_the_most_similar():
+    assert nearest("kernl", ["bias", "kernel"]) == "kernel"
+    assert nearest("kernl", []) is None
+
+
+def test_tables_are_aligned_or_markdown():
+    assert align([["a", "bc"], ["def", ""]]) == "a    bc\ndef"
+    assert markdown_table([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0"), (999, "999"), (9_412, "9.41k"), (999_499, "999k"), (118_000_000, "118M"), (4_100_000_000, "4.1G")]
+)
+def test_counts_have_three_digits(n, text):
+    assert count(n) == text
+
+
+def test_a_change_is_told_in_percent_where_there_is_one():
+    assert with_change(250, 1000) == "250 -75%"
+    assert with_change(1000, 1000) == "1k"
+    assert with_change(5, 0) == "5"

@@ -77,23 +77,21 @@ def padded_stacks(stacks: Sequence[Stack]) -> list[PaddedStack]:
     units = [linalg.units(stack.w) for stack in stacks]
     relative = [stack.w.astype(wide(stack.w.dtype)) / unit for stack, unit in zip(stacks, units, strict=True)]
     kinds = list(dict.fromkeys(stack.activation for stack in stacks))
-    # Sorted by activation, so that kernels with the same one are contiguous.
-    order = sorted(range(len(stacks)), key=lambda i: kinds.index(stacks[i].activation))
-    shapes = [(*stacks[i].w.shape[1:], stacks[i].rank) for i in order]
-    counts, alike = [len(stacks[i].w) for i in order], [_alike(stacks[i]) for i in order]
+    shapes, counts = [stack.w.shape[1:] for stack in stacks], [len(stack.w) for stack in stacks]
     made = []
-    for found in buckets(shapes, counts, _work, alike, FREE_IN_PRODUCTS):
-        places = tuple(order[j] for j in found.members)
-        bucket = Bucket(found.shape[:2], places, found.counts)
-        members = tuple(stacks[i] for i in places)
-        unit = jnp.concatenate([units[i] for i in places])
+    for found in buckets(shapes, counts, _work, [_alike(stack) for stack in stacks], FREE_IN_PRODUCTS):
+        # Sorted by activation, so that kernels with the same one are contiguous.
+        order = tuple(sorted(found.members, key=lambda i: kinds.index(stacks[i].activation)))
+        bucket = Bucket(found.shape, order, tuple(counts[i] for i in order))
+        members = tuple(stacks[i] for i in order)
+        unit = jnp.concatenate([units[i] for i in order])
         made.append(PaddedStack(bucket.stacked(relative), unit, members[0].group, members, bucket))
     return made
 
 
 def _work(shape: tuple[int, ...]) -> float:
-    """Of the Gram matrix, the largest product; in small matrices it is the memory of the padding that matters."""
-    n, m, _ = shape
+    """Of the Gram matrix, the largest product; for small matrices it is the memory of the padding that matters."""
+    n, m = shape
     return float(n * m) * max(min(n, m), 64)
 
 

@@ -1,5 +1,7 @@
 """Random networks to learn, and samples of them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -8,7 +10,6 @@ from lowrank_jax.theory import hidden
 from lowrank_jax.theory.learning import ReluNetwork, unit_rows
 
 
-@highest_precision
 def draw_network(key: jax.Array, n: int, width: int, outputs: int, *, condition: float = 3.0) -> ReluNetwork:
     """y = relu(x W) A with the singular values of W from 1 to `condition`, and outputs of variance one.
 
@@ -26,13 +27,19 @@ def draw_network(key: jax.Array, n: int, width: int, outputs: int, *, condition:
     """
     if not all(map(is_count, (n, width, outputs))) or width > n:
         raise ValueError(f"n {n!r}, width {width!r}, outputs {outputs!r}: must be whole numbers from 1, with width at most n")
+    w, a = _weights(key, n, width, outputs, condition)
+    return ReluNetwork(w, a, 0.0, True)
+
+
+@functools.partial(jax.jit, static_argnames=("n", "width", "outputs"))
+@highest_precision
+def _weights(key: jax.Array, n: int, width: int, outputs: int, condition: float) -> tuple[jax.Array, jax.Array]:
     keys = jax.random.split(key, 3)
     left, right = (jnp.linalg.qr(jax.random.normal(k, (rows, width)))[0] for k, rows in zip(keys, (n, width), strict=False))
     w = left * jnp.linspace(1, condition, width) @ right.T
     a = jax.random.normal(keys[2], (width, outputs))
     a /= jnp.sqrt(hidden.variance(w, a))
-    w, a = unit_rows(w, a)
-    return ReluNetwork(w, a, 0.0, True)
+    return unit_rows(w, a)
 
 
 def draw_samples(key: jax.Array, network: ReluNetwork, count: int) -> tuple[jax.Array, jax.Array]:

@@ -13,8 +13,8 @@ SPECTRAL_3 = reference.spectral(W, 3)
 
 
 def product(factors):
-    u, v = factors
-    return np.float64(u) @ np.float64(v)
+    u, v = (np.asarray(factor, np.float64) for factor in factors)
+    return u @ v
 
 
 @functools.cache
@@ -54,7 +54,7 @@ def test_a_random_subspace_has_the_best_lengths_and_nothing_else():
     keys = jax.random.split(jax.random.key(0), 50)
     us, vs = jax.jit(jax.vmap(lambda key: ablations.random_subspace(key, W, 4)))(keys)
     kept = []
-    for i, u in enumerate(np.float64(us)):
+    for i, u in enumerate(np.asarray(us, np.float64)):
         rho = np.linalg.norm(np.linalg.qr(u)[0].T @ W, axis=0) / np.linalg.norm(W, axis=0)
         kept.append(np.mean(rho**2))
         whole = 0.5 * np.sum(W**2, axis=0)

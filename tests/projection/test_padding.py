@@ -97,7 +97,7 @@ def test_factors_are_balanced_down_to_singular_values_that_a_gram_matrix_does_no
     rng = np.random.default_rng(1)
     left, right = np.linalg.qr(rng.standard_normal((12, 12)))[0], np.linalg.qr(rng.standard_normal((40, 12)))[0]
     c = (left * np.geomspace(1, ratio, 12)) @ right.T
-    u, v = (np.float64(part) for part in balance(np.eye(12, dtype=np.float32), c.astype(np.float32)))
+    u, v = (np.asarray(part, np.float64) for part in balance(np.eye(12, dtype=np.float32), c.astype(np.float32)))
     np.testing.assert_allclose(u @ v, c, atol=1e-6)
     np.testing.assert_allclose(u.T @ u, v @ v.T, atol=2e-5)
 

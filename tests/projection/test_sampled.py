@@ -21,8 +21,9 @@ KEY = jax.random.key(0)
 )
 def test_sampling_comes_within_a_hundredth_of_the_closed_form(n, m, rank, group, activation):
     w = normal(0, n, m) * np.float32(np.sqrt(2 / n))
-    u, v = lr.function_approximation(KEY, w, rank, activation=activation, group=group)
-    made = np.float64(u) @ np.float64(v), reference.projected(w, rank, activation, group), reference.spectral(w, rank)
+    factors = lr.function_approximation(KEY, w, rank, activation=activation, group=group)
+    u, v = (np.asarray(factor, np.float64) for factor in factors)
+    made = u @ v, reference.projected(w, rank, activation, group), reference.spectral(w, rank)
     theirs, ours, start = (reference.risk(w, y, activation, group) for y in made)
     assert theirs < 1.01 * ours
     assert theirs < start - 0.5 * (start - ours)
@@ -34,14 +35,15 @@ def test_samples_of_the_inputs_are_what_it_serves():
     mix = normal(1, n, n) * np.geomspace(1, 0.01, n, dtype=np.float32)[:, None]
     served, unseen = normal(2, 2, 4000, n) @ mix
 
-    def loss(factors):
-        u, v = (np.asarray(factor) for factor in factors)
-        return np.mean(np.sum((np.maximum(unseen @ w, 0) - np.maximum(unseen @ u @ v, 0)) ** 2, -1))
+    def loss(y):
+        return np.mean(np.sum((np.maximum(unseen @ w, 0) - np.maximum(unseen @ y, 0)) ** 2, -1))
 
-    fitted = loss(lr.function_approximation(KEY, w, rank, inputs=served[:, None]))
-    assert fitted < 0.5 * loss(lr.function_approximation(KEY, w, rank))
+    u, v = lr.function_approximation(KEY, w, rank, inputs=served[:, None])
+    # What Gaussian inputs make of it is within a hundredth of the projection, by the test above.
+    assert loss(np.asarray(u) @ np.asarray(v)) < 0.5 * loss(reference.projected(w, rank))
 
 
+@pytest.mark.slow
 def test_kernels_of_several_shapes_go_together_as_they_go_alone():
     wide, tall = normal(0, 8, 20), normal(1, 16, 6)
     keys = jax.random.split(KEY, 2)

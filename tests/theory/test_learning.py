@@ -62,7 +62,7 @@ def assert_learned(network, truth, x, error=1e-20):
         (10, 5, 5, 20_000),
         pytest.param(20, 10, 1, 120_000, marks=slow),
         pytest.param(20, 10, 10, 50_000, marks=slow),
-        (8, 8, 12, 30_000),
+        pytest.param(8, 8, 12, 30_000, marks=slow),
     ],
     ids=["small", "one output", "larger", "square, with more outputs than width"],
 )
