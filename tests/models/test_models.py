@@ -161,7 +161,7 @@ def test_bfloat16_is_for_the_body_and_not_for_softmax_nor_logits(name, kwargs):
         ("wrn_16_4", {"dropout": 1.0}, r"setting dropout: 1.0; must be in \[0, 1\)"),
         ("efficientnet_b0", {"drop_connect": -0.1}, "setting drop_connect: -0.1; must be in"),
         ("vit_s16", {"stochastic_depth": 2.0}, "setting stochastic_depth: 2.0; must be in"),
-        ("vit_s16", {"patch": 5}, "images of 32 x 32 are not made of patches of 5 x 5"),
+        ("vit_s16", {"patch": 5}, "images of 32 x 32 cannot be divided into patches of 5 x 5"),
         ("vit_s16", {"width": 6, "positions": "sincos"}, "width 6 must be a multiple of 4"),
     ],
 )
