@@ -77,7 +77,7 @@ def twin(timm_name: str, *, num_classes: int, **kwargs: Any) -> nn.Module:
     """
     architecture = timm_name.split(".")[0]
     if architecture not in TWINS:
-        raise ValueError(f"there is no twin of timm's {architecture!r}{did_you_mean(architecture, TWINS)}")
+        raise ValueError(f"no model here corresponds to timm's {architecture!r}{did_you_mean(architecture, TWINS)}")
     name, settings = TWINS[architecture]
     return models.build(name, num_classes=num_classes, **{**settings, **kwargs})
 
@@ -101,12 +101,12 @@ def from_timm(state: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[
         for path, part in _places(state, name, np.asarray(value, np.float32)):
             values[path] = part
             if path not in shapes:
-                problems.append(f"{name}: would be {path}, which the model does not have")
+                problems.append(f"{name}: maps to {path}, which the model does not have")
             elif part.size != math.prod(shapes[path].shape):
                 problems.append(f"{name}: {list(value.shape)} does not fit {path}, {list(shapes[path].shape)}")
-    problems += [f"{path}: is in no array" for path in shapes if path not in values]
+    problems += [f"{path}: no array maps to it" for path in shapes if path not in values]
     if problems:
-        raise ValueError("these are not the weights of that model:\n  " + "\n  ".join(problems))
+        raise ValueError("the weights do not match the model:\n  " + "\n  ".join(problems))
     return flax.traverse_util.unflatten_dict(
         {path: value.reshape(shapes[path].shape) for path, value in values.items()}, sep="/"
     )

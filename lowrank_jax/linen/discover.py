@@ -82,16 +82,16 @@ def _refusal(module: nn.Module) -> str:
     if base is None:
         return f"{type(module).__name__} is not nn.Dense, nn.DenseGeneral or nn.Conv"
     if type(module).__call__ is not base.__call__:
-        return f"{type(module).__name__} computes in its own way"
+        return f"{type(module).__name__} overrides __call__"
     if isinstance(module, nn.DenseGeneral) and module.batch_dims != ():  # 0 names an axis
-        return "one kernel for each batch index"
+        return "batch_dims is not supported"
     if isinstance(module, nn.Conv) and module.feature_group_count > 1:
         depthwise = module.feature_group_count == module.features
         return "depthwise convolution" if depthwise else f"grouped convolution ({module.feature_group_count} groups)"
     if isinstance(module, nn.Conv) and module.mask is not None:
         return "masked convolution"
     if isinstance(module, nn.Conv) and (module.conv_general_dilated or module.conv_general_dilated_cls):
-        return "convolves in its own way"  # which the 1x1 stage, a product, would not
+        return "overrides conv_general_dilated"  # which the 1x1 stage, a product, would not call
     return ""
 
 

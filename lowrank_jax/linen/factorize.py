@@ -35,6 +35,6 @@ def factorize(
       The tree with `LowRankKernel`s in it, in the kernels' own dtypes; decompositions run in float32 or better.
 
     Raises:
-      ValueError: the parameters are not those of the plan, or not finite, or moments or inputs do not fit it.
+      ValueError: the parameters do not match the plan or are not finite, or moments or inputs do not fit it.
     """
     return trees.factorize(nn.meta.unbox(params), plan, key=key, moments=moments, inputs=inputs)

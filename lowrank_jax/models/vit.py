@@ -115,7 +115,9 @@ class ViT(nn.Module):
     def _tokens(self, x: jax.Array) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, tokens, width]`: patches with their positions, the extra token first."""
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
-            raise ValueError(f"images of {x.shape[1]} x {x.shape[2]} are not made of patches of {self.patch} x {self.patch}")
+            raise ValueError(
+                f"images of {x.shape[1]} x {x.shape[2]} cannot be divided into patches of {self.patch} x {self.patch}"
+            )
         window = (self.patch, self.patch)
         x = nn.Conv(self.width, window, window, padding="VALID", dtype=self.dtype, name="embed")(x)
         batch, rows, columns, _ = x.shape

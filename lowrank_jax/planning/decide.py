@@ -31,7 +31,7 @@ def plan_kernel(
     macs = use.macs() // batch if use else 0
     dense = functools.partial(DenseKernel, name=name, shape=shape, macs=macs, rule=rule)
     if use is None:
-        return dense(note="embedding" if name.rsplit("/", 1)[-1] == "embedding" else "no plain layer was seen to use it")
+        return dense(note="embedding" if name.rsplit("/", 1)[-1] == "embedding" else "no supported layer uses it")
     if use.refusal:
         return dense(note=use.refusal)
     if shape[len(shape) - len(use.shape) :] != use.shape:

@@ -39,7 +39,7 @@ def factorize(
       The tree with `LowRankKernel`s in it, in the kernels' own dtypes; decompositions run in float32 or better.
 
     Raises:
-      ValueError: the parameters are not those of the plan, or not finite, or moments or inputs do not fit it.
+      ValueError: the parameters do not match the plan or are not finite, or moments or inputs do not fit it.
     """
     leaves = named_leaves(params, is_leaf=is_low_rank)
     _check_tree(leaves, plan)
@@ -137,40 +137,40 @@ def _check_tree(leaves: dict[str, Any], plan: Plan) -> None:
     for kernel in plan.kernels:
         leaf = leaves.get(kernel.name)
         if leaf is None:
-            problems.append(f"{kernel.name}: in the plan, not in the parameters")
+            problems.append(f"{kernel.name}: in the plan but not in the parameters")
         elif is_low_rank(leaf):
             problems.append(f"{kernel.name}: already factored; merge first")
         elif tuple(leaf.shape) != kernel.shape:
-            problems.append(f"{kernel.name}: planned as {list(kernel.shape)}, is {list(leaf.shape)}")
+            problems.append(f"{kernel.name}: planned as {list(kernel.shape)}, found {list(leaf.shape)}")
     if problems:
-        raise ValueError("the parameters are not those of the plan:\n  " + "\n  ".join(problems))
+        raise ValueError("the parameters do not match the plan:\n  " + "\n  ".join(problems))
 
 
 def _check_finite(kernels: dict[str, jax.Array]) -> None:
     broken = [name for name, kernel in kernels.items() if not linalg.known_finite(kernel)]
     if broken:
-        raise ValueError(f"kernels with elements that are not finite: {', '.join(broken)}")
+        raise ValueError(f"kernels contain non-finite values: {', '.join(broken)}")
 
 
 def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Mapping[str, jax.Array] | None) -> None:
     if moments is not None and inputs is not None:
-        raise ValueError("give moments or inputs, not both: samples of the inputs have their second moment in them")
+        raise ValueError("give moments or inputs, not both; the inputs already determine their moments")
     sampled = [kernel for kernel in plan.factored if kernel.rule.method == SAMPLED]
     if inputs is not None and len(sampled) < len(plan.factored):
-        raise ValueError(f"inputs are for the method {SAMPLED!r}; other kernels of this plan take moments")
+        raise ValueError(f"only the method {SAMPLED!r} takes inputs; give moments for the other kernels of this plan")
     problems = []
     for kernel in plan.factored:
         name, stack, n, group = kernel.name, kernel.stack, kernel.view.n, kernel.view.group
         if moments is not None:
             moment = moments.get(name)
-            problems += _misfit(name, "moments", moment, (*stack, n, n)) or _unusable(name, "moments", _roots(moment, n))
+            problems += _misfit(name, "moments", moment, (*stack, n, n)) or _not_moments(name, moment, n)
         if inputs is not None:
             fed = inputs.get(name)
             problems += _misfit(name, "inputs", fed, (*stack, None, group, n)) or _unusable(name, "inputs", fed)
     names = {kernel.name for kernel in plan.factored}
     for name in {**(moments or {}), **(inputs or {})}:
         if name not in names:
-            problems.append(f"{name}: is given data, and is no kernel that the plan factors{did_you_mean(name, names)}")
+            problems.append(f"{name}: has data but is not a kernel that the plan factors{did_you_mean(name, names)}")
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -179,12 +179,22 @@ def _misfit(name: str, what: str, value: jax.Array | None, shape: tuple[int | No
     if value is None:
         return [f"{name}: has no {what}"]
     fits = len(value.shape) == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
-    wanted = ["samples" if size is None else size for size in shape]
-    return [] if fits else [f"{name}: {what} must be {wanted}, are {list(value.shape)}"]
+    wanted = ", ".join("samples" if size is None else str(size) for size in shape)
+    return [] if fits else [f"{name}: {what} must have shape [{wanted}], not {list(value.shape)}"]
 
 
 def _unusable(name: str, what: str, value: Any) -> list[str]:
-    return [] if value.size and linalg.known_finite(value) else [f"{name}: {what} are not those of any finite inputs"]
+    if not value.size:
+        return [f"{name}: {what} are empty"]
+    return [] if linalg.known_finite(value) else [f"{name}: {what} contain non-finite values"]
+
+
+def _not_moments(name: str, moment: Any, n: int) -> list[str]:
+    """What is no matrix of second moments has no real square root."""
+    problems = _unusable(name, "moments", moment)
+    if problems or linalg.known_finite(_roots(moment, n)):
+        return problems
+    return [f"{name}: moments must be positive semidefinite"]
 
 
 def merge(params: Any) -> Any:

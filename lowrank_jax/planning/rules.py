@@ -52,7 +52,7 @@ class Rule:
 
     def __post_init__(self):
         if not isinstance(self.path, str):
-            raise self._error("path must be text")
+            raise self._error("path must be a string")
         compile_pattern(self.path)
         if self.scale is not None and (isinstance(self.scale, bool) or not isinstance(self.scale, int | float)):
             raise self._error(f"scale {self.scale!r} must be a number")

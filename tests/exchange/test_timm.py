@@ -39,15 +39,15 @@ def test_weights_of_another_model_are_refused():
     state = state_of("resnet18")
     with pytest.raises(ValueError, match=r"stage1/block1/conv1/kernel, \[1, 1, 64, 64\]\n"):
         from_timm(state, shapes_of("resnet50"))
-    with pytest.raises(ValueError, match=r"params/head/bias: is in no array$"):
+    with pytest.raises(ValueError, match=r"params/head/bias: no array maps to it$"):
         from_timm({name: value for name, value in state.items() if name != "fc.bias"}, shapes_of("resnet18"))
-    with pytest.raises(ValueError, match=r"extra\.weight: would be params/extra/scale, which the model does not have$"):
+    with pytest.raises(ValueError, match=r"extra\.weight: maps to params/extra/scale, which the model does not have$"):
         from_timm({**state, "extra.weight": np.ones(3)}, shapes_of("resnet18"))
 
 
 def test_twins_are_found_by_name():
     assert twin("tf_efficientnet_b3.ns_jft_in1k", num_classes=10).padding == "same"
     assert twin("efficientnet_b3", num_classes=10).padding == "symmetric"
-    with pytest.raises(ValueError, match="there is no twin of timm's 'resnet51'; did you mean resnet50"):
+    with pytest.raises(ValueError, match="no model here corresponds to timm's 'resnet51'; did you mean resnet50"):
         twin("resnet51", num_classes=10)
     assert "vit_base_patch16_224" in TWINS

@@ -252,14 +252,15 @@ def test_data_that_does_not_fit_gets_one_clear_error():
         lr.inputs.second_moments(Small(), VARIABLES, [], plan)
     with pytest.raises(ValueError, match="conv/kernel: has no moments"):
         factorize(moments={name: m for name, m in moments.items() if name != "conv/kernel"})
-    with pytest.raises(ValueError, match=r"conv/kernel: moments must be \[27, 27\], are \[26, 26\]"):
+    with pytest.raises(ValueError, match=r"conv/kernel: moments must have shape \[27, 27\], not \[26, 26\]"):
         factorize(moments={**moments, "conv/kernel": np.eye(26)})
-    with pytest.raises(ValueError, match="typo/kernel: is given data, and is no kernel that the plan factors"):
+    with pytest.raises(ValueError, match="typo/kernel: has data but is not a kernel that the plan factors"):
         factorize(moments={**moments, "typo/kernel": np.eye(2)})
-    for moment in (np.full((27, 27), np.nan, np.float32), -np.eye(27, dtype=np.float32)):
-        with pytest.raises(ValueError, match="conv/kernel: moments are not those of any finite inputs"):
+    nan = np.full((27, 27), np.nan, np.float32)
+    for moment, problem in ((nan, "contain non-finite values"), (-moments["conv/kernel"], "must be positive semidefinite")):
+        with pytest.raises(ValueError, match=f"conv/kernel: moments {problem}"):
             factorize(moments={**moments, "conv/kernel": moment})
-    with pytest.raises(ValueError, match="inputs are for the method 'function_approximation'"):
+    with pytest.raises(ValueError, match="only the method 'function_approximation' takes inputs"):
         factorize(inputs={})
     with pytest.raises(ValueError, match="moments or inputs, not both"):
         factorize(moments=moments, inputs={})

@@ -84,36 +84,39 @@ def test_squeeze_and_excitation_is_a_quarter_of_the_blocks_inputs_or_off():
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize(("size", "strides", "agree"), [(9, 2, True), (8, 2, False), (9, 1, True), (8, 1, True)])
 def test_paddings_differ_where_a_stride_meets_an_even_size(size, strides, kernel, agree):
-    x = jax.random.normal(jax.random.key(0), (1, size, size, 3))
+    x = np.random.default_rng(0).standard_normal((1, size, size, 3)).astype(np.float32)
     same, symmetric = (efficientnet._conv(4, kernel, strides, padding=padding) for padding in ("same", "symmetric"))
     variables = drawn.variables(same, x)
-    assert np.allclose(same.apply(variables, x), symmetric.apply(variables, x), atol=1e-5) == agree
+    outputs = jax.jit(lambda variables: (same.apply(variables, x), symmetric.apply(variables, x)))(variables)
+    assert np.allclose(*outputs, atol=1e-5) == agree
 
 
 def test_initial_kernels_have_the_published_spread():
     """Two over the fan out, a depthwise kernel's being its window; the head is uniform."""
-    key = jax.random.key(0)
     conv = functools.partial(efficientnet._conv, padding="same")
     norm = functools.partial(nn.BatchNorm, use_running_average=False)
     block = efficientnet.MBConv(64, 5, 1, 6, 0.0, True, conv, norm, train=True, dtype=None)
-    params = block.init(key, jnp.zeros((1, 1, 1, 112)))["params"]
+
+    @jax.jit
+    def init(key):
+        return block.init(key, jnp.zeros((1, 1, 1, 112)))["params"], efficientnet.head_uniform(key, (1280, 1000))
+
+    params, head = init(jax.random.key(0))
     for name, fan_out in (("expand", 672), ("depthwise", 25), ("project", 64)):
         assert np.std(params[name]["kernel"]) == pytest.approx(math.sqrt(2 / fan_out), rel=0.03)
     assert np.std(params["se"]["excite"]["kernel"]) == pytest.approx(math.sqrt(2 / 672), rel=0.03)
-    head = efficientnet.head_uniform(key, (1280, 1000))
     assert np.abs(head).max() == pytest.approx(1 / math.sqrt(1000), rel=0.001)
 
 
 def test_stochastic_depth_keeps_the_expectation_and_examples_whole():
-    x = jnp.ones((20_000, 2, 3))
-    key = jax.random.key(0)
+    x = np.ones((20_000, 2, 3), np.float32)
 
     class Branch(nn.Module):
         @nn.compact
         def __call__(self, x, train):
             return stochastic_depth(x, 0.25, train)
 
-    dropped = np.asarray(Branch().apply({}, x, True, rngs={"dropout": key}))
+    dropped = np.asarray(jax.jit(lambda x: Branch().apply({}, x, True, rngs={"dropout": jax.random.key(0)}))(x))
     assert dropped.mean() == pytest.approx(1, abs=0.02)  # four standard deviations of the mean are 0.016
     assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
     assert (dropped == dropped[:, :1, :1]).all()

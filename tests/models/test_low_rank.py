@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +12,6 @@ from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import map_named
 from tests import drawn
 
-# What methods and activations compile to is another test's matter: few shapes here, and one activation a family.
 spectral = functools.partial(lr.Rule, scale=0.3, method="spectral")
 EFFICIENTNET = [
     lr.Rule("(stem/conv|head)/kernel"),
@@ -39,11 +37,11 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    rules, kwargs = FAMILIES[request.param]
-    model = models.build(request.param, num_classes=7, **kwargs)
-    x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+@functools.cache
+def family(name):
+    rules, kwargs = FAMILIES[name]
+    model = models.build(name, num_classes=7, **kwargs)
+    x = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
     return model, x, drawn.variables(model, x), lr.plan(model, x, rules)
 
 
@@ -51,25 +49,36 @@ def run(model, variables, x, **kwargs):
     return jax.jit(lambda variables, x: lr.apply(model, variables, x, **kwargs))(variables, x)
 
 
-def test_at_full_rank_the_logits_are_those_of_the_dense_network(family):
-    model, x, variables, plan = family
-    views = {kernel.name: kernel.view for kernel in plan.factored}
+def truncated(params, plan, rank=None):
+    """The parameters with the planned kernels' singular value decompositions for kernels, at the planned rank or at another."""
+    kernels = {kernel.name: kernel for kernel in plan.factored}
 
-    def exact(name, leaf):
-        if name not in views:
+    def factor(name, leaf):
+        if name not in kernels:
             return leaf
-        u, s, vt = np.linalg.svd(views[name].to_matrix(leaf), full_matrices=False)
-        return views[name].from_factors(jnp.asarray(u * s), jnp.asarray(vt))
+        view, r = kernels[name].view, rank or kernels[name].rank
+        u, s, vt = np.linalg.svd(view.to_matrix(leaf), full_matrices=False)
+        return view.from_factors(u[:, :r] * s[:r], vt[:r])
 
-    params = map_named(exact, variables["params"])
+    return map_named(factor, params)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_at_full_rank_the_logits_are_those_of_the_dense_network(name):
+    model, x, variables, plan = family(name)
+    params = truncated(variables["params"], plan, rank=10**6)
     assert sum(map(is_low_rank, jax.tree.leaves(params, is_leaf=is_low_rank))) == len(plan.factored) > 5
     # A product of factors is its kernel to a few units in the last place, 1e-7, which every layer behind it passes on.
     np.testing.assert_allclose(run(model, {**variables, "params": params}, x), run(model, variables, x), rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_reach_both_factors(family):
-    model, x, variables, plan = family
-    params = lr.factorize(variables["params"], plan, key=jax.random.key(2))
+@pytest.mark.parametrize("name", [pytest.param("efficientnet_b0", marks=pytest.mark.slow), "wrn_16_4", "vit_s16"])
+def test_gradients_reach_both_factors(name):
+    model, x, variables, plan = family(name)
+    planned = jax.eval_shape(lambda params: lr.factorize(params, plan, key=jax.random.key(2)), variables["params"])
+    assert sum(leaf.size for leaf in jax.tree.leaves(planned)) == plan.params
+    params = truncated(variables["params"], plan)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, planned)
 
     @jax.jit
     @jax.grad
