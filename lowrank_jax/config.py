@@ -1,4 +1,4 @@
-"""What a config file imports: `default()` to change, `load()` to begin from another file."""
+"""For config files: `default()` to change, `load()` to start from another file."""
 
 from lowrank_jax.experiment.config.files import default, load
 

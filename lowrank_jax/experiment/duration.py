@@ -15,7 +15,11 @@ class Duration:
 
     @classmethod
     def read(cls, value: Any) -> "Duration":
-        """Raises ValueError if it does not read as a duration."""
+        """Reads a duration from text or a number of steps.
+
+        Raises:
+          ValueError: it is not a duration.
+        """
         match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(step|epoch|example)?s?", str(value).strip())
         try:
             amount = float(match[1])  # type: ignore[index]
@@ -26,7 +30,7 @@ class Duration:
         return cls(amount, match[2] or "step")
 
     def steps(self, batch_size: int, epoch_size: int) -> int:
-        """In whole steps."""
+        """The duration in whole steps."""
         examples = {"step": batch_size, "epoch": epoch_size, "example": 1}[self.unit]
         return math.floor(self.amount * examples / batch_size + 0.5)
 

@@ -1,4 +1,4 @@
-"""One strict reading of a config file and its overrides."""
+"""Config files: loaded, overridden, and parsed strictly."""
 
 from lowrank_jax.experiment.config.files import ConfigError, default, legal_keys, load, overridden, override, to_dict
 from lowrank_jax.experiment.config.parse import parse, read

@@ -1,4 +1,4 @@
-"""Config files: loading one, overriding a key by its dotted name, and back to plain values."""
+"""Config files: loads one, overrides keys by dotted name, and turns a config back into plain values."""
 
 import ast
 import dataclasses
@@ -21,7 +21,7 @@ Overrides = Mapping[str, Any] | Sequence[tuple[str, Any]]
 
 
 class ConfigError(UserError):
-    """What is wrong with a config or a command line, one problem an entry."""
+    """A config or a command line is not valid; `problems` has an entry for each problem."""
 
     def __init__(self, source: str, problems: Sequence[str]):
         self.problems = list(problems)
@@ -30,12 +30,12 @@ class ConfigError(UserError):
 
 
 def default() -> Any:
-    """A `ConfigDict` of every legal key with its default, for a config file to change.  Types are checked by `parse`."""
+    """A `ConfigDict` of every key with its default, for a config file to change. `parse` checks the types."""
     return ConfigDict(to_dict(Config()), type_safe=False)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A parsed config as plain values that JSON can hold and `parse` reads back."""
+    """A parsed config as plain values, which JSON can hold and `parse` can read."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
@@ -55,7 +55,7 @@ def load(path: str) -> Any:
     """Runs `get_config()` of a config file; "file.py:argument" calls it with the argument.
 
     Raises:
-      ConfigError: there is no such file, or it fails.
+      ConfigError: the file does not exist, or raises an exception.
     """
     name, _, argument = path.partition(":")
     file = pathlib.Path(name)
@@ -69,7 +69,7 @@ def load(path: str) -> Any:
     try:
         spec.loader.exec_module(module)
         if argument and not inspect.signature(module.get_config).parameters:
-            raise ConfigError(path, [f"{name} takes no argument, such as {argument!r}"])
+            raise ConfigError(path, [f"{name} takes no argument; remove :{argument}"])
         config = module.get_config(argument) if argument else module.get_config()
     except ConfigError as error:  # of a config that this one changes
         raise ConfigError(path, error.problems) from error
@@ -89,7 +89,7 @@ def overridden(config: str | ConfigDict, overrides: Overrides = ()) -> ConfigDic
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-    """Sets a dotted key to a value given as text, read by the key's type; `parse` judges key and value afterwards."""
+    """Sets a dotted key to a value given as text, read by the type of the key. `parse` checks both later."""
     *sections, last = key.split(".")
     hint = type_of(key)
     # Where the model decides, "none" may be one of its words, such as the norm of a ResNet; None is Python's.
@@ -117,7 +117,7 @@ def _literal(text: str) -> Any:
 
 
 def type_of(key: str) -> Any:
-    """The type of a dotted key; None where there is no such key or the model decides."""
+    """The type of a dotted key; None if there is no such key, or the model decides."""
     cls: Any = Config
     for part in key.split("."):
         hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}

@@ -1,7 +1,7 @@
-"""One strict reading of a config file and its overrides.
+"""Reads a config file and its overrides strictly.
 
-A config file defines `get_config()` and returns a `ConfigDict`: `default()` with some values changed.  `parse` reads it once,
-completely, into the frozen dataclasses of `schema`, and reports all that is wrong with it at the same time.
+A config file defines `get_config()`, which returns a `ConfigDict`: `default()` with some values changed. `parse` reads it into
+the frozen dataclasses of `schema`, and reports every problem at once.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def read(config: str | ConfigDict, overrides: Overrides = (), *, source: str = "
       config: path of a config file, "file.py:argument" to call its `get_config` with the argument; or what that returned.
       overrides: values by dotted key, such as `{"optim.lr": 0.05}`, or the text that the command line takes.
       source: what to call it in messages; by default its path.
-      devices: how many devices there are; None to leave the mesh unjudged.
+      devices: how many devices there are; None to skip the checks of the mesh.
 
     Raises:
       ConfigError: with all problems.
@@ -31,12 +31,12 @@ def read(config: str | ConfigDict, overrides: Overrides = (), *, source: str = "
 
 
 def parse(config: ConfigDict | dict[str, Any], *, source: str = "config", devices: int | None = None) -> Config:
-    """Reads a config once and completely.
+    """Reads a config completely, and checks it.
 
     Args:
       config: as a config file returns it, or as `to_dict` wrote it.
       source: what to call it in messages.
-      devices: how many devices there are; None to leave the mesh unjudged.
+      devices: how many devices there are; None to skip the checks of the mesh.
 
     Raises:
       ConfigError: with all problems.

@@ -15,7 +15,7 @@ from lowrank_jax.text import first_line
 
 
 def make_plan(config: Config) -> Plan:
-    """Which of the model's kernels are factored; nothing is computed.  A second time the answer is at hand.
+    """Decides which kernels of the model are factored. Computes nothing; results are cached.
 
     Raises:
       ConfigError: the model cannot be built on these images, or a rule does not fit it.
@@ -36,7 +36,7 @@ def _make_plan(config: Config) -> Plan:
     try:
         model = config.build_model()
         if not isinstance(model, nn.Module):
-            raise TypeError(f"{config.model.name} makes {type(model).__name__}, which is not a Linen module")
+            raise TypeError(f"{config.model.name} builds {type(model).__name__}, not a Linen module")
         with nn.intercept_methods(note_output):
             plan = plan_model(model, images_like(config), config.lowrank.to_rules())
     except Exception as error:  # whatever somebody's model may raise
@@ -51,19 +51,21 @@ def _check_logits(config: Config, output: Any) -> None:
     shape = getattr(output, "shape", None)
     if shape is None or len(shape) != 2:
         found = f"{type(output).__name__}" if shape is None else f"shape {shape}"
-        raise ConfigError("config", [f"model: {model} gives {found} for a batch of one, not logits [1, {dataset.num_classes}]"])
+        raise ConfigError(
+            "config", [f"model: {model} returns {found} for a batch of one; expected logits [1, {dataset.num_classes}]"]
+        )
     if shape[1] != dataset.num_classes:
         raise ConfigError(
-            "config", [f"model: {model} gives {shape[1]} logits, {dataset.name} has {dataset.num_classes} classes"]
+            "config", [f"model: {model} returns {shape[1]} logits; {dataset.name} has {dataset.num_classes} classes"]
         )
 
 
 def images_like(config: Config) -> jax.ShapeDtypeStruct:
-    """One image of the config's data set, for tracing a model."""
+    """The shape of one image, `[1, height, width, channels]`, for tracing a model."""
     return jax.ShapeDtypeStruct((1, *config.description.image_shape), jnp.float32)
 
 
 def _lines(error: Exception) -> list[str]:
-    """An error as one line; our own ValueErrors hold a problem a line."""
+    """An error in one line; our own ValueErrors have a line for each problem."""
     ours = isinstance(error, ValueError) and str(error).startswith(("rule ", "setting "))
     return str(error).splitlines() if ours else [first_line(error)[:300]]

@@ -1,4 +1,4 @@
-"""What has to hold between the values of a config."""
+"""Checks between the values of a config, and against its data set, model and devices."""
 
 import math
 
@@ -17,16 +17,16 @@ from lowrank_jax.text import did_you_mean, first_line
 
 
 def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> list[str]:
-    """What is wrong between values that are right each by itself; `wrong` are the keys already reported."""
+    """Problems between values that are valid by themselves; `wrong` are the keys already reported."""
     problems: list[str] = []
     if config.optim.schedule == "step" and not config.optim.step_at and not wrong & {"optim.schedule", "optim.step_at"}:
-        problems.append('optim.step_at: empty; the schedule "step" needs at least one, such as ("30 epochs",)')
+        problems.append('optim.step_at: empty; schedule "step" needs at least one entry, e.g. ("30 epochs",)')
     if config.steps is None and config.epochs is None and not wrong & {"steps", "epochs"}:
-        problems.append("steps: neither steps nor epochs is given")
+        problems.append("steps: neither steps nor epochs is set")
     if config.steps is not None and config.epochs is not None:
-        problems.append(f"steps: both steps ({config.steps}) and epochs ({config.epochs:g}) are given; set one to None")
+        problems.append(f"steps: both steps ({config.steps}) and epochs ({config.epochs:g}) are set; set one to None")
     if config.batch_size % config.optim.accumulate and not wrong & {"batch_size", "optim.accumulate"}:
-        problems.append(f"optim.accumulate: {config.optim.accumulate}; batch_size {config.batch_size} is no multiple of it")
+        problems.append(f"optim.accumulate: {config.optim.accumulate}; batch_size {config.batch_size} is not a multiple of it")
     parts = [] if wrong & {"dataset.name"} else _dataset_problems(config, wrong)
     if not any(key.startswith("objective") for key in wrong):
         known = not parts and not any(key.startswith("dataset") for key in wrong)
@@ -49,7 +49,7 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
     if options:
         read_section(options, config.dataset.kwargs, "dataset.kwargs.", problems)
     else:
-        problems += [f"dataset.kwargs.{key}: {config.dataset.name} takes none" for key in config.dataset.kwargs]
+        problems += [f"dataset.kwargs.{key}: {config.dataset.name} has no settings" for key in config.dataset.kwargs]
     problems = problems or _image_problems(config)
     if problems:
         return problems
@@ -69,9 +69,9 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
             problems.append(f"epochs: {config.epochs:g}; more than 2^31 steps")
         traced = config.profile.steps
         if traced and traced[1] > config.total_steps:
-            problems.append(f"profile.steps: {traced}; beyond the training of {config.total_steps} steps")
+            problems.append(f"profile.steps: {traced}; training ends at step {config.total_steps}")
         if warmup > config.total_steps:
-            problems.append(f"optim.warmup: {warmup} steps; longer than the training of {config.total_steps} steps")
+            problems.append(f"optim.warmup: {warmup} steps; longer than training, which has {config.total_steps} steps")
     return problems
 
 
@@ -79,27 +79,28 @@ _DECODING_KEYS = ("image_size", "crop_area", "eval_crop", "max_undecodable")
 
 
 def _image_problems(config: Config) -> list[str]:
-    """What is asked of images that are not of that kind."""
+    """Settings that these images do not take."""
     given, dataset, name = config.dataset, config.description, config.dataset.name
     if "train" not in dataset.sizes:
-        return [f"dataset.name: {name!r}; it is for evaluation only: lowrank evaluate --dataset={name}"]
+        return [f"dataset.name: {name!r}; for evaluation only, as in lowrank evaluate --dataset={name}"]
     height, width, channels = dataset.image_shape
-    problems = []
+    stored = f"{name} images are {height}x{width} and are not resized; remove this setting"
+    layers, problems = given.randaugment_layers, []
     if dataset.decoding is None:
         problems += [
-            f"dataset.{key}: {getattr(given, key)!r}; {name} is stored at {height}x{width}, which stays as it is"
+            f"dataset.{key}: {getattr(given, key)!r}; {stored}"
             for key in _DECODING_KEYS
             if getattr(given, key) != getattr(DatasetConfig(), key)
         ]
     elif given.crop_padding:
-        problems.append(f"dataset.crop_padding: {given.crop_padding}; {name} is cropped by dataset.crop_area instead")
-    if given.randaugment_layers and channels != 3:
-        problems.append(f"dataset.randaugment_layers: {given.randaugment_layers}; RandAugment needs colours, {name} has none")
+        problems.append(f"dataset.crop_padding: {given.crop_padding}; {name} uses dataset.crop_area; remove this setting")
+    if layers and channels != 3:
+        problems.append(f"dataset.randaugment_layers: {layers}; RandAugment needs RGB images; {name} is grey-scale")
     return problems
 
 
 def _overlaps(config: Config) -> list[str]:
-    """What is chosen on examples that were trained on, or are reported on, is not chosen honestly."""
+    """A choice by examples that are trained on is biased; a result on examples that were chosen by is, too."""
     held_out = config.dataset.valid_split or ""
     return [
         f"dataset.valid_split: {held_out!r}; shares examples with dataset.{key}, {getattr(config.dataset, key)!r}"
@@ -138,10 +139,11 @@ def _plan_problems(config: Config) -> list[str]:
 def _rule_problems(config: Config, wrong: set[str]) -> list[str]:
     low = config.lowrank
     if low.method != "none" and low.scale is None and low.rank is None and not wrong & {"lowrank.scale", "lowrank.rank"}:
-        return ["lowrank.scale: neither scale nor rank is given; the dense arm is lowrank.method=none"]
+        return ["lowrank.scale: neither scale nor rank is set; for a dense network set lowrank.method=none"]
     if low.scale is not None and low.rank is not None:
         # A scale that was reported as wrong has fallen back to its default: not the user's.
-        return [] if wrong & {"lowrank.scale"} else [f"lowrank.rank: {low.rank} beside scale {low.scale:g}; set one to None"]
+        both = f"lowrank.rank: both rank ({low.rank}) and scale ({low.scale:g}) are set; set one to None"
+        return [] if wrong & {"lowrank.scale"} else [both]
     try:
         low.to_rules()
     except ValueError as error:
@@ -150,7 +152,7 @@ def _rule_problems(config: Config, wrong: set[str]) -> list[str]:
 
 
 def _mesh_rule_problems(config: Config, devices: int | None) -> list[str]:
-    """What of the sharding rules does not fit the network, or the mesh as far as it is known."""
+    """Sharding rules that do not fit the network, or the mesh as far as it is known."""
     if not config.mesh.rules:
         return []
     rules, problems = read_rules(config.mesh.rules)
@@ -167,7 +169,7 @@ def _mesh_problems(config: Config, devices: int) -> list[str]:
     fixed = math.prod(size for size in axes.values() if size != -1)
     free = [axis for axis, size in axes.items() if size == -1]
     if len(free) > 1:
-        return [f"mesh.{free[1]}: -1, and so is mesh.{free[0]}; only one axis can take what is left"]
+        return [f"mesh.{free[1]}: -1, but mesh.{free[0]} is -1 too; only one axis can take the remaining devices"]
     if devices % fixed or (not free and fixed != devices):
         return [f"mesh.data: a mesh of {'x'.join(str(size) for size in axes.values())} does not fit {devices} devices"]
     sizes = {axis: devices // fixed if size == -1 else size for axis, size in axes.items()}
@@ -179,5 +181,7 @@ def _mesh_problems(config: Config, devices: int) -> list[str]:
     ]
     parts = config.optim.accumulate
     if not problems and config.batch_size % parts == 0 and config.batch_size % (shards * parts):
-        problems.append(f"optim.accumulate: {parts}; {config.batch_size} images cannot be cut in so many on {shards} devices")
+        problems.append(
+            f"optim.accumulate: {parts}; {config.batch_size} images on {shards} devices cannot be split into {parts} parts"
+        )
     return problems

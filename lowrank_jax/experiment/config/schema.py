@@ -1,4 +1,4 @@
-"""What an experiment may set: every legal key, its default, and what its value must be."""
+"""Every key of a config, its default and its legal values."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from lowrank_jax.text import did_you_mean
 
 
 def _option(default: Any, check: Callable[[Any], str | None] | None = None) -> Any:
-    """A field with a default and a test that names what a value must be."""
+    """A field with a default and a check, which says what a value must be."""
     return dataclasses.field(default=default, metadata={"check": check})
 
 
@@ -46,15 +46,15 @@ def _fraction(value: float) -> str | None:
 
 
 def _area(value: tuple[float, float]) -> str | None:
-    return None if 0 < value[0] <= value[1] <= 1 else "must be two fractions, from and to, in (0, 1]"
+    return None if 0 < value[0] <= value[1] <= 1 else "must be two fractions in (0, 1], the smaller one first"
 
 
 def _window(value: tuple[int, int]) -> str | None:
-    return None if 1 <= value[0] <= value[1] else "must be the first and the last step to trace, counted from 1"
+    return None if 1 <= value[0] <= value[1] else "must be the first and the last step to trace, from 1"
 
 
 def _axis_size(value: int) -> str | None:
-    return None if value >= 1 or value == -1 else "must be at least 1, or -1 for all devices that are left"
+    return None if value >= 1 or value == -1 else "must be at least 1, or -1 for all remaining devices"
 
 
 def _one_of(*known: str) -> Callable[[str], str | None]:
@@ -72,32 +72,31 @@ class _Hashable:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig(_Hashable):
-    """Which images, and how they are varied in training."""
+    """The data set, its splits, and how training images are augmented."""
 
     name: str = _option("digits", datasets.problem)
     data_dir: str | None = None  # TFDS's own default
     train_split: str = "train"
     eval_split: str = "test"
-    valid_split: str | None = (
-        None  # held out of training to choose by: checkpoints, learning rates; evaluated beside eval_split
-    )
+    # Held out of training to choose checkpoints and learning rates by; evaluated along with eval_split.
+    valid_split: str | None = None
     flip: bool = False
     crop_padding: int = _option(0, at_least(0))
-    # Of data sets whose images have many sizes: side in pixels, area of random crops, central crop of evaluation, and how
-    # many images of a split each process may find not to decode.
+    # For data sets whose images have many sizes: side in pixels, area of random crops, central crop in evaluation, and the
+    # maximum number of undecodable images per split and process.
     image_size: int | None = _option(None, at_least(1))
     crop_area: tuple[float, float] = _option((0.08, 1.0), _area)
     eval_crop: float = _option(0.875, _fraction)
     max_undecodable: int = _option(10, at_least(0))
     randaugment_layers: int = _option(0, at_least(0))
     randaugment_magnitude: float = _option(9.0, _between(0, 10))
-    random_erasing: float = _option(0.0, _between(0, 1))  # how often a rectangle of an image is replaced by noise
-    mixup: float = _option(0.0, at_least(0))  # alpha of the shares' Beta distribution; 0 for none
-    cutmix: float = _option(0.0, at_least(0))  # the same; with both, every batch takes one or the other
+    random_erasing: float = _option(0.0, _between(0, 1))  # probability that a rectangle of an image is replaced by noise
+    mixup: float = _option(0.0, at_least(0))  # alpha of the Beta distribution of mixing weights; 0: off
+    cutmix: float = _option(0.0, at_least(0))  # the same; with both, each batch uses one of them
     kwargs: FrozenDict = FrozenDict()  # of `synthetic` and `imagenet2012`
 
     def to_augmentation(self) -> Augmentation:
-        """How training images are varied; each data set takes the kind of crop that its images need."""
+        """Augmentation of training images; which crop applies depends on the data set."""
         layers, magnitude = self.randaugment_layers, self.randaugment_magnitude
         return Augmentation(self.crop_area, self.crop_padding, self.flip, layers, magnitude)
 
@@ -150,7 +149,7 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LowRankConfig(_Hashable):
-    """Which kernels are factored and how; see `lowrank_jax.Rule`.  Method `none` is the dense arm."""
+    """Which kernels are factored and how; see `lowrank_jax.Rule`.  Method `none` is the dense network."""
 
     method: str = _option("kernel_projection", _one_of("none", *METHODS))
     scale: float | None = _option(0.25, _fraction)
@@ -160,11 +159,11 @@ class LowRankConfig(_Hashable):
     multiple_of: int = 1
     scale_of: str = "full_rank"
     execution: str = "auto"
-    moment_batches: int = _option(0, at_least(0))  # project for the inputs that layers have on so many batches of images
-    rules: tuple[FrozenDict, ...] = ()  # exceptions by path, in order: {"path": ..., and any of the keys above}
+    moment_batches: int = _option(0, at_least(0))  # batches of images to estimate the layers' input moments from
+    rules: tuple[FrozenDict, ...] = ()  # exceptions, first match wins: {"path": ..., and any of the keys above}
 
     def to_rules(self) -> tuple[Rule, ...]:
-        """The rules in order, a catch-all with the settings above at the end; none for the dense arm.
+        """The rules in order, with a catch-all of the settings above at the end; none for the dense network.
 
         Raises:
           ValueError: a rule is not valid; one line a problem.
@@ -206,14 +205,13 @@ def _to_rule(common: dict[str, Any], entry: dict[str, Any]) -> Rule:
 class InitConfig:
     """How the state before the first step is made."""
 
-    svd: str = _option(
-        "device", _one_of("device", "host")
-    )  # what decomposes the kernels; the host's products UV differ by rounding
+    # Where kernels are decomposed; the products UV of the two differ by rounding.
+    svd: str = _option("device", _one_of("device", "host"))
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation during training, on `dataset.eval_split`; the end of training is always evaluated."""
+    """Evaluation during training, on `dataset.eval_split`; the final state is always evaluated."""
 
     every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))
     batch_size: int = _option(512, at_least(1))
@@ -221,10 +219,10 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """How often to save, and how many of the latest to keep besides the best."""
+    """How often to save, and how many of the latest checkpoints to keep besides the best."""
 
     every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))
-    keep: int = _option(2, at_least(2))  # one to fall back on when the newest is damaged
+    keep: int = _option(2, at_least(2))  # the second is the fallback when the newest is damaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,14 +234,14 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    """Which training steps are traced for TensorBoard's profiler: the first and the last of them."""
+    """The first and the last training step to trace for TensorBoard's profiler."""
 
     steps: tuple[int, int] | None = _option(None, _window)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(_Hashable):
-    """Devices along each axis of the mesh; one axis may be -1, which takes all that are left."""
+    """Devices along each axis of the mesh; one axis may be -1 and takes the remaining devices."""
 
     data: int = _option(-1, _axis_size)
     fsdp: int = _option(1, _axis_size)
@@ -251,12 +249,12 @@ class MeshConfig(_Hashable):
     rules: tuple[FrozenDict, ...] = ()  # exceptions from the automatic sharding, in order: {"path": ..., "spec": ...}
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """Devices along each axis, of so many in all."""
+        """Devices along each axis, given their total."""
         return dict(zip(AXES, mesh_sizes(devices, self.data, self.fsdp, self.model), strict=True))
 
     @property
     def least_devices(self) -> int:
-        """So many that an axis of all devices that are left has one."""
+        """The fewest devices that fit: an axis of -1 gets one."""
         return math.prod(size for size in (self.data, self.fsdp, self.model) if size != -1)
 
     def to_rules(self) -> tuple[ShardingRule, ...]:
@@ -269,7 +267,7 @@ def _positive(duration: Duration) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """An experiment.  Exactly one of `steps` and `epochs` says how long it trains."""
+    """An experiment. Exactly one of `steps` and `epochs` is set."""
 
     seed: int = _option(0, _between(0, 2**32 - 1))  # jax would drop the bits beyond
     batch_size: int = _option(128, at_least(1))
@@ -288,7 +286,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def in_steps(self, duration: Duration) -> int:
-        """A duration in whole steps of this experiment."""
+        """A duration in steps of this experiment."""
         return duration.steps(self.batch_size, self.epoch_size)
 
     @property
@@ -307,13 +305,13 @@ class Config:
 
     @property
     def description(self) -> datasets.Dataset:
-        """What is known of the data set without reading it."""
+        """The data set's description, which needs no data."""
         given = self.dataset
         return datasets.describe(given.name, given.kwargs, image_size=given.image_size, decoding=self.decoding)
 
     @property
     def decoding(self) -> datasets.Decoding:
-        """How images of many sizes are read."""
+        """How images of many sizes are decoded."""
         return datasets.Decoding(self.dataset.eval_crop, self.dataset.max_undecodable)
 
     def build_model(self):

@@ -1,4 +1,4 @@
-"""Values checked against the types of a dataclass's fields."""
+"""Checks values against the types of a dataclass's fields."""
 
 import dataclasses
 import types
@@ -14,7 +14,7 @@ from lowrank_jax.text import did_you_mean
 
 
 def read_section(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
-    """A dataclass from a mapping; a field that cannot be read keeps its default, and its problem is noted."""
+    """A dataclass from a mapping; an invalid field keeps its default, and its problem is added."""
     hints, read = typing.get_type_hints(cls), {}
     for key in values:
         if key not in hints:
@@ -27,7 +27,7 @@ def read_section(cls: Any, values: dict[str, Any], prefix: str, problems: list[s
             if isinstance(value, dict):
                 read[field.name] = read_section(hint, value, name + ".", problems)
             else:
-                problems.append(f"{name}: {value!r}; must be a section with keys of its own")
+                problems.append(f"{name}: {value!r}; must be a section with keys")
             continue
         try:
             value = read_value(value, hint)
@@ -44,16 +44,21 @@ def read_section(cls: Any, values: dict[str, Any], prefix: str, problems: list[s
 
 
 def _known(cls: Any, prefix: str) -> list[str]:
-    """The keys to propose for an unknown one: all of the config's, or those of a section that is not part of it."""
+    """Keys to suggest for an unknown one."""
     return legal_keys() if cls is Config or type_of(prefix[:-1]) is cls else legal_keys(cls, prefix)
 
 
 _MAPPING = "a mapping"
-_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", dict: _MAPPING, FrozenDict: _MAPPING}
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+_KINDS |= {dict: _MAPPING, FrozenDict: _MAPPING}
 
 
 def read_value(value: Any, hint: Any) -> Any:
-    """The value as the hinted type; a ValueError that names the type if it is not one."""
+    """The value as the hinted type.
+
+    Raises:
+      ValueError: it does not have that type; the message names the type.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:

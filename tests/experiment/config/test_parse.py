@@ -93,9 +93,9 @@ def test_models_compute_in_the_configs_dtype():
 
 def test_a_batch_must_be_divisible_into_its_parts():
     config = changed(batch_size="64", optim__accumulate="3")
-    assert problems(config) == problems(config, devices=8) == ["optim.accumulate: 3; batch_size 64 is no multiple of it"]
+    assert problems(config) == problems(config, devices=8) == ["optim.accumulate: 3; batch_size 64 is not a multiple of it"]
     config = changed(batch_size="64", optim__accumulate="16")
-    assert problems(config, devices=8) == ["optim.accumulate: 16; 64 images cannot be cut in so many on 8 devices"]
+    assert problems(config, devices=8) == ["optim.accumulate: 16; 64 images on 8 devices cannot be split into 16 parts"]
     assert parse(changed(batch_size="64", optim__accumulate="8"), devices=8).optim.accumulate == 8
 
 
@@ -133,18 +133,18 @@ def test_all_problems_come_at_once_each_with_its_key():
     ("overrides", "message"),
     [
         ({"steps": "None"}, "steps: neither steps nor epochs"),
-        ({"epochs": "3"}, "steps: both steps (100) and epochs (3)"),
+        ({"epochs": "3"}, "steps: both steps (100) and epochs (3) are set"),
         ({"lowrank__rank": "-1", "lowrank__scale": "None"}, "lowrank.rank: -1; must be at least 1"),
-        ({"lowrank__rank": "3"}, "lowrank.rank: 3 beside scale 0.25"),
+        ({"lowrank__rank": "3"}, "lowrank.rank: both rank (3) and scale (0.25) are set"),
         ({"lowrank__scale": "None"}, "lowrank.scale: neither scale nor rank"),
         ({"lowrank__scale": "1.5"}, "lowrank.scale: 1.5; must be in (0, 1]"),
         ({"lowrank__scheme": "spacial"}, "lowrank: rule '.*': unknown scheme 'spacial'; did you mean spatial?"),
         ({"lowrank__rules": "({'path': 'a', 'scael': 1},)"}, "unknown key 'scael'; did you mean scale?"),
         ({"lowrank__rules": "({'scale': 0.1},)"}, "no path"),
         ({"lowrank__rules": "({'path': '(a'},)"}, "is not a regular expression"),
-        ({"optim__warmup": "20 epochs"}, "optim.warmup: 225 steps; longer than the training of 100 steps"),
+        ({"optim__warmup": "20 epochs"}, "optim.warmup: 225 steps; longer than training, which has 100 steps"),
         ({"dataset__train_split": "trian"}, "dataset.train_split: digits has no split 'trian'; did you mean train?"),
-        ({"dataset__kwargs__size": "3"}, "dataset.kwargs.size: digits takes none"),
+        ({"dataset__kwargs__size": "3"}, "dataset.kwargs.size: digits has no settings"),
         ({"dataset__name": "synthetic", "dataset__kwargs__sise": "3"}, "dataset.kwargs.sise: unknown key"),
         ({"model__kwargs__depth": "3"}, "model.kwargs.depth: resnet8 has no such setting"),
         ({"model__kwargs__norm": "batchnorm"}, "model.kwargs.norm: 'batchnorm'; must be one of 'batch', 'none'"),
@@ -193,7 +193,7 @@ def test_each_problem_has_one_clear_line(overrides, message):
     ("overrides", "message"),
     [
         ({"mesh__data": "3"}, "a mesh of 3x1x1 does not fit 8 devices"),
-        ({"mesh__fsdp": "-1"}, "mesh.fsdp: -1, and so is mesh.data"),
+        ({"mesh__fsdp": "-1"}, "mesh.fsdp: -1, but mesh.data is -1 too"),
         ({"batch_size": "12"}, "batch_size: 12; must be a multiple of the 8 devices"),
         (
             {"mesh__rules": "({'path': 'head/bias', 'spec': ('data',)},)"},

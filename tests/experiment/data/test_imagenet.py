@@ -192,17 +192,23 @@ def problems(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset__image_size": 16}, "dataset.image_size: 16; digits is stored at 8x8, which stays as it is"),
-        ({"dataset__eval_crop": 1.0}, "dataset.eval_crop: 1.0; digits is stored at 8x8, which stays as it is"),
-        ({"dataset__randaugment_layers": 2}, "dataset.randaugment_layers: 2; RandAugment needs colours, digits has none"),
-        ({"dataset__crop_area": (0.5, 0.2)}, "dataset.crop_area: (0.5, 0.2); must be two fractions, from and to, in (0, 1]"),
+        ({"dataset__image_size": 16}, "dataset.image_size: 16; digits images are 8x8 and are not resized; remove this setting"),
+        ({"dataset__eval_crop": 1.0}, "dataset.eval_crop: 1.0; digits images are 8x8 and are not resized; remove this setting"),
+        (
+            {"dataset__randaugment_layers": 2},
+            "dataset.randaugment_layers: 2; RandAugment needs RGB images; digits is grey-scale",
+        ),
+        (
+            {"dataset__crop_area": (0.5, 0.2)},
+            "dataset.crop_area: (0.5, 0.2); must be two fractions in (0, 1]",
+        ),
         (
             {"dataset__name": "imagenet_v2"},
-            "dataset.name: 'imagenet_v2'; it is for evaluation only: lowrank evaluate --dataset=imagenet_v2",
+            "dataset.name: 'imagenet_v2'; for evaluation only, as in lowrank evaluate --dataset=imagenet_v2",
         ),
         (
             {"dataset__name": "imagenet2012", "dataset__eval_split": "validation"},
-            "dataset.crop_padding: 1; imagenet2012 is cropped by dataset.crop_area instead",
+            "dataset.crop_padding: 1; imagenet2012 uses dataset.crop_area; remove this setting",
         ),
         (
             {"dataset__name": "imagenet2012", "dataset__crop_padding": 0},
@@ -239,10 +245,10 @@ class FeatureMaps(TenLogits):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("TenLogits", f"model: {__name__}:TenLogits gives 10 logits, synthetic has 7 classes"),
+        ("TenLogits", f"model: {__name__}:TenLogits returns 10 logits; synthetic has 7 classes"),
         (
             "FeatureMaps",
-            f"model: {__name__}:FeatureMaps gives shape (1, 32, 32, 4) for a batch of one, not logits [1, 7]",
+            f"model: {__name__}:FeatureMaps returns shape (1, 32, 32, 4) for a batch of one; expected logits [1, 7]",
         ),
     ],
 )
