@@ -55,7 +55,7 @@ def once_it_says():
 
     def start(log, text, action):
         def wait():
-            end = time.monotonic() + 240  # however busy the machine is
+            end = time.monotonic() + 1200  # on a busy machine workers took five minutes to begin
             while not (log.exists() and text in log.read_text()) and time.monotonic() < end:
                 time.sleep(0.02)
             action()
