@@ -31,6 +31,7 @@ def settings(small, **changes):
         "eval__batch_size": 16,
         "lowrank__method": "spectral",
         "model__kwargs": {"widths": (16,)},  # the data is what these runs are about
+        "optim__lr": 1e-3,
         "dataset__mixup": 0.0,
         **changes,
     }

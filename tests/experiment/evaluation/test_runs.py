@@ -16,12 +16,13 @@ from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 
 STEPS = (20, 40)
+SMALL = {"model__kwargs": {"widths": (32,), "batch_norm": True}, "lowrank__method": "spectral", "dataset__mixup": 0.0}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate") / "run"
-    train(running.config(eval__every="20 steps", checkpoint__every="20 steps"), str(folder))
+    train(running.config(**SMALL, eval__every="20 steps", checkpoint__every="20 steps"), str(folder))
     return folder
 
 
@@ -72,7 +73,7 @@ def test_what_cannot_be_evaluated_is_reported_and_the_rest_go_on(run, tmp_path, 
 
 def test_what_runs_share_is_read_and_compiled_once(run, tmp_path, monkeypatch):
     other = tmp_path / "other"
-    train(running.config(steps=10, optim__lr=0.1), str(other))
+    train(running.config(**SMALL, steps=10, optim__lr=0.1), str(other))
     reads, load = [], datasets.load
     monkeypatch.setattr(runs.datasets, "load", lambda *args: reads.append(args) or load(*args))
     evaluator = Evaluator()
@@ -87,7 +88,7 @@ def test_what_runs_share_is_read_and_compiled_once(run, tmp_path, monkeypatch):
 
 
 def test_runs_of_different_ranks_are_not_taken_for_each_other(run, tmp_path):
-    train(running.config(steps=10, lowrank__scale=0.5), str(tmp_path / "wide"))
+    train(running.config(**SMALL, steps=10, lowrank__scale=0.5), str(tmp_path / "wide"))
     evaluator = Evaluator()
     narrow, wide = evaluator.evaluate(str(run)), evaluator.evaluate(str(tmp_path / "wide"))
     assert narrow.params < wide.params
