@@ -167,11 +167,15 @@ def test_where_singular_values_repeat_all_start_from_one_basis_and_vmap_changes_
     n, m, rank = case
     alone = {name: way for name, way in ways(rank, activation).items() if "normalized" not in name}
     for w in matrices(n, m)[3 * DRAWS :]:
-        risks = [relative_risk(w, way(w), activation) for way in alone.values()]
+        pairs = [way(w) for way in alone.values()]
+        # By the risk that they minimise: the series for tanh is less exact than the tolerance.
+        risks = [float(projection.relative_risk(w, u @ v, activation=activation)) for u, v in pairs]
         assert (np.diff(risks) <= 5e-5).all()
     for name, way in alone.items():
-        (u, v), (us, vs, _) = way(matrices(n, m)[0]), made(*case, activation)[name]
-        np.testing.assert_allclose(u @ v, us[0] @ vs[0], atol=1e-4)
+        (u, v), (us, vs, risks) = way(matrices(n, m)[0]), made(*case, activation)[name]
+        # The descent ends at a relative gain of 1e-7, which leaves the root of that open.
+        np.testing.assert_allclose(u @ v, us[0] @ vs[0], atol=4e-4 if name == "refine" and activation != "relu" else 1e-4)
+        np.testing.assert_allclose(projection.risk(matrices(n, m)[0], u @ v, activation=activation), risks[0], rtol=1e-5)
 
 
 GOLDEN = {  # by shape: rank, relative risks of the spectral factors and of the projection
