@@ -1,11 +1,11 @@
-"""Convolutions whose gradients are products of matrices on CPU.
+"""Convolutions whose gradients are matrix products on CPU.
 
-There XLA takes the gradient of a kernel as a convolution over the batch, for which it first lays the input and the output's
-gradient out anew, and computes the input itself anew where a normalisation or an activation made it.  With few filters, as the
-first stage of a factored kernel has, it is quicker to write the output's gradient once for every place of the window, side by
-side, and to multiply that with the input as it lies, and with the kernel.
+On CPU, XLA computes a kernel's gradient as a convolution over the batch.  It first transposes the input and the output's
+gradient, and recomputes the input where a normalisation or an activation made it.  With few filters, as in the first stage of
+a factored kernel, it is faster to copy the output's gradient once for every place of the window, side by side, and to multiply
+that with the input and with the kernel.
 
-All of this follows from the derivative alone: the convolution itself is XLA's, and so is everything on other devices.
+Only the derivative differs: the convolution itself is XLA's, and so is everything on other devices.
 """
 
 import functools
@@ -22,7 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 
 Place = tuple[int, ...]  # one number for every axis of the window
 
-_WIDEST = 5  # times the input's channels; with more, writing that array takes as long as XLA's way does
+_WIDEST = 5  # times the input's channels; with more, writing that array takes as long as XLA's gradient
 
 
 def convolve(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> jax.Array:
@@ -80,9 +80,9 @@ def _has_products(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> bool:
 
 
 def _products(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """The convolution as products with all places of the window, which are then shifted to where they belong, and summed.
+    """The convolution as products with every place of the window, shifted into position and summed.
 
-    It is the transpose of this that is wanted: the output's gradient is shifted, and multiplied.
+    Only its transpose is used: there the output's gradient is shifted, then multiplied.
     """
     *window, channels, filters = kernel.shape
     size, pads, strides, dilation = _geometry(conv, window, x.shape[1:-1])
@@ -114,8 +114,11 @@ def _geometry(conv: nn.Conv, window: Sequence[int], space: Sequence[int]) -> tup
 def _phases(
     window: Sequence[int], pads: Sequence[tuple[int, int]], strides: Place, dilation: Place
 ) -> dict[Place, dict[Place, Place]]:
-    """With strides s every place of the window reads one in s positions: from which first one on, the phase, and how far its
-    reading is shifted among them; by phase and place."""
+    """With strides s, every place of the window reads every s-th position.
+
+    Returns:
+      By phase (the first position modulo s), then by place: how far the place's reads are shifted, in steps of s.
+    """
     found: dict[Place, dict[Place, Place]] = {}
     for place in itertools.product(*map(range, window)):
         offsets = [i * d - lo for i, d, (lo, _) in zip(place, dilation, pads, strict=True)]

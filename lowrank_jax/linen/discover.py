@@ -1,4 +1,4 @@
-"""Which kernels a model has, who uses them, and how much work each does: found by tracing the model once."""
+"""A model's kernels, the layers that use them and the work that each does, found by tracing the model once."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ _MARK = "lowrank_jax.kernel_use:"
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One traced call of a module: whose kernel, and the sizes that its work follows from."""
+    """One traced call of a module: the kernel's name, and the sizes that determine the work."""
 
     name: str
     output_size: int
@@ -57,14 +57,14 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     jaxpr, variables = jax.make_jaxpr(init, return_shape=True)(inputs)
     for index, times in _executions(jaxpr.jaxpr, 1):
-        # Under vmap the mark carries the mapped axis that the module itself did not see.
+        # Under vmap the mark has the mapped axis, which the module itself does not see.
         call = calls[index]
         uses[call.name].positions += times * call.positions // call.output_size
         uses[call.name].widened += times * call.widened // call.output_size
         uses[call.name].inputs += times * call.inputs // call.output_size
     variables = nn.meta.unbox(variables)
     own = named_leaves(variables.get("params", {}), is_leaf=is_low_rank)
-    # Modules that another one applies by itself, outside the model's tree, have no parameters in it.
+    # A module that another one applies outside the model's tree has no parameters in it.
     return variables, {name: use for name, use in uses.items() if name in own}
 
 
@@ -104,7 +104,7 @@ def _positions(use: KernelUse, x: jax.Array, y: jax.Array) -> tuple[int, int]:
 
 
 def _executions(jaxpr: Any, times: int):
-    """Pairs of a mark's index and the elements that it sees as the program runs: a scan's body counts once a turn."""
+    """Pairs of a mark's index and the number of elements that pass it in a run; a scan's body counts once per turn."""
     for eqn in jaxpr.eqns:
         name = eqn.params.get("name")
         if isinstance(name, str) and name.startswith(_MARK):

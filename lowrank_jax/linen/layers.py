@@ -1,5 +1,7 @@
-"""Layers on factored kernels, inside any Linen model or as modules of their own: two thin linear operations in place of one, or
-the layer as it is on the factors' product, as the factor pair says (`LowRankKernel.execution`).
+"""Layers on factored kernels, inside any Linen model or as modules of their own.
+
+The factor pair says how its layer runs (`LowRankKernel.execution`): as two thin linear operations in place of one, or as the
+dense layer on the factors' product.
 
 Both stages are Flax layers themselves, so padding, dilation, precision and dtype promotion mean exactly what they mean there.
 """
@@ -32,12 +34,12 @@ def apply(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def takes_factors(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], variables: Any) -> bool:
-    """Whether the model runs on these variables, shapes that may hold factor pairs.
+    """Whether the model runs on these variables, given as shapes, with factor pairs among them.
 
-    Wrappers such as `nn.WeightNorm` read the kernels of the layers that they wrap, and do not know factor pairs.
+    Wrappers such as `nn.WeightNorm` read the kernels of the layers they wrap, and do not accept factor pairs.
     """
 
-    others = [name for name in variables if name != "params"]  # a missing parameter must not be made up
+    others = [name for name in variables if name != "params"]  # so that a missing parameter is an error
 
     def run(variables, inputs):
         return apply(model, variables, *inputs, **kwargs, mutable=others, rngs={"params": jax.random.key(0)})
@@ -78,7 +80,7 @@ def run_layer(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> ja
 
 
 def _merged(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
-    """The layer as it is, on the product in the dtype that it computes in."""
+    """The dense layer on the product, in the dtype that it computes in."""
     dtype = jnp.result_type(x, kernel.dtype) if module.dtype is None else module.dtype
     product = kernel.product(dtype, module.precision)
     if not isinstance(module, nn.Conv):
@@ -118,8 +120,8 @@ def _channel_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Ar
         hidden = _on(product.clone(**narrow), kernel.u.reshape(-1, kernel.rank), x)
         return _on(product, kernel.v, hidden, bias)
     hidden = conv_gradients.convolve(module.clone(**narrow, name=None), kernel.u, x)
-    # With all positions on one axis CPUs need no copy for the weight gradient.  TPUs do not mind here, behind a window; between
-    # products they would lay every activation out anew.
+    # With all positions on one axis, CPUs need no copy for the weight gradient.  On TPUs this costs nothing here, after a
+    # window; between two products it would change the layout of every activation.
     return _on(product, kernel.v, hidden.reshape(-1, kernel.rank), bias).reshape(*hidden.shape[:-1], module.features)
 
 
@@ -175,7 +177,7 @@ def _padding_per_axis(padding: Any) -> tuple[Any, Any]:
 
 
 def _factored_kernel(key: jax.Array, dense_init: Initializer, view: MatrixView, layer: Any) -> LowRankKernel:
-    """Draws the dense kernel as the plain layer would, then factors it."""
+    """Draws the dense kernel as the plain layer does, then factors it."""
     draw, project = jax.random.split(key)
     w = view.to_matrix(dense_init(draw, view.shape, layer.param_dtype))
     u, v = methods.factor(layer.method, project, w, layer.rank, activation=layer.activation, group=view.group)

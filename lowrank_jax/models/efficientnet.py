@@ -22,12 +22,12 @@ head_uniform = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """How far a member of the family is scaled.
+    """How a member of the family is scaled.
 
     Attributes:
-      width: by what the number of channels is multiplied.
-      depth: by what the number of blocks is multiplied.
-      resolution: the height and width of the images that it is made for.
+      width: the factor on the number of channels.
+      depth: the factor on the number of blocks.
+      resolution: the height and width of the images that it was designed for.
       dropout: the rate before the classifier.
     """
 
@@ -91,7 +91,7 @@ class ConvNormSilu(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales every channel by a gate in (0, 1) that the means of all channels decide."""
+    """Scales every channel by a gate in (0, 1), computed from the means of all channels."""
 
     features: int
     dtype: Any
@@ -156,7 +156,7 @@ class Stage(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """An EfficientNet.  Any image size will do; `VARIANTS` has those that the members of the family are made for.
+    """An EfficientNet.  Any image size works; `VARIANTS` has the sizes that the members of the family were designed for.
 
     Initialisers and defaults are those of the published TensorFlow code.  B9 is an extrapolation: there is no official one.
     Of the models in timm, `tf_efficientnet_*` are these defaults, `efficientnet_*` are `padding="symmetric"` and
@@ -164,8 +164,8 @@ class EfficientNet(nn.Module):
 
     Attributes:
       num_classes: the number of logits.
-      width: by what the numbers of channels of the base network are multiplied, rounded to multiples of eight.
-      depth: by what the numbers of blocks are multiplied, rounded up.
+      width: the factor on the base network's channels, which are rounded to multiples of eight.
+      depth: the factor on the base network's blocks, which are rounded up.
       dropout: the rate before the classifier.
       drop_connect: the rate of stochastic depth to which the blocks' rates rise linearly, the first block's being zero.
       squeeze_excite: whether blocks have squeeze-and-excitation.
@@ -216,7 +216,7 @@ class EfficientNet(nn.Module):
         return nn.Dense(self.num_classes, kernel_init=head_uniform, name="head")(x)
 
     def _drop_rates(self) -> Iterator[tuple[float, ...]]:
-        """Every stage's rates of stochastic depth, a block each."""
+        """Every stage's rates of stochastic depth, one per block."""
         blocks = [math.ceil(self.depth * spec.blocks) for spec in STAGES]
         for i, count in enumerate(blocks):
             first = sum(blocks[:i])

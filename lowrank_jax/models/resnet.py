@@ -93,7 +93,7 @@ class ResNet(nn.Module):
 
     Attributes:
       num_classes: the number of logits.
-      blocks: how many blocks each stage has.
+      blocks: the number of blocks of each stage.
       widths: the features of each stage.
       bottleneck: bottleneck blocks rather than basic ones.
       stem: `imagenet` (7x7/2 and max-pool) or `cifar` (3x3).
@@ -130,7 +130,7 @@ class ResNet(nn.Module):
 
 
 class _Identity(nn.Module):
-    """Stands where a norm would."""
+    """Takes the place of a norm."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x

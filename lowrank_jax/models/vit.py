@@ -64,16 +64,16 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A vision transformer.
 
-    Initialised as the published JAX code does, but for the head: drawn rather than zero, so that the logits of a network that
-    is not trained yet say something about its kernels.
+    Initialised as in the published JAX code, except for the head: it is random rather than zero, so that the logits of an
+    untrained network depend on its kernels.
 
     Attributes:
       num_classes: the number of logits.
       width: the features of a token; a multiple of the heads.
       depth: the number of blocks.
-      heads: attention heads a block.
-      patch: the height and width of a patch, which those of the image must be multiples of.
-      mlp_ratio: how many times `width` the features inside the MLPs are.
+      heads: attention heads per block.
+      patch: the height and width of a patch; those of the image must be multiples of it.
+      mlp_ratio: the hidden features of the MLPs, in multiples of `width`.
       pool: what the classifier reads: an extra `token`, or the `mean` over the patches.
       positions: `learned`, one for every token of the image size at initialisation; or `sincos`, fixed, of rows and columns.
       dropout: the rate after positions, attention and both layers of the MLPs.

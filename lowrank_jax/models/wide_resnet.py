@@ -39,7 +39,7 @@ class WideResNet(nn.Module):
     Attributes:
       num_classes: the number of logits.
       depth: 6 n + 4 for n blocks a stage; the shortcuts' convolutions do not count.
-      widening: by what the 16, 32 and 64 channels of the stages are multiplied; the stem has 16.
+      widening: the factor on the stages' 16, 32 and 64 channels; the stem has 16.
       dropout: the rate between the convolutions of a block.
       dtype: of the computation up to the head; parameters, statistics and logits stay float32.
     """

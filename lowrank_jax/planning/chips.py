@@ -1,7 +1,7 @@
-"""What an accelerator can do at best, by the name that jax has for it.
+"""The peak compute and memory bandwidth of accelerators, by jax's name for them.
 
-Figures are of one jax device: of a chip, except on v3 and on v4 without megacore, where a device is one of the two cores of a
-chip.  They are the makers' own, for products of bfloat16 with dense operands: Google's pages on the TPU generations
+Figures are for one jax device.  That is a chip, except on v3 and on v4 without megacore, where it is one of a chip's two cores.
+They are the vendors' own, for bfloat16 matrix products with dense operands: Google's pages on the TPU generations
 (docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e) and NVIDIA's data sheets of the A100 80GB, H100 SXM and H200.
 """
 
@@ -18,12 +18,12 @@ class Chip:
     Attributes:
       name: such as "v5e".
       kind: `jax.Device.device_kind`, or its beginning.
-      flops: bfloat16 multiplications and additions a second.
-      bandwidth: bytes a second to and from its memory.
-      memory: its bytes, as stated; what a program can have of a TPU's is in `preflight`.
-      reached: the fractions of `flops` and `bandwidth` that the device's own compiler reckons with; of TPUs `python -m
-        scripts.calibrate_chips` prints them.  Ones where there is nothing to ask.
-      tile: rows and columns of the tiles in which arrays are stored, which small axes do not fill; None for none.
+      flops: peak bfloat16 FLOP/s.
+      bandwidth: peak memory bandwidth, bytes/s.
+      memory: its size in bytes, as stated; `preflight` knows how much of a TPU's memory a program can use.
+      reached: the fractions of `flops` and `bandwidth` that the device's own compiler assumes; `python -m
+        scripts.calibrate_chips` prints them for TPUs.  Ones where there is no such compiler.
+      tile: rows and columns of the tiles in which arrays are stored; smaller axes are padded.  None if there are none.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Chip:
     tile: tuple[int, int] | None = None
 
     def half(self) -> "Chip":
-        """One of two cores that share the chip."""
+        """One of the chip's two cores."""
         return dataclasses.replace(self, flops=self.flops / 2, bandwidth=self.bandwidth / 2, memory=self.memory // 2)
 
     def seconds(self, flops: float, moved: float) -> float:
-        """The roofline's time: that of the FLOPs, or that of the bytes moved to and from memory, whichever is longer."""
+        """The roofline's time in seconds: of the FLOPs or of the bytes moved to and from memory, whichever is longer."""
         return max(flops / (self.flops * self.reached[0]), moved / (self.bandwidth * self.reached[1]))
 
 
@@ -64,7 +64,7 @@ CHIPS = {
 
 
 def of_device(device: Any) -> Chip | None:
-    """The entry of a `jax.Device`, which need not be there; None for what is not in the table."""
+    """The chip of a `jax.Device`, which may be of an abstract topology; None if it is not in the table."""
     kind = device.device_kind
     found = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
     if not found:
@@ -75,10 +75,10 @@ def of_device(device: Any) -> Chip | None:
 
 
 def named(name: str) -> Chip:
-    """The entry of a name.
+    """The chip with this name.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no such chip.
     """
     if name not in CHIPS:
         raise ValueError(f"unknown chip {name!r}{did_you_mean(name, CHIPS)}")

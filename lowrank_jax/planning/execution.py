@@ -1,9 +1,9 @@
-"""Whether a factored kernel's layer runs on the factors or on their product: what a training step of it costs on a device.
+"""Whether a layer runs on its kernel's factors or on their product, by the time of a training step on a device.
 
-On the factors a layer takes fewer multiplications, and writes and reads one more activation, the one between the two stages.
-Where a device waits for its memory, as TPUs do in most convolutions with 1x1 windows or large images, that activation costs
-more time than the multiplications save.  There the product UV is formed first, which costs little, and the layer then runs as
-fast as the dense one: with the parameters, the function and the gradients of the factors.
+On the factors, a layer needs fewer multiplications, but it writes and reads one more activation, between the two stages.  Where
+a device is bound by memory, as TPUs are in most convolutions with 1x1 windows or large images, that activation costs more time
+than the multiplications save.  There it is better to form the product UV first, which costs little, and to run the layer as the
+dense one: the parameters, the function and the gradients stay those of the factors.
 
 The model is a roofline, operation by operation (docs/mathematics.md, section 10).
 """
@@ -22,14 +22,13 @@ _GRADIENT_BYTES = 4  # of an element of a kernel's gradient
 
 
 def choose_execution(plan: Plan, chip: Chip | None, *, batch: int, itemsize: int = 4) -> Plan:
-    """The plan with an execution for every factored kernel whose rule leaves it open (`auto`).
+    """Sets the execution of every factored kernel whose rule leaves it open (`auto`), and returns the new plan.
 
     Args:
       plan: from `plan`.
-      chip: what it will be trained on (`chips.of_device`, `chips.CHIPS`); None for a device that nothing is known of, where
-        kernels run factored.
-      batch: examples in a step on one device.
-      itemsize: bytes of an activation's element, such as 2 for bfloat16.
+      chip: the device for training (`chips.of_device`, `chips.CHIPS`); None if it is unknown, then all kernels run factored.
+      batch: examples per step and device.
+      itemsize: bytes per element of an activation, such as 2 for bfloat16.
     """
 
     def chosen(kernel: PlannedKernel) -> PlannedKernel:
@@ -46,14 +45,14 @@ def choose_execution(plan: Plan, chip: Chip | None, *, batch: int, itemsize: int
 
 
 def seconds(kernel: FactoredKernel, execution: Execution, chip: Chip, batch: int, itemsize: int = 4) -> float:
-    """What a factored kernel's layer takes of a training step by the model: forward, and both gradients.
+    """The layer's estimated time in a training step, in seconds: forward and both gradients.
 
     Args:
-      kernel: of a plan, factored.
+      kernel: a kernel of a plan.
       execution: `factored` or `merged`.
       chip: the device.
-      batch: examples in a step on it.
-      itemsize: bytes of an activation's element.
+      batch: examples per step on that device.
+      itemsize: bytes per element of an activation.
     """
     operations = _factored if execution == "factored" else _merged
     return sum(chip.seconds(flops, moved) for flops, moved in operations(kernel, chip, batch, itemsize))
@@ -65,7 +64,7 @@ def _factored(kernel: FactoredKernel, chip: Chip, batch: int, itemsize: int) -> 
     h = _stored(traffic.hidden_positions * rank, rank, chip, batch, itemsize)
     first = 2 * traffic.hidden_positions * view.n * rank
     second = 2 * traffic.positions * rank * view.m
-    # At rank 1 the second product multiplies elements, which is done anew wherever the output is read, rather than stored.
+    # At rank 1 the second product is elementwise: XLA recomputes it wherever the output is read, and does not store it.
     output = h if rank == 1 and view.rows != SPATIAL_ROWS else y
     return [
         (first, x + h),
@@ -95,8 +94,8 @@ def _merged(kernel: FactoredKernel, chip: Chip, batch: int, itemsize: int) -> Se
 def _ends(kernel: FactoredKernel, chip: Chip, batch: int, itemsize: int) -> tuple[float, float]:
     """Bytes of the layer's input and output.
 
-    Backward, what follows the layer is computed anew wherever its gradient is read, for which the output is read again; and so
-    is the input, which what comes before was computed from.  Hence the twos above.
+    In the backward pass, what follows the layer is recomputed wherever its gradient is read, which reads the output again; so
+    is what precedes it, which reads the input again.  Hence the twos above.
     """
     view, traffic = kernel.view, kernel.traffic.scaled(batch)
     inputs, outputs = view.shape[max(view.rows)], view.m // view.group
@@ -106,12 +105,12 @@ def _ends(kernel: FactoredKernel, chip: Chip, batch: int, itemsize: int) -> tupl
 
 
 def _stored(elements: int, channels: int, chip: Chip, batch: int, itemsize: int) -> float:
-    """Bytes of an activation as it lies in memory.
+    """Bytes of an activation in memory.
 
-    TPUs store arrays in tiles of 8 x 128 elements, and their compiler lays one of the two axes, batch or channels, along the
-    long side, as fits better.  What fills up a tile is moved too.
+    TPUs store arrays in tiles of 8 x 128 elements; the compiler puts either batch or channels along the long side, whichever
+    needs less padding.  Padding is moved too.
     """
-    if chip.tile is None or channels == 1:  # of an axis of one nothing is laid along a tile
+    if chip.tile is None or channels == 1:  # an axis of size one is not tiled
         return elements * itemsize
     rows, columns = chip.tile
     fill = min(

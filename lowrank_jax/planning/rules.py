@@ -18,12 +18,12 @@ EXECUTIONS = ("auto", "factored", "merged")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What to do with the kernels whose name a pattern matches in full.  With neither scale nor rank they stay dense.
+    """What to do with kernels whose full name matches a pattern.  With neither scale nor rank they stay dense.
 
     Attributes:
       path: a regular expression over names such as "stage1/block1/conv1/kernel".
       scale: the rank as a fraction, in (0, 1], of what `scale_of` names; rounded to the nearest, at least 1.
-      rank: the rank as a number.
+      rank: the rank itself.
       scheme: how a convolution becomes a matrix: `channel` (kh x kw -> r, then 1x1) or `spatial` (kh x 1 -> r, then 1 x kw).
       method: how the factors are made from the dense kernel, a name in `methods.METHODS`.
       activation: what follows the kernel, for methods that project functions: a name in `activations.ACTIVATIONS`, or any
@@ -31,9 +31,8 @@ class Rule:
       multiple_of: round the rank up to a multiple of this number.
       scale_of: `full_rank`, min(rows, columns) of the matrix; or `columns`, which in the spatial scheme is the convention
         round(scale * out * k) of Khodak et al. (ICLR 2021).
-      execution: how the layer runs: `factored`, two thin products one after the other; `merged`, the factors' product first
-        and then the layer as it is; or `auto`, whichever `execution.choose_execution` expects to be faster, `factored` until
-        it is asked.
+      execution: how the layer runs: `factored`, two thin products one after the other; `merged`, the factors' product first,
+        then the dense layer; or `auto`, whichever `choose_execution` expects to be faster, and `factored` until it is called.
 
     Raises:
       ValueError: a field is out of range or unknown, or both scale and rank are given.
@@ -87,7 +86,7 @@ class Rule:
 
 
 def wanted_rank(rule: Rule, view: MatrixView) -> int | None:
-    """The rank that a rule asks of a kernel, before any test of whether it pays; None for dense."""
+    """The rank that a rule asks for, before any check that it saves anything; None for dense."""
     if rule.scale is not None:
         whole = view.full_rank if rule.scale_of == "full_rank" else view.m
         rank = max(1, round_half_up(rule.scale * whole))

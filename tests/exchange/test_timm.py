@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-NAMES = ("resnet50", "efficientnet_b0", "tf_efficientnet_b0", "vit_small_patch16_224")
+SLOW = ("efficientnet_b0", "tf_efficientnet_b0", "vit_small_patch16_224")
 
 
 def state_of(name):
@@ -24,13 +24,14 @@ def shapes_of(name):
     return jax.eval_shape(twin(name, num_classes=1000).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["resnet50", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_logits_are_timms(name):
     parity = timm_parity.compare(name, 64)
     assert parity.logits > 0.1
     assert parity.difference < timm_parity.TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_another_padding():
     assert timm_parity.compare("efficientnet_b0", 64, padding="same").difference > 0.01
 
