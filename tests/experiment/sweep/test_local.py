@@ -172,7 +172,7 @@ def started(command):
             raise
 
 
-def wait_until(condition, process, seconds=60):
+def wait_until(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > end:
