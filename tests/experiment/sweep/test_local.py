@@ -172,7 +172,7 @@ def started(command):
             raise
 
 
-def wait_until(condition, process, seconds=60):
+def wait_until(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > end:
@@ -187,7 +187,7 @@ def test_a_sweep_goes_on_past_a_divergence_and_does_not_repeat_what_is_done(tmp_
     first = running.run(command)
     assert first.returncode == 1, first.stdout + first.stderr
     assert set(results(tmp_path)) == {"lr=0.1,seed=0"}
-    assert "1 done, 1 diverged" in first.stdout
+    assert "1 done" in first.stdout and "1 diverged" in first.stdout
     assert "retrying" not in first.stdout  # it would only diverge again
     failure = json.loads((tmp_path / "lr=1e30,seed=0" / "failure.json").read_text())
     assert failure["status"] == "diverged" and "learning rate" in failure["reason"]
@@ -195,7 +195,7 @@ def test_a_sweep_goes_on_past_a_divergence_and_does_not_repeat_what_is_done(tmp_
 
     written = {name: (tmp_path / name / "result.json").stat().st_mtime_ns for name in results(tmp_path)}
     again = running.run(command)
-    assert again.returncode == 1 and "1 done, 1 diverged" in again.stdout
+    assert again.returncode == 1 and "1 done" in again.stdout and "1 diverged" in again.stdout
     assert written == {name: (tmp_path / name / "result.json").stat().st_mtime_ns for name in results(tmp_path)}
 
 
