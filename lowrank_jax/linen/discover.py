@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.planning.uses import KernelUse
+from lowrank_jax.planning.kernel_use import KernelUse
 
 SUPPORTED = (nn.Dense, nn.DenseGeneral, nn.Conv)
 _MARK = "lowrank_jax.kernel_use:"

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowrank_jax.kernel import is_low_rank
+from lowrank_jax.planning.kernel_use import KernelUse
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, PlannedKernel, Traffic
 from lowrank_jax.planning.rules import SCHEMES, Rule, wanted_rank
-from lowrank_jax.planning.uses import KernelUse
 
 
 def is_matrix(name: str, leaf: Any) -> bool:

@@ -12,8 +12,8 @@ from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment import objective
 from lowrank_jax.experiment.cli.commands import main
 from lowrank_jax.experiment.data import datasets
-from lowrank_jax.experiment.evaluation.runs import Evaluator
-from lowrank_jax.experiment.report import runs
+from lowrank_jax.experiment.evaluation.evaluator import Evaluator
+from lowrank_jax.experiment.report import stored_runs
 from lowrank_jax.experiment.sweep import trials
 from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.workdir.identity import config_digest
@@ -128,7 +128,7 @@ def test_a_report_and_a_sweep_compare_top1_and_say_so(own, tmp_path, repository)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     del result["eval"]["top1"]
     (tmp_path / "run" / "result.json").write_text(json.dumps(result))
-    [run] = runs.find([str(tmp_path)]).runs
+    [run] = stored_runs.find([str(tmp_path)]).runs
     assert "a report compares top1, which is not among this run's objective.metrics" in run.reason
 
     settings = [("objective.metrics", repr(OWN["objective__metrics"]))]

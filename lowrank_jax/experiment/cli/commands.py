@@ -24,7 +24,7 @@ from lowrank_jax.text import first_line
 
 if TYPE_CHECKING:
     from lowrank_jax.experiment.config.schema import Config
-    from lowrank_jax.experiment.evaluation.runs import Evaluator
+    from lowrank_jax.experiment.evaluation.evaluator import Evaluator
     from lowrank_jax.experiment.preflight.networks import Network
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _run(args: argparse.Namespace) -> int:
     from lowrank_jax.experiment.hosts.processes import OtherFailed, end_with_the_others, several
-    from lowrank_jax.experiment.training.window import Diverged
+    from lowrank_jax.experiment.training.log_window import Diverged
 
     try:
         return args.command(args)
@@ -93,7 +93,7 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     import jax
 
-    from lowrank_jax.experiment.evaluation.runs import Evaluator, evaluate_all
+    from lowrank_jax.experiment.evaluation.evaluator import Evaluator, evaluate_all
 
     if not args.watch:
         _join(args)

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 
-from lowrank_jax.experiment.cli import values
+from lowrank_jax.experiment.cli import flag_types
 from lowrank_jax.experiment.errors import BAD_INPUT, MEANINGS
 
 # The flags that say which of several processes this is.
@@ -72,7 +72,7 @@ The same command on the same --workdir resumes an interrupted run exactly.
 def _train(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     command.add_argument(
-        "--workdir", required=True, type=values.not_empty, help="folder of the run, local or remote (gs://...)"
+        "--workdir", required=True, type=flag_types.not_empty, help="folder of the run, local or remote (gs://...)"
     )
     _add_hosts(command)
 
@@ -96,7 +96,7 @@ DIR/watch_SPLIT.jsonl and to TensorBoard, and ends when training ends. The same 
 def _evaluate(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
-        "--workdir", required=True, type=values.not_empty, nargs="+", action="extend", metavar="DIR",
+        "--workdir", required=True, type=flag_types.not_empty, nargs="+", action="extend", metavar="DIR",
         help="work directories of runs",
     )  # fmt: skip
     add("--step", default="latest", help="latest (default), best (by top-1), or a step number")
@@ -105,13 +105,13 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
     add("--data-dir", help="folder of the data on this machine; default: the one used in training")
     add(
         "--max-undecodable",
-        type=values.whole,
+        type=flag_types.whole,
         metavar="N",
         help="maximum number of undecodable images; default: the config's",
     )
-    add("--json", type=values.not_empty, metavar="FILE", help="also write the results to this file")
+    add("--json", type=flag_types.not_empty, metavar="FILE", help="also write the results to this file")
     add("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")
-    add("--poll", type=values.seconds, default=10.0, metavar="SECONDS", help="polling interval of --watch; default: 10")
+    add("--poll", type=flag_types.seconds, default=10.0, metavar="SECONDS", help="polling interval of --watch; default: 10")
     _add_hosts(command)
 
 
@@ -142,9 +142,14 @@ def _sweep(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     add = command.add_argument
     add("--sweep", required=True, metavar="TEXT", help="what to vary; see below")
-    add("--workdir", required=True, type=values.not_empty, help="folder of the sweep, which holds a folder for each trial")
+    add("--workdir", required=True, type=flag_types.not_empty, help="folder of the sweep, which holds a folder for each trial")
     add("--dry-run", action="store_true", help="print the table of trials and start nothing")
-    add("--jobs", type=values.count, metavar="N", help="trials that run at the same time; default: 1, with ray as many as fit")
+    add(
+        "--jobs",
+        type=flag_types.count,
+        metavar="N",
+        help="trials to run at the same time; default: 1, with ray all that fit",
+    )
     add("--engine", choices=("local", "ray"), help="run trials in child processes (local, default) or on a Ray cluster")
     add("--emit", choices=("sh", "jobset"), help="print shell commands or Kubernetes JobSets instead of running")
     _add_ray(command)
@@ -158,7 +163,7 @@ def _add_ray(command: argparse.ArgumentParser) -> None:
     add("--gpus", type=float, metavar="N", help="GPUs per trial; a fraction shares one; default: 0")
     add("--tpus", type=int, metavar="N", help="TPU chips per trial; default: 0")
     add(
-        "--asha-grace", type=values.duration, metavar="LENGTH",
+        "--asha-grace", type=flag_types.duration, metavar="LENGTH",
         help='stop poor trials early, but never before this point, e.g. "500 steps"',
     )  # fmt: skip
     add("--asha-reduction", type=float, metavar="N", help="keep the best 1/N at each rung; default: 4")
@@ -174,7 +179,7 @@ def _add_jobset(command: argparse.ArgumentParser) -> None:
     add("--service-account", metavar="NAME", help="service account that may read and write the work directories")
     add("--spot", action="store_true", default=None, help="use spot nodes")
     add("--max-restarts", type=int, metavar="N", help="maximum number of restarts per trial; default: 20")
-    add("--grace", type=values.count, metavar="SECONDS", help="seconds between SIGTERM and SIGKILL; default: 300")
+    add("--grace", type=flag_types.count, metavar="SECONDS", help="seconds between SIGTERM and SIGKILL; default: 300")
 
 
 _REPORT = """examples:
@@ -185,11 +190,11 @@ _REPORT = """examples:
 
 def _report(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("folders", nargs="+", metavar="DIR", type=values.not_empty, help="folder of a sweep or a run, local or a URL")
+    add("folders", nargs="+", metavar="DIR", type=flag_types.not_empty, help="folder of a sweep or a run, local or a URL")
     add("--out", metavar="DIR", help="folder to write to; default: the first DIR")
     add("--rival", metavar="METHOD|KEY=VALUE", help="arm that the others are compared with; default: spectral")
     add(
-        "--tune", type=values.names, default=("optim.lr",), metavar="KEY,...",
+        "--tune", type=flag_types.names, default=("optim.lr",), metavar="KEY,...",
         help="settings to show at their best value on the validation split; default: optim.lr",
     )  # fmt: skip
 
@@ -206,7 +211,7 @@ Reads no data, computes nothing and needs none of the devices.
 def _overview(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     command.add_argument(
-        "--devices", type=values.count, metavar="N", help="number of devices in the mesh; default: the fewest that fit"
+        "--devices", type=flag_types.count, metavar="N", help="number of devices in the mesh; default: the fewest that fit"
     )
 
 
@@ -233,7 +238,7 @@ def _preflight(command: argparse.ArgumentParser) -> None:
     add("--topology", required=True, metavar="SLICE", help="TPU slice, e.g. v5e:4x4 or v4:2x2x2")
     add("--sweep", metavar="TEXT", help="compare arms that differ in a few settings; see lowrank sweep --help")
     add("--effort", choices=("fast", "full"), default="fast", help="effort of the compiler; default: fast")
-    add("--json", type=values.not_empty, metavar="FILE", help="also write the results to this file")
+    add("--json", type=flag_types.not_empty, metavar="FILE", help="also write the results to this file")
     add("--no-cache", action="store_true", help="recompile programs whose estimates are in the cache")
 
 
@@ -250,17 +255,17 @@ def _init_report(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     add = command.add_argument
     add(
-        "--out", default="runs/init_report", type=values.not_empty,
+        "--out", default="runs/init_report", type=flag_types.not_empty,
         help="path of the report without its suffix; default: runs/init_report",
     )  # fmt: skip
     add(
-        "--scales", type=values.numbers, metavar="A,B,...",
+        "--scales", type=flag_types.numbers, metavar="A,B,...",
         help="ranks to compare, as fractions of full rank; default: 0.05,0.1,0.25",
     )  # fmt: skip
-    add("--methods", type=values.names, metavar="A,B,...", help="methods to compare; default: the fast ones")
-    add("--seeds", type=values.count, metavar="N", help="number of networks to draw, from config.seed on; default: 1")
+    add("--methods", type=flag_types.names, metavar="A,B,...", help="methods to compare; default: the fast ones")
+    add("--seeds", type=flag_types.count, metavar="N", help="number of networks to draw, from config.seed on; default: 1")
     add("--images", metavar="KIND", help="images to compute logits of: noise (default) or data")
-    add("--batch-size", type=values.count, metavar="N", help="number of those images; default: 16")
+    add("--batch-size", type=flag_types.count, metavar="N", help="number of those images; default: 16")
 
 
 _COMMANDS = {
@@ -286,13 +291,13 @@ def _add_hosts(command: argparse.ArgumentParser) -> None:
         "Run the same command on every host. TPU slices, GKE, Slurm and Open MPI are detected and need no flags.",
     ).add_argument
     add("--coordinator", metavar="HOST:PORT", help="address of process 0, as the other processes reach it")
-    add("--processes", type=values.count, metavar="N", help="number of processes; 1: run alone, whatever is detected")
-    add("--process", type=values.whole, metavar="I", help="index of this process, from 0")
+    add("--processes", type=flag_types.count, metavar="N", help="number of processes; 1: run alone, whatever is detected")
+    add("--process", type=flag_types.whole, metavar="I", help="index of this process, from 0")
     add(
-        "--heartbeat", type=values.count, metavar="SECONDS",
+        "--heartbeat", type=flag_types.count, metavar="SECONDS",
         help="seconds without a heartbeat before a process counts as lost; default: 100",
     )  # fmt: skip
     add(
-        "--patience", type=values.count, metavar="SECONDS",
+        "--patience", type=flag_types.count, metavar="SECONDS",
         help="seconds to wait for the other processes at start-up; default: 300",
     )  # fmt: skip

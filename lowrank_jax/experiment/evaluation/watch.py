@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.evaluation.evaluator import Evaluator, Subject, complaint
 from lowrank_jax.experiment.evaluation.results import Rows
-from lowrank_jax.experiment.evaluation.runs import Evaluator, Subject, complaint
 from lowrank_jax.experiment.training.evaluate import Interrupted
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints

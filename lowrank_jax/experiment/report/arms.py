@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy import stats
 
-from lowrank_jax.experiment.report.runs import Found, StoredRun
+from lowrank_jax.experiment.report.stored_runs import Found, StoredRun
 from lowrank_jax.experiment.sweep.trials import Merit, merit
 
 CONFIDENCE = 0.95

@@ -15,7 +15,7 @@ from etils import epath
 from lowrank_jax.experiment.report import arms as grouping
 from lowrank_jax.experiment.report import figures
 from lowrank_jax.experiment.report.arms import Arm, Interval, short, text
-from lowrank_jax.experiment.report.runs import Found, StoredRun, find
+from lowrank_jax.experiment.report.stored_runs import Found, StoredRun, find
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.text import align, count, did_you_mean, markdown_table
 

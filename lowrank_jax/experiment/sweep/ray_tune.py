@@ -30,9 +30,9 @@ from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.sweep.asha import Asha, replay
 from lowrank_jax.experiment.sweep.ray_cluster import Resources, connected, fits
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial, known_outcome
+from lowrank_jax.experiment.training.log_window import Diverged
 from lowrank_jax.experiment.training.loop import score, train
 from lowrank_jax.experiment.training.stop import StopSignal
-from lowrank_jax.experiment.training.window import Diverged
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
 try:

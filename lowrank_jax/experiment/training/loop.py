@@ -18,12 +18,12 @@ from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
 from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.experiment.training.evaluate import Evaluated, Interrupted, evaluate, score
+from lowrank_jax.experiment.training.log_window import Diverged, Window
 from lowrank_jax.experiment.training.overview import describe, headline
 from lowrank_jax.experiment.training.profiler import StepProfiler
 from lowrank_jax.experiment.training.result import TrainResult, result_record
 from lowrank_jax.experiment.training.resume import Resumed, restore_or_start
 from lowrank_jax.experiment.training.stop import StopSignal
-from lowrank_jax.experiment.training.window import Diverged, Window
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.identity import flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError

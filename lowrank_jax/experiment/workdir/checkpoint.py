@@ -19,10 +19,10 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.hosts import processes
+from lowrank_jax.experiment.workdir.checked_json import seal, unseal
 from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.experiment.workdir.orbax_logs import quiet_reads, quiet_saves
 from lowrank_jax.experiment.workdir.orbax_processes import all_processes, barrier, this_process
-from lowrank_jax.experiment.workdir.sealed import seal, unseal
 from lowrank_jax.text import first_line
 
 _SCORES = "scores.json"

@@ -14,7 +14,7 @@ from scipy import stats
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.report.arms import Interval, into_arms, paired
 from lowrank_jax.experiment.report.page import Report
-from lowrank_jax.experiment.report.runs import find
+from lowrank_jax.experiment.report.stored_runs import find
 from lowrank_jax.experiment.sweep.trials import expand
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from tests import running

@@ -18,7 +18,7 @@ from lowrank_jax.experiment.sweep import ray_cluster, ray_tune
 from lowrank_jax.experiment.sweep.asha import Asha, StandIn, replay
 from lowrank_jax.experiment.sweep.ray_cluster import Resources
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial
-from lowrank_jax.experiment.training.window import Diverged
+from lowrank_jax.experiment.training.log_window import Diverged
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from tests import running
 

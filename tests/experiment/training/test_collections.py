@@ -8,7 +8,7 @@ import pytest
 
 from lowrank_jax import merge
 from lowrank_jax.experiment.data import datasets
-from lowrank_jax.experiment.evaluation.runs import Evaluator
+from lowrank_jax.experiment.evaluation.evaluator import Evaluator
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.training.build import build
 from lowrank_jax.experiment.training.loop import train

@@ -11,13 +11,13 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.pipeline import TrainBatches, shard_of
-from lowrank_jax.experiment.evaluation.runs import Evaluator
+from lowrank_jax.experiment.evaluation.evaluator import Evaluator
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.training.build import build
 from lowrank_jax.experiment.training.evaluate import evaluate
+from lowrank_jax.experiment.training.log_window import Diverged
 from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.training.mixing import normalizer
-from lowrank_jax.experiment.training.window import Diverged
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.paths import named_leaves

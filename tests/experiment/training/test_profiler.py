@@ -7,8 +7,8 @@ import pytest
 
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.hosts.sharding import put_batch
+from lowrank_jax.experiment.training.log_window import Diverged
 from lowrank_jax.experiment.training.loop import train
-from lowrank_jax.experiment.training.window import Diverged
 from tests import running
 
 SETTINGS = {"log__every": "1 step", "dataset__mixup": 0.0, "steps": 12}

@@ -17,7 +17,7 @@ def _load(dataset: Dataset, split: str, data_dir: str | None) -> Split:
     """Makes sure that the split is there, and reads nothing of it."""
     import tensorflow_datasets as tfds
 
-    from lowrank_jax.experiment.data.records import Records
+    from lowrank_jax.experiment.data.tf_examples import Records
 
     parts = split_parts(dataset, split)
     prepared = open_prepared(dataset, data_dir)

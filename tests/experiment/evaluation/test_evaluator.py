@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from lowrank_jax.experiment.data import datasets
-from lowrank_jax.experiment.evaluation import runs
-from lowrank_jax.experiment.evaluation.runs import Evaluator, evaluate_all
+from lowrank_jax.experiment.evaluation.evaluator import Evaluator, evaluate_all
 from lowrank_jax.experiment.evaluation.watch import watch
 from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.workdir.workdir import Workdir
@@ -75,7 +74,7 @@ def test_what_runs_share_is_read_and_compiled_once(run, tmp_path, monkeypatch):
     other = tmp_path / "other"
     train(running.config(**SMALL, steps=10, optim__lr=0.1), str(other))
     reads, load = [], datasets.load
-    monkeypatch.setattr(runs.datasets, "load", lambda *args: reads.append(args) or load(*args))
+    monkeypatch.setattr(datasets, "load", lambda *args: reads.append(args) or load(*args))
     evaluator = Evaluator()
     results = [evaluator.evaluate(str(folder)) for folder in (run, other)]
     for folder, result in zip((run, other), results, strict=True):

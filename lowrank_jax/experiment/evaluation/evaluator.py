@@ -11,8 +11,8 @@ from lowrank_jax.experiment.config.schema import Config, MeshConfig
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.base import Dataset, Split
 from lowrank_jax.experiment.errors import UserError
-from lowrank_jax.experiment.evaluation.choices import default_split, other_dataset, restore
 from lowrank_jax.experiment.evaluation.results import Evaluation, Rows
+from lowrank_jax.experiment.evaluation.selection import default_split, other_dataset, restore
 from lowrank_jax.experiment.hosts.processes import several
 from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.experiment.training.evaluate import evaluate
