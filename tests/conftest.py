@@ -3,7 +3,9 @@
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
+import threading
 
 _SCRATCH = pathlib.Path(tempfile.gettempdir()) / f"lowrank_jax_tests_{os.getuid()}"
 
@@ -33,7 +35,27 @@ hypothesis.settings.load_profile("project")
 _CACHE_BYTES = 2 * 2**30  # of compiled programs; beyond, they are those of many versions
 
 
+def _end(number: int, frame: object) -> None:
+    if os.getpid() != _MAIN:  # a child that was forked
+        os._exit(128 + number)
+    pytest.exit(f"ended by {signal.Signals(number).name}", returncode=128 + number)
+
+
+_MAIN = os.getpid()
+
+
+@pytest.fixture
+def unhandled_sigterm():
+    """For a test that sends SIGTERM to this process: the tests' own handler, which would end them, is away."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # `train` in this process turns SIGTERM into a request to stop, and hands it on to the handler it finds.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
     cache = _SCRATCH / "xla"
     if hasattr(config, "workerinput") or not cache.is_dir():
         return

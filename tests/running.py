@@ -1,5 +1,7 @@
 """Small experiments for the tests, in this process or in one of their own."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,9 +9,16 @@ import re
 import socket
 import subprocess
 import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
+import pytest
+
 from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.training.build import Experiment
+from lowrank_jax.experiment.training.stop import StopSignal
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -51,6 +60,45 @@ def parsed(*, devices: int, **changes: Any) -> configs.Config:
     return configs.parse(given, devices=devices)
 
 
+@contextlib.contextmanager
+def shared_programs() -> Iterator[None]:
+    """Runs in this process whose programs are the same share them, and their first states.
+
+    What a process compiles for itself is tested by those that start processes.
+    """
+    lower, jit_eval, init, store = Experiment.lower_train_step, Experiment.jit_eval_step, Experiment.init, {}
+
+    def once(kind: str, experiment: Experiment, make: Callable[[], Any], *extra: Any) -> Any:
+        config = experiment.config  # without what no program depends on; the learning rate and the seed are arguments
+        parts = (config.batch_size, config.total_steps, config.dataset, config.model, config.lowrank, config.objective)
+        optim = dataclasses.replace(config.optim, lr=1.0)
+        key = repr((kind, parts, optim, config.init, config.eval.batch_size, config.mesh, extra))
+        if key not in store:
+            store[key] = make()
+        return store[key]
+
+    def shared_lower(self: Experiment) -> Any:
+        compiled = once("train", self, lambda: lower(self).compile())
+        return types.SimpleNamespace(compile=lambda: compiled)
+
+    def shared_init(self: Experiment, batches: Iterable[Any] = ()) -> Any:
+        state = once("init", self, lambda: init(self, batches), self.config.seed)
+        return jax.tree.map(lambda leaf: leaf.copy(), state)  # a step takes its memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experiment, "lower_train_step", shared_lower)
+        patch.setattr(Experiment, "jit_eval_step", lambda self: once("eval", self, lambda: jit_eval(self)))
+        patch.setattr(Experiment, "init", shared_init)
+        yield
+
+
+class Stop(StopSignal):
+    """A stop that is asked for by the test, not by a signal; the signals stay pytest's."""
+
+    def __enter__(self) -> "Stop":
+        return self
+
+
 def command(workdir: pathlib.Path, name: str = "train", **changes: Any) -> list[str]:
     """The command line that trains the tiny experiment from a shipped config file."""
     flags = [f"--config.{key}={value}" for key, value in settings(epochs=None, **changes).items()]
@@ -65,11 +113,19 @@ def run(arguments: list[str], *, devices: int = 1, **kwargs: Any) -> subprocess.
     return subprocess.run(arguments, env=environment(devices), capture_output=True, text=True, timeout=300, **kwargs)
 
 
-def start(arguments: list[str], *, devices: int = 1) -> subprocess.Popen[str]:
+class _Process(subprocess.Popen[str]):
+    """One that does not outlive a test that fails, or that is ended."""
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if kind:
+            self.kill()
+        super().__exit__(kind, *rest)
+
+
+def start(arguments: list[str], *, devices: int = 1, **kwargs: Any) -> subprocess.Popen[str]:
     """Starts a command; its output is one stream."""
-    return subprocess.Popen(
-        arguments, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "bufsize": 1}
+    return _Process(arguments, env=environment(devices), **pipes, **kwargs)
 
 
 def start_all(arguments: list[str], processes: int) -> list[subprocess.Popen[str]]:

@@ -6,7 +6,13 @@ from typing import Any
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours between steps; a second Ctrl-C ends without saving."""
+    """Turns SIGTERM and Ctrl-C into a request that the loop honours between steps; a second Ctrl-C ends without saving.
+
+    A handler that the program had installed before is called as well: what the program does on a signal stays its own affair.
+
+    Attributes:
+      requested: whether to stop; callers that hear of it in another way set it themselves.
+    """
 
     def __init__(self):
         self.requested = False
@@ -25,3 +31,6 @@ class StopSignal:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        before = self._before.get(number)
+        if callable(before) and before is not signal.default_int_handler:
+            before(number, frame)

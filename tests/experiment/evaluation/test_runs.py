@@ -147,7 +147,7 @@ def test_a_watch_passes_over_a_step_that_is_deleted_while_it_is_read(run, monkey
     assert [line["step"] for line in watched(run)] == [40]
 
 
-def test_a_watch_can_be_stopped_while_it_waits(tmp_path):
+def test_a_watch_can_be_stopped_while_it_waits(tmp_path, unhandled_sigterm):
     said = []
 
     def say(text):

@@ -111,7 +111,7 @@ def test_asha_ends_a_poor_trial_for_good(cluster, tmp_path):
     assert ray_tune.run([good, poor]) == {"good": outcomes["good"], "poor": outcomes["poor"]}  # without any cluster
 
 
-def test_a_signal_saves_what_runs_and_the_same_call_would_go_on(cluster, tmp_path, once_it_says):
+def test_a_signal_saves_what_runs_and_the_same_call_would_go_on(cluster, tmp_path, once_it_says, unhandled_sigterm):
     endless = {"steps": 10**6, "checkpoint__every": "100000 steps", "log__every": "100 steps"}
     trials = [trial(tmp_path, name, **endless) for name in ("runs", "waits")]
     before = signal.getsignal(signal.SIGTERM)

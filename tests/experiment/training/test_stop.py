@@ -1,0 +1,85 @@
+"""Signals: a run's own, and those that are meant for the program around it."""
+
+import signal
+import sys
+
+import pytest
+
+from lowrank_jax.experiment.training.stop import StopSignal
+from tests import running
+
+
+@pytest.fixture
+def heard():
+    """The signals that the program around it has heard; it handles SIGTERM and SIGINT itself."""
+    numbers = []
+    before = {n: signal.signal(n, lambda number, frame: numbers.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_is_a_request_and_the_program_around_hears_it_too(heard):
+    outer = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested and heard == [signal.SIGTERM]
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested and heard == [signal.SIGTERM, signal.SIGINT]
+    assert signal.getsignal(signal.SIGTERM) is outer
+
+
+def test_a_program_without_handlers_of_its_own_is_not_ended(unhandled_sigterm):
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):  # the second Ctrl-C would be: the request has been made
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_exception_of_the_program_around_ends_what_runs_inside():
+    """How the tests themselves end on SIGTERM."""
+
+    def handler(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(SystemExit), StopSignal():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+ENDLESS = """
+from lowrank_jax.experiment.training.loop import train
+from tests import running
+
+def test_endless(tmp_path):
+    train(running.config(steps=10**6), str(tmp_path))
+
+def test_next():
+    print("goes on", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_pytest_ends_when_it_is_told_to_while_a_run_is_under_way(tmp_path, repository):
+    (tmp_path / "test_endless.py").write_text(ENDLESS)
+    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-s", "-c", "/dev/null", f"--rootdir={tmp_path}"]
+    # -m puts the working directory first on the path: that of the repository.
+    command = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_endless.py")]
+    with running.start(command, devices=8, cwd=repository) as process:
+        assert process.stdout is not None
+        seen = ""
+        while "[     10/" not in seen:
+            line = process.stdout.readline()
+            assert line, seen
+            seen += line
+        process.send_signal(signal.SIGTERM)
+        seen += process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM, seen
+    assert "ended by SIGTERM" in seen and "goes on" not in seen
