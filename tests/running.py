@@ -151,6 +151,16 @@ def environment(devices: int) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags}
 
 
+FIELDS = {"step", "params", "batch_stats", "opt_state", "ema"}
+"""What a checkpoint holds of a state whose model has no other collections."""
+
+
+def fields_of(checkpoint: pathlib.Path) -> set[str]:
+    """The fields of the state in a checkpoint."""
+    tree = json.loads((checkpoint / "state" / "_METADATA").read_text())["tree_metadata"]
+    return {entry["key_metadata"][0]["key"] for entry in tree.values()}
+
+
 def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -1,6 +1,7 @@
 """The state before the first step: by the devices or the host, on one device or laid out over many."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -53,41 +54,52 @@ ZOO = {
 }
 
 
-def factored(config, batches=(), devices=None):
+SHARDED = {"mesh__data": 2, "mesh__fsdp": 4}
+RNG = np.random.default_rng(0)
+BATCHES = [{"image": RNG.integers(0, 17, (32, 8, 8, 1), np.uint8)} for _ in range(2)]
+
+
+@functools.cache
+def factored(svd, moments, **mesh):
     """Of an initial state: all leaves by name, and the kernels as matrices by name."""
-    state = build(config, devices=devices).init(batches)
-    params = jax.device_get(state.params)
-    return state, {name: leaf.merge() for name, leaf in named_leaves(params, is_leaf=is_low_rank).items() if is_low_rank(leaf)}
+    config = with_init(running.parsed(devices=1 if mesh == {"mesh__data": 1} else 8, **ZOO, **mesh), svd)
+    config = dataclasses.replace(config, lowrank=dataclasses.replace(config.lowrank, moment_batches=moments))
+    devices = jax.devices()[: config.mesh.least_devices] if mesh else None
+    state = build(config, devices=devices).init(BATCHES[:moments])
+    pairs = {k: leaf for k, leaf in named_leaves(state.params, is_leaf=is_low_rank).items() if is_low_rank(leaf)}
+    merged = jax.jit(lambda pairs: {name: pair.merge() for name, pair in pairs.items()})(pairs)
+    return state, jax.device_get(merged)
 
 
 def with_init(config, svd):
     return dataclasses.replace(config, init=InitConfig(svd))
 
 
-def check_same_risks(config, one, other):
-    plan = configs.make_plan(config)
-    params = build(dataclasses.replace(config, lowrank=dataclasses.replace(config.lowrank, method="none", rules=())))
-    dense = named_leaves(params.init().params)
+@functools.cache
+def dense_kernels():
+    config = running.config(**{**ZOO, "lowrank__method": "none", "lowrank__rules": ()})
+    return jax.device_get(named_leaves(build(config).init().params))
+
+
+def check_same_risks(one, other):
+    plan = configs.make_plan(running.config(**ZOO))
     assert one.keys() == other.keys() == {kernel.name for kernel in plan.factored}
     for kernel in plan.factored:
         view = kernel.view
         w, a, b = (
-            view.to_matrix(jnp.asarray(part)).reshape(-1, view.n, view.m)
-            for part in (dense[kernel.name], one[kernel.name], other[kernel.name])
+            np.stack([view.to_matrix(part) for part in parts.reshape(-1, *view.shape)])
+            for parts in (dense_kernels()[kernel.name], one[kernel.name], other[kernel.name])
         )
-        for i in range(len(w)):
-            ours, theirs = (float(matrix.relative_risk(w[i], y[i], activation="relu", group=view.group)) for y in (a, b))
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+        relative = functools.partial(matrix.relative_risk, activation="relu", group=view.group)
+        risks = jax.jit(jax.vmap(lambda w, a, b, risk=relative: (risk(w, a), risk(w, b))))
+        np.testing.assert_allclose(*risks(w, a, b), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("moments", [0, 2])
 def test_the_host_decomposes_as_the_devices_do(moments):
-    config = running.config(**ZOO, lowrank__moment_batches=moments)
-    rng = np.random.default_rng(0)
-    batches = [{"image": rng.integers(0, 17, (32, 8, 8, 1), np.uint8)} for _ in range(moments)]
-    state, ours = factored(config, batches)
-    other, theirs = factored(with_init(config, "host"), batches)
-    check_same_risks(config, ours, theirs)
+    state, ours = factored("device", moments, **SHARDED)
+    other, theirs = factored("host", moments, **SHARDED)
+    check_same_risks(ours, theirs)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), state) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), other
     )
@@ -97,14 +109,16 @@ def test_the_host_decomposes_as_the_devices_do(moments):
             np.testing.assert_array_equal(one, two, err_msg=name)
 
 
+def test_kernels_are_projected_for_the_inputs_that_the_batches_give_them():
+    (_, plain), (_, aware) = (factored("device", moments, **SHARDED) for moments in (0, 2))
+    assert not np.allclose(plain["wide/kernel"], aware["wide/kernel"], rtol=1e-2)
+
+
 def test_a_mesh_that_shards_parameters_has_the_factors_of_one_device():
-    config = running.config(**ZOO)
-    parts = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=2, fsdp=4))
-    alone = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1))
-    state, sharded = factored(parts)
+    state, sharded = factored("device", 0, **SHARDED)
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
-    _, single = factored(alone, devices=jax.devices()[:1])
-    _, by_host = factored(with_init(parts, "host"))
+    _, single = factored("device", 0, mesh__data=1)
+    _, by_host = factored("host", 0, **SHARDED)
     for name, kernel in single.items():
         np.testing.assert_allclose(sharded[name], kernel, atol=2e-5, err_msg=name)
         np.testing.assert_allclose(by_host[name], kernel, atol=2e-5, err_msg=name)
@@ -119,8 +133,7 @@ def test_the_initialiser_of_a_large_network_has_few_decompositions(repository):
     assert text.count("lapack_spotrf_ffi") <= 4
     for other in ("lapack_sgesdd_ffi", "lapack_sgeqrf_ffi"):
         assert other not in text
-    by_host = build(configs.parse(given, devices=8))
-    lowered = dataclasses.replace(by_host, config=with_init(by_host.config, "host")).lower_init()
+    lowered = dataclasses.replace(experiment, config=with_init(experiment.config, "host")).lower_init()
     assert "lapack" not in lowered.as_text()
 
 

@@ -10,6 +10,7 @@ import pytest
 
 import lowrank_jax as lr
 from lowrank_jax.experiment.data import datasets
+from lowrank_jax.experiment.data.pipeline import TrainBatches, shard_of
 from lowrank_jax.experiment.evaluation.runs import Evaluator
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.training.build import build
@@ -108,6 +109,7 @@ def test_a_run_leaves_everything_behind_that_the_docs_promise(whole):
     assert result["step"] == 40 and result["eval"] == run.evals[40]
     assert result["params"] == sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
     assert {"params", "macs", "seconds", "versions", "config_digest"} <= result.keys()
+    assert running.fields_of(folder / "checkpoints" / "40") == running.FIELDS
     assert "dense1/kernel" in (folder / "overview.txt").read_text()
     assert list(folder.glob("events.out.tfevents.*"))
     assert json.loads((folder / "config.json").read_text())["optim"]["lr"] == 0.3
@@ -238,6 +240,28 @@ def test_averaged_weights_are_what_is_evaluated_and_the_raw_ones_beside_them(who
         ["test,", "averaged", "360"],
         ["test,", "raw", "360"],
     ]
+
+
+def test_the_first_batches_are_what_kernels_are_projected_for(tmp_path, monkeypatch):
+    class TakenError(Exception):
+        pass
+
+    taken = []
+
+    def init(self, batches):
+        taken.extend(batches)
+        raise TakenError
+
+    monkeypatch.setattr("lowrank_jax.experiment.training.build.Experiment.init", init)
+    config = running.config(**RICH, lowrank__moment_batches=2)
+    with pytest.raises(TakenError):
+        train(config, str(tmp_path))
+    experiment = build(config)
+    images = datasets.load(experiment.dataset, "train[:1200]", None)
+    batches = TrainBatches(images, 32, 40, 0, config.dataset.to_augmentation(), shard_of(experiment.mesh))
+    assert len(taken) == 2
+    for i, batch in enumerate(taken):
+        np.testing.assert_array_equal(batch["image"], batches[i]["image"])
 
 
 def test_evaluations_are_announced(whole, tmp_path, capsys):

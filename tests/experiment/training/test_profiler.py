@@ -1,6 +1,5 @@
 """Traces of real runs: does what is written open, and does it hold the steps that were asked for and no others?"""
 
-import signal
 import time
 
 import jax
@@ -12,7 +11,13 @@ from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.training.window import Diverged
 from tests import running
 
-SETTINGS = {"log__every": "1 step", "dataset__mixup": 0.0}
+SETTINGS = {"log__every": "1 step", "dataset__mixup": 0.0, "steps": 12}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_shared():
+    with running.shared_programs():
+        yield
 
 
 def events(file):
@@ -34,8 +39,8 @@ def steps_of(file):
 
 
 def test_the_steps_that_were_asked_for_are_traced_by_every_process(tmp_path, capsys):
-    plain = train(running.config(steps=12, **SETTINGS), str(tmp_path / "plain"))
-    traced = train(running.config(steps=12, profile__steps=(4, 6), **SETTINGS), str(tmp_path / "traced"))
+    plain = train(running.config(**SETTINGS), str(tmp_path / "plain"))
+    traced = train(running.config(profile__steps=(4, 6), **SETTINGS), str(tmp_path / "traced"))
     (file,) = (tmp_path / "traced" / "plugins" / "profile").rglob("*.*")
     assert file.relative_to(tmp_path / "traced").as_posix() == "plugins/profile/steps_4_6/process_0.xplane.pb"
     assert steps_of(file) == [4, 5, 6]
@@ -43,21 +48,20 @@ def test_the_steps_that_were_asked_for_are_traced_by_every_process(tmp_path, cap
     assert not (tmp_path / "plain" / "plugins").exists()
     # Looking at a run changes nothing in it, and it stays the same experiment.
     assert [line["train/loss"] for line in plain.train.values()] == [line["train/loss"] for line in traced.train.values()]
-    assert train(running.config(steps=12, **SETTINGS), str(tmp_path / "traced")).evals == {}
+    assert train(running.config(**SETTINGS), str(tmp_path / "traced")).evals == {}
 
 
 def test_a_stop_within_the_steps_leaves_what_was_traced_and_the_next_start_the_rest(tmp_path):
-    config = running.config(steps=12, profile__steps=(4, 8), **SETTINGS)
-    batches = iter(range(1, 100))
+    config = running.config(profile__steps=(4, 8), **SETTINGS)
+    batches, stop = iter(range(1, 100)), running.Stop()
 
     def interrupted(*args):
-        if next(batches) == 6:
-            signal.raise_signal(signal.SIGTERM)
+        stop.requested = next(batches) == 6
         return put_batch(*args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lowrank_jax.experiment.training.loop.put_batch", interrupted)
-        assert train(config, str(tmp_path)).interrupted
+        assert train(config, str(tmp_path), stop=stop).interrupted
     runs = tmp_path / "plugins" / "profile"
     assert steps_of(runs / "steps_4_6" / "process_0.xplane.pb") == [4, 5, 6]
     assert not train(config, str(tmp_path)).interrupted
@@ -66,7 +70,7 @@ def test_a_stop_within_the_steps_leaves_what_was_traced_and_the_next_start_the_r
 
 def test_a_run_that_fails_within_the_steps_leaves_its_trace_and_its_reason(tmp_path):
     with pytest.raises(Diverged, match="at step"):
-        train(running.config(optim__lr=1e30, optim__warmup=0, profile__steps=(1, 40), **SETTINGS), str(tmp_path))
+        train(running.config(optim__lr=1e30, profile__steps=(1, 12), **SETTINGS), str(tmp_path))
     (file,) = (tmp_path / "plugins" / "profile").rglob("*.xplane.pb")
     assert steps_of(file)[0] == 1
 
@@ -74,7 +78,7 @@ def test_a_run_that_fails_within_the_steps_leaves_its_trace_and_its_reason(tmp_p
 def test_a_trace_that_cannot_be_written_does_not_hide_why_the_run_failed(tmp_path):
     (tmp_path / "plugins").write_text("in the way")
     with pytest.raises(Diverged, match="at step"):
-        train(running.config(optim__lr=1e30, optim__warmup=0, profile__steps=(1, 40), **SETTINGS), str(tmp_path))
+        train(running.config(optim__lr=1e30, profile__steps=(1, 12), **SETTINGS), str(tmp_path))
 
 
 @pytest.mark.parametrize("fails", ["start", "write"])
@@ -83,8 +87,8 @@ def test_a_trace_that_cannot_be_taken_ends_no_training(tmp_path, capsys, monkeyp
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     else:
         (tmp_path / "plugins").write_text("in the way")
-    run = train(running.config(steps=8, profile__steps=(3, 5), **SETTINGS), str(tmp_path))
-    assert not run.interrupted and len(run.train) == 8
+    run = train(running.config(profile__steps=(3, 5), **SETTINGS), str(tmp_path))
+    assert not run.interrupted and len(run.train) == 12
     complaints = [line for line in capsys.readouterr().err.splitlines() if "trace" in line]
     assert len(complaints) == 1 and complaints[0].startswith("no trace of steps 3 to 5: [Errno ")
 
@@ -97,7 +101,7 @@ def test_tracing_does_not_count_as_training_time(tmp_path, monkeypatch):
         slow()
 
     monkeypatch.setattr("jax.profiler.stop_trace", stop)
-    run = train(running.config(steps=12, profile__steps=(4, 6), log__every="12 steps", dataset__mixup=0.0), str(tmp_path))
+    run = train(running.config(profile__steps=(4, 6), **{**SETTINGS, "log__every": "12 steps"}), str(tmp_path))
     assert 12 * 32 / run.train[12]["train/images_per_second"] < 2
 
 

@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -13,17 +14,20 @@ from lowrank_jax.planning.rules import Rule
 from tests import running
 
 
-def setup(**kwargs):
+@functools.cache
+def setup(ema=False, **kwargs):
     model = models.build("mlp", num_classes=6, widths=(16, 16), **kwargs)
     images = jnp.zeros((1, 4, 4, 1))
     planned = plan(model, images, [Rule("head/kernel"), Rule(".*", rank=2)])
     optimizer = optax.sgd(0.1)
+    rng = np.random.default_rng(0)
     batch = {
-        "image": jax.random.randint(jax.random.key(0), (8, 4, 4, 1), 0, 256).astype(jnp.uint8),
-        "label": jnp.arange(8) % 6,
-        "mask": jnp.ones(8),
+        "image": rng.integers(0, 256, (8, 4, 4, 1), np.uint8),
+        "label": np.arange(8) % 6,
+        "mask": np.ones(8, np.float32),
     }
-    return model, optimizer, start.fresh_state(start.init_weights(model, planned, images, 0), optimizer, ema=False), batch
+    init = jax.jit(lambda: start.fresh_state(start.init_weights(model, planned, images, 0), optimizer, ema=ema))
+    return model, optimizer, init(), batch
 
 
 SCHEDULE = optax.constant_schedule(0.1)
@@ -39,16 +43,17 @@ def test_a_step_is_gradient_descent_on_the_smoothed_loss():
 
     from lowrank_jax import apply, merge
 
-    logits = model.apply({"params": merge(before.params)}, x)
+    logits = jax.jit(lambda params: model.apply({"params": merge(params)}, x))(before.params)
     targets = 0.9 * np.eye(6)[np.asarray(batch["label"])] + 0.1 / 6
-    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    logits = np.asarray(logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(metrics["loss"], -(targets * log_p).sum(-1).mean(), rtol=1e-5)
 
     def loss(params):
         return -(targets * jax.nn.log_softmax(apply(model, {"params": params}, x))).sum(-1).mean()
 
-    grads = jax.grad(loss)(before.params)
-    expected = jax.tree.map(lambda p, g: p - 0.1 * g, before.params, grads)
+    grads = jax.jit(jax.grad(loss))(before.params)
+    expected = jax.tree.map(lambda p, g: np.asarray(p) - 0.1 * np.asarray(g), before.params, grads)
     for ours, theirs in zip(jax.tree.leaves(after.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     assert int(after.step) == 1
@@ -58,7 +63,7 @@ def test_dropout_differs_from_step_to_step_and_repeats_for_one():
     model, optimizer, before, batch = setup(dropout=0.5)
     train_step = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, seed=3))
     first, again = (train_step(before, batch)[1]["loss"] for _ in range(2))
-    later = train_step(before.replace(step=before.step + 1), batch)[1]["loss"]
+    later = train_step(before.replace(step=np.int32(1)), batch)[1]["loss"]
     assert first == again != later
 
 
@@ -75,7 +80,7 @@ def test_a_batch_in_parts_takes_the_same_step():
 
 def test_batch_norm_normalises_each_part_by_itself():
     model, optimizer, before, batch = setup(batch_norm=True)
-    order = jnp.array([0, 1, 2, 3] * 2)  # part i takes every fourth example from the i-th on: two equal ones
+    order = np.array([0, 1, 2, 3] * 2)  # part i takes every fourth example from the i-th on: two equal ones
     pairs = {name: value[order] for name, value in batch.items()}
     after, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, accumulate=4))(before, pairs)
     np.testing.assert_allclose(after.batch_stats["norm1"]["var"], 0.9 * before.batch_stats["norm1"]["var"], rtol=1e-4)
@@ -83,7 +88,7 @@ def test_batch_norm_normalises_each_part_by_itself():
 
 def test_every_part_of_a_batch_drops_its_own_units():
     model, optimizer, before, batch = setup(dropout=0.5)
-    twins = {name: jnp.concatenate([value[:1]] * 8) for name, value in batch.items()}
+    twins = {name: np.concatenate([value[:1]] * 8) for name, value in batch.items()}
     four, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, accumulate=4))(before, twins)
     # The first part's draws are those of a batch that it is all of; if the others repeated them, this would be the same step.
     one, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN))(before, {k: v[:2] for k, v in twins.items()})
@@ -91,10 +96,9 @@ def test_every_part_of_a_batch_drops_its_own_units():
 
 
 def test_the_average_follows_parameters_and_statistics():
-    model, optimizer, _, batch = setup(batch_norm=True)
-    images = jnp.zeros((1, 4, 4, 1))
-    current = start.fresh_state(start.init_weights(model, plan(model, images, []), images, 0), optimizer, ema=True)
+    model, optimizer, current, batch = setup(batch_norm=True, ema=True)
     train_step = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN, ema_decay=0.3))
+    first = current
     expected = jax.tree.map(np.asarray, current.ema)
     for i in range(1, 6):
         current, _ = train_step(current, batch)
@@ -108,20 +112,15 @@ def test_the_average_follows_parameters_and_statistics():
     )
 
 
-def test_batch_norm_statistics_move():
-    model, optimizer, before, batch = setup(batch_norm=True)
-    after, _ = jax.jit(step.make_train_step(model, optimizer, SCHEDULE, PLAIN))(before, batch)
-    assert not np.allclose(after.batch_stats["norm1"]["mean"], before.batch_stats["norm1"]["mean"])
-
-
 def test_sums_leave_masked_examples_out_even_if_they_are_nan():
     model, _, before, batch = setup()
     eval_step = jax.jit(step.make_eval_step(model, lambda x: x.astype(jnp.float32)))
-    whole = eval_step({"params": before.params}, {**batch, "image": batch["image"].astype(jnp.float32)})
+    batch = {**batch, "image": batch["image"].astype(np.float32)}
+    whole = eval_step({"params": before.params}, batch)
     filled = {
-        "image": jnp.concatenate([batch["image"].astype(jnp.float32), jnp.full((2, 4, 4, 1), jnp.nan)]),
-        "label": jnp.concatenate([batch["label"], jnp.zeros(2, int)]),
-        "mask": jnp.concatenate([batch["mask"], jnp.zeros(2)]),
+        "image": np.concatenate([batch["image"], np.full((2, 4, 4, 1), np.nan, np.float32)]),
+        "label": np.concatenate([batch["label"], np.zeros(2, int)]),
+        "mask": np.concatenate([batch["mask"], np.zeros(2, np.float32)]),
     }
     masked = eval_step({"params": before.params}, filled)
     for name in ("loss", "top1", "top5", "count"):
