@@ -1,4 +1,4 @@
-"""Everything that a config stands for, put together: model, plan, optimiser, mesh, and the jitted functions over them."""
+"""An experiment, built from its config: model, plan, optimiser and mesh, and the jitted functions over them."""
 
 import dataclasses
 import functools
@@ -37,15 +37,15 @@ from lowrank_jax.planning.plans import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What `build` makes of a config.
+    """What `build` returns.
 
     Attributes:
       config: the config.
-      dataset: what is known of its data beforehand.
+      dataset: the description of the data set, without examples.
       model, plan: the network, and which of its kernels are factored.
-      make_optimizer: the schedule and the optimiser of a learning rate, which may be traced.
-      mesh: the devices; abstract where they need not be there.
-      shapes: a TrainState of `jax.ShapeDtypeStruct`s with their shardings.
+      make_optimizer: the schedule and the optimiser for a learning rate, which may be traced.
+      mesh: the devices; abstract if they need not exist.
+      shapes: a `TrainState` of `jax.ShapeDtypeStruct`s with shardings.
     """
 
     config: Config
@@ -61,10 +61,11 @@ class Experiment:
         return self.start().state(batches)
 
     def lower_init(self) -> jax.stages.Lowered:
-        """The program of `init` for the devices of the mesh, which need not be there, before it is compiled."""
+        """The program of `init`, not compiled; the devices of the mesh need not exist."""
         return self.start().lower()
 
     def start(self) -> Start:
+        """What makes the first state."""
         config = self.config
         return Start(
             self.model,
@@ -83,14 +84,14 @@ class Experiment:
         return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
 
     def compile_train_step(self) -> Callable[..., tuple[state.TrainState, step.Metrics]]:
-        """The compiled training step `(state, batch) -> (state, metrics)`; it takes the old state's memory."""
+        """The compiled training step `(state, batch) -> (state, metrics)`; it reuses the memory of the old state."""
         compiled, settings = self.lower_train_step().compile(), self._settings()
         return lambda state, batch: compiled(state, batch, *settings)
 
     def lower_train_step(self) -> jax.stages.Lowered:
-        """The training step before it is compiled for the devices of the mesh, which need not be there."""
+        """The training step, not compiled; the devices of the mesh need not exist."""
 
-        # The seed and the learning rate are arguments of the program: another value finds it in the compilation cache.
+        # The seed and the learning rate are arguments of the program, so that other values find it in the compilation cache.
         def train_step(state: state.TrainState, batch: dict[str, jax.Array], seed: Any, lr: Any):
             schedule, optimizer = self.make_optimizer(lr)
             settings = self.config.optim
@@ -123,6 +124,7 @@ class Experiment:
         return np.uint32(self.config.seed)
 
     def jit_eval_step(self) -> jax.stages.Wrapped:
+        """The evaluation step `(variables, batch) -> sums`; it serves networks of other ranks too."""
         eval_step = step.make_eval_step(self.model, self._normalizer(), objective=self.objective, gather=self._gather)
 
         def step_with_word(variables: dict[str, Any], batch: dict[str, jax.Array]) -> step.Metrics:
@@ -132,9 +134,9 @@ class Experiment:
         return jax.jit(step_with_word, out_shardings=replicated(self.mesh))
 
     def _gather(self, params: Any) -> Any:
-        """Parameters as a step computes with them: what cuts a batch does not cut them.
+        """Parameters as a step computes with them: not sharded over the axes that shard a batch.
 
-        Left to itself the TPU's compiler cuts the convolutions instead and passes slices of kernels around (CHANGELOG.md).
+        Otherwise the TPU's compiler shards the convolutions and passes slices of kernels around (CHANGELOG.md).
         """
         stored = self._shardings().params
         computed = gathered(stored)
@@ -143,7 +145,7 @@ class Experiment:
         return jax.lax.with_sharding_constraint(params, computed)
 
     def lower_eval_step(self) -> jax.stages.Lowered:
-        """The evaluation step of training before it is compiled for the devices of the mesh, which need not be there."""
+        """The evaluation step of training, not compiled; the devices of the mesh need not exist."""
         batch = self._batch_shapes(self.config.eval.batch_size)
         batch["mask"] = jax.ShapeDtypeStruct(batch["label"].shape, jnp.float32, sharding=batch["label"].sharding)
         return self.jit_eval_step().lower(self.shapes.variables()[""], batch)
@@ -172,12 +174,12 @@ class Experiment:
 
 
 def build(config: Config, source: str = "config", devices: Sequence[Any] | int | None = None) -> Experiment:
-    """Puts an experiment together; nothing is computed and no data is touched.
+    """Builds an experiment; nothing is computed and no data is read.
 
     Args:
       config: the experiment.
       source: what to call it in messages.
-      devices: of the mesh, by default all of this machine's; a number for some that need not be there, to see the layout.
+      devices: of the mesh, by default all of this machine's; a number stands for devices that need not exist.
 
     Raises:
       ConfigError: the parts do not fit together.
@@ -212,7 +214,7 @@ def _mesh(config: Config, devices: Sequence[Any] | int | None) -> Mesh:
 
 
 def planned_for(mesh: Mesh | AbstractMesh, config: Config) -> Plan:
-    """The config's plan, with the execution of every kernel chosen for the devices of a mesh, if there are any."""
+    """The config's plan; if the devices of the mesh exist, with the execution of every kernel chosen for them."""
     if isinstance(mesh, AbstractMesh):
         return make_plan(config)
     chip = chips.of_device(mesh.devices.flat[0])

@@ -17,7 +17,7 @@ Evaluated = dict[str, dict[str, float]]
 
 
 class Interrupted(Exception):
-    """A stop was asked for."""
+    """A stop was requested."""
 
 
 def evaluate(
@@ -31,19 +31,19 @@ def evaluate(
 ) -> Evaluated:
     """The means of the loss and the metrics over every example once, whatever the batch size.
 
-    `examples` says over how many, and `undecodable` how many images could not be read; it is left out where there are none.
+    `examples` is their number and `undecodable` the number of images that could not be decoded, if there are any.
 
     Args:
       eval_step: from `step.make_eval_step`.
-      variables: sets of a model's variables by name, from `state.evaluated_variables`; all in one pass over the data.
+      variables: sets of a model's variables by name, from `state.evaluated_variables`; evaluated in one pass over the data.
       examples: what to evaluate on.
       batch_size: over all devices.
       mesh: the devices.
-      stop_requested: is asked before every batch.
+      stop_requested: called before every batch.
 
     Raises:
       DataError: more images do not decode than `dataset.max_undecodable` allows.
-      Interrupted: `stop_requested` became true on the way, in this process or another.
+      Interrupted: `stop_requested` returned True, in this process or another.
       OtherFailed: another process could not read its part.
     """
     batches, votes = EvalBatches(examples, batch_size, shard_of(mesh)), Votes(mesh, stop_requested)
@@ -77,7 +77,7 @@ def score(evaluated: Evaluated, metric: str = "top1") -> float:
 
 
 def _means(sums: list[dict[str, Any]], examples: Split, shared: bool) -> dict[str, float]:
-    """From the sums of every batch to means over what could be read."""
+    """Means over the examples that could be read, from the sums of every batch."""
     # In float64 on the host: a float32 sum over 50,000 losses would lose digits.
     totals = {name: sum(float(part[name]) for part in sums) for name in sums[0]}
     seen = int(totals.pop("count"))
@@ -86,6 +86,6 @@ def _means(sums: list[dict[str, Any]], examples: Split, shared: bool) -> dict[st
     known = len(examples.undecodable)
     assert skipped == known or (shared and skipped > known), f"evaluated {seen} of {len(examples)} examples"
     if not seen:
-        raise DataError("none of the images that were to be evaluated decodes")
+        raise DataError("no image of the evaluated split could be decoded")
     means = {name: total / seen for name, total in totals.items()}
     return {**means, "examples": seen, **({"undecodable": skipped} if skipped else {})}

@@ -1,4 +1,4 @@
-"""What is done to a batch of training images on the devices: normalisation, random erasing, mixup, cutmix, smooth labels."""
+"""Augmentation of a training batch on the devices: normalisation, random erasing, mixup, cutmix and label smoothing."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,16 +21,16 @@ def normalizer(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalize:
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """From the images and labels of a batch to what the network is trained on.
+    """Turns the images and labels of a batch into inputs and targets.
 
     Attributes:
       normalize: see `normalizer`.
       num_classes: the number of logits.
       label_smoothing: the share of every target that is spread over all classes.
-      random_erasing: how often a rectangle of an image is replaced by noise.
-      mixup: alpha of the Beta distribution that the share of a second image is drawn from; 0 for none.
-      cutmix: the same for the area of a rectangle that is taken from a second image.  With both, every batch takes one or the
-        other, at even odds.
+      random_erasing: the probability that a rectangle of an image is replaced by noise.
+      mixup: alpha of the Beta distribution of the mixing weight; 0 for no mixup.
+      cutmix: alpha of the Beta distribution of the area that a second image covers; 0 for no cutmix.  With both, every batch
+        takes one of them, with equal probability.
     """
 
     normalize: Normalize
@@ -53,15 +53,15 @@ class Mixing:
 
 
 def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Random erasing (Zhong et al. 2020, arXiv 1708.04896), every pixel of the rectangle a normal draw of its own.
+    """Random erasing (Zhong et al. 2020, arXiv 1708.04896); every pixel of the rectangle is drawn from N(0, 1).
 
-    The area is 2 to 33 % of the image, the aspect from 0.3 to its inverse; a side that would be longer than the image is cut,
-    where the paper draws again.
+    The area is 2 to 33 % of the image and the aspect ratio 0.3 to 1 / 0.3.  A side longer than the image is clipped, where the
+    paper draws again.
 
     Args:
       key: of the draws.
       images: normalised, `[batch, height, width, channels]`.
-      probability: how often an image is erased.
+      probability: of erasing an image.
     """
     batch, height, width, _ = images.shape
     chosen, area, aspect, place, noise = jax.random.split(key, 5)
@@ -80,10 +80,10 @@ def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
 def mix(
     key: jax.Array, images: jax.Array, targets: jax.Array, mixup_alpha: float, cutmix_alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), one share for the whole batch.
+    """Mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), with one mixing weight for the whole batch.
 
-    Every image meets its neighbour in the batch, whose order is random: no image has to travel between devices but those at
-    the edges.
+    Every image is mixed with its neighbour in the batch, whose order is random: only images at the edges of a device's part
+    move between devices.
 
     Args:
       key: of the draws.

@@ -1,4 +1,4 @@
-"""An experiment at a glance: what becomes of every kernel, and where every array lives."""
+"""An experiment at a glance: which kernels are factored, and where every array lives."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from lowrank_jax.text import align, count
 
 
 def overview(config: Config, devices: int, source: str = "config") -> str:
-    """The plan's table and, for so many devices, what each of them holds; nothing is computed, and no device is needed.
+    """The plan's table, and what each of so many devices holds; nothing is computed, and no device is needed.
 
     Raises:
       ConfigError: the parts of the config do not fit together.
@@ -22,7 +22,7 @@ def overview(config: Config, devices: int, source: str = "config") -> str:
 
 
 def describe(experiment: Experiment) -> str:
-    """See `overview`.  Arrays are shown one by one where the mesh cuts any."""
+    """See `overview`.  Arrays are listed one by one if the mesh shards parameters."""
     sizes, state = dict(experiment.mesh.shape), experiment.shapes
     parts = [str(experiment.plan)]
     if sizes["fsdp"] * sizes["model"] > 1:
@@ -47,7 +47,7 @@ def headline(experiment: Experiment) -> str:
 
 
 def _rows(params: Any) -> list[list[str]]:
-    """A row for every array that has more than one axis or is cut, one for all others."""
+    """A row for every array that has several axes or is sharded, and one row for all others."""
     header = ["array", "shape", "cut by", "a device holds", "bytes"]
     shown, rest = [], 0
     for name, leaf in named_leaves(params).items():

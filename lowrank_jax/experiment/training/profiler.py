@@ -18,13 +18,13 @@ from lowrank_jax.text import first_line
 
 
 class StepProfiler:
-    """Traces the training steps from a first to a last one, and leaves all other steps alone.
+    """Traces a range of training steps.
 
     Args:
-      steps: the first and the last step to trace, counted as in the log; None for none.
-      folder: the work directory, local or remote, in whose root TensorBoard's event files are.
-      state: gives what the step at hand computes, to wait for.
-      paused: what happens inside does not count as training time.
+      steps: the first and the last step to trace, counted as in the log; None to trace none.
+      folder: the work directory, local or remote, which holds TensorBoard's event files.
+      state: returns the arrays of the current step, to wait for.
+      paused: a context whose time does not count as training time.
       say: takes a line for the console.
     """
 
@@ -43,7 +43,7 @@ class StepProfiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around a step, reading its batch included."""
+        """A context for a step and the reading of its batch."""
         if not self._first <= number <= self._last:
             yield
             return
@@ -64,7 +64,7 @@ class StepProfiler:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Writes what was traced when the run ends within the steps, stopped or failed."""
+        """Writes what was traced when the run stops or fails within the steps."""
         if not self._done:
             return
         self._stop(wait=exception[0] is None)  # what a failed step was to compute may never come
@@ -92,7 +92,7 @@ class StepProfiler:
 
     @contextlib.contextmanager
     def _or_without(self) -> Iterator[None]:
-        """A trace that cannot be taken or written ends no training; every process says so of its part."""
+        """A trace that cannot be taken or written does not end training; every process reports its own part."""
         try:
             yield
         except Exception as error:  # of the profiler, or of whatever kind of bucket

@@ -37,12 +37,12 @@ def make_train_step(
 
     Args:
       model, optimizer, schedule, mixing, objective: the parts.
-      accumulate: in how many parts of equal size, one after the other, the batch goes through the network; the gradient is the
-        mean over them, and so are the collections.  BatchNorm normalises each part by itself, and devices exchange gradients
-        after each.
+      accumulate: the number of equal parts in which the batch goes through the network, one after the other; gradient and
+        collections are means over the parts.  BatchNorm normalises each part separately, and devices exchange gradients after
+        each.
       ema_decay: of the running average of parameters and BatchNorm statistics in `state.ema`; None for none.
       seed: of the run.
-      gather: lays the parameters out as the network computes with them.
+      gather: gives the parameters the sharding that the network computes with.
     """
 
     def loss_fn(params: Any, state: TrainState, batch: dict[str, jax.Array]):
@@ -111,9 +111,9 @@ _LAST = optax.microbatching.Accumulator(
 
 
 def moved_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
-    """An exponential moving average, a step further.
+    """An exponential moving average after one more step.
 
-    A young one forgets faster, by min(decay, (1 + step) / (10 + step)), as TensorFlow's does when it is told the step.
+    At first it forgets faster: the decay is min(decay, (1 + step) / (10 + step)), as in TensorFlow's with `num_updates`.
     """
     young = (1 + step) / (10 + step)
     return optax.incremental_update(new, average, 1 - jnp.minimum(decay, young))

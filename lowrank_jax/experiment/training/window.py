@@ -15,7 +15,7 @@ class Diverged(Exception):
 
 
 class Window:
-    """The metrics of the steps since the last log, left on the devices until they are asked for."""
+    """The metrics of the steps since the last log; they stay on the devices until they are needed."""
 
     def __init__(self, batch_size: int, step: int, rows: list[dict[str, float]]):
         self._batch_size = batch_size
@@ -26,7 +26,7 @@ class Window:
         self._begin = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Notes a step.  Waits for the last but one, so that the devices always have work and their queue stays short."""
+        """Adds a step.  Waits for the step before the previous one, so that the devices have work and their queue stays short."""
         self._first = self._first if self._metrics else step
         self._metrics.append(metrics)
         self._timed += 1
@@ -36,13 +36,13 @@ class Window:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count as training time."""
+        """A context whose time does not count as training time."""
         begin = time.perf_counter()
         yield
         self._begin += time.perf_counter() - begin
 
     def check(self, last_good: int | None) -> list[dict[str, float]]:
-        """The metrics of each step.
+        """Fetches the metrics of each step.
 
         Raises:
           Diverged: one of them is not finite.
@@ -60,7 +60,7 @@ class Window:
         return rows
 
     def summary(self, last_good: int | None) -> dict[str, float]:
-        """Means over the window, which starts anew."""
+        """Means over the window; the next one begins."""
         rows = self.check(last_good)
         scalars = {f"train/{name}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
         scalars["train/images_per_second"] = self._batch_size * self._timed / (time.perf_counter() - self._begin)

@@ -107,9 +107,9 @@ def test_the_average_follows_parameters_and_statistics():
         expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * np.asarray(new), expected, now)
         for ours, theirs in zip(jax.tree.leaves(current.ema), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
-    assert (
-        current.variables()[""]["params"] is current.ema["params"] and current.variables()["_raw"]["params"] is current.params
-    )
+    assert not np.allclose(current.batch_stats["norm1"]["mean"], first.batch_stats["norm1"]["mean"])
+    assert current.variables()[""]["params"] is current.ema["params"]
+    assert current.variables()["_raw"]["params"] is current.params
 
 
 def test_sums_leave_masked_examples_out_even_if_they_are_nan():
