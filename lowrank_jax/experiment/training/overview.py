@@ -29,7 +29,7 @@ def describe(experiment: Experiment) -> str:
         parts.append(align(_rows(state.params)))
     mesh = " x ".join(f"{name} {size}" for name, size in sizes.items())
     totals = [
-        [f"mesh {mesh}", "a device holds", "of"],
+        [f"mesh {mesh}", "per device", "in all"],
         ["parameters", *_weights(state.params)],
         ["state: parameters, optimiser, statistics, averages", *_weights(state)],
     ]
@@ -48,7 +48,7 @@ def headline(experiment: Experiment) -> str:
 
 def _rows(params: Any) -> list[list[str]]:
     """A row for every array that has several axes or is sharded, and one row for all others."""
-    header = ["array", "shape", "cut by", "a device holds", "bytes"]
+    header = ["array", "shape", "sharded over", "part per device", "bytes"]
     shown, rest = [], 0
     for name, leaf in named_leaves(params).items():
         spec = leaf.sharding.spec

@@ -26,7 +26,7 @@ class Window:
         self._begin = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Adds a step.  Waits for the step before the previous one, so that the devices have work and their queue stays short."""
+        """Adds a step.  Waits for the last but one, so that the devices have work and their queue stays short."""
         self._first = self._first if self._metrics else step
         self._metrics.append(metrics)
         self._timed += 1

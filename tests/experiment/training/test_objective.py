@@ -1,6 +1,7 @@
 """Losses and metrics by name: the built-in ones against numpy, and a run with functions of its own."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.cli.commands import main
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.evaluation.runs import Evaluator
+from lowrank_jax.experiment.report import runs
+from lowrank_jax.experiment.sweep import trials
 from lowrank_jax.experiment.training import objective
 from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.workdir.identity import config_digest
@@ -118,6 +121,21 @@ def test_it_is_evaluated_and_reported(own, capsys):
         "raw",
     ]
     assert lowrank("report", str(folder), f"--out={folder / 'report'}") == 0
+
+
+def test_a_report_and_a_sweep_compare_top1_and_say_so(own, tmp_path, repository):
+    shutil.copytree(own[0], tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    del result["eval"]["top1"]
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    [run] = runs.find([str(tmp_path)]).runs
+    assert "a report compares top1, which is not among this run's objective.metrics" in run.reason
+
+    settings = [("objective.metrics", repr(OWN["objective__metrics"]))]
+    with pytest.raises(
+        configs.ConfigError, match=r"objective\.metrics: a sweep compares its trials by top1, which must come first"
+    ):
+        trials.expand(str(repository / "configs" / "digits_resnet.py"), settings, "seed=0:2", str(tmp_path / "sweep"))
 
 
 def lowrank(*arguments):
