@@ -10,19 +10,28 @@ from lowrank_jax.experiment.optim import decay_multipliers, make_optimizer, make
 from lowrank_jax.kernel import LowRankKernel
 
 PARAMS = {
-    "dense": {"kernel": LowRankKernel(jnp.full((4, 2), 2.0), jnp.full((2, 3), 3.0)), "bias": jnp.ones(3)},
-    "head": {"kernel": jnp.full((3, 2), 5.0), "bias": jnp.ones(2)},
+    "dense": {"kernel": LowRankKernel(np.full((4, 2), 2.0, "f"), np.full((2, 3), 3.0, "f")), "bias": np.ones(3, "f")},
+    "head": {"kernel": np.full((3, 2), 5.0, "f"), "bias": np.ones(2, "f")},
 }
 RULES = ((r"(.*/)?kernel(/[uv])?", 1.0), (".*", 0.0))
 
 
 def updated(gradient=0.0, steps=1, **settings):
+    """The parameters after some steps along a gradient that is the same everywhere."""
     optimizer = make_optimizer(OptimConfig(**{"decay_rules": RULES, **settings}), optax.constant_schedule(0.1), PARAMS)
-    state, params = optimizer.init(PARAMS), PARAMS
-    for _ in range(steps):
-        updates, state = optimizer.update(jax.tree.map(lambda x: jnp.full_like(x, gradient), params), state, params)
-        params = optax.apply_updates(params, updates)
-    return params
+    return stepped(optimizer, gradient, steps)
+
+
+def stepped(optimizer, gradient, steps):
+    @jax.jit
+    def run(params):
+        state = optimizer.init(params)
+        for _ in range(steps):
+            updates, state = optimizer.update(jax.tree.map(lambda x: jnp.full_like(x, gradient), params), state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    return jax.device_get(run(PARAMS))
 
 
 def rates(schedule, steps, *, warmup=10, step_at=(), step_every=1, **settings):
@@ -58,12 +67,8 @@ def test_sgd_is_the_textbooks():
 
 def test_adamw_is_optaxs():
     ours = updated(gradient=0.3, steps=3, name="adamw", weight_decay=0.1, decay_rules=((".*", 1.0),))
-    optimizer = optax.adamw(0.1, weight_decay=0.1)
-    state, params = optimizer.init(PARAMS), PARAMS
-    for _ in range(3):
-        updates, state = optimizer.update(jax.tree.map(lambda x: jnp.full_like(x, 0.3), params), state, params)
-        params = optax.apply_updates(params, updates)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(params), strict=True):
+    theirs = stepped(optax.adamw(0.1, weight_decay=0.1), 0.3, 3)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
@@ -75,11 +80,11 @@ def test_rmsprop_is_tensorflows():
     gradients = [rng.normal(size=(3, 2)).astype(np.float32) for _ in range(6)]
     settings = OptimConfig("rmsprop", momentum=0.9, nesterov=False, b2=0.9, eps=1e-3, decay_rules=((".*", 0.0),))
     optimizer = make_optimizer(settings, optax.constant_schedule(0.05), params)
-    state, ours = optimizer.init(params), params
+    state, ours, update = optimizer.init(params), params, jax.jit(optimizer.update)
     variable, square, momentum = (tf.Variable(value) for value in (params["w"], np.ones((3, 2), "f"), np.zeros((3, 2), "f")))
     for gradient in gradients:
-        updates, state = optimizer.update({"w": gradient}, state, ours)
-        ours = optax.apply_updates(ours, updates)
+        updates, state = update({"w": gradient}, state, ours)
+        ours = {"w": np.asarray(ours["w"] + updates["w"])}
         tf.raw_ops.ResourceApplyRMSProp(
             var=variable.handle,
             ms=square.handle,
@@ -110,10 +115,13 @@ def test_lars_scales_every_matrix_by_its_trust_ratio_and_leaves_vectors_alone():
 @pytest.mark.parametrize("name", ["lars", "lamb"])
 def test_trust_ratios_are_for_kernels_and_not_for_biases_of_whatever_shape(name):
     attention = nn.MultiHeadDotProductAttention(2)
-    params = {"attention": attention.init(jax.random.key(0), jnp.ones((1, 3, 8)))["params"], "positions": jnp.ones((1, 3, 8))}
-    params = jax.tree.map(lambda leaf: leaf + 0.01, params)
+    shapes = jax.eval_shape(attention.init, jax.random.key(0), jnp.ones((1, 3, 8)))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    params = {"attention": params, "positions": np.ones((1, 3, 8), np.float32)}
     optimizer = make_optimizer(OptimConfig(name, momentum=0.0, eps=1e-12), optax.constant_schedule(0.1), params)
-    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    update = jax.jit(lambda params: optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)[0])
+    updates = update(params)
     plain = jax.tree.map(lambda leaf: np.allclose(leaf, -0.1, rtol=1e-4), updates)
     assert plain["positions"] and plain["attention"]["query"]["bias"] and not plain["attention"]["query"]["kernel"]
 
