@@ -95,7 +95,7 @@ def check_same_risks(one, other):
         np.testing.assert_allclose(*risks(w, a, b), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("moments", [0, 2])
+@pytest.mark.parametrize("moments", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_host_decomposes_as_the_devices_do(moments):
     state, ours = factored("device", moments, **SHARDED)
     other, theirs = factored("host", moments, **SHARDED)
@@ -124,6 +124,14 @@ def test_a_mesh_that_shards_parameters_has_the_factors_of_one_device():
         np.testing.assert_allclose(by_host[name], kernel, atol=2e-5, err_msg=name)
 
 
+def test_the_devices_decompose_unless_the_host_is_to():
+    experiment = build(running.config(**ZOO))
+    assert 1 <= experiment.lower_init().as_text().count("lapack_ssyevd_ffi") <= 12
+    by_host = dataclasses.replace(experiment, config=with_init(experiment.config, "host"))
+    assert "lapack" not in by_host.lower_init().as_text()
+
+
+@pytest.mark.slow
 def test_the_initialiser_of_a_large_network_has_few_decompositions(repository):
     given = configs.load(str(repository / "configs" / "imagenet_resnet50_lowrank.py"))
     experiment = build(configs.parse(given, devices=8))
