@@ -120,7 +120,7 @@ def test_a_watch_stopped_by_a_signal_has_its_status(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--step=7"], "has no step 7; there are ["),
+        (["--step=7"], "has no step 7; choose from ["),
         (["--step=lates"], "has no step lates"),
         (["--watch", "--step=best"], "remove --step and --json"),
         (["--watch", "--processes=2", "--process=1"], "runs as a single process; remove --processes --process"),

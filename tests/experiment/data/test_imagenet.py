@@ -201,7 +201,7 @@ def problems(**changes):
         ),
         (
             {"dataset__crop_area": (0.5, 0.2)},
-            "dataset.crop_area: (0.5, 0.2); must be two fractions in (0, 1]",
+            "dataset.crop_area: (0.5, 0.2); must be two fractions in (0, 1], the smaller one first",
         ),
         (
             {"dataset__name": "imagenet_v2"},

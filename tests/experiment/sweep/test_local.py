@@ -47,7 +47,7 @@ def trial(folder, name="seed=0"):
 
 
 def engine_of(*trials, jobs=1):
-    return local._Engine(trials, jobs)
+    return local._Engine(trials, jobs, commands.main)
 
 
 def end(engine, trial, status, tries=1):

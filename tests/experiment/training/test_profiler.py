@@ -108,9 +108,9 @@ def test_tracing_does_not_count_as_training_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ((0, 3), "must be the first and the last step to trace, counted from 1"),
+        ((0, 3), "must be the first and the last step to trace, from 1"),
         ((5, 4), "must be the first and the last"),
-        ((30, 50), "beyond the training of 40 steps"),
+        ((30, 50), "training ends at step 40"),
         ("10:20", "must be a sequence, such as"),
         (10, "must be a sequence"),
         ((1, 2, 3), "must be a sequence of 2"),
