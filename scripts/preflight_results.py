@@ -25,7 +25,7 @@ from lowrank_jax.experiment.errors import DOES_NOT_FIT
 from lowrank_jax.experiment.preflight.cache import Cache
 from lowrank_jax.experiment.preflight.compiler import PreflightError, Program, versions
 from lowrank_jax.experiment.preflight.compiler import topology as topology_devices
-from lowrank_jax.experiment.preflight.estimate import Compiler, device_bytes
+from lowrank_jax.experiment.preflight.estimate import Estimator, device_bytes
 from lowrank_jax.experiment.preflight.networks import Network, check
 from lowrank_jax.experiment.preflight.run import run
 from lowrank_jax.experiment.preflight.table import Estimates, exchanged, flops, memory, moved, ratio, roofline_seconds, time
@@ -81,15 +81,15 @@ class Slices:
     """Compilers by slice and effort; they share the cache of the command line."""
 
     def __init__(self):
-        self._known: dict[tuple[str, str], Compiler] = {}
+        self._known: dict[tuple[str, str], Estimator] = {}
         self.cache = Cache(cache_home() / "preflight")
 
-    def compiler(self, topology: str, effort: str = "fast") -> Compiler:
+    def compiler(self, topology: str, effort: str = "fast") -> Estimator:
         if (topology, effort) not in self._known:
             devices = topology_devices(topology)
             chip = chips.of_device(devices[0])
             assert chip is not None
-            self._known[topology, effort] = Compiler(topology, devices, chip, effort, self.cache, say)
+            self._known[topology, effort] = Estimator(topology, devices, chip, effort, self.cache, say)
         return self._known[topology, effort]
 
     def estimates(self, file: str, topology: str) -> tuple[Estimates, float]:

@@ -9,7 +9,7 @@ import optax
 from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import first_match, map_named, named_leaves
-from lowrank_jax.text import nearest
+from lowrank_jax.text import did_you_mean, nearest
 
 if TYPE_CHECKING:  # the config's schema takes its names from here
     from lowrank_jax.experiment.config.schema import Duration, OptimConfig
@@ -31,6 +31,9 @@ def make_schedule(
       lr: the highest rate; it may be traced.
       total_steps: the length of training.
       in_steps: a duration in whole steps.
+
+    Raises:
+      ValueError: the schedule is unknown.
     """
     warmup, factor = in_steps(settings.warmup), settings.step_factor
     if settings.schedule == "cosine":
@@ -40,8 +43,10 @@ def make_schedule(
     elif settings.schedule == "exponential":
         whole = optax.exponential_decay(lr, max(1, in_steps(settings.step_every)), factor, staircase=True)
         after = lambda step: whole(step + warmup)  # noqa: E731
-    else:
+    elif settings.schedule == "constant":
         after = optax.constant_schedule(lr)
+    else:
+        raise ValueError(f"unknown schedule {settings.schedule!r}{did_you_mean(settings.schedule, SCHEDULES)}")
     if not warmup:
         return after
     # The rate at step t is that of t + 1: the first update is not wasted on a rate of zero.
@@ -66,7 +71,7 @@ def make_optimizer(settings: "OptimConfig", schedule: optax.Schedule, params: An
       params: the parameters or their shapes, for their names.
 
     Raises:
-      ValueError: a rule matches no parameter, or a parameter is matched by no rule.
+      ValueError: the optimiser is unknown, a rule matches no parameter, or a parameter is matched by no rule.
     """
     decays, rate = _decays(settings, params), optax.scale_by_learning_rate(schedule)
     clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
@@ -78,9 +83,11 @@ def make_optimizer(settings: "OptimConfig", schedule: optax.Schedule, params: An
     elif settings.name == "lars":
         trust = {"trust_coefficient": settings.trust_coefficient, "trust_ratio_mask": _kernels}
         core = [*decays, optax.lars(schedule, **trust, **momentum)]
-    else:
+    elif settings.name in ("adamw", "lamb"):
         trust = [optax.masked(optax.scale_by_trust_ratio(), _kernels)] if settings.name == "lamb" else []
         core = [optax.scale_by_adam(settings.b1, settings.b2, settings.eps), *decays, *trust, rate]
+    else:
+        raise ValueError(f"unknown optimiser {settings.name!r}{did_you_mean(settings.name, OPTIMIZERS)}")
     return optax.chain(*clip, *core)
 
 

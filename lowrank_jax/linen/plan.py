@@ -1,4 +1,4 @@
-"""Plans for Linen modules."""
+"""`lowrank_jax.plan`: traces a Linen module and decides for each of its kernels."""
 
 from collections.abc import Sequence
 from typing import Any

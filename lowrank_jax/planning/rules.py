@@ -1,4 +1,7 @@
-"""Rules: which kernels to factor, at which rank and how."""
+"""Rules: which kernels to factor, at which rank and how; one kernel at a time.
+
+What weighs kernels against each other, such as a budget, is a function `Plan -> Plan` in a module of its own.
+"""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What the command line sets up before a command runs."""
+"""Before a command runs: quiet libraries, and the folder of the compilation cache."""
 
 import os
 import pathlib

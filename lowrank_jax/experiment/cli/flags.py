@@ -99,7 +99,7 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
         "--workdir", required=True, type=flag_types.not_empty, nargs="+", action="extend", metavar="DIR",
         help="work directories of runs",
     )  # fmt: skip
-    add("--step", default="latest", help="latest (default), best (by top-1), or a step number")
+    add("--step", default="latest", help="latest (default), best (by the first of objective.metrics), or a step number")
     add("--split", help='e.g. "test" or "train[:1000]"; default: dataset.eval_split of the config')
     add("--dataset", metavar="NAME", help="another data set with the same classes, e.g. imagenet_v2")
     add("--data-dir", help="folder of the data on this machine; default: the one used in training")

@@ -1,4 +1,4 @@
-"""A split in memory."""
+"""A split whose images all fit into memory; `tf_examples` reads those that do not."""
 
 import dataclasses
 from collections.abc import Callable

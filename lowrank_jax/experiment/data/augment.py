@@ -1,4 +1,4 @@
-"""Augmentation of training images, each from its own random bits."""
+"""Augmentation on the host, image by image, each from its own random bits; `training/mixing.py` has the part on the devices."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The box of an image that a network sees."""
+"""The part of an image that a network sees: a random crop in training, the central one in evaluation."""
 
 import dataclasses
 import math

@@ -1,6 +1,6 @@
 """The data sets that a config can name: a name, what is known about the data set, and the source that reads it.
 
-A data set of a known kind is an entry of `SOURCES`; a new kind of source is a module in `sources`.
+A data set of a known kind is an entry of `DATASETS`; a new kind of source is a module in `sources`.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from lowrank_jax.experiment.data.base import DataError, Dataset, Decoding, Sourc
 from lowrank_jax.experiment.data.sources import synthetic, tfds_arrays, tfds_records
 from lowrank_jax.text import did_you_mean
 
-__all__ = ["NAMES", "SOURCES", "DataError", "Dataset", "Decoding", "Split", "describe", "find", "load", "problem"]
+__all__ = ["DATASETS", "NAMES", "DataError", "Dataset", "Decoding", "Split", "describe", "find", "load", "problem"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ _IMAGENET_V2 = dataclasses.replace(
     prepare="tfds build imagenet_v2/matched-frequency --file_format=array_record --data_dir=DATA_DIR",
 )  # fmt: skip
 
-SOURCES: dict[str, Source] = {
+DATASETS: dict[str, Source] = {
     "digits": tfds_arrays.source(_DIGITS),
     "fashion_mnist": tfds_arrays.source(_FASHION_MNIST),
     "cifar10": tfds_arrays.source(_CIFAR10),
@@ -57,7 +57,7 @@ SOURCES: dict[str, Source] = {
     "synthetic": synthetic.SOURCE,
 }
 
-NAMES = (*SOURCES,)
+NAMES = (*DATASETS,)
 
 
 def find(name: str) -> Source:
@@ -66,14 +66,14 @@ def find(name: str) -> Source:
     Raises:
       ValueError: there is no such data set; the message proposes a name.
     """
-    if name not in SOURCES:
+    if name not in DATASETS:
         raise ValueError(f"unknown {name!r}{did_you_mean(name, NAMES)}")
-    return SOURCES[name]
+    return DATASETS[name]
 
 
 def problem(name: str) -> str | None:
     """What is wrong with a name; None if `find` knows it."""
-    return None if name in SOURCES else f"unknown{did_you_mean(name, NAMES)}"
+    return None if name in DATASETS else f"unknown{did_you_mean(name, NAMES)}"
 
 
 def describe(name: str, options: dict[str, Any], *, image_size: int | None = None, decoding: Decoding | None = None) -> Dataset:

@@ -1,4 +1,4 @@
-"""A split of encoded images, which are read and decoded when they are needed."""
+"""A split of TensorFlow Examples with encoded images, which are read and decoded when they are needed."""
 
 import bisect
 import concurrent.futures

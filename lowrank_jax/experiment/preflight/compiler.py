@@ -1,4 +1,4 @@
-"""What a program needs of a TPU, from the TPU's own compiler; no TPU is needed, and nothing is run."""
+"""One program and what the TPU's own compiler says of it, memory per generation included; no TPU is needed, nothing runs."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the TPU's compiler estimates for a network's programs; answers are cached."""
+"""One network: the estimates of its programs, added up; the compiler's answers are cached."""
 
 import dataclasses
 import functools
@@ -74,7 +74,7 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiler:
+class Estimator:
     """The compiler for one slice; it caches its answers.
 
     Attributes:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from lowrank_jax.experiment.preflight import compiler, slices
 from lowrank_jax.experiment.preflight.cache import Cache
-from lowrank_jax.experiment.preflight.estimate import Compiler
+from lowrank_jax.experiment.preflight.estimate import Estimator
 from lowrank_jax.experiment.preflight.networks import Network, check_all, families
 from lowrank_jax.experiment.preflight.table import Estimates
 from lowrank_jax.planning.chips import of_device
@@ -35,7 +35,7 @@ def run(
         [(family.dense, family.requested), *((network, True) for network in family.others)]
         for family in families(check_all(networks, source, len(devices)))
     ]
-    compile = Compiler(topology, devices, chip, effort, cache, say)
-    estimates = iter(compile.estimates(list(itertools.chain(*groups))))
+    estimator = Estimator(topology, devices, chip, effort, cache, say)
+    estimates = iter(estimator.estimates(list(itertools.chain(*groups))))
     rows = tuple(tuple(itertools.islice(estimates, len(group))) for group in groups)
     return Estimates(topology, chip, len(devices), effort, rows)

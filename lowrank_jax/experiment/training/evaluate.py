@@ -1,4 +1,4 @@
-"""Classification metrics over a whole split, exact whatever the batch size."""
+"""Means of the loss and the metrics over a whole split, exact whatever the batch size."""
 
 from collections.abc import Callable
 from typing import Any

@@ -66,26 +66,27 @@ def make_train_step(
         return jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        size = len(batch["label"])
-        mean_over_parts = loss_and_grads
-        if accumulate > 1:
-            mean = optax.microbatching.AccumulationType.MEAN
-            accumulator = ((mean, (_accumulators(state), mean)), mean)
-            mean_over_parts = optax.microbatch(
-                loss_and_grads, argnums=1, microbatch_size=size // accumulate, accumulator=accumulator
-            )
-        (loss, (collections, metric)), grads = mean_over_parts(state, {**batch, "place": jnp.arange(size)})
+        mean_over_parts = _in_parts(loss_and_grads, accumulate, state, batch)
+        (loss, (collections, metric)), grads = mean_over_parts(state, {**batch, "place": jnp.arange(len(batch["label"]))})
         batch_stats = collections.pop("batch_stats")
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, objective.deciding: metric, "grad_norm": optax.tree.norm(grads)}
-        metrics["lr"] = schedule(state.step)
+        metrics = {"loss": loss, objective.deciding: metric, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
         ema = state.ema
         if ema_decay is not None:
             ema = moved_average(ema, {"params": params, "batch_stats": batch_stats}, ema_decay, state.step + 1)
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema, collections), metrics
 
     return train_step
+
+
+def _in_parts(loss_and_grads: Callable[..., Any], parts: int, state: TrainState, batch: dict[str, jax.Array]) -> Any:
+    """`loss_and_grads` of so many equal parts of a batch, one after the other, with what it returns as means over them."""
+    if parts == 1:
+        return loss_and_grads
+    mean = optax.microbatching.AccumulationType.MEAN
+    accumulator = ((mean, (_accumulators(state), mean)), mean)
+    return optax.microbatch(loss_and_grads, argnums=1, microbatch_size=len(batch["label"]) // parts, accumulator=accumulator)
 
 
 def _accumulators(state: TrainState) -> Any:

@@ -42,7 +42,7 @@ class Restored:
     Attributes:
       step: its number.
       state: the tree that was asked for.
-      info: what was saved with it: `data`, the state of the data iterator; `score`, its top-1 if it was evaluated; `seconds`
+      info: what was saved with it: `data`, the state of the data iterator; `score`, the metric that checkpoints are chosen by, if it was evaluated; `seconds`
         of training.
       damaged: the reason by newer step that could not be used.
     """
@@ -75,7 +75,7 @@ class Checkpoints:
 
     Args:
       directory: where they are; created if missing.
-      keep: the number of latest checkpoints to keep, besides the best by top-1.
+      keep: the number of latest checkpoints to keep, besides the one with the highest score.
       read_only: nothing is written or moved, as evaluation needs it.
     """
 
@@ -111,18 +111,18 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best(self) -> int | None:
-        """The step with the highest `top1`, the later of equals; None if none was evaluated."""
+        """The step with the highest score, the later of equals; None if none was evaluated."""
         scored = [step for step in self.steps() if step in self._scores]
         return max(scored, key=lambda step: (self._scores[step], step), default=None)
 
     def best_score(self) -> float:
-        """The highest `top1` of the steps that are there; -1 if none was evaluated."""
+        """The highest score of the steps that are there; -1 if none was evaluated."""
         best = self.best()
         return -1.0 if best is None else self._scores[best]
 
-    def note_score(self, step: int, top1: float) -> None:
-        """Records the top-1 of a step, which may be saved before or after."""
-        self._scores[step] = top1
+    def note_score(self, step: int, score: float) -> None:
+        """Records the score of a step, which may be saved before or after."""
+        self._scores[step] = score
         if jax.process_index():
             return
         self.directory.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ def test_they_are_evaluated_on_another_data_set_of_the_same_classes(trained, sma
     sound = [name for name in small_imagenet.images if name not in small_imagenet.truncated.values()]
     write_small_v2(tmp_path / "data", {i: small_imagenet.images[sound[i]] for i in range(4)})
     smaller = dataclasses.replace(datasets.describe("imagenet_v2", {}), sizes={"test": 4})
-    monkeypatch.setitem(datasets.SOURCES, "imagenet_v2", tfds_records.source(smaller))
+    monkeypatch.setitem(datasets.DATASETS, "imagenet_v2", tfds_records.source(smaller))
     assert evaluated(f"--workdir={folder}", "--dataset=imagenet_v2", f"--data-dir={tmp_path / 'data'}") == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["imagenet_v2/test", "4"]
 

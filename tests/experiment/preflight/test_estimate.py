@@ -6,7 +6,7 @@ import pytest
 
 from lowrank_jax.experiment.preflight.cache import Cache
 from lowrank_jax.experiment.preflight.compiler import Cost, Program, compile_program, programs, topology
-from lowrank_jax.experiment.preflight.estimate import Compiler, device_bytes, in_parts
+from lowrank_jax.experiment.preflight.estimate import Estimator, device_bytes, in_parts
 from lowrank_jax.experiment.preflight.networks import Network
 from lowrank_jax.experiment.training.build import build
 from lowrank_jax.planning.chips import CHIPS
@@ -19,7 +19,7 @@ SMALL = {"lowrank__method": "none", "model__kwargs": {"widths": (8,)}}
 
 def compiler_of(folder, say=lambda line: None):
     """The compiler of this machine."""
-    return Compiler("cpu", jax.devices(), V5E, "fast", Cache(folder), say)
+    return Estimator("cpu", jax.devices(), V5E, "fast", Cache(folder), say)
 
 
 def test_what_was_compiled_is_remembered_by_the_program(tmp_path):
