@@ -42,8 +42,8 @@ class Restored:
     Attributes:
       step: its number.
       state: the tree that was asked for.
-      info: what was saved with it: `data`, the state of the data iterator; `score`, the metric that checkpoints are chosen by, if it was evaluated; `seconds`
-        of training.
+      info: what was saved with it: `data`, the state of the data iterator; `score`, by which checkpoints are chosen, if it
+        was evaluated; `seconds` of training.
       damaged: the reason by newer step that could not be used.
     """
 
