@@ -3,12 +3,14 @@
 import re
 
 import jax
+import pytest
 
 from lowrank_jax.experiment.config.files import legal_keys
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import named_leaves
 
 
+@pytest.mark.slow
 def test_the_python_runs_as_written(repository):
     first, execution, moments, learning = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
     names = {}

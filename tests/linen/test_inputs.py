@@ -176,6 +176,7 @@ class Plain(nn.Module):
         return nn.relu(nn.Dense(64, name="dense")(x.reshape(x.shape[0], -1)))
 
 
+@pytest.mark.slow
 def test_on_real_images_the_data_aware_projection_loses_less():
     images = load_digits().images[..., None].astype(np.float32) / 16
     model, seen, unseen = Plain(), images[:512], images[-360:]

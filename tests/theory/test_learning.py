@@ -79,6 +79,7 @@ def test_networks_are_learned_to_rounding(n, width, outputs, count):
     np.testing.assert_allclose(network.w[:, order], truth.w, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_opposite_columns_of_which_moments_see_one_are_learned_all_the_same(drawn):
     _, x, _ = drawn
     w = np.random.default_rng(0).standard_normal((N, 2))

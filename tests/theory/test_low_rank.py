@@ -62,6 +62,7 @@ def assert_risks_are_those_of(network, x):
     assert (abs(rest.mean(axis=0)) < 5 * rest.std(axis=0) / math.sqrt(len(x))).all()
 
 
+@pytest.mark.slow
 def test_risks_are_what_sampling_gives(learned):
     assert_risks_are_those_of(learned, np.random.default_rng(0).standard_normal((200_000, N)))
 

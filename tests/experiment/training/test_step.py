@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from lowrank_jax import models, plan
 from lowrank_jax.experiment.training import start, step
@@ -127,6 +128,7 @@ def test_sums_leave_masked_examples_out_even_if_they_are_nan():
         np.testing.assert_allclose(masked[name], whole[name], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_no_images_travel_between_devices_but_those_at_the_edges():
     settings = {"dataset__mixup": 0.2, "dataset__cutmix": 1.0, "dataset__random_erasing": 0.5, "optim__accumulate": 2}
     for changes, permitted in (({"optim__accumulate": 2, "dataset__mixup": 0.0}, set()), (settings, {"collective-permute"})):
