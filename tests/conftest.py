@@ -26,6 +26,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import logging  # noqa: E402
 
+from lowrank_jax.experiment.training.stop import StopSignal  # noqa: E402
+
 logging.set_verbosity(logging.ERROR)
 # Compilation makes the first example of a property slow: a deadline would only measure that.
 hypothesis.settings.register_profile("project", deadline=None, max_examples=25, derandomize=True)
@@ -45,15 +47,17 @@ _MAIN = os.getpid()
 
 
 @pytest.fixture
-def unhandled_sigterm():
+def unhandled_sigterm(monkeypatch):
     """For a test that sends SIGTERM to this process: the tests' own handler, which would end them, is away."""
+    monkeypatch.setattr(StopSignal, "chained", False)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # `train` in this process turns SIGTERM into a request to stop, and hands it on to the handler it finds.
+    # `train` in this process turns SIGTERM into a request to stop; here it hands it on, so that the tests end.
+    StopSignal.chained = True
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
     cache = _SCRATCH / "xla"

@@ -8,11 +8,13 @@ from typing import Any
 class StopSignal:
     """Turns SIGTERM and Ctrl-C into a request that the loop honours between steps; a second Ctrl-C ends without saving.
 
-    A handler that the program had installed before is called as well: what the program does on a signal stays its own affair.
-
     Attributes:
       requested: whether to stop; callers that hear of it in another way set it themselves.
+      chained: also call the handler that was installed before.  Off, since such a handler may end the program before the run
+        is saved, as Ray's does; a program that has to end at once turns it on for all of its runs.
     """
+
+    chained = False
 
     def __init__(self):
         self.requested = False
@@ -32,5 +34,5 @@ class StopSignal:
             raise KeyboardInterrupt
         self.requested = True
         before = self._before.get(number)
-        if callable(before) and before is not signal.default_int_handler:
+        if self.chained and callable(before) and before is not signal.default_int_handler:
             before(number, frame)

@@ -23,6 +23,7 @@ from lowrank_jax.experiment.workdir.checked_json import seal, unseal
 from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.experiment.workdir.orbax_logs import quiet_reads, quiet_saves
 from lowrank_jax.experiment.workdir.orbax_processes import all_processes, barrier, this_process
+from lowrank_jax.paths import named_leaves
 from lowrank_jax.text import first_line
 
 _SCORES = "scores.json"
@@ -252,6 +253,9 @@ class Checkpoints:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         state_args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
         items = self._read_items(step, state=state_args, info=ocp.args.JsonRestore())
+        missing = [name for name, leaf in named_leaves(items.state).items() if isinstance(leaf, jax.ShapeDtypeStruct)]
+        if missing:  # orbax leaves the shapes of what it does not find
+            raise ValueError(f"has no array {missing[0]}")
         return Restored(step, items.state, unseal(items.info), {})
 
     def _read_items(self, step: int, **items: Any) -> Any:

@@ -295,16 +295,17 @@ def test_missing_archives_are_listed(tmp_path):
         prepare("imagenet2012", tmp_path, str(tmp_path / "data"))
 
 
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("archives")
+    images = [jpeg(image) for image in natural_images(12, side=64)]
+    write_archives(folder, images[:8], images[8:])
+    return {part: (folder / f"ILSVRC2012_img_{part}.tar").read_bytes() for part in ("train", "val")}
+
+
 @pytest.mark.slow
 class TestBuilder:
     """The script, which runs TFDS's builder in a process of its own."""
-
-    @pytest.fixture(scope="class")
-    def archives(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("archives")
-        images = [jpeg(image) for image in natural_images(12, side=64)]
-        write_archives(folder, images[:8], images[8:])
-        return {part: (folder / f"ILSVRC2012_img_{part}.tar").read_bytes() for part in ("train", "val")}
 
     def run(self, folder, archives):
         for part, data in archives.items():

@@ -104,7 +104,7 @@ def test_a_killed_process_ends_all_and_the_relaunched_ones_go_on_exactly(alone, 
     assert supervisor.returncode == 0, output
     stopped = int(output.split("stopping: saved step ")[1].split()[0])
     assert 25 <= stopped < 40
-    assert "ended with status 75; restart 2 of 20" in output and f"from step {stopped} " in output
+    assert "exited with status 75; restart 2 of 20" in output and f"from step {stopped} " in output
 
     lines = running.metrics(tmp_path)
     again = losses(lines)

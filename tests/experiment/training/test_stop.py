@@ -19,7 +19,15 @@ def heard():
         signal.signal(number, handler)
 
 
-def test_a_signal_is_a_request_and_the_program_around_hears_it_too(heard):
+def test_a_signal_is_a_request_and_by_default_nothing_else(heard, monkeypatch):
+    """A handler of the program around, such as Ray's, may end it before the run is saved."""
+    monkeypatch.setattr(StopSignal, "chained", False)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested and not heard
+
+
+def test_a_program_that_asks_for_it_hears_the_signal_too(heard):
     outer = signal.getsignal(signal.SIGTERM)
     with StopSignal() as stop:
         assert not stop.requested
