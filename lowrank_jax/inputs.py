@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.linen import inputs as linen_inputs
+from lowrank_jax.linen.inputs import COLLECTION as COLLECTION  # for `variable_axes` of nn.scan and nn.vmap
 from lowrank_jax.planning.plans import Plan
 
 

@@ -20,7 +20,7 @@ class Duration:
         Raises:
           ValueError: it is not a duration.
         """
-        match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(step|epoch|example)?s?", str(value).strip())
+        match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(step|epoch|example)?s?", str(value).strip())
         try:
             amount = float(match[1])  # type: ignore[index]
         except (TypeError, ValueError):
@@ -35,4 +35,5 @@ class Duration:
         return math.floor(self.amount * examples / batch_size + 0.5)
 
     def __str__(self) -> str:
-        return f"{self.amount:g} {self.unit}s"
+        whole = float(self.amount).is_integer()
+        return f"{int(self.amount) if whole else self.amount!r} {self.unit}s"

@@ -1,4 +1,4 @@
-"""How a command ends: errors that the user can mend, exit statuses, and which statuses are worth a restart."""
+"""How a command ends: errors that the user can fix, exit statuses, and which statuses are worth a restart."""
 
 DONE, FAILED, BAD_INPUT, DOES_NOT_FIT, DIVERGED, INTERRUPTED, KILLED = 0, 1, 2, 3, 4, 75, 130
 
@@ -18,4 +18,4 @@ HOPELESS = (BAD_INPUT, DIVERGED)
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message says what, and the command exits with `BAD_INPUT`, without a traceback."""
+    """Something that the user can fix; the message says what, and the command exits with `BAD_INPUT`, without a traceback."""

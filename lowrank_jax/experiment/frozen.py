@@ -19,6 +19,13 @@ class FrozenDict(dict):
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
 
+def thaw(value: Any) -> Any:
+    """`FrozenDict`s as plain dicts, all the way down, for those who may change them."""
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in value.items()}
+    return tuple(map(thaw, value)) if isinstance(value, tuple) else value
+
+
 def freeze(value: Any) -> Any:
     """Mappings as `FrozenDict` and lists as tuples, all the way down."""
     if isinstance(value, Mapping):

@@ -87,7 +87,7 @@ METRICS: dict[str, PerExample] = {"top1": top1, "top5": top5}
 DEFAULT = Objective(softmax_cross_entropy, METRICS)
 
 # What else the logs and results hold under such names.
-_TAKEN = ("loss", "count", "examples", "undecodable", "grad_norm", "lr", "images_per_second")
+_TAKEN = ("loss", "count", "examples", "undecodable", "grad_norm", "lr", "images_per_second", "vote")
 
 
 def _find(name: str, known: Mapping[str, PerExample], kind: str) -> PerExample:

@@ -64,7 +64,7 @@ def _choices(use: KernelUse, rule: Rule, batch: int) -> tuple[Choice, ...]:
             continue
         if view not in views:
             views.append(view)
-    return tuple(Choice(view, Traffic(batch, use.inputs, use.positions, use.hidden_positions(view))) for view in views)
+    return tuple(Choice(view, Traffic.traced(batch, use.inputs, use.positions, use.hidden_positions(view))) for view in views)
 
 
 def _problem(choice: Choice, rank: int) -> str:

@@ -71,7 +71,7 @@ def _factorize(
 def _data_aware(
     method: Method, stacks: list[Stack], groups: list[list[FactoredKernel]], moments: Mapping[str, jax.Array]
 ) -> list[linalg.Pair]:
-    """With S = RᵀR the inputs of RW are isotropic: it is what the method factors, and R's inverse leads U back."""
+    """With S = RᵀR the inputs of RW are isotropic: it is what the method factors, and U is multiplied by R⁻¹ afterwards."""
     roots = [
         jnp.concatenate([_roots(moments[kernel.name], n) for kernel in members])
         for members, n in zip(groups, (stack.w.shape[1] for stack in stacks), strict=True)

@@ -25,6 +25,12 @@ class Traffic:
     positions: int
     hidden_positions: int
 
+    @classmethod
+    def traced(cls, batch: int, inputs: int, positions: int, hidden_positions: int) -> "Traffic":
+        """In lowest terms, so that plans of one model do not depend on the batch that traced it."""
+        common = math.gcd(batch, inputs, positions, hidden_positions) or 1
+        return cls(batch // common, inputs // common, positions // common, hidden_positions // common)
+
     def scaled(self, batch: int) -> "Traffic":
         """The same for another batch size."""
         return Traffic(

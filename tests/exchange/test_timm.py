@@ -52,3 +52,10 @@ def test_twins_are_found_by_name():
     with pytest.raises(ValueError, match="no model here corresponds to timm's 'resnet51'; did you mean resnet50"):
         twin("resnet51", num_classes=10)
     assert "vit_base_patch16_224" in TWINS
+
+
+@pytest.mark.parametrize("name", [pytest.param("efficientnet_b0", marks=pytest.mark.slow), "vit_small_patch16_224"])
+def test_weights_of_every_family_have_a_place(name):
+    shapes = shapes_of(name)
+    found = from_timm(state_of(name), shapes)
+    assert jax.tree.map(np.shape, found) == jax.tree.map(lambda leaf: leaf.shape, shapes)

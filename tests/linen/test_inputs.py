@@ -267,3 +267,15 @@ def test_data_that_does_not_fit_gets_one_clear_error():
         factorize(moments=moments, inputs={})
     with pytest.raises(ValueError, match="conv/kernel: has no inputs"):
         factorize(small_plan(method="function_approximation"), inputs={})
+
+
+def test_samples_of_a_small_batch_are_all_that_is_read():
+    model, x = Plain(), RNG.standard_normal((3, 5, 5, 1)).astype(np.float32)
+    variables = drawn.variables(model, x)
+    plan = lr.plan(model, x, [lr.Rule(".*", rank=2)])
+    rows = lr.inputs.samples(model, variables, [x], plan, key=KEY, per_batch=10**6, train=True)
+    moments = lr.inputs.second_moments(model, variables, [x], plan, train=True)
+    assert rows["conv/kernel"].shape == (3 * 9, 1, 9) and rows["dense/kernel"].shape[0] == 3
+    for name, read in rows.items():
+        read = np.asarray(read, np.float64).reshape(-1, read.shape[-1])
+        np.testing.assert_allclose(moments[name], read.T @ read / len(read), atol=1e-5)

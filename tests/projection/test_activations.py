@@ -150,3 +150,11 @@ def test_unknown_activations_are_named():
         activations.get(np.sin)
     with pytest.raises(ValueError, match="3 is neither a name nor a function"):
         activations.get(3)
+
+
+@pytest.mark.parametrize("name", ["identity", "relu", "leaky_relu"])
+def test_closed_forms_are_those_of_their_function(name):
+    x = np.linspace(-3, 3, 13, dtype=np.float32)
+    np.testing.assert_allclose(activations.get(name).fn(x), FUNCTIONS[name](x), rtol=1e-6)
+    np.testing.assert_allclose(activations.leaky_relu(0.3).fn(x), np.where(x > 0, x, 0.3 * x), rtol=1e-6)
+    assert activations.get("swish") is activations.get("silu")

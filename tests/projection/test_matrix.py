@@ -59,7 +59,10 @@ def made(n, m, rank, activation, dtype=np.float32):
 RELU = [
     pytest.param((5, 9, 3), "relu"),
     pytest.param((9, 5, 5), "relu"),
-    *(pytest.param(case, "relu", marks=slow) for case in [(1, 7, 1), (7, 1, 1), (5, 9, 1), (5, 9, 5), (9, 5, 1), (8, 8, 4)]),
+    *(
+        pytest.param(case, "relu", marks=slow)
+        for case in [(1, 7, 1), (7, 1, 1), (5, 9, 1), (5, 9, 5), (9, 5, 1), (9, 5, 3), (8, 8, 4), (8, 8, 8)]
+    ),
 ]
 TANH = [pytest.param((9, 5, 3), "tanh"), *(pytest.param(case, "tanh", marks=slow) for case in [(5, 9, 3), (1, 7, 1)])]
 
@@ -323,6 +326,7 @@ def test_derivatives_of_a_risk_are_those_of_differences_and_finite_everywhere():
     np.testing.assert_allclose(grad[0, 0], wanted, rtol=1e-6)
     w = w.astype(np.float32)
     assert np.isfinite(slope(w, w)).all()
+    assert np.isfinite(slope(0 * w, w)).all()
     assert np.isfinite(slope(0 * w, 0 * w)).all()
 
 
@@ -353,3 +357,12 @@ def with_element(value):
 def test_bad_input_gets_one_clear_error(call, message):
     with pytest.raises(ValueError, match=message):
         call(np.ones((4, 6), np.float32))
+
+
+@pytest.mark.slow
+def test_refine_of_silu_is_the_same_under_vmap():
+    w = np.stack([golden_matrix(8, 6), golden_matrix(8, 6) ** 2]).astype(np.float32)
+    kind = {"subspace": "refine", "activation": "silu"}
+    u, v = jax.jit(jax.vmap(lambda w: projection.kernel_projection(w, 2, **kind)))(w)
+    a, b = projection.kernel_projection(w[1], 2, **kind)
+    np.testing.assert_allclose(u[1] @ v[1], a @ b, atol=1e-4)

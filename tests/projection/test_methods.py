@@ -38,7 +38,7 @@ def together(method):
     @jax.jit
     def factors(ws, half):
         keys = jax.vmap(jax.random.key)(np.arange(2))
-        return METHODS[method]([Stack(keys, ws, 3, "relu", 2), Stack(keys[:1], half, 3, "leaky_relu", 2)])
+        return METHODS[method]([Stack(keys, ws, 3, "relu", 2), Stack(keys[:1], half, 3, "silu", 2)])
 
     return factors(PAIR, PAIR[:1].astype(jnp.bfloat16))
 

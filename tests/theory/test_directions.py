@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lowrank_jax.theory.directions import common_directions
 
-SHAPES = [(3, 1, 1), (7, 4, 6), (6, 6, 6)]  # d, width and matrices: as many as the width, or more
+SHAPES = [(3, 1, 1), (5, 2, 2), (7, 4, 6), (6, 6, 6)]  # d, width and matrices: as many as the width, or more
 
 
 def conditioned(rng, rows, columns):

@@ -90,7 +90,7 @@ def _emitted(args: argparse.Namespace, expanded: "Sweep") -> str:
 
     chosen = bool(expanded.later) and all(trials.known_outcome(trial) for trial in expanded.first)
     if expanded.later and not chosen:
-        print("lowrank: these are the trials of the first seed; when they are done, the same command prints the others",
+        print("lowrank: printed the trials of the first seed; rerun this command when they have finished to print the rest",
               file=sys.stderr)  # fmt: skip
     wanted = expanded.chosen() if chosen else expanded.first
     if "://" not in args.workdir:  # for the report; a bucket may be out of reach from here

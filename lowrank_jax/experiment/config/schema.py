@@ -13,7 +13,7 @@ from lowrank_jax.experiment import optim
 from lowrank_jax.experiment.data import datasets, splits
 from lowrank_jax.experiment.data.augment import Augmentation
 from lowrank_jax.experiment.duration import Duration
-from lowrank_jax.experiment.frozen import FrozenDict, freeze
+from lowrank_jax.experiment.frozen import FrozenDict, freeze, thaw
 from lowrank_jax.experiment.hosts.sharding import AXES, ShardingRule, mesh_sizes, read_rules
 from lowrank_jax.paths import compile_pattern
 from lowrank_jax.planning.rules import Rule
@@ -316,4 +316,4 @@ class Config:
 
     def build_model(self):
         dtype = {} if self.model.dtype == "float32" else {"dtype": jnp.dtype(self.model.dtype)}
-        return models.build(self.model.name, num_classes=self.description.num_classes, **dtype, **self.model.kwargs)
+        return models.build(self.model.name, num_classes=self.description.num_classes, **dtype, **thaw(self.model.kwargs))

@@ -20,17 +20,17 @@ def split_parts(dataset: Dataset, split: str) -> list[tuple[str, int, int]]:
         if name not in dataset.sizes:
             raise ValueError(f"{dataset.name} has no split {name!r}{did_you_mean(name, dataset.sizes)}")
     if "shard" in split:
-        raise ValueError(f"split {split!r} counts in shards; count in examples or per cent, as in {bare[0]}[:10%]")
+        raise ValueError(f"split {split!r} uses shards; slice by examples or per cent, as in {bare[0]}[:10%]")
     try:
         instruction: Any = tfds.core.ReadInstruction.from_spec(split)
         parts = instruction.to_absolute({name: _SplitSize(size) for name, size in dataset.sizes.items()})
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"split {split!r} is not understood: {error}") from None
+        raise ValueError(f"split {split!r} cannot be parsed: {error}") from None
     ranges = [
         (part.splitname, part.from_ or 0, dataset.sizes[part.splitname] if part.to is None else part.to) for part in parts
     ]
     if any(start >= stop for _, start, stop in ranges):
-        raise ValueError(f"split {split!r} is empty, or a part of it: give a slice whose end comes after its beginning")
+        raise ValueError(f"split {split!r} contains an empty slice; its end must come after its start")
     return ranges
 
 

@@ -44,7 +44,7 @@ def shell(trials: Sequence[Trial]) -> str:
     hopeless = ", ".join(map(str, HOPELESS))
     head = [
         f"# {len(trials)} trials of `lowrank train`, one per line, in any order, wherever the work directories are reachable.",
-        f"# Exit status {INTERRUPTED}: give the line again, and it goes on where it stopped; {hopeless}: do not.",
+        f"# Exit status {INTERRUPTED}: run the line again to resume; {hopeless}: a rerun would fail again.",
     ]
     return "\n".join([*head, *(shlex.join(["lowrank", *trial.command]) for trial in trials), ""])
 

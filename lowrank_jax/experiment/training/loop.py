@@ -252,9 +252,8 @@ class Loop:
         for name in ("loss", self.objective.deciding):
             for metrics in evaluated.values():
                 if not np.isfinite(metrics[name]):
-                    raise Diverged(
-                        f"the evaluated {name} is {metrics[name]:g} at step {self.step}. Lower optim.lr or set optim.clip_norm."
-                    )
+                    advice = "Lower optim.lr or set optim.clip_norm." if name == "loss" else "Checkpoints are chosen by it."
+                    raise Diverged(f"the evaluated {name} is {metrics[name]:g} at step {self.step}. {advice}")
 
     def write_evaluation(self, evaluated: Evaluated) -> None:
         self.writer.write(

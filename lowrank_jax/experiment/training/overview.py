@@ -29,7 +29,7 @@ def describe(experiment: Experiment) -> str:
         parts.append(align(_rows(state.params)))
     mesh = " x ".join(f"{name} {size}" for name, size in sizes.items())
     totals = [
-        [f"mesh {mesh}", "per device", "in all"],
+        [f"mesh {mesh}", "per device", "total"],
         ["parameters", *_weights(state.params)],
         ["state: parameters, optimiser, statistics, averages", *_weights(state)],
     ]

@@ -1,6 +1,7 @@
 """What a run leaves at its end: in Python, and in result.json."""
 
 import dataclasses
+import math
 import platform
 from importlib import metadata
 from typing import Any
@@ -40,15 +41,19 @@ def result_record(
         "dense_params": plan.dense_params,
         "macs": plan.macs,
         "dense_macs": plan.dense_macs,
-        "eval": evaluated["eval"],
-        "valid": evaluated.get("valid"),
-        "eval_raw": evaluated.get("eval_raw"),
-        "valid_raw": evaluated.get("valid_raw"),
+        **{kind: _finite(evaluated.get(kind)) for kind in ("eval", "valid", "eval_raw", "valid_raw")},
         "best_step": best_step,
         "seconds": seconds,
         "versions": _versions(),
         "config_digest": config_digest(to_dict(experiment.config)),
     }
+
+
+def _finite(metrics: dict[str, float] | None) -> dict[str, float | None] | None:
+    """None for metrics of your own that are not finite: JSON has no other word for them."""
+    if metrics is None:
+        return None
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.errors import ScopeCollectionNotFound, ScopeVariableNotFoundError
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -24,6 +25,7 @@ from lowrank_jax.experiment.hosts.sharding import replicated
 from lowrank_jax.experiment.training.mixing import Normalize
 from lowrank_jax.experiment.training.state import TrainState, key
 from lowrank_jax.linen.factorize import factorize
+from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.text import first_line
 
@@ -69,26 +71,36 @@ def factored(model: nn.Module, variables: Any, plan: Plan, images: jax.Array, se
 
 
 def state_collections(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, Any]:
-    """The model's collections besides `params` and `batch_stats` that carry state from step to step.
+    """The model's collections besides `params` and `batch_stats` that carry state from step to step: those that it reads.
 
-    A collection that a step returns in another structure or shape carries none: what a module sows is such an output.
+    What a module sows is an output: where its collection is not there, it is not written, and nothing is missed.
+
+    Raises:
+      ConfigError: a collection holds what a checkpoint cannot, such as random keys.
     """
-    others = {name: value for name, value in variables.items() if name not in ("params", "batch_stats")}
-    if not others:
-        return {}
+    others = [name for name in variables if name not in ("params", "batch_stats")]
+    state = {name: variables[name] for name in others if _is_read(model, variables, name, images)}
+    for name, leaf in named_leaves(state).items():
+        if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == jnp.bool_):
+            raise ConfigError("config", [f"model: the collection {name!r} holds {leaf.dtype}, which a checkpoint cannot"])
+    return state
+
+
+def _is_read(model: nn.Module, variables: Any, name: str, images: jax.Array) -> bool:
+    """Whether the model misses a collection that is not there."""
+    rest = {other: value for other, value in variables.items() if other != name}
 
     def step(variables: Any) -> Any:
-        rngs = {"dropout": key(0, "dropout")}
-        mutable = [name for name in variables if name != "params"]
-        return model.apply(variables, images, train=True, mutable=mutable, rngs=rngs)[1]
+        mutable = [other for other in rest if other != "params"]
+        return model.apply(variables, images, train=True, mutable=mutable, rngs={"dropout": key(0, "dropout")})
 
-    written = jax.eval_shape(step, variables)
-    return {name: value for name, value in others.items() if _form(value) == _form(written.get(name, value))}
-
-
-def _form(tree: Any) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+    try:
+        jax.eval_shape(step, rest)
+    except (ScopeCollectionNotFound, ScopeVariableNotFoundError):
+        return True
+    except Exception:  # of a model that takes no single image in training; a step will say so if it is wrong
+        return True
+    return False
 
 
 def fresh_state(weights: Weights, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:

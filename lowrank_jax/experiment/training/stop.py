@@ -19,13 +19,18 @@ class StopSignal:
     def __init__(self):
         self.requested = False
         self._before: dict[int, Any] = {}
+        self._depth = 0
 
     def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
+        self._depth += 1  # whoever made it may have entered it before the run does
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -1,6 +1,7 @@
 """The files of a work directory other than checkpoints and event files."""
 
 import contextlib
+import errno
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from lowrank_jax.text import first_line
 
 # Without these a config.json belongs to something else.
 _REQUIRED = {"seed", "dataset.name", "model.name", "lowrank.method"}
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system without locks answers
 _EPATH = ("gs://", "s3://", "az://", "hf://")
 
 
@@ -81,20 +83,19 @@ class Workdir:
         if "://" in str(self.path) or not self._active:
             yield
             return
-        lock = filelock.FileLock(str(self.path / ".lock"), timeout=seconds, poll_interval=0.1, fallback_to_soft=False)
+        lock = contextlib.ExitStack()
+        held = filelock.FileLock(str(self.path / ".lock"), timeout=seconds, poll_interval=0.1, fallback_to_soft=False)
         try:
-            lock.acquire()
+            lock.enter_context(held.acquire())
         except filelock.Timeout:
             raise WorkdirError(f"another process is training in {self.path}; stop it, or use a new --workdir") from None
-        except PermissionError:
-            raise
-        except (OSError, NotImplementedError):  # a file system without locks
+        except NotImplementedError:
+            pass
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        with lock:
             yield
-            return
-        try:
-            yield
-        finally:
-            lock.release()
 
     def check(self, config: dict[str, Any]) -> None:
         """Raises WorkdirError if the folder belongs to another experiment."""

@@ -40,6 +40,7 @@ def lowrank(*arguments) -> Ended:
         os.environ.clear()
         os.environ.update(before)
         jax.config.update("jax_enable_compilation_cache", cached)
+    assert "Traceback" not in out.getvalue() + err.getvalue(), err.getvalue()
     return Ended(end.value.code, out.getvalue(), err.getvalue())
 
 
@@ -327,3 +328,20 @@ def test_init_report_refuses_what_it_cannot_do(flags, message):
     result = lowrank("init-report", CONFIG, *flags)
     assert result.status == 2
     assert message in result.stderr
+
+
+def test_a_run_stopped_by_sigterm_is_saved_and_has_its_status(tmp_path, monkeypatch, unhandled_sigterm):
+    from lowrank_jax.experiment.training import loop
+
+    placed, put = [], loop.put_batch
+
+    def interrupted(*args):
+        placed.append(1)
+        if len(placed) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return put(*args)
+
+    monkeypatch.setattr(loop, "put_batch", interrupted)
+    result = lowrank(*tiny(tmp_path))
+    assert result.status == 75, result.stderr
+    assert f"stopping: saved step 3 to {tmp_path}" in result.stdout

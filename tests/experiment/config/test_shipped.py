@@ -30,7 +30,7 @@ SHRUNK = {
     "resnet20": {"blocks": (1, 1), "widths": (16, 16)},
     "resnet50": {"blocks": (1, 1), "widths": (16, 16)},
     "efficientnet_b0": {"width": 0.25, "depth": 0.1},
-    "vit_s16": {"width": 32, "depth": 1, "heads": 2},
+    "vit_s16": {"width": 32, "depth": 1, "heads": 2, "patch": 8},
     "wrn_28_10": {"depth": 10, "widening": 1},
     "mlp": {"widths": (32, 32)},
 }

@@ -49,11 +49,11 @@ def test_parts_of_a_split_are_disjoint_and_complete():
     ("split", "message"),
     [
         ("tset", "has no split 'tset'; did you mean test"),
-        ("train[:x]", "is not understood"),
+        ("train[:x]", "cannot be parsed"),
         ("train[:0]", "is empty"),
-        ("train[10:5]", r"'train\[10:5\]' is empty, or a part of it: give a slice whose end comes after its beginning"),
+        ("train[10:5]", r"'train\[10:5\]' contains an empty slice; its end must come after its start"),
         ("test+train[50%:20%]", "or a part of it"),
-        ("train[:10shard]", r"counts in shards; count in examples or per cent, as in train\[:10%\]"),
+        ("train[:10shard]", r"uses shards; slice by examples or per cent, as in train\[:10%\]"),
     ],
 )
 def test_bad_splits_are_named(split, message):

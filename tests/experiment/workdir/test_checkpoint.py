@@ -57,6 +57,12 @@ def saved(tmp_path_factory):
     return save(tmp_path_factory.mktemp("saved") / "c", [0.6, 0.5], keep=3)
 
 
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Steps 1 to 3, of which the second is the best."""
+    return save(tmp_path_factory.mktemp("three") / "c", [0.2, 0.9, 0.3], keep=3)
+
+
 @pytest.fixture
 def folder(saved, tmp_path):
     """A copy of them."""
@@ -109,11 +115,24 @@ def test_a_step_evaluated_after_it_was_saved_can_be_the_best(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "null", '{"body": {"1": 0.99}, "check": 7}'])
-def test_damaged_scores_are_taken_from_the_steps_own_records(folder, content):
+def test_damaged_scores_are_taken_from_the_steps_own_records(three, tmp_path, content):
+    folder = shutil.copytree(three, tmp_path / "c")
     (folder / "scores.json").write_text(content)
     with Checkpoints(folder, read_only=True) as checkpoints:
-        assert (checkpoints.best(), checkpoints.best_score()) == (1, 0.6)
-        assert checkpoints.restore(TARGET).step == 2
+        assert (checkpoints.best(), checkpoints.best_score()) == (2, 0.9)
+        assert checkpoints.restore(TARGET).step == 3
+
+
+@pytest.mark.parametrize("turn", [3, 4, 5])  # thirds, fourths and fifths of the file: values, names and structure
+def test_metadata_with_a_flipped_byte_are_noticed_or_harmless(saved, tmp_path, turn):
+    """A leaf that is called otherwise there is one that orbax leaves out."""
+
+    def flip(file):
+        content = bytearray(file.read_bytes())
+        content[len(content) // turn] ^= 0x10
+        file.write_bytes(content)
+
+    check_damage(saved, tmp_path / "c", saved / "2" / "state" / "_METADATA", flip)
 
 
 def emptied(file):
