@@ -274,3 +274,9 @@ def test_what_is_chosen_by_is_neither_trained_on_nor_reported(valid, clash):
     config.dataset.valid_split = valid
     with pytest.raises(configs.ConfigError, match=f"shares examples with dataset.{clash}"):
         configs.parse(config)
+
+
+@pytest.mark.parametrize("text", ["500", "1000000 steps", "1234567 steps", "0.5 epochs", "1e6 examples", "1e+06 steps"])
+def test_a_duration_reads_back_as_it_was(text):
+    duration = Duration.read(text)
+    assert Duration.read(str(duration)) == duration

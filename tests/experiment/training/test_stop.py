@@ -91,3 +91,11 @@ def test_pytest_ends_when_it_is_told_to_while_a_run_is_under_way(tmp_path, repos
         seen += process.stdout.read()
     assert process.returncode == 128 + signal.SIGTERM, seen
     assert "ended by SIGTERM" in seen and "goes on" not in seen
+
+
+def test_a_stop_that_was_entered_already_puts_the_handlers_back_once(unhandled_sigterm):
+    with StopSignal() as stop:
+        with stop:
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.requested and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
