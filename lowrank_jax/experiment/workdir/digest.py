@@ -16,14 +16,14 @@ def digests(tree: Any) -> dict[str, str]:
     A digest is a sum of mixed words modulo 2**32, twice with different salts.  It does not depend on the sharding of an array,
     and changing a single element always changes it.
     """
-    # A program for each shape, not one for the tree: that of a large network takes many seconds to compile.
-    words = jax.device_get({name: _digest_words(leaf) for name, leaf in named_leaves(tree).items()})
+    # One program: where several processes share arrays, many that are not waited for can block each other.
+    words = jax.device_get(_digest_words(named_leaves(tree)))
     return {name: "".join(f"{int(word):08x}" for word in pair) for name, pair in words.items()}
 
 
 @jax.jit
-def _digest_words(leaf: jax.Array) -> list[jax.Array]:
-    return [_digest(leaf, salt) for salt in _SALTS]
+def _digest_words(leaves: dict[str, jax.Array]) -> dict[str, list[jax.Array]]:
+    return {name: [_digest(leaf, salt) for salt in _SALTS] for name, leaf in leaves.items()}
 
 
 def _digest(x: jax.Array, salt: int) -> jax.Array:
