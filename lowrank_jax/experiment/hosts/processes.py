@@ -94,6 +94,9 @@ def start(options: ProcessOptions) -> None:
     # jax's own handler would keep SIGTERM from ending a process that has nothing to save yet.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if several():
+        if jax.default_backend() == "cpu":
+            # There, programs with collectives have hung at their first steps when they came from the cache.
+            jax.config.update("jax_enable_compilation_cache", False)
         over = threading.Event()
         watcher = threading.Thread(target=_watch, args=(over,), daemon=True)
         watcher.start()
