@@ -22,7 +22,7 @@ from lowrank_jax.experiment.hosts import processes
 from lowrank_jax.experiment.workdir.checked_json import seal, unseal
 from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.experiment.workdir.orbax_logs import quiet_reads, quiet_saves
-from lowrank_jax.experiment.workdir.orbax_processes import all_processes, barrier, this_process
+from lowrank_jax.experiment.workdir.orbax_processes import all_processes, barrier, handlers, this_process
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.text import first_line
 
@@ -71,8 +71,8 @@ class _LatestAndBest(managers.PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one work directory.
 
-    If a run has several processes, all of them call every method; each writes and reads its own part of every array, and
-    they agree on which steps can be used.
+    If a run has several processes, all of them call every method; they share the writing, each reads its own part of every
+    array, and they agree on which steps can be used.
 
     Args:
       directory: where they are; created if missing.
@@ -105,8 +105,8 @@ class Checkpoints:
         for _ in range(_OPEN_ATTEMPTS - 1):
             # A run that is still training may delete a step after orbax has listed it.
             with contextlib.suppress(FileNotFoundError):
-                return ocp.CheckpointManager(self.directory, options=self._options)
-        return ocp.CheckpointManager(self.directory, options=self._options)
+                return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=handlers())
+        return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=handlers())
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())

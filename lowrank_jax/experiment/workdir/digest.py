@@ -16,22 +16,23 @@ def digests(tree: Any) -> dict[str, str]:
     A digest is a sum of mixed words modulo 2**32, twice with different salts.  It does not depend on the sharding of an array,
     and changing a single element always changes it.
     """
-    # One program: where several processes share arrays, many that are not waited for can block each other.
-    words = jax.device_get(_digest_words(named_leaves(tree)))
-    return {name: "".join(f"{int(word):08x}" for word in pair) for name, pair in words.items()}
+    words = {}
+    for name, leaf in named_leaves(tree).items():
+        words[name] = _digest(leaf)  # a program for each shape: one for the tree takes long to compile
+        if jax.process_count() > 1:  # whose programs could wait for each other if they ran in another order elsewhere
+            words[name].block_until_ready()
+    return {name: "".join(f"{word:08x}" for word in pair.tolist()) for name, pair in jax.device_get(words).items()}
 
 
 @jax.jit
-def _digest_words(leaves: dict[str, jax.Array]) -> dict[str, list[jax.Array]]:
-    return {name: [_digest(leaf, salt) for salt in _SALTS] for name, leaf in leaves.items()}
-
-
-def _digest(x: jax.Array, salt: int) -> jax.Array:
-    words = _as_words(x)
+def _digest(x: jax.Array) -> jax.Array:
+    """`[salts]`"""
+    words = _as_words(x)[..., None]
     place = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):
+    for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.sum(_mix(words ^ _mix(place + jnp.uint32(salt))), dtype=jnp.uint32)
+    salted = place + jnp.asarray(_SALTS, jnp.uint32)
+    return jnp.sum(_mix(words ^ _mix(salted)), axis=tuple(range(x.ndim)), dtype=jnp.uint32)
 
 
 def _as_words(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""How orbax synchronises the processes of one run: through the coordinator, or not at all."""
+"""How orbax synchronises the processes of one run, and which of them writes what."""
 
 import sys
 import threading
@@ -9,11 +9,28 @@ import orbax.checkpoint as ocp
 
 from lowrank_jax.experiment.hosts.processes import several
 
+_LARGE = 2**20  # bytes
+
 
 def all_processes() -> ocp.options.MultiprocessingOptions:
     """Barriers of the coordinator, for saves.  Orbax's default runs a computation, which would get in the way of training."""
     active = set(range(jax.process_count())) if several() else None
     return ocp.options.MultiprocessingOptions(active_processes=active)
+
+
+def handlers() -> ocp.CheckpointHandlerRegistry:
+    """What writes the items of a step.
+
+    Processes share the writing of large arrays that all of them have.  Orbax would cut every array into a slice for each device,
+    and compile a program for each slice: of EfficientNet-B0 on 8 devices, 15 seconds of the first save.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LARGE)
+    state = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+        multiprocessing_options=all_processes(),
+    )
+    info = ocp.JsonCheckpointHandler(multiprocessing_options=all_processes())
+    return ocp.handlers.create_default_handler_registry(state=state, info=info)
 
 
 def this_process() -> ocp.options.MultiprocessingOptions:

@@ -60,7 +60,8 @@ def test_four_processes_train_as_one_does(alone, tmp_path):
     evaluated = [line for line in lines if "eval/top1" in line]
     assert [(line["step"], line["eval/examples"]) for line in evaluated] == [(20, 250), (40, 250)]
     np.testing.assert_allclose(evaluated[-1]["eval/loss"], run.evals[40]["loss"], rtol=1e-3)
-    assert len(list((tmp_path / "four" / "checkpoints" / "40" / "state").glob("ocdbt.process_*"))) == 4  # each wrote its part
+    parts = list((tmp_path / "four" / "checkpoints" / "40" / "state").glob("ocdbt.process_*"))
+    assert len(parts) == 2  # of each half of the arrays; only larger ones would be shared by those that have the same
     step, arrays = final_state(tmp_path / "four", **SETTINGS)  # its digests included
     assert step == 40
     np.testing.assert_allclose(arrays["params/dense1/kernel/u"], run.state.params["dense1"]["kernel"].u, rtol=1e-2, atol=1e-3)
@@ -142,8 +143,9 @@ def test_an_image_that_one_process_cannot_read_saves_and_ends_all(small_imagenet
 
 @pytest.mark.slow
 def test_a_process_that_cannot_write_its_part_of_a_checkpoint_ends_all(tmp_path):
+    command = running.command(tmp_path, mesh__data=1, mesh__fsdp=2)
     no_files = 'case $* in *--process=1*) ulimit -f 0 ;; esac; exec "$@"'
-    processes = running.start_all(["bash", "-c", no_files, "bash", *running.command(tmp_path)], 2)
+    processes = running.start_all(["bash", "-c", no_files, "bash", *command], 2)
     outputs = running.wait_all(processes)
     assert [process.returncode for process in processes] == [2, 2], outputs
     assert "process 1: " in outputs[0] and "cannot write a checkpoint" in outputs[0]
