@@ -17,7 +17,7 @@ from lowrank_jax.projection.linalg import Pair, lengths, ratio, wide
 from lowrank_jax.projection.padding import FREE_IN_PRODUCTS, Bucket, buckets
 from lowrank_jax.projection.stack import Stack
 
-_OUTPUTS = 2**11  # best lengths sought at a time, where each takes a series; a TPU's compiler minds how many
+_OUTPUTS = 2**11  # best lengths sought at a time, where each takes a series; more take a TPU's compiler long
 
 
 @dataclasses.dataclass(frozen=True)

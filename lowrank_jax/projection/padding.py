@@ -1,4 +1,4 @@
-"""Which stacks share a shape: padding brings many shapes to few, because a compiler takes its time for each of them.
+"""Pads stacks of matrices to few shapes, because each shape is compiled on its own.
 
 A TPU's compiler needs a second or more for the decomposition of one shape, however small, and a network has dozens of them.
 

@@ -76,7 +76,7 @@ def _open(name: str, data_dir: str | None) -> Any:
     except tfds_folder.Damaged as error:
         raise SystemExit(f"{error}; delete {shlex.quote(str(path))}, then run this command again") from None
     except PermissionError as error:
-        raise SystemExit(f"{error.filename}: {error.strerror}; let this user read it") from None
+        raise SystemExit(f"{error.filename}: {error.strerror}; this user needs permission to read it") from None
     except tfds_folder.OtherFormat:
         raise SystemExit(f"{path} contains {name} in another format than array_record; choose another --data-dir") from None
 

@@ -36,7 +36,7 @@ class Estimate:
       kernels, factored, merged: how many kernels there are, how many of them run as two products, and how many are low-rank
         but run as one product.
       state_bytes: parameters, statistics, optimiser state and averages, as they lie on one device.
-      beside: bytes on one device that are not arguments of a program but stay there while it runs, by the program's name.
+      resident: bytes on one device that are not arguments of a program but stay there while it runs, by the program's name.
       programs: the compiler's estimates by the program's name.
     """
 
@@ -50,12 +50,12 @@ class Estimate:
     factored: int
     merged: int
     state_bytes: int
-    beside: dict[str, int]
+    resident: dict[str, int]
     programs: dict[str, Program]
 
     def peak_bytes(self, program: str) -> int:
         """Peak memory of one device while a program runs, with everything else that is on the device then."""
-        return self.programs[program].peak_bytes + self.beside.get(program, 0)
+        return self.programs[program].peak_bytes + self.resident.get(program, 0)
 
     @property
     def largest(self) -> str:
@@ -177,7 +177,7 @@ def _estimate(network: Network, requested: bool, experiment: Experiment, program
         merged=merged,
         state_bytes=state,
         # Where averages of the weights are kept, they are what is evaluated.
-        beside={EVALUATE: state - device_bytes(experiment.shapes.variables()[""])},
+        resident={EVALUATE: state - device_bytes(experiment.shapes.variables()[""])},
         programs={**programs, TRAIN: in_parts(programs[TRAIN], parts)},
     )
 

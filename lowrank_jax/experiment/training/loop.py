@@ -53,7 +53,7 @@ def train(
 
     Raises:
       ConfigError, WorkdirError, DataError, CheckpointError: it cannot start; the message says why.
-      Diverged: it cannot go on.
+      Diverged: the loss, or the gradient, is not finite.
       OtherFailed: another process of the run cannot.
     """
     experiment = build(config, source)

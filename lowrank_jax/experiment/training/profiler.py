@@ -96,5 +96,5 @@ class StepProfiler:
         try:
             yield
         except Exception as error:  # of the profiler, or of whatever kind of bucket
-            print(f"no trace of steps {self._first} to {self._last}: {first_line(error)}", file=sys.stderr, flush=True)
+            print(f"steps {self._first} to {self._last} could not be traced: {first_line(error)}", file=sys.stderr, flush=True)
             self._last = 0

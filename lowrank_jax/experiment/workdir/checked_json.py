@@ -13,7 +13,7 @@ def seal(body: dict[str, Any]) -> dict[str, Any]:
 def unseal(sealed: dict[str, Any]) -> dict[str, Any]:
     """What was sealed.  Raises ValueError if it has changed; KeyError or TypeError if it was not sealed."""
     if sealed["check"] != _checksum(sealed["body"]):
-        raise ValueError("the digest of its own record differs")
+        raise ValueError("the record does not match its own digest")
     return sealed["body"]
 
 

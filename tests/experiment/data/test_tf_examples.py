@@ -235,9 +235,9 @@ def test_what_may_not_be_read_is_a_matter_of_permission(copy, pattern):
     if os.access(path, os.R_OK):
         pytest.skip("whoever runs this may read everything")
     try:
-        with pytest.raises(DataError, match=f"{path}: Permission denied; let this user read it"):
+        with pytest.raises(DataError, match=f"{path}: Permission denied; this user needs permission to read it"):
             opened(copy, "train")
-        with pytest.raises(SystemExit, match=f"{path}: Permission denied; let this user read it"):
+        with pytest.raises(SystemExit, match=f"{path}: Permission denied; this user needs permission to read it"):
             prepare("imagenet2012", copy.data_dir / "archives", str(copy.data_dir))
     finally:
         path.chmod(0o700)

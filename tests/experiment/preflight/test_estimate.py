@@ -32,8 +32,8 @@ def test_what_was_compiled_is_remembered_by_the_program(tmp_path):
     assert twin == first
     said.clear()
     # Parameters and momentum in float32, two counters; of which evaluation reads the parameters.
-    assert first.state_bytes == 4 * (2 * first.params + 2) and first.beside == {"evaluation": 4 * (first.params + 2)}
-    assert first.peak_bytes("evaluation") == first.programs["evaluation"].peak_bytes + first.beside["evaluation"]
+    assert first.state_bytes == 4 * (2 * first.params + 2) and first.resident == {"evaluation": 4 * (first.params + 2)}
+    assert first.peak_bytes("evaluation") == first.programs["evaluation"].peak_bytes + first.resident["evaluation"]
     (again,) = compiler.estimates([(Network("a", running.config(**SMALL, seed=3, optim__lr=0.3)), True)])
     assert again == first and len(said) == 3 and all("cached by an earlier preflight" in line for line in said)
 

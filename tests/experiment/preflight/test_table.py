@@ -14,11 +14,11 @@ V5E = CHIPS["v5e"]
 GIB = 2**30
 
 
-def estimate(name, *, requested=True, dense=False, peak=GIB, flops=1e12, seconds=0.02, refused=False, beside=0):
+def estimate(name, *, requested=True, dense=False, peak=GIB, flops=1e12, seconds=0.02, refused=False, resident=0):
     cost = None if refused else Cost(flops, 1e10, seconds, "" if seconds else "the compiler gives none", {"all-reduce": 4000})
     programs = {"training step": Program(peak, cost, 1.0), "evaluation": Program(GIB // 4, cost, 1.0)}
     factored, merged = (0, 0) if dense else (2, 1)
-    return Estimate(name, dense, requested, 1024, 1, 1000, 5, factored, merged, GIB // 2, {"evaluation": beside}, programs)
+    return Estimate(name, dense, requested, 1024, 1, 1000, 5, factored, merged, GIB // 2, {"evaluation": resident}, programs)
 
 
 def estimates(*rows):
@@ -44,7 +44,7 @@ def test_the_table_compares_a_network_with_its_twin():
     [
         ({"peak": 17 * GIB}, "low does not fit: its training step needs 17 GiB, 15.8 GiB are available"),
         ({"refused": True, "peak": 20 * GIB}, "low does not fit: its training step needs 20 GiB"),
-        ({"beside": 16 * GIB}, "low does not fit: its evaluation needs 16.2 GiB"),
+        ({"resident": 16 * GIB}, "low does not fit: its evaluation needs 16.2 GiB"),
     ],
 )
 def test_what_does_not_fit_is_said(changes, message):

@@ -90,7 +90,7 @@ def test_a_trace_that_cannot_be_taken_ends_no_training(tmp_path, capsys, monkeyp
     run = train(running.config(profile__steps=(3, 5), **SETTINGS), str(tmp_path))
     assert not run.interrupted and len(run.train) == 12
     complaints = [line for line in capsys.readouterr().err.splitlines() if "trace" in line]
-    assert len(complaints) == 1 and complaints[0].startswith("no trace of steps 3 to 5: [Errno ")
+    assert len(complaints) == 1 and complaints[0].startswith("steps 3 to 5 could not be traced: [Errno ")
 
 
 def test_tracing_does_not_count_as_training_time(tmp_path, monkeypatch):

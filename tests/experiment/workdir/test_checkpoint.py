@@ -255,7 +255,7 @@ def test_a_changed_record_is_noticed(folder):
     assert '"next_index": 3' in text or '"next_index":3' in text
     file.write_text(text.replace('"next_index": 3', '"next_index": 4').replace('"next_index":3', '"next_index":4'))
     with Checkpoints(folder) as checkpoints:
-        assert checkpoints.restore(TARGET).damaged == {2: "the digest of its own record differs"}
+        assert checkpoints.restore(TARGET).damaged == {2: "the record does not match its own digest"}
 
 
 def test_when_nothing_is_good_nothing_is_moved(folder):

@@ -95,7 +95,7 @@ def explained(remedy: str) -> Iterator[None]:
     except tfds_folder.Damaged as error:
         raise DataError(f"{error}; {remedy}") from None
     except PermissionError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; let this user read it") from None
+        raise DataError(f"{error.filename}: {error.strerror}; this user needs permission to read it") from None
 
 
 def _root(builder: Any) -> str:
