@@ -18,8 +18,6 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_SCRATCH / "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-# Importing TensorFlow, which nearly every process does for its events, would import Keras with it; this Keras is not installed.
-os.environ["TF_USE_LEGACY_KERAS"] = "1"
 # Its threads wait for each other by spinning: on a busy machine hundreds of small decompositions took a minute, not a second.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
