@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-Execution = Literal["factored", "merged"]
+Execution = Literal["factored", "merged", "premerged"]
 
 SPATIAL_ROWS = (0, 2)  # window height and input channels; no other view of a convolution has these
 
@@ -24,7 +24,8 @@ class LowRankKernel:
       rows: which axes of the dense kernel are the rows of its matrix, not counting `stack`.  `(0,)` is a dense layer,
         `(0, 1, 2)` a convolution in the channel scheme, `(0, 2)` one in the spatial scheme.
       execution: how its layer runs: `factored` applies the two thin factors in turn, `merged` multiplies UV first and runs the
-        layer unchanged (see `execution.choose_execution`).  The function and the gradients are the same.
+        layer unchanged (see `execution.choose_execution`).  `premerged`: the product is formed before the model sees its
+        parameters, which serves any kernel, whatever the model does with it.  The function and the gradients are the same.
 
     `stack` holds the leading axes that `nn.scan` and `nn.vmap` add to the parameters of a repeated module.
     """

@@ -8,17 +8,18 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from lowrank_jax.kernel import is_low_rank
+from lowrank_jax.kernel import MatrixView, is_low_rank
+from lowrank_jax.linen import known
+from lowrank_jax.linen.model_call import ModelCall
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.kernel_use import KernelUse
 
-SUPPORTED = (nn.Dense, nn.DenseGeneral, nn.Conv)
 _MARK = "lowrank_jax.kernel_use:"
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """One traced call of a module: the kernel's name, and the sizes that determine the work."""
+class LayerCall:
+    """One traced call of a layer: the kernel's name, and the sizes that determine the work."""
 
     name: str
     output_size: int
@@ -27,78 +28,48 @@ class Call:
     inputs: int
 
 
-def trace(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, KernelUse]]:
-    """Traces `model.init` on abstract values.
+def trace(call: ModelCall) -> tuple[dict[str, Any], dict[str, KernelUse]]:
+    """Traces a model on abstract values.
 
     Returns:
-      The shapes of the model's variables, and the use of every parameter called "kernel" by its name.
+      The shapes of the model's variables, without boxes, and by its name the use of every kernel.
     """
     uses: dict[str, KernelUse] = {}
-    calls: list[Call] = []
+    calls: list[LayerCall] = []
 
     def observe(next_fun, args, call_kwargs, context):
-        module, y = context.module, next_fun(*args, **call_kwargs)
-        if context.method_name != "__call__" or not module.has_variable("params", "kernel"):
+        layer, y = context.module, next_fun(*args, **call_kwargs)
+        if context.method_name != "__call__":
             return y
-        kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
-        if is_low_rank(kernel):
-            return y
-        name = "/".join((*module.path, "kernel"))
-        uses.setdefault(name, _describe(module, kernel.shape))
-        if not isinstance(y, jax.Array):
-            return y
-        x = args[0] if args else next(iter(call_kwargs.values()))
-        calls.append(Call(name, y.size, *_positions(uses[name], x, y), x.size))
-        return checkpoint_name(y, f"{_MARK}{len(calls) - 1}")
+        for below in known.kernels_of(layer):
+            kernel, name = known.kernel_of(layer, below), "/".join((*layer.path, below))
+            if kernel is None or is_low_rank(kernel):
+                continue
+            use = KernelUse(type(layer).__name__, tuple(kernel.shape), known.rows_of(layer), known.refusal(layer))
+            if name not in uses or "/" in below:  # of a module inside, which the outer one uses
+                uses[name] = use
+            if isinstance(y, jax.Array) and known.measured(layer):
+                x = args[0] if args else next(iter(call_kwargs.values()))
+                calls.append(LayerCall(name, y.size, *_positions(use, x, y), x.size))
+                y = checkpoint_name(y, f"{_MARK}{len(calls) - 1}")
+        return y
 
-    def init(inputs):
-        with nn.intercept_methods(observe):
-            return model.init(jax.random.key(0), *inputs, **kwargs)
-
-    jaxpr, variables = jax.make_jaxpr(init, return_shape=True)(inputs)
+    variables = nn.meta.unbox(call.init())
+    jaxpr = call.trace(lambda variables: variables, observe, variables)
     for index, times in _executions(jaxpr.jaxpr, 1):
         # Under vmap the mark has the mapped axis, which the module itself does not see.
-        call = calls[index]
-        uses[call.name].positions += times * call.positions // call.output_size
-        uses[call.name].widened += times * call.widened // call.output_size
-        uses[call.name].inputs += times * call.inputs // call.output_size
-    variables = nn.meta.unbox(variables)
+        seen = calls[index]
+        uses[seen.name].positions += times * seen.positions // seen.output_size
+        uses[seen.name].widened += times * seen.widened // seen.output_size
+        uses[seen.name].inputs += times * seen.inputs // seen.output_size
     own = named_leaves(variables.get("params", {}), is_leaf=is_low_rank)
     # A module that another one applies outside the model's tree has no parameters in it.
     return variables, {name: use for name, use in uses.items() if name in own}
 
 
-def _describe(module: nn.Module, shape: tuple[int, ...]) -> KernelUse:
-    contracted = None
-    if isinstance(module, nn.Dense):
-        contracted = 1
-    elif isinstance(module, nn.DenseGeneral):
-        contracted = 1 if isinstance(module.axis, int) else len(module.axis)
-    return KernelUse(type(module).__name__, tuple(shape), contracted, _refusal(module))
-
-
-def _refusal(module: nn.Module) -> str:
-    base = next((cls for cls in SUPPORTED if isinstance(module, cls)), None)
-    if base is None:
-        return f"{type(module).__name__} is not nn.Dense, nn.DenseGeneral or nn.Conv"
-    if type(module).__call__ is not base.__call__:
-        return f"{type(module).__name__} overrides __call__"
-    if isinstance(module, nn.DenseGeneral) and module.batch_dims != ():  # 0 names an axis
-        return "batch_dims is not supported"
-    if isinstance(module, nn.Conv) and module.feature_group_count > 1:
-        depthwise = module.feature_group_count == module.features
-        return "depthwise convolution" if depthwise else f"grouped convolution ({module.feature_group_count} groups)"
-    if isinstance(module, nn.Conv) and module.mask is not None:
-        return "masked convolution"
-    if isinstance(module, nn.Conv) and (module.conv_general_dilated or module.conv_general_dilated_cls):
-        return "overrides conv_general_dilated"  # which the 1x1 stage, a product, would not call
-    return ""
-
-
 def _positions(use: KernelUse, x: jax.Array, y: jax.Array) -> tuple[int, int]:
-    if use.contracted is not None:
-        outputs = math.prod(use.shape[use.contracted :])
-        return y.size // outputs, 0
+    if use.rows is not None:
+        return y.size // MatrixView(use.shape, use.rows).m, 0
     positions = y.size // y.shape[-1]
     return positions, positions // y.shape[-2] * x.shape[-2]
 

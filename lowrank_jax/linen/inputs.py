@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.linen.discover import SUPPORTED
+from lowrank_jax.linen.known import find
 from lowrank_jax.linen.layers import apply
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import FactoredKernel, Plan
@@ -45,7 +45,7 @@ def capture(
         module, name = context.module, "/".join((*context.module.path, "kernel"))
         # The layers that cut patches are run on their own, where nothing can be written.
         ours = context.method_name == "__call__" and name in planned and module.is_mutable_collection(COLLECTION)
-        if ours and isinstance(module, SUPPORTED):
+        if ours and find(module):
             x = args[0] if args else call_kwargs["inputs"]
             module.sow(
                 COLLECTION,

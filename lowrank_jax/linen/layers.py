@@ -13,10 +13,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.kernel import SPATIAL_ROWS, Execution, LowRankKernel, MatrixView, channel_view, dense_view, spatial_view
+from lowrank_jax.kernel import (
+    SPATIAL_ROWS,
+    Execution,
+    LowRankKernel,
+    MatrixView,
+    channel_view,
+    dense_view,
+    is_low_rank,
+    spatial_view,
+)
 from lowrank_jax.linen import conv_gradients
 from lowrank_jax.linen.conv_gradients import per_axis
-from lowrank_jax.linen.discover import SUPPORTED
+from lowrank_jax.linen.known import BUILT_IN, KnownLayer, find, kernel_of
 from lowrank_jax.projection import methods
 from lowrank_jax.projection.activations import ActivationLike
 
@@ -27,39 +36,69 @@ def apply(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
     """`model.apply`, where any kernel in `variables["params"]` may be a `LowRankKernel`.
 
     Takes and returns what `model.apply` does (`rngs=`, `mutable=`, `method=`, ...).  A layer whose kernel is factored
-    computes `(x @ u) @ v`, or `x @ (u @ v)` if its execution is `merged`; every other layer runs as its author wrote it.
+    computes `(x @ u) @ v`, or `x @ (u @ v)` if its execution is `merged`; every other layer runs as its author wrote it, and
+    gets the product of factors that are `premerged`.
     """
     with nn.intercept_methods(_intercept):
-        return model.apply(variables, *args, **kwargs)
+        return model.apply(_premerged(variables), *args, **kwargs)
 
 
-def takes_factors(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], variables: Any) -> bool:
-    """Whether the model runs on these variables, given as shapes, with factor pairs among them.
+def _premerged(variables: Any) -> Any:
+    def product(leaf: Any) -> Any:
+        return leaf.merge() if is_low_rank(leaf) and leaf.execution == "premerged" else leaf
 
-    Wrappers such as `nn.WeightNorm` read the kernels of the layers they wrap, and do not accept factor pairs.
-    """
-
-    others = [name for name in variables if name != "params"]  # so that a missing parameter is an error
-
-    def run(variables, inputs):
-        return apply(model, variables, *inputs, **kwargs, mutable=others, rngs={"params": jax.random.key(0)})
-
-    try:
-        jax.eval_shape(run, variables, inputs)
-    except Exception:  # whatever somebody's module may raise
-        return False
-    return True
+    return jax.tree.map(product, variables, is_leaf=is_low_rank)
 
 
 def _intercept(next_fun, args, kwargs, context):
-    module = context.module
-    if context.method_name != "__call__" or not isinstance(module, SUPPORTED):
+    layer = context.module
+    known = find(layer) if context.method_name == "__call__" else None
+    pairs = factored_kernels(layer, known) if known else {}
+    if known is None or not pairs:
         return next_fun(*args, **kwargs)
-    kernel = module.get_variable("params", "kernel")
-    if not isinstance(kernel, LowRankKernel):
-        return next_fun(*args, **kwargs)
-    x = args[0] if args else kwargs["inputs"]
-    return run_layer(module, kernel, module.get_variable("params", "bias"), x)
+    params = nn.meta.unbox(layer.variables["params"])
+    if known.run is not None:
+        return known.run(layer, params, *args, **kwargs)
+    ((name, pair),) = pairs.items()
+    x = args[0] if args else next(iter(kwargs.values()))
+    if known.base in BUILT_IN:
+        return run_layer(layer, pair, params.get("bias"), x)
+    return _own_stages(layer, name, pair, x)
+
+
+def factored_kernels(layer: nn.Module, known: KnownLayer) -> dict[str, LowRankKernel]:
+    """Those kernels of a layer that are factor pairs, by their names below it."""
+    kernels = {name: kernel_of(layer, name) for name in known.kernels}
+    return {name: kernel for name, kernel in kernels.items() if isinstance(kernel, LowRankKernel)}
+
+
+def on_kernels(layer: Any, kernels: dict[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
+    """What a layer computes with other kernels, given by their names below it, and its own other parameters."""
+    params = nn.meta.unbox(layer.variables["params"])
+    for name, kernel in kernels.items():
+        params = _replaced(params, name.split("/"), kernel)
+    return layer.clone(name=None, parent=None).apply({**layer.variables, "params": params}, *args, **kwargs)
+
+
+def _replaced(params: Any, path: Sequence[str], leaf: Any) -> Any:
+    first, *rest = path
+    return {**params, first: _replaced(params[first], rest, leaf) if rest else leaf}
+
+
+def _own_stages(layer: Any, name: str, pair: LowRankKernel, x: jax.Array) -> Any:
+    """A registered layer: x U, and the layer itself with V for its kernel, the rank's axis in the place of the rows'."""
+    dtype = getattr(layer, "dtype", None) or jnp.result_type(x, pair.dtype)
+    if pair.execution == "merged":
+        return on_kernels(layer, {name: pair.product(dtype, getattr(layer, "precision", None))}, x)
+    rows = len(pair.rows)
+    hidden = jnp.tensordot(
+        x.astype(dtype),
+        pair.u.astype(dtype),
+        axes=(range(x.ndim - rows, x.ndim), range(rows)),
+        precision=getattr(layer, "precision", None),
+    )
+    second = layer.clone(axis=-1) if hasattr(layer, "axis") else layer
+    return on_kernels(second, {name: jnp.moveaxis(pair.v, 0, pair.rows[0])}, hidden)
 
 
 def run_layer(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """One kernel, one rule: factored at which rank, or dense for which reason."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.planning.kernel_use import KernelUse
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, PlannedKernel, Traffic
-from lowrank_jax.planning.rules import SCHEMES, Rule, wanted_rank
+from lowrank_jax.planning.rules import SCHEMES, Rule, rows_view, wanted_rank
 
 
 def is_matrix(name: str, leaf: Any) -> bool:
@@ -30,8 +31,15 @@ def plan_kernel(
     """
     macs = use.macs() // batch if use else 0
     dense = functools.partial(DenseKernel, name=name, shape=shape, macs=macs, rule=rule)
+    if rule is not None and rule.rows is not None:
+        try:
+            planned = _by_rows(name, shape, use, rule, macs)
+        except ValueError as error:
+            return dense(note=str(error))
+        if planned is not None:
+            return planned
     if use is None:
-        return dense(note="embedding" if name.rsplit("/", 1)[-1] == "embedding" else "no supported layer uses it")
+        return dense(note=_unused(name))
     if use.refusal:
         return dense(note=use.refusal)
     if shape[len(shape) - len(use.shape) :] != use.shape:
@@ -52,6 +60,43 @@ def plan_kernel(
     return FactoredKernel(
         name=name, shape=shape, macs=macs, rule=rule, choices=choices, choice=choices[0], rank=rank, execution=execution
     )
+
+
+def _unused(name: str) -> str:
+    kind = "embedding" if name.rsplit("/", 1)[-1] == "embedding" else "no known layer uses it"
+    return f"{kind}; rows=... factors it"
+
+
+def _by_rows(name: str, shape: tuple[int, ...], use: KernelUse | None, rule: Rule, macs: int) -> PlannedKernel | None:
+    """The line of a parameter whose rule names its rows; None if they are those of the known layer that uses it.
+
+    Raises:
+      ValueError: the parameter has no such axes.
+    """
+    stacked = use is not None and shape[len(shape) - len(use.shape) :] == use.shape
+    view = rows_view(rule, use.shape if use is not None and stacked else shape)
+    if use is not None and stacked and not use.refusal and rule.execution != "premerged" and view == use.view(rule.scheme):
+        return None
+    choices = (Choice(view, Traffic.unknown()),)
+    dense = functools.partial(DenseKernel, name=name, shape=shape, macs=macs, rule=rule)
+    rank = wanted_rank(rule, view)
+    if rank is None:
+        return dense(note="the rule has rows and no rank")
+    if rule.execution == "factored":
+        return dense(note=f"runs on factors in known layers alone; {use.refusal if use else 'no layer is known to use it'}")
+    if problem := _problem(choices[0], rank):
+        return dense(note=problem, choices=choices)
+    return FactoredKernel(
+        name=name, shape=shape, macs=macs, rule=rule, choices=choices, choice=choices[0], rank=rank, execution="premerged"
+    )
+
+
+def premerged(kernel: FactoredKernel, reason: str) -> PlannedKernel:
+    """The line of a kernel that something besides its layer reads: its factors are multiplied out before that."""
+    if kernel.rule.execution == "factored":
+        note = f"{reason}, which knows no factors"
+        return DenseKernel(name=kernel.name, shape=kernel.shape, macs=kernel.macs, rule=kernel.rule, note=note)
+    return dataclasses.replace(kernel, execution="premerged", note=reason)
 
 
 def _choices(use: KernelUse, rule: Rule, batch: int) -> tuple[Choice, ...]:

@@ -31,6 +31,11 @@ class Traffic:
         common = math.gcd(batch, inputs, positions, hidden_positions) or 1
         return cls(batch // common, inputs // common, positions // common, hidden_positions // common)
 
+    @classmethod
+    def unknown(cls) -> "Traffic":
+        """Of a parameter that no known layer uses."""
+        return cls(1, 0, 0, 0)
+
     def scaled(self, batch: int) -> "Traffic":
         """The same for another batch size."""
         return Traffic(
@@ -70,7 +75,7 @@ class PlannedKernel(abc.ABC):
     Attributes:
       name: the parameter's name.
       shape: its shape as stored, stack axes included.
-      macs: multiply-accumulates of the dense kernel, per example.
+      macs: multiply-accumulates of the dense kernel, per example; 0 if unknown.
       rule: the rule that decided; None if none matches.
       choices: the ways to factor the kernel that are open to a budget, the rule's own scheme first; empty where the rule, or
         the layer, keeps the kernel dense.
@@ -118,12 +123,14 @@ class FactoredKernel(PlannedKernel):
       choice: which of `choices` was taken.
       rank: the rank.
       execution: how the layer will run; None if that is not known yet.
+      note: why the execution is not the rule's own.
     """
 
     rule: Rule
     choice: Choice
     rank: int
     execution: Execution | None = None
+    note: str = ""
 
     @property
     def view(self) -> MatrixView:
@@ -146,10 +153,12 @@ class FactoredKernel(PlannedKernel):
 
     @property
     def planned_macs(self) -> int:
+        if self.execution in ("merged", "premerged"):
+            return self.macs
         return self.choice.macs(self.rank)
 
     def _cells(self) -> tuple[str, str, str, str]:
-        return str(self.rank), self.rule.method, self.execution or self.rule.execution, ""
+        return str(self.rank), self.rule.method, self.execution or self.rule.execution, self.note
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
