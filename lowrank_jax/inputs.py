@@ -68,7 +68,7 @@ def moment_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     """What `second_moments` returns, as shapes."""
     return {
         kernel.name: jax.ShapeDtypeStruct((*kernel.stack, kernel.view.n, kernel.view.n), jnp.float32)
-        for kernel in plan.factored
+        for kernel in plan.captured
     }
 
 
@@ -126,6 +126,6 @@ def _capture(model: Any) -> Callable[..., dict[str, Any]]:
 
 
 def _not_empty(found: dict[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:
-    if not found and plan.factored:
+    if not found and plan.captured:
         raise ValueError("no batches to capture inputs from")
     return found

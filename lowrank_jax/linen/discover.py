@@ -1,7 +1,6 @@
 """A model's kernels, the layers that use them and the work that each does, found by tracing the model once."""
 
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -45,10 +44,16 @@ def trace(call: ModelCall) -> tuple[dict[str, Any], dict[str, KernelUse]]:
             kernel, name = known.kernel_of(layer, below), "/".join((*layer.path, below))
             if kernel is None or is_low_rank(kernel):
                 continue
-            use = KernelUse(type(layer).__name__, tuple(kernel.shape), known.rows_of(layer), known.refusal(layer))
+            use = KernelUse(
+                type(layer).__name__,
+                tuple(kernel.shape),
+                known.rows_of(layer),
+                known.refusal(layer),
+                known.has_own_run(layer),
+            )
             if name not in uses or "/" in below:  # of a module inside, which the outer one uses
                 uses[name] = use
-            if isinstance(y, jax.Array) and known.measured(layer):
+            if isinstance(y, jax.Array) and known.is_measured(layer):
                 x = args[0] if args else next(iter(call_kwargs.values()))
                 calls.append(LayerCall(name, y.size, *_positions(use, x, y), x.size))
                 y = checkpoint_name(y, f"{_MARK}{len(calls) - 1}")

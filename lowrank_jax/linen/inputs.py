@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.linen.known import find
+from lowrank_jax.linen.known import BUILT_IN, find
 from lowrank_jax.linen.layers import apply
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import FactoredKernel, Plan
@@ -26,7 +26,7 @@ Combine = Callable[[Any, Any], Any]  # the summaries of two uses of one kernel
 def capture(
     model: nn.Module, variables: Any, batch: Any, plan: Plan, summary: Summary, combine: Combine, rngs: Any, kwargs: Any
 ) -> dict[str, Any]:
-    """Summaries of the inputs of every kernel that the plan factors, over one batch.
+    """Summaries of the inputs of every kernel that the plan factors in a known layer, over one batch.
 
     Args:
       model, variables, batch, plan, rngs, kwargs: as in `lowrank_jax.inputs.second_moments`.
@@ -39,17 +39,18 @@ def capture(
     Raises:
       ValueError: the inputs of a planned kernel cannot be captured.
     """
-    planned = {kernel.name: kernel for kernel in plan.factored}
+    planned = {kernel.name: kernel for kernel in plan.captured}
 
     def observe(next_fun: Any, args: Any, call_kwargs: Any, context: Any) -> Any:
-        module, name = context.module, "/".join((*context.module.path, "kernel"))
+        module = context.module
+        known = find(module) if context.method_name == "__call__" else None
+        name = "/".join((*module.path, *known.kernels)) if known else ""
         # The layers that cut patches are run on their own, where nothing can be written.
-        ours = context.method_name == "__call__" and name in planned and module.is_mutable_collection(COLLECTION)
-        if ours and find(module):
-            x = args[0] if args else call_kwargs["inputs"]
+        if name in planned and module.is_mutable_collection(COLLECTION):
+            x = args[0] if args else next(iter(call_kwargs.values()))
             module.sow(
                 COLLECTION,
-                "inputs",
+                _sown(name),
                 summary(name, _inputs(module, planned[name], x)),
                 init_fn=lambda: None,
                 reduce_fn=lambda old, new: new if old is None else combine(old, new),
@@ -61,14 +62,22 @@ def capture(
     with nn.intercept_methods(observe):
         _, written = apply(model, variables, *args, **kwargs, mutable=mutable, rngs=rngs)
     sown = named_leaves(written.get(COLLECTION, {}), is_leaf=lambda node: isinstance(node, tuple))
-    found = {name.removesuffix("inputs") + "kernel": value for name, value in sown.items()}
+    names = {f"{kernel.rpartition('/')[0]}/{_sown(kernel)}".lstrip("/"): kernel for kernel in planned}
+    found = {names[name]: value for name, value in sown.items()}
     _check_found(found, planned)
     return found
+
+
+def _sown(kernel: str) -> str:
+    """The name under which the inputs of a kernel are written, next to it."""
+    return f"inputs of {kernel.rpartition('/')[2]}"
 
 
 def _inputs(module: Any, kernel: FactoredKernel, x: jax.Array) -> jax.Array:
     """What a kernel's matrix is multiplied with at every output position: `[positions, group, n]`, float32."""
     view = kernel.view
+    if not isinstance(module, BUILT_IN):  # it multiplies the last axes
+        return x.astype(jnp.float32).reshape(-1, 1, view.n)
     row_sizes = view.shape[:-1] if isinstance(module, nn.Conv) else tuple(view.shape[axis] for axis in view.rows)
     size = math.prod(row_sizes)
     layer = module.clone(features=size, use_bias=False, dtype=jnp.float32, precision="highest", name=None)

@@ -118,10 +118,16 @@ def refusal(layer: nn.Module) -> str:
     return ""
 
 
-def measured(layer: nn.Module) -> KnownLayer | None:
-    """How a module uses its kernel, for counting; None where only the module itself knows."""
+def is_measured(layer: nn.Module) -> bool:
+    """Whether it is known at how many positions a module applies its kernel."""
     known = _nearest(layer)
-    return None if known is None or known.run is not None or _replaced(type(layer), known.base) else known
+    return known is not None and known.run is None and not _replaced(type(layer), known.base)
+
+
+def has_own_run(layer: nn.Module) -> bool:
+    """Whether only the module knows how it computes with its kernels."""
+    known = _nearest(layer)
+    return known is not None and known.run is not None
 
 
 def kernel_of(layer: nn.Module, name: str) -> Any:

@@ -13,7 +13,7 @@ from lowrank_jax.linen.model_call import ModelCall
 from lowrank_jax.linen.readers import foreign_readers
 from lowrank_jax.paths import first_match, named_leaves
 from lowrank_jax.planning.decide import check_ranks, is_matrix, plan_kernel, premerged
-from lowrank_jax.planning.plans import DenseKernel, FactoredKernel, Plan, PlannedKernel
+from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.rules import Rule
 
 

@@ -1,6 +1,6 @@
 """Who reads a kernel on its way to its layer, found by following the factors through the traced program.
 
-A layer that runs on factors is right only if it gets them as they are stored.  A wrapper may halve, mask or normalise the leaves
+A layer on factors is right only if it gets them as they are stored.  A wrapper may halve, mask or normalise the leaves
 of the layer inside, and runs on factors all the same: it halves each of them.  So the model is traced with factors in it, every
 layer marks those that reach it, and a pair is untouched if nothing but calls, loops and marks has its factors as operands.
 """
@@ -8,11 +8,8 @@ layer marks those that reach it, and a pair is untouched if nothing but calls, l
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-
 from jax.extend.core import Var
 
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
@@ -27,7 +24,7 @@ _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpo
 
 
 def foreign_readers(call: ModelCall, variables: Any, pairs: dict[str, LowRankKernel]) -> dict[str, str]:
-    """Of the kernels that shall become factor pairs, those that something besides their layer reads: what, by the kernel's name.
+    """Of the kernels that shall become pairs, those that something besides their layer reads: what, by the kernel's name.
 
     Args:
       call: of the model, which runs while nothing is factored.

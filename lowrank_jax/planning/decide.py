@@ -58,7 +58,15 @@ def plan_kernel(
         return dense(note=problem, choices=choices)
     execution = None if rule.execution == "auto" else rule.execution
     return FactoredKernel(
-        name=name, shape=shape, macs=macs, rule=rule, choices=choices, choice=choices[0], rank=rank, execution=execution
+        name=name,
+        shape=shape,
+        macs=macs,
+        rule=rule,
+        choices=choices,
+        choice=choices[0],
+        rank=rank,
+        execution=execution,
+        own_run=use.own_run,
     )
 
 

@@ -58,12 +58,16 @@ def _factorize(
     moments: Mapping[str, jax.Array] | None,
     inputs: Mapping[str, jax.Array] | None,
 ) -> dict[str, Any]:
-    factors = {}
-    for method, groups in _by_method(kernels, plan, inputs).items():
-        stacks = [_stack(members, kernels, key, inputs) for members in groups]
-        pairs = METHODS[method](stacks) if moments is None else _data_aware(METHODS[method], stacks, groups, moments)
-        for members, (u, v) in zip(groups, pairs, strict=True):
-            factors.update(_unstacked(members, u, v))
+    factors: dict[str, Any] = {}
+    known, unknown = [], []  # of those that are premerged nobody knows the inputs
+    for kernel in plan.factored:
+        (unknown if moments is None or kernel.name not in moments else known).append(kernel)
+    for chosen, data in ((known, moments), (unknown, None)):
+        for method, groups in _by_method(kernels, chosen, inputs).items():
+            stacks = [_stack(members, kernels, key, inputs) for members in groups]
+            pairs = METHODS[method](stacks) if data is None else _data_aware(METHODS[method], stacks, groups, data)
+            for members, (u, v) in zip(groups, pairs, strict=True):
+                factors.update(_unstacked(members, u, v))
     return factors
 
 
@@ -91,18 +95,18 @@ def _roots(moments: Any, n: int) -> jax.Array:
 
 
 def _by_method(
-    kernels: dict[str, jax.Array], plan: Plan, inputs: Mapping[str, jax.Array] | None
+    kernels: dict[str, jax.Array], chosen: list[FactoredKernel], inputs: Mapping[str, jax.Array] | None
 ) -> dict[str, list[list[FactoredKernel]]]:
-    """The plan's factored kernels by method; within one, those together that become one `Stack`."""
+    """The chosen kernels by method; within one, those together that become one `Stack`."""
 
     def alike(kernel: FactoredKernel) -> Hashable:
         view, rule = kernel.view, kernel.rule
-        samples = 0 if inputs is None else inputs[kernel.name].shape[-3]
+        samples = inputs[kernel.name].shape[-3] if inputs is not None and kernel.name in inputs else 0
         return rule.method, view.n, view.m, view.group, kernel.rank, rule.activation, kernels[kernel.name].dtype, samples
 
     methods: dict[str, list[list[FactoredKernel]]] = {}
-    for members in equal([alike(kernel) for kernel in plan.factored]):
-        together = [plan.factored[i] for i in members]
+    for members in equal([alike(kernel) for kernel in chosen]):
+        together = [chosen[i] for i in members]
         methods.setdefault(together[0].rule.method, []).append(together)
     return methods
 
@@ -156,10 +160,10 @@ def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Map
     if moments is not None and inputs is not None:
         raise ValueError("give moments or inputs, not both; the inputs already determine their moments")
     sampled = [kernel for kernel in plan.factored if kernel.rule.method == SAMPLED]
-    if inputs is not None and len(sampled) < len(plan.factored):
+    if inputs is not None and len(sampled) < len(plan.captured):
         raise ValueError(f"only the method {SAMPLED!r} takes inputs; give moments for the other kernels of this plan")
     problems = []
-    for kernel in plan.factored:
+    for kernel in plan.captured:
         name, stack, n, group = kernel.name, kernel.stack, kernel.view.n, kernel.view.group
         if moments is not None:
             moment = moments.get(name)
@@ -167,7 +171,7 @@ def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Map
         if inputs is not None:
             fed = inputs.get(name)
             problems += _misfit(name, "inputs", fed, (*stack, None, group, n)) or _unusable(name, "inputs", fed)
-    names = {kernel.name for kernel in plan.factored}
+    names = {kernel.name for kernel in plan.captured}
     for name in {**(moments or {}), **(inputs or {})}:
         if name not in names:
             problems.append(f"{name}: has data but is not a kernel that the plan factors{did_you_mean(name, names)}")

@@ -15,6 +15,7 @@ class KernelUse:
       shape: its shape inside the module, without stack axes.
       rows: the axes that a dense layer sums over; None for convolutions.
       refusal: why it cannot be factored; empty if it can.
+      own_run: whether only the layer knows how it computes with the kernel.
       positions: at how many output positions the kernel is applied, over the whole traced batch.
       widened: the same for the first stage of the spatial scheme, which keeps the input's width.
       inputs: how many elements the layer reads, over the whole traced batch.
@@ -24,6 +25,7 @@ class KernelUse:
     shape: tuple[int, ...]
     rows: tuple[int, ...] | None
     refusal: str
+    own_run: bool = False
     positions: int = 0
     widened: int = 0
     inputs: int = 0

@@ -123,6 +123,7 @@ class FactoredKernel(PlannedKernel):
       choice: which of `choices` was taken.
       rank: the rank.
       execution: how the layer will run; None if that is not known yet.
+      own_run: whether its layer computes with it in a way that only the layer knows (`register_layer(run=...)`).
       note: why the execution is not the rule's own.
     """
 
@@ -130,6 +131,7 @@ class FactoredKernel(PlannedKernel):
     choice: Choice
     rank: int
     execution: Execution | None = None
+    own_run: bool = False
     note: str = ""
 
     @property
@@ -199,6 +201,11 @@ class Plan:
     def factored(self) -> tuple[FactoredKernel, ...]:
         """The kernels that will be factored."""
         return tuple(kernel for kernel in self.kernels if isinstance(kernel, FactoredKernel))
+
+    @property
+    def captured(self) -> tuple[FactoredKernel, ...]:
+        """Those whose inputs can be captured: what multiplies them with what is known."""
+        return tuple(kernel for kernel in self.factored if kernel.execution != "premerged" and not kernel.own_run)
 
     @property
     def params(self) -> int:

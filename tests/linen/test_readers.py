@@ -1,0 +1,250 @@
+"""Kernels that something besides their layer reads: the function must be the same, whatever the execution."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_jax as lr
+from lowrank_jax.kernel import is_low_rank
+from lowrank_jax.paths import named_leaves
+
+X = np.random.default_rng(0).standard_normal((3, 8, 12)).astype(np.float32)
+RULES = [lr.Rule(".*kernel", rank=2), lr.Rule(".*")]
+
+
+def mapped(leafwise):
+    """`nn.Dense` whose parameters pass a function, leaf by leaf."""
+    return nn.map_variables(nn.Dense, "params", lambda tree: jax.tree.map(leafwise, tree), init=True)(12)
+
+
+def column_of_ones(leaf):
+    return leaf / jnp.linalg.norm(leaf, axis=0, keepdims=True) if leaf.ndim == 2 else leaf
+
+
+CHANGED = {
+    "halved": lambda a: a / 2,
+    "upper triangle": lambda a: jnp.triu(a) if a.ndim == 2 else a,
+    "clipped": lambda a: jnp.clip(a, -0.1, 0.1),
+    "masked": lambda a: a * (jnp.arange(a.shape[0]) % 2)[:, None] if a.ndim == 2 else a,
+    "rounded": lambda a: a + jax.lax.stop_gradient(jnp.round(8 * a) / 8 - a),
+    "unit columns": column_of_ones,
+    "another sign": lambda a: jnp.where(a > 0, a, -a),
+    "cast": lambda a: a.astype(jnp.bfloat16).astype(jnp.float32),
+    "flipped": lambda a: a[::-1],
+    "permuted": lambda a: jnp.roll(a, 1, axis=-1),
+}
+
+
+@nn.nowrap
+@jax.custom_vjp
+def twice_the_gradient(leaf):
+    return leaf
+
+
+twice_the_gradient.defvjp(lambda leaf: (leaf, None), lambda _, grad: (2 * grad,))
+CHANGED["another gradient"] = twice_the_gradient
+
+
+class Wrapped(nn.Module):
+    """A wrapper between two plain layers, and a plain one around the inputs."""
+
+    wrapper: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(12, name="first")(x))
+        if self.wrapper in CHANGED:
+            x = mapped(CHANGED[self.wrapper])(x)
+        elif self.wrapper == "weight norm":
+            x = nn.WeightNorm(nn.Dense(12))(x)
+        elif self.wrapper == "spectral norm":
+            x = nn.SpectralNorm(nn.Dense(12))(x, update_stats=False)
+        elif self.wrapper == "identity":
+            x = mapped(lambda a: a)(x)
+        elif self.wrapper == "remat":
+            x = nn.remat(nn.Dense)(12)(x)
+        elif self.wrapper == "jit":
+            x = nn.jit(nn.Dense)(12)(x)
+        return nn.Dense(5, name="last")(nn.tanh(x))
+
+
+class Penalised(nn.Module):
+    """Adds the sum of squares of all its parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(12, name="layer")
+        y = layer(x)
+        return y + 1e-3 * sum(jnp.sum(a**2) for a in jax.tree.leaves(layer.variables))
+
+
+class Turn(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(nn.Dense(12)(x)), None
+
+
+class Scanned(nn.Module):
+    """Layers of their own in one loop, and one layer in another."""
+
+    @nn.compact
+    def __call__(self, x):
+        x, _ = nn.scan(nn.remat(Turn), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()(x, None)
+        return nn.scan(Turn, variable_broadcast="params", split_rngs={"params": False}, length=2)()(x, None)[0]
+
+
+class Mapped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(5)(x)
+
+
+class Chosen(nn.Module):
+    """A layer inside `nn.cond`."""
+
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.Dense(12)
+        x = dense(x)
+        return nn.cond(x.sum() > -1e9, lambda m, x: m(x), lambda m, x: m(x) * 2, dense, x)
+
+
+class Standardised(nn.Conv):
+    def param(self, name, *args, **kwargs):
+        leaf = super().param(name, *args, **kwargs)
+        return (leaf - leaf.mean((0, 1))) / leaf.std((0, 1)) if name == "kernel" else leaf
+
+
+class Doubled(nn.Dense):
+    def get_variable(self, col, name, default=None):
+        return super().get_variable(col, name, default)
+
+    def param(self, name, *args, **kwargs):
+        return 2 * super().param(name, *args, **kwargs)
+
+
+class Mixin:
+    def param(self, name, *args, **kwargs):
+        return -super().param(name, *args, **kwargs)
+
+
+class Negative(Mixin, nn.DenseGeneral):
+    pass
+
+
+def net(make):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(5, name="last")(nn.tanh(make()(x)))
+
+    return Net()
+
+
+UNTOUCHED = [Wrapped("identity"), Wrapped("remat"), Wrapped("jit"), Wrapped("none"), Scanned(), Mapped(), Chosen()]
+FOUND_OUT = [*(Wrapped(name) for name in CHANGED), Wrapped("weight norm"), Wrapped("spectral norm"), Penalised()]
+
+
+def of_tangents(x, kernel, *args, **kwargs):
+    return jax.lax.dot_general(x, jnp.tanh(kernel), *args, **kwargs)
+
+
+REPLACED = [
+    net(lambda: Standardised(12, (3,))),
+    net(lambda: Doubled(12)),
+    net(lambda: Negative(12)),
+    net(lambda: nn.Dense(12, dot_general=of_tangents)),
+]
+MODELS = {
+    f"{type(model).__name__} {getattr(model, 'wrapper', i)}": model for i, model in enumerate(UNTOUCHED + FOUND_OUT + REPLACED)
+}
+
+
+def relabelled(params, execution):
+    def relabel(leaf):
+        return dataclasses.replace(leaf, execution=execution) if is_low_rank(leaf) and leaf.execution == "factored" else leaf
+
+    return jax.tree.map(relabel, params, is_leaf=is_low_rank)
+
+
+@pytest.mark.parametrize("rows", [None, "all_but_last"], ids=["", "rows"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_function_and_its_gradient_do_not_depend_on_the_execution(name, rows):
+    model = MODELS[name]
+    variables = model.init(jax.random.key(0), X)
+    rules = [dataclasses.replace(RULES[0], rows=rows), RULES[1]]
+    plan = lr.plan(model, X, rules)
+    params = lr.factorize(variables["params"], plan, key=jax.random.key(1))
+    factored = [kernel.name for kernel in plan.factored]
+    assert factored and (rows is None or len(factored) == len(plan.kernels))
+
+    def plain(params):
+        return model.apply({**variables, "params": lr.merge(params)}, X)
+
+    def of(run):
+        return jax.jit(jax.value_and_grad(lambda params: (jnp.sin(3 * run(params))).sum()))
+
+    value, grad = of(plain)(params)
+    for execution in ("factored", "merged", "premerged"):
+        other = relabelled(params, execution)
+        theirs, slopes = of(lambda params: lr.apply(model, {**variables, "params": params}, X))(other)
+        np.testing.assert_allclose(theirs, value, rtol=2e-5, err_msg=execution)
+        for (leaf, ours), slope in zip(named_leaves(grad).items(), jax.tree.leaves(slopes), strict=True):
+            np.testing.assert_allclose(slope, ours, rtol=1e-3, atol=2e-4, err_msg=f"{execution} {leaf}")
+
+
+@pytest.mark.parametrize("model", FOUND_OUT, ids=lambda model: getattr(model, "wrapper", "penalised"))
+def test_what_is_found_out_is_multiplied_before_the_model_and_nothing_else_is(model):
+    plan = lr.plan(model, X, RULES)
+    for kernel in plan.factored:
+        expected = None if kernel.name.split("/")[0] in ("first", "last") else "premerged"
+        assert kernel.execution == expected, kernel
+        assert (kernel.note == "") == (expected is None)
+    assert any(kernel.execution == "premerged" for kernel in plan.factored)
+
+
+@pytest.mark.parametrize("model", UNTOUCHED, ids=lambda model: f"{type(model).__name__} {getattr(model, 'wrapper', '')}")
+def test_what_only_passes_a_kernel_on_is_not_found_out(model):
+    plan = lr.plan(model, X, RULES)
+    assert plan.factored and all(kernel.execution is None for kernel in plan.factored)
+
+
+def test_a_rule_that_insists_on_factors_leaves_such_a_kernel_dense_with_the_reason():
+    plan = lr.plan(Wrapped("halved"), X, [lr.Rule(".*kernel", rank=2, execution="factored")])
+    notes = {kernel.name: kernel.note for kernel in plan.kernels}
+    assert notes["Map_variablesDense_0/kernel"] == "something besides its layer reads it (div), which knows no factors"
+    assert {kernel.name for kernel in plan.factored} == {"first/kernel", "last/kernel"}
+
+
+@pytest.mark.parametrize("model", REPLACED[:3], ids=["param", "get_variable", "mixin"])
+def test_a_class_that_replaces_a_method_stays_dense_with_what_to_do(model):
+    (kernel,) = (kernel for kernel in lr.plan(model, X, RULES).kernels if kernel.name != "last/kernel")
+    assert "replaces " in kernel.note and "rows=" in kernel.note and kernel.macs == 0
+
+
+def test_names_of_axes_are_bound_for_the_check():
+    class OverDevices(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.WeightNorm(nn.Dense(12))(x)
+            x = nn.BatchNorm(use_running_average=False, axis_name="devices")(x)
+            return nn.Dense(5, name="last")(jax.lax.pmean(x, "hosts") if not self.is_initializing() else x)
+
+    plan = lr.plan(OverDevices(), X, RULES)
+    assert [kernel.execution for kernel in plan.factored] == ["premerged", None]
+
+
+def test_a_model_that_does_not_run_says_so_itself():
+    class Broken(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if not self.is_initializing():
+                raise RuntimeError("no training without data")
+            return nn.Dense(5)(x)
+
+    with pytest.raises(RuntimeError, match="no training without data"):
+        lr.plan(Broken(), X, RULES)
