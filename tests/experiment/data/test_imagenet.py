@@ -158,7 +158,7 @@ def test_a_killed_run_resumes_to_the_same_figures(small_imagenet, tmp_path):
     done = running.run(whole)
     assert done.returncode == 0, done.stderr
     with running.start(broken) as process:
-        wait_for(process, "saved@70")
+        wait_for(process, "[100/200")
         process.kill()
     assert process.returncode == -signal.SIGKILL
     resumed = running.run(broken)

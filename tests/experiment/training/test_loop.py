@@ -298,7 +298,7 @@ def test_a_run_killed_by_the_system_resumes_to_the_same_bits(tmp_path):
     assert done.returncode == 0, done.stderr
 
     with running.start(broken, devices=2) as process:
-        wait_for(process, "saved@210")
+        wait_for(process, "[200/600")
         process.kill()
     assert process.returncode == -signal.SIGKILL
     resumed = running.run(broken, devices=2)
