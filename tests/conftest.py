@@ -1,5 +1,6 @@
 """Eight CPU devices, a compilation cache that all workers share and a data folder for each; set before jax is imported."""
 
+import gc
 import os
 import pathlib
 import shutil
@@ -46,6 +47,8 @@ def _end(number: int, frame: object) -> None:
 
 
 _MAIN = os.getpid()
+
+gc.set_threshold(50_000, 20, 20)  # tracing makes many objects; at Python's own threshold collecting takes a seventh of the time
 
 
 @pytest.fixture

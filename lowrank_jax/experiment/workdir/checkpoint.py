@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
