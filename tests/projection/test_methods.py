@@ -61,7 +61,8 @@ def test_a_stack_is_its_matrices_one_by_one(method):
     (u, v), _ = together(method)
     for i in range(2):
         one, other = alone(method, i, i)
-        np.testing.assert_allclose(np.asarray(u[i]) @ v[i], one @ other, atol=1e-4)
+        # The descent ends at a relative gain of 1e-7, which leaves the root of that open, 3e-4, of entries up to 2.
+        np.testing.assert_allclose(np.asarray(u[i]) @ v[i], one @ other, atol=1e-3 if "refine" in method else 1e-4)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,14 +20,13 @@ from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.hosts import processes
 from lowrank_jax.experiment.workdir.checked_json import seal, unseal
 from lowrank_jax.experiment.workdir.digest import digests
-from lowrank_jax.experiment.workdir.orbax_logs import quiet_reads, quiet_saves
+from lowrank_jax.experiment.workdir.orbax_logs import drop_unfinished, quiet_reads, quiet_saves
 from lowrank_jax.experiment.workdir.orbax_processes import all_processes, barrier, handlers, this_process
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.text import first_line
 
 _SCORES = "scores.json"
 _GONE = "gone"
-_STRAGGLER_SECONDS = 0.1  # for other reads to end after one has failed, while their complaints are silenced
 _OPEN_ATTEMPTS = 5  # to list the steps of a run that may be deleting some
 
 
@@ -146,6 +144,7 @@ class Checkpoints:
             try:
                 return unseal(self._read_items(step, info=ocp.args.JsonRestore()).info)
             except Exception:  # restoring the step reports what is wrong with it
+                drop_unfinished()
                 return None
 
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
@@ -246,7 +245,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
                 reason = _reason(error)
-            time.sleep(_STRAGGLER_SECONDS)
+            drop_unfinished()
         return reason if (self.directory / str(step)).exists() else _GONE
 
     def _read(self, step: int, target: Any) -> Restored:

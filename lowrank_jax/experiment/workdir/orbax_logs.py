@@ -6,9 +6,12 @@ import gc
 import logging
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+
+_STRAGGLER_SECONDS = 0.1  # for other reads to end after one has failed
 
 # What orbax's threads log about a save that fails, and Python about what they leave behind.
 _REPEATED = re.compile(
@@ -20,7 +23,10 @@ _REPEATED = re.compile(
 
 @contextlib.contextmanager
 def quiet_reads() -> Iterator[None]:
-    """Silences Python's complaints about the reads that orbax leaves unfinished when one of them fails."""
+    """Silences Python's complaints about the reads that orbax leaves unfinished when one of them fails.
+
+    They come as these are collected; `drop_unfinished` does that.
+    """
     log, hook = logging.getLogger("asyncio"), sys.unraisablehook
     level = log.level
     with warnings.catch_warnings():
@@ -29,10 +35,15 @@ def quiet_reads() -> Iterator[None]:
         sys.unraisablehook = lambda unraisable: None
         try:
             yield
-            gc.collect()
         finally:
             sys.unraisablehook = hook
             log.setLevel(level)
+
+
+def drop_unfinished() -> None:
+    """Collects what orbax has left of a read that has failed."""
+    time.sleep(_STRAGGLER_SECONDS)
+    gc.collect()
 
 
 def quiet_saves() -> None:

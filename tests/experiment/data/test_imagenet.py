@@ -153,12 +153,12 @@ def test_so_do_those_of_an_evaluation(small_imagenet, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_figures(small_imagenet, tmp_path):
-    steps = {"steps": 300, "checkpoint__every": "35 steps", "log__every": "50 steps", "eval__every": "150 steps"}
+    steps = {"steps": 200, "checkpoint__every": "35 steps", "log__every": "50 steps", "eval__every": "100 steps"}
     whole, broken = (running.command(tmp_path / name, **settings(small_imagenet, **steps)) for name in ("whole", "broken"))
     done = running.run(whole)
     assert done.returncode == 0, done.stderr
     with running.start(broken) as process:
-        wait_for(process, "saved@140")
+        wait_for(process, "[100/200")
         process.kill()
     assert process.returncode == -signal.SIGKILL
     resumed = running.run(broken)

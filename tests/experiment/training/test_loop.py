@@ -291,14 +291,14 @@ def test_training_does_not_depend_on_the_devices(tmp_path):
 @pytest.mark.slow
 def test_a_run_killed_by_the_system_resumes_to_the_same_bits(tmp_path):
     # Saved in the middle of the windows that are logged.
-    steps = {"steps": 1200, "checkpoint__every": "70 steps", "log__every": "100 steps", "eval__every": "400 steps"}
+    steps = {"steps": 600, "checkpoint__every": "70 steps", "log__every": "100 steps", "eval__every": "200 steps"}
     steps |= {"optim__ema_decay": 0.99, "dataset__random_erasing": 0.3, "optim__accumulate": 2}
     whole, broken = running.command(tmp_path / "whole", **steps), running.command(tmp_path / "broken", **steps)
     done = running.run(whole, devices=2)
     assert done.returncode == 0, done.stderr
 
     with running.start(broken, devices=2) as process:
-        wait_for(process, "saved@490")
+        wait_for(process, "[200/600")
         process.kill()
     assert process.returncode == -signal.SIGKILL
     resumed = running.run(broken, devices=2)

@@ -51,6 +51,15 @@ def save(folder, tops, **settings):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_heap():
+    """A failed read is collected, which takes long with all that other tests have imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Steps 1 and 2, which nobody writes to."""
