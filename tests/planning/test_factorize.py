@@ -80,7 +80,7 @@ def test_every_kernel_is_in_the_plan_with_its_rank_or_its_reason(zoo):
     assert notes == {
         "depthwise/kernel": "depthwise convolution",
         "grouped/kernel": "grouped convolution (4 groups)",
-        "embed/embedding": "embedding",
+        "embed/embedding": "embedding; rows=... factors it",
         "head/kernel": "kept dense by rule 1",
     }
     ranks = {kernel.name: kernel.rank for kernel in plan.factored}
@@ -106,7 +106,7 @@ def test_planned_parameters_are_those_that_factorize_makes(zoo, factored):
 def test_macs_are_counted_as_the_program_runs(zoo):
     kernels = by_name(zoo[3])
     assert kernels["conv/kernel"].macs == 4 * 4 * 3 * 3 * 3 * 16
-    assert kernels["conv/kernel"].planned_macs == 4 * 8 * (3 * 3) * 2 + 4 * 4 * 2 * (3 * 16)
+    assert kernels["conv/kernel"].planned_macs == kernels["conv/kernel"].macs  # merged, it runs as the dense one
     assert kernels["shared/kernel"].macs == 2 * 16 * 16 * 16  # called twice on 16 positions
     assert kernels["layers/up/kernel"].macs == 5 * 16 * 16 * 32  # once in each of five layers
 
@@ -188,6 +188,9 @@ def test_vmapped_modules_are_stacked_and_counted_once_a_copy():
     np.testing.assert_allclose(*run(params), rtol=1e-5, atol=1e-6)
 
 
+TEACH = ": factor its kernel as merged with rows=..., or teach lr.register_layer its class"
+
+
 class Own(nn.Dense):
     """A layer that looks like nn.Dense and computes something else."""
 
@@ -199,11 +202,11 @@ class Own(nn.Dense):
 @pytest.mark.parametrize(
     ("layer", "note"),
     [
-        (Own(8), "Own overrides __call__"),
-        (nn.ConvTranspose(8, (3, 3)), "ConvTranspose is not nn.Dense, nn.DenseGeneral or nn.Conv"),
-        (nn.ConvLocal(8, (3, 3)), "ConvLocal is not nn.Dense, nn.DenseGeneral or nn.Conv"),
+        (Own(8), "Own replaces __call__ of Dense: factor its kernel as merged with rows=..."),
+        (nn.ConvTranspose(8, (3, 3)), "ConvTranspose is not a known layer" + TEACH),
+        (nn.ConvLocal(8, (3, 3)), "ConvLocal is not a known layer" + TEACH),
         (nn.Conv(8, (3, 3), mask=np.ones((3, 3, 8, 8))), "masked convolution"),
-        (nn.Conv(8, (3, 3), conv_general_dilated=jax.lax.conv_general_dilated), "overrides conv_general_dilated"),
+        (nn.Conv(8, (3, 3), conv_general_dilated=jax.lax.conv_general_dilated), "computes with its own conv_general_dilated"),
         (nn.DenseGeneral(8, batch_dims=0), "batch_dims is not supported"),
     ],
 )
@@ -236,12 +239,16 @@ class Wrapped(nn.Module):
         return nn.Dense(16, name="plain")(x)
 
 
-def test_layers_that_do_not_run_on_factors_stay_dense_and_say_so():
+def test_layers_that_do_not_run_on_factors_are_premerged_or_dense_and_say_so():
     model, x = Wrapped(), np.ones((2, 16), np.float32)
     plan = lr.plan(model, x, [lr.Rule(".*", rank=2, method="spectral")])
-    assert [kernel.name for kernel in plan.factored] == ["plain/kernel"]
+    assert {kernel.name: kernel.execution for kernel in plan.factored} == {
+        "normed/kernel": "premerged",
+        "spectral/kernel": "premerged",
+        "plain/kernel": None,
+    }
     assert all(kernel.note for name, kernel in by_name(plan).items() if name != "plain/kernel")
-    assert by_name(plan)["normed/kernel"].note == "a wrapper reads this kernel and does not accept factors"
+    assert by_name(plan)["normed/kernel"].note.startswith("something besides its layer reads it (")
 
     def run(x):
         variables = model.init(KEY, x)
