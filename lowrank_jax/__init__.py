@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay, frobenius_penalty, nuclear_penalty
     from lowrank_jax.kernel import LowRankKernel
     from lowrank_jax.linen.factorize import factorize
+    from lowrank_jax.linen.known import register_layer
     from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply
     from lowrank_jax.linen.plan import plan
     from lowrank_jax.planning import chips
@@ -42,6 +43,7 @@ __all__ = [
     "nuclear_penalty",
     "plan",
     "projection",
+    "register_layer",
     "theory",
 ]
 
@@ -71,6 +73,7 @@ _HOMES = {
     "merge": "planning.factorize",
     "nuclear_penalty": "decay",
     "plan": "linen.plan",
+    "register_layer": "linen.known",
 }
 
 

@@ -72,12 +72,12 @@ def factored_kernels(layer: nn.Module, known: KnownLayer) -> dict[str, LowRankKe
     return {name: kernel for name, kernel in kernels.items() if isinstance(kernel, LowRankKernel)}
 
 
-def on_kernels(layer: Any, kernels: dict[str, jax.Array], *args: Any, **kwargs: Any) -> Any:
-    """What a layer computes with other kernels, given by their names below it, and its own other parameters."""
+def on_kernels(layer: Any, kernels: dict[str, jax.Array], args: Any, kwargs: Any = None, **changes: Any) -> Any:
+    """What a layer computes with other kernels, given by their names below it, its own other parameters, and changed settings."""
     params = nn.meta.unbox(layer.variables["params"])
     for name, kernel in kernels.items():
         params = _replaced(params, name.split("/"), kernel)
-    return layer.clone(name=None, parent=None).apply({**layer.variables, "params": params}, *args, **kwargs)
+    return layer.clone(name=None, parent=None, **changes).apply({**layer.variables, "params": params}, *args, **(kwargs or {}))
 
 
 def _replaced(params: Any, path: Sequence[str], leaf: Any) -> Any:
@@ -89,16 +89,12 @@ def _own_stages(layer: Any, name: str, pair: LowRankKernel, x: jax.Array) -> Any
     """A registered layer: x U, and the layer itself with V for its kernel, the rank's axis in the place of the rows'."""
     dtype = getattr(layer, "dtype", None) or jnp.result_type(x, pair.dtype)
     if pair.execution == "merged":
-        return on_kernels(layer, {name: pair.product(dtype, getattr(layer, "precision", None))}, x)
+        return on_kernels(layer, {name: pair.product(dtype, getattr(layer, "precision", None))}, (x,))
     rows = len(pair.rows)
-    hidden = jnp.tensordot(
-        x.astype(dtype),
-        pair.u.astype(dtype),
-        axes=(range(x.ndim - rows, x.ndim), range(rows)),
-        precision=getattr(layer, "precision", None),
-    )
-    second = layer.clone(axis=-1) if hasattr(layer, "axis") else layer
-    return on_kernels(second, {name: jnp.moveaxis(pair.v, 0, pair.rows[0])}, hidden)
+    axes = list(range(x.ndim - rows, x.ndim)), list(range(rows))
+    hidden = jnp.tensordot(x.astype(dtype), pair.u.astype(dtype), axes=axes, precision=getattr(layer, "precision", None))
+    changes = {"axis": -1} if hasattr(layer, "axis") else {}
+    return on_kernels(layer, {name: jnp.moveaxis(pair.v, 0, pair.rows[0])}, (hidden,), **changes)
 
 
 def run_layer(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:

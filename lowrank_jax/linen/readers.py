@@ -67,7 +67,7 @@ def _mark_arrivals(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         for index, factor in enumerate((pair.u, pair.v)):
             checkpoint_name(factor, f"{_MARK}{'/'.join((*layer.path, name))}:{index}")
     dense = {name: jnp.zeros(pair.shape, pair.dtype) for name, pair in kernels.items()}
-    return on_kernels(layer, dense, *args, **kwargs)
+    return on_kernels(layer, dense, args, kwargs)
 
 
 def _follow(jaxpr: Any, factors: dict[Any, str], found: dict[str, str]) -> list[str | None]:
