@@ -65,9 +65,8 @@ def _without_wrapped(
         return takes_factors(model, inputs, kwargs, {**variables, "params": params})
 
     factored = [kernel for kernel in kernels if isinstance(kernel, FactoredKernel)]
-    if (
-        not factored or runs_with(factored) or not runs_with([])
-    ):  # a model that fails without factors too raises its own error later
+    # A model that fails without factors too raises its own error later.
+    if not factored or runs_with(factored) or not runs_with([]):
         return kernels
     note = "a wrapper reads this kernel and does not accept factors"
     wrapped = {
