@@ -6,6 +6,7 @@ step stores a digest of each array and restoring compares them; a damaged step i
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -100,11 +101,12 @@ class Checkpoints:
         if not self._read_only and jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
         processes.barrier()
+        manager = functools.partial(ocp.CheckpointManager, self.directory, options=self._options, handler_registry=handlers())
         for _ in range(_OPEN_ATTEMPTS - 1):
             # A run that is still training may delete a step after orbax has listed it.
             with contextlib.suppress(FileNotFoundError):
-                return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=handlers())
-        return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=handlers())
+                return manager()
+        return manager()
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())

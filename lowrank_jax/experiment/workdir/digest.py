@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.experiment.hosts.processes import several
 from lowrank_jax.paths import named_leaves
 
 _SALTS = (0x9E3779B9, 0x7F4A7C15)
@@ -19,7 +20,7 @@ def digests(tree: Any) -> dict[str, str]:
     words = {}
     for name, leaf in named_leaves(tree).items():
         words[name] = _digest(leaf)  # a program for each shape: one for the tree takes long to compile
-        if jax.process_count() > 1:  # whose programs could wait for each other if they ran in another order elsewhere
+        if several():  # whose programs could wait for each other if they ran in another order elsewhere
             words[name].block_until_ready()
     return {name: "".join(f"{word:08x}" for word in pair.tolist()) for name, pair in jax.device_get(words).items()}
 

@@ -76,7 +76,7 @@ def test_a_trial_whose_worker_is_killed_ends_where_an_undisturbed_one_does(clust
     log, said = tmp_path / "broken" / "log.txt", []
     once_it_says(
         log,
-        "[200/500",  # then some steps have been written; the last may not be
+        "[200/500",  # then 70 has been written; 140 may not be
         lambda: os.kill(int(log.read_text().split()[1]), signal.SIGKILL),
     )
     outcomes = ray_tune.run([broken, whole], address=cluster, say=said.append)
