@@ -159,6 +159,8 @@ def _channel_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Ar
         hidden = _on(product.clone(**narrow), kernel.u.reshape(-1, kernel.rank), x)
         return _on(product, kernel.v, hidden, bias)
     hidden = conv_gradients.convolve(module.clone(**narrow, name=None), kernel.u, x)
+    if not conv_gradients.is_known(hidden.shape[1:]):
+        return _on(product, kernel.v, hidden, bias)
     # With all positions on one axis, CPUs need no copy for the weight gradient.  On TPUs this costs nothing here, after a
     # window; between two products it would change the layout of every activation.
     return _on(product, kernel.v, hidden.reshape(-1, kernel.rank), bias).reshape(*hidden.shape[:-1], module.features)
