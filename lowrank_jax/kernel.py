@@ -40,18 +40,18 @@ class LowRankKernel:
 
     @property
     def rank(self) -> int:
-        return _value(self.u).shape[-1]
+        return without_box(self.u).shape[-1]
 
     @property
     def stack(self) -> tuple[int, ...]:
-        u = _value(self.u)
+        u = without_box(self.u)
         return tuple(u.shape[: u.ndim - 1 - len(self.rows)])
 
     @property
     def view(self) -> "MatrixView":
         """How the dense kernel is read as the matrix UV; `group` is not stored."""
         depth = len(self.stack)
-        sizes = tuple(_value(self.u).shape[depth:-1]) + tuple(_value(self.v).shape[depth + 1 :])
+        sizes = tuple(without_box(self.u).shape[depth:-1]) + tuple(without_box(self.v).shape[depth + 1 :])
         columns = tuple(axis for axis in range(len(sizes)) if axis not in self.rows)
         shape = [size for _, size in sorted(zip(self.rows + columns, sizes, strict=True))]
         return MatrixView(tuple(shape), self.rows)
@@ -74,11 +74,11 @@ class LowRankKernel:
     @property
     def nbytes(self) -> int:
         """The bytes of both factors, which are what is stored."""
-        return sum(math.prod(factor.shape) * factor.dtype.itemsize for factor in map(_value, (self.u, self.v)))
+        return sum(math.prod(factor.shape) * factor.dtype.itemsize for factor in map(without_box, (self.u, self.v)))
 
     @property
     def dtype(self) -> Any:
-        return jnp.result_type(_value(self.u).dtype, _value(self.v).dtype)
+        return jnp.result_type(without_box(self.u).dtype, without_box(self.v).dtype)
 
     def astype(self, dtype: Any) -> "LowRankKernel":
         """The same with both factors in another dtype."""
@@ -96,7 +96,7 @@ class LowRankKernel:
 
     def matrices(self) -> tuple[jax.Array, jax.Array]:
         """The factors as matrices: `[*stack, n, r]` and `[*stack, r, m]`."""
-        return _value(self.u).reshape(*self.stack, -1, self.rank), _value(self.v).reshape(*self.stack, self.rank, -1)
+        return without_box(self.u).reshape(*self.stack, -1, self.rank), without_box(self.v).reshape(*self.stack, self.rank, -1)
 
     def merge(self) -> jax.Array:
         """The dense kernel, `[*stack, *kernel]` in the factors' dtype, multiplied in float32 or better."""
@@ -109,10 +109,10 @@ class LowRankKernel:
         return self.view.from_matrix(jnp.matmul(u.astype(dtype), v.astype(dtype), precision=precision))
 
 
-def _value(factor: Any) -> Any:
-    """A factor without its box, such as flax's `Partitioned`: a node of the tree with a single leaf."""
-    leaves = jax.tree.leaves(factor)
-    return leaves[0] if len(leaves) == 1 else factor
+def without_box(value: Any) -> Any:
+    """An array without its box, such as flax's `Partitioned`: a node of the tree with a single leaf."""
+    leaves = jax.tree.leaves(value)
+    return leaves[0] if len(leaves) == 1 else value
 
 
 def _meta_from_bytes(data: bytes | bytearray) -> tuple[tuple[int, ...], str]:
