@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lowrank_jax.planning.execution import choose_execution
     from lowrank_jax.planning.factorize import merge
     from lowrank_jax.planning.plans import Plan
+    from lowrank_jax.planning.relabel import with_execution
     from lowrank_jax.planning.rules import Rule
     from lowrank_jax.projection import activations
     from lowrank_jax.projection.sampled import function_approximation
@@ -43,6 +44,7 @@ __all__ = [
     "plan",
     "projection",
     "theory",
+    "with_execution",
 ]
 
 # Names are loaded when they are first used: `lowrank --help` has no need of jax.  The same as above, which type checkers read.
@@ -71,6 +73,7 @@ _HOMES = {
     "merge": "planning.factorize",
     "nuclear_penalty": "decay",
     "plan": "linen.plan",
+    "with_execution": "planning.relabel",
 }
 
 
