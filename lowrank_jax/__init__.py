@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lowrank_jax import inputs, projection, theory
     from lowrank_jax import models as models
     from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay, frobenius_penalty, nuclear_penalty
+    from lowrank_jax.flat import flatten, unflatten
     from lowrank_jax.kernel import LowRankKernel
     from lowrank_jax.linen.factorize import factorize
     from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply
@@ -36,6 +37,7 @@ __all__ = [
     "chips",
     "choose_execution",
     "factorize",
+    "flatten",
     "frobenius_penalty",
     "function_approximation",
     "inputs",
@@ -44,6 +46,7 @@ __all__ = [
     "plan",
     "projection",
     "theory",
+    "unflatten",
     "with_execution",
 ]
 
@@ -68,11 +71,13 @@ _HOMES = {
     "apply": "linen.layers",
     "choose_execution": "planning.execution",
     "factorize": "linen.factorize",
+    "flatten": "flat",
     "frobenius_penalty": "decay",
     "function_approximation": "projection.sampled",
     "merge": "planning.factorize",
     "nuclear_penalty": "decay",
     "plan": "linen.plan",
+    "unflatten": "flat",
     "with_execution": "planning.relabel",
 }
 
