@@ -86,6 +86,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     elif name in _HOMES:
+        importlib.import_module(f"{__name__}.linen")  # whoever has a factor pair can give it to flax.serialization
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,8 @@
 """Factor pairs through flax.serialization."""
 
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,8 @@ from flax import serialization
 from flax.core import freeze
 from flax.traverse_util import flatten_dict
 
-from lowrank_jax.kernel import LowRankKernel, channel_view, dense_view, spatial_view
+from lowrank_jax import LowRankKernel
+from lowrank_jax.kernel import channel_view, dense_view, spatial_view
 
 
 def normal(*shape, seed=0):
@@ -76,3 +80,8 @@ def test_other_ranks_than_the_targets_are_restored_as_they_are():
     low, high = (dense_view((5, 4)).from_factors(normal(5, rank), normal(rank, 4)) for rank in (1, 3))
     restored = serialization.from_bytes(low, serialization.to_bytes(high))
     assert isinstance(restored, LowRankKernel) and restored.rank == 3
+
+
+def test_the_class_alone_is_registered():
+    code = "import lowrank_jax as lr, flax.serialization as s; print(len(s.to_bytes(lr.LowRankKernel(1, 2))) > 0)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
