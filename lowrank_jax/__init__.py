@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lowrank_jax.flat import flatten, unflatten
     from lowrank_jax.kernel import LowRankKernel
     from lowrank_jax.linen.factorize import factorize
-    from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply
+    from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply, factored
     from lowrank_jax.linen.plan import plan
     from lowrank_jax.planning import chips
     from lowrank_jax.planning.execution import choose_execution
@@ -36,6 +36,7 @@ __all__ = [
     "apply",
     "chips",
     "choose_execution",
+    "factored",
     "factorize",
     "flatten",
     "frobenius_penalty",
@@ -70,6 +71,7 @@ _HOMES = {
     "add_nuclear_decay": "decay",
     "apply": "linen.layers",
     "choose_execution": "planning.execution",
+    "factored": "linen.layers",
     "factorize": "linen.factorize",
     "flatten": "flat",
     "frobenius_penalty": "decay",

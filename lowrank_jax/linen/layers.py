@@ -6,7 +6,8 @@ dense layer on the factors' product.
 Both stages are Flax layers themselves, so padding, dilation, precision and dtype promotion mean exactly what they mean there.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -26,32 +27,81 @@ from lowrank_jax.kernel import (
 from lowrank_jax.linen import conv_gradients
 from lowrank_jax.linen.conv_gradients import per_axis
 from lowrank_jax.linen.known import BUILT_IN, KnownLayer, find, kernel_of
+from lowrank_jax.linen.model_check import check_model
 from lowrank_jax.projection import methods
 from lowrank_jax.projection.activations import ActivationLike
 
 Initializer = Callable[..., jax.Array]
 
 
-def apply(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
+def apply(model: nn.Module, variables: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`model.apply`, where any kernel in `variables["params"]` may be a `LowRankKernel`.
 
     Takes and returns what `model.apply` does (`rngs=`, `mutable=`, `method=`, ...).  A layer whose kernel is factored
     computes `(x @ u) @ v`, or `x @ (u @ v)` if its execution is `merged`; every other layer runs as its author wrote it, and
     gets the product of factors that are `premerged`.
+
+    Raises:
+      TypeError: the model is not a Linen module.
+    """
+    check_model(model)
+    run = _with_any_names if "variables" in kwargs else nn.Module.apply
+    with factored():
+        return run(model, _multiplied(variables), *args, **kwargs)
+
+
+def _with_any_names(model: nn.Module, given: Any, /, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+    """`model.apply(given, ...)` for a model that has an argument called "variables" itself."""
+    own = {name: kwargs.pop(name) for name in ("rngs", "mutable", "capture_intermediates") if name in kwargs}
+
+    def call(module: nn.Module, *args: Any) -> Any:
+        if isinstance(method, str):
+            return getattr(module, method)(*args, **kwargs)
+        unbound = type(module).__call__ if method is None else getattr(method, "__func__", method)
+        return unbound(module, *args, **kwargs)
+
+    return model.apply(given, *args, method=call, **own)
+
+
+@contextlib.contextmanager
+def factored() -> Iterator[None]:
+    """Within it, whatever calls a Linen module runs it on factors: `model.apply`, a bound module, a wrapper's `__call__`.
+
+        with lr.factored():
+            logits = hugging_face_model(tokens, params=params).logits
+
+    A function under `jax.jit` is to be traced within it: the place for the context is inside the function.
     """
     with nn.intercept_methods(_intercept):
-        return model.apply(_premerged(variables), *args, **kwargs)
+        yield
 
 
-def _premerged(variables: Any) -> Any:
-    def product(leaf: Any) -> Any:
-        return leaf.merge() if is_low_rank(leaf) and leaf.execution == "premerged" else leaf
+def _multiplied(variables: Any) -> Any:
+    """With the product in the place of factors that are premerged."""
+    return jax.tree.map(lambda leaf: leaf.merge() if _is_premerged(leaf) else leaf, variables, is_leaf=is_low_rank)
 
-    return jax.tree.map(product, variables, is_leaf=is_low_rank)
+
+def _is_premerged(leaf: Any) -> bool:
+    return is_low_rank(leaf) and leaf.execution == "premerged"
+
+
+def _multiply_in_scope(module: nn.Module) -> None:
+    """The same for the parameters that a module was bound to, before it first reads any.
+
+    A scope lets nobody replace what is immutable, so its own dict is changed: flax makes one for every `apply` and `bind`.
+    """
+    scope = module.scope
+    if scope is None or scope.parent is not None:
+        return
+    params = scope._variables.get("params", {})
+    if any(map(_is_premerged, jax.tree.leaves(params, is_leaf=is_low_rank))):
+        with jax.ensure_compile_time_eval():  # a bound module outlives a jitted function that is the first to call it
+            scope._variables["params"] = _multiplied(params)  # type: ignore[index]
 
 
 def _intercept(next_fun, args, kwargs, context):
     layer = context.module
+    _multiply_in_scope(layer)
     known = find(layer) if context.method_name == "__call__" else None
     pairs = factored_kernels(layer, known) if known else {}
     if known is None or not pairs:
