@@ -10,12 +10,11 @@ if TYPE_CHECKING:
     from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay, frobenius_penalty, nuclear_penalty
     from lowrank_jax.flat import flatten, unflatten
     from lowrank_jax.kernel import LowRankKernel
-    from lowrank_jax.linen.factorize import factorize
+    from lowrank_jax.linen.factorize import factorize, merge
     from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply, factored
     from lowrank_jax.linen.plan import plan
     from lowrank_jax.planning import chips
     from lowrank_jax.planning.execution import choose_execution
-    from lowrank_jax.planning.factorize import merge
     from lowrank_jax.planning.plans import Plan
     from lowrank_jax.planning.relabel import with_execution
     from lowrank_jax.planning.rules import Rule
@@ -76,7 +75,7 @@ _HOMES = {
     "flatten": "flat",
     "frobenius_penalty": "decay",
     "function_approximation": "projection.sampled",
-    "merge": "planning.factorize",
+    "merge": "linen.factorize",
     "nuclear_penalty": "decay",
     "plan": "linen.plan",
     "unflatten": "flat",

@@ -24,7 +24,7 @@ from lowrank_jax.kernel import (
     is_low_rank,
     spatial_view,
 )
-from lowrank_jax.linen import conv_gradients
+from lowrank_jax.linen import boxes, conv_gradients
 from lowrank_jax.linen.conv_gradients import per_axis
 from lowrank_jax.linen.known import BUILT_IN, KnownLayer, find, kernel_of
 from lowrank_jax.linen.model_check import check_model
@@ -78,7 +78,7 @@ def factored() -> Iterator[None]:
 
 def _multiplied(variables: Any) -> Any:
     """With the product in the place of factors that are premerged."""
-    return jax.tree.map(lambda leaf: leaf.merge() if _is_premerged(leaf) else leaf, variables, is_leaf=is_low_rank)
+    return jax.tree.map(lambda leaf: boxes.merged(leaf) if _is_premerged(leaf) else leaf, variables, is_leaf=is_low_rank)
 
 
 def _is_premerged(leaf: Any) -> bool:
@@ -179,8 +179,11 @@ def _merged(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.
     return y if bias is None else y + bias
 
 
-def _on(layer: nn.Module, kernel: jax.Array, x: jax.Array, bias: Any = None) -> Any:
-    return layer.apply({"params": {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}}, x)
+def _on(layer: Any, kernel: jax.Array, x: jax.Array, bias: Any = None) -> Any:
+    zeros = nn.initializers.zeros  # the layer's own initialisers may say how a kernel of the whole size is partitioned
+    return layer.clone(kernel_init=zeros, bias_init=zeros).apply(
+        {"params": {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}}, x
+    )
 
 
 def _dense_stages(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
@@ -268,11 +271,12 @@ def _padding_per_axis(padding: Any) -> tuple[Any, Any]:
 
 
 def _factored_kernel(key: jax.Array, dense_init: Initializer, view: MatrixView, layer: Any) -> LowRankKernel:
-    """Draws the dense kernel as the plain layer does, then factors it."""
+    """Draws the dense kernel as the plain layer does, in a box or without one, then factors it."""
     draw, project = jax.random.split(key)
-    w = view.to_matrix(dense_init(draw, view.shape, layer.param_dtype))
+    kernel = dense_init(draw, view.shape, layer.param_dtype)
+    w = view.to_matrix(nn.meta.unbox(kernel))
     u, v = methods.factor(layer.method, project, w, layer.rank, activation=layer.activation, group=view.group)
-    return view.from_factors(u, v, layer.execution)
+    return boxes.like(kernel, view.from_factors(u, v, layer.execution))
 
 
 class LowRankDense(nn.Module):
