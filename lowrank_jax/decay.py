@@ -40,7 +40,8 @@ def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
 
 def nuclear_penalty(params: Any) -> jax.Array:
     """½ Σ (|U|_F² + |V|_F²) over all factor pairs of a tree: at least Σ |UV|_*, equal if balanced; differentiable."""
-    return 0.5 * sum((jnp.sum(pair.u**2) + jnp.sum(pair.v**2) for pair in _pairs(params)), start=jnp.zeros(()))
+    factors = jax.tree.leaves(_pairs(params))
+    return 0.5 * sum((jnp.sum(factor**2) for factor in factors), start=jnp.zeros(()))
 
 
 def add_nuclear_decay(decay: float) -> optax.GradientTransformation:
@@ -58,9 +59,13 @@ def _pairs(params: Any) -> list[LowRankKernel]:
 
 def _decayed(update: LowRankKernel, param: LowRankKernel, decay: float) -> LowRankKernel:
     u, v = param.matrices()
-    du = jnp.matmul(u, _gram_v(param), precision="highest").reshape(param.u.shape)
-    dv = jnp.matmul(_gram_u(param), v, precision="highest").reshape(param.v.shape)
-    return dataclasses.replace(update, u=update.u + decay * du, v=update.v + decay * dv)
+    du = jnp.matmul(u, _gram_v(param), precision="highest")
+    dv = jnp.matmul(_gram_u(param), v, precision="highest")
+
+    def add(factor: Any, gradient: jax.Array) -> Any:  # in its box, if it is in one
+        return jax.tree.map(lambda update: update + decay * gradient.reshape(update.shape), factor)
+
+    return dataclasses.replace(update, u=add(update.u, du), v=add(update.v, dv))
 
 
 def _gram_u(kernel: LowRankKernel) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.linen import inputs as linen_inputs
 from lowrank_jax.linen.inputs import COLLECTION as COLLECTION  # for `variable_axes` of nn.scan and nn.vmap
+from lowrank_jax.linen.model_check import check_model
 from lowrank_jax.planning.plans import Plan
 
 
@@ -120,9 +121,8 @@ def samples(
 
 def _capture(model: Any) -> Callable[..., dict[str, Any]]:
     """The door's function for one batch; see `lowrank_jax.linen.inputs.capture`."""
-    if isinstance(model, nn.Module):
-        return linen_inputs.capture
-    raise TypeError(f"inputs can be captured from a flax.linen.Module, not from {type(model).__name__}")
+    check_model(model)
+    return linen_inputs.capture
 
 
 def _not_empty(found: dict[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:

@@ -6,7 +6,8 @@ dense layer on the factors' product.
 Both stages are Flax layers themselves, so padding, dilation, precision and dtype promotion mean exactly what they mean there.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -23,35 +24,84 @@ from lowrank_jax.kernel import (
     is_low_rank,
     spatial_view,
 )
-from lowrank_jax.linen import conv_gradients
+from lowrank_jax.linen import boxes, conv_gradients
 from lowrank_jax.linen.conv_gradients import per_axis
 from lowrank_jax.linen.known import BUILT_IN, KnownLayer, find, kernel_of
+from lowrank_jax.linen.model_check import check_model
 from lowrank_jax.projection import methods
 from lowrank_jax.projection.activations import ActivationLike
 
 Initializer = Callable[..., jax.Array]
 
 
-def apply(model: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> Any:
+def apply(model: nn.Module, variables: Any, /, *args: Any, **kwargs: Any) -> Any:
     """`model.apply`, where any kernel in `variables["params"]` may be a `LowRankKernel`.
 
     Takes and returns what `model.apply` does (`rngs=`, `mutable=`, `method=`, ...).  A layer whose kernel is factored
     computes `(x @ u) @ v`, or `x @ (u @ v)` if its execution is `merged`; every other layer runs as its author wrote it, and
     gets the product of factors that are `premerged`.
+
+    Raises:
+      TypeError: the model is not a Linen module.
+    """
+    check_model(model)
+    run = _with_any_names if "variables" in kwargs else nn.Module.apply
+    with factored():
+        return run(model, _multiplied(variables), *args, **kwargs)
+
+
+def _with_any_names(model: nn.Module, given: Any, /, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+    """`model.apply(given, ...)` for a model that has an argument called "variables" itself."""
+    own = {name: kwargs.pop(name) for name in ("rngs", "mutable", "capture_intermediates") if name in kwargs}
+
+    def call(module: nn.Module, *args: Any) -> Any:
+        if isinstance(method, str):
+            return getattr(module, method)(*args, **kwargs)
+        unbound = type(module).__call__ if method is None else getattr(method, "__func__", method)
+        return unbound(module, *args, **kwargs)
+
+    return model.apply(given, *args, method=call, **own)
+
+
+@contextlib.contextmanager
+def factored() -> Iterator[None]:
+    """Within it, whatever calls a Linen module runs it on factors: `model.apply`, a bound module, a wrapper's `__call__`.
+
+        with lr.factored():
+            logits = hugging_face_model(tokens, params=params).logits
+
+    A function under `jax.jit` is to be traced within it: the place for the context is inside the function.
     """
     with nn.intercept_methods(_intercept):
-        return model.apply(_premerged(variables), *args, **kwargs)
+        yield
 
 
-def _premerged(variables: Any) -> Any:
-    def product(leaf: Any) -> Any:
-        return leaf.merge() if is_low_rank(leaf) and leaf.execution == "premerged" else leaf
+def _multiplied(variables: Any) -> Any:
+    """With the product in the place of factors that are premerged."""
+    return jax.tree.map(lambda leaf: boxes.merged(leaf) if _is_premerged(leaf) else leaf, variables, is_leaf=is_low_rank)
 
-    return jax.tree.map(product, variables, is_leaf=is_low_rank)
+
+def _is_premerged(leaf: Any) -> bool:
+    return is_low_rank(leaf) and leaf.execution == "premerged"
+
+
+def _multiply_in_scope(module: nn.Module) -> None:
+    """The same for the parameters that a module was bound to, before it first reads any.
+
+    A scope lets nobody replace what is immutable, so its own dict is changed: flax makes one for every `apply` and `bind`.
+    """
+    scope = module.scope
+    if scope is None or scope.parent is not None:
+        return
+    params = scope._variables.get("params", {})
+    if any(map(_is_premerged, jax.tree.leaves(params, is_leaf=is_low_rank))):
+        with jax.ensure_compile_time_eval():  # a bound module outlives a jitted function that is the first to call it
+            scope._variables["params"] = _multiplied(params)  # type: ignore[index]
 
 
 def _intercept(next_fun, args, kwargs, context):
     layer = context.module
+    _multiply_in_scope(layer)
     known = find(layer) if context.method_name == "__call__" else None
     pairs = factored_kernels(layer, known) if known else {}
     if known is None or not pairs:
@@ -125,8 +175,11 @@ def _merged(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.
     return y if bias is None else y + bias
 
 
-def _on(layer: nn.Module, kernel: jax.Array, x: jax.Array, bias: Any = None) -> Any:
-    return layer.apply({"params": {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}}, x)
+def _on(layer: Any, kernel: jax.Array, x: jax.Array, bias: Any = None) -> Any:
+    zeros = nn.initializers.zeros  # the layer's own initialisers may say how a kernel of the whole size is partitioned
+    return layer.clone(kernel_init=zeros, bias_init=zeros).apply(
+        {"params": {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}}, x
+    )
 
 
 def _dense_stages(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:
@@ -155,6 +208,8 @@ def _channel_stages(module: nn.Conv, kernel: LowRankKernel, bias: Any, x: jax.Ar
         hidden = _on(product.clone(**narrow), kernel.u.reshape(-1, kernel.rank), x)
         return _on(product, kernel.v, hidden, bias)
     hidden = conv_gradients.convolve(module.clone(**narrow, name=None), kernel.u, x)
+    if not conv_gradients.is_known(hidden.shape[1:]):
+        return _on(product, kernel.v, hidden, bias)
     # With all positions on one axis, CPUs need no copy for the weight gradient.  On TPUs this costs nothing here, after a
     # window; between two products it would change the layout of every activation.
     return _on(product, kernel.v, hidden.reshape(-1, kernel.rank), bias).reshape(*hidden.shape[:-1], module.features)
@@ -212,11 +267,12 @@ def _padding_per_axis(padding: Any) -> tuple[Any, Any]:
 
 
 def _factored_kernel(key: jax.Array, dense_init: Initializer, view: MatrixView, layer: Any) -> LowRankKernel:
-    """Draws the dense kernel as the plain layer does, then factors it."""
+    """Draws the dense kernel as the plain layer does, in a box or without one, then factors it."""
     draw, project = jax.random.split(key)
-    w = view.to_matrix(dense_init(draw, view.shape, layer.param_dtype))
+    kernel = dense_init(draw, view.shape, layer.param_dtype)
+    w = view.to_matrix(nn.meta.unbox(kernel))
     u, v = methods.factor(layer.method, project, w, layer.rank, activation=layer.activation, group=view.group)
-    return view.from_factors(u, v, layer.execution)
+    return boxes.like(kernel, view.from_factors(u, v, layer.execution))
 
 
 class LowRankDense(nn.Module):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.linen import discover
 from lowrank_jax.linen.model_call import ModelCall
+from lowrank_jax.linen.model_check import check_model
 from lowrank_jax.linen.readers import foreign_readers
 from lowrank_jax.paths import first_match, named_leaves
 from lowrank_jax.planning.decide import check_ranks, is_matrix, plan_kernel, premerged
@@ -32,8 +33,10 @@ def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], *, rngs: Any = No
       A hashable plan; `print(plan)` shows it as a table.
 
     Raises:
+      TypeError: the model is not a Linen module.
       ValueError: a rule matches no parameter, or its rank is above the full rank of everything that it matches.
     """
+    check_model(model)
     call = ModelCall(model, inputs if isinstance(inputs, tuple) else (inputs,), kwargs, rngs)
     variables, uses = discover.trace(call)
     leaves = named_leaves(variables.get("params", {}), is_leaf=is_low_rank)

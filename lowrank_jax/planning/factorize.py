@@ -1,4 +1,4 @@
-"""From a dense model's parameters to low-rank ones and back: plan, factorize, merge."""
+"""From a dense model's parameters to low-rank ones."""
 
 import dataclasses
 import functools
@@ -199,8 +199,3 @@ def _not_moments(name: str, moment: Any, n: int) -> list[str]:
     if problems or linalg.known_finite(_roots(moment, n)):
         return problems
     return [f"{name}: moments must be positive semidefinite"]
-
-
-def merge(params: Any) -> Any:
-    """The plain model's parameters: every factor pair multiplied out, in float32 or better, at its own path."""
-    return jax.tree.map(lambda leaf: leaf.merge() if is_low_rank(leaf) else leaf, params, is_leaf=is_low_rank)

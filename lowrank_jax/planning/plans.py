@@ -6,7 +6,7 @@ import math
 
 from lowrank_jax.kernel import Execution, MatrixView
 from lowrank_jax.planning.rules import Rule
-from lowrank_jax.text import align, count, with_change
+from lowrank_jax.text import align, count, html_table, with_change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +185,9 @@ class DenseKernel(PlannedKernel):
         return "-", "dense", "", self.note
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
-    """What `factorize` will do to a model; `print` it for a table.
+    """What `factorize` will do to a model; shown as a table, also in notebooks.
 
     Attributes:
       kernels: a line for every parameter with at least two axes.
@@ -239,3 +239,8 @@ class Plan:
 
     def __str__(self) -> str:
         return align(self.rows())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(self.rows())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lr
-from lowrank_jax.kernel import LowRankKernel, is_low_rank
+from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import DenseKernel, FactoredKernel
 from lowrank_jax.projection import matrix
@@ -307,21 +307,6 @@ def test_factorize_refuses_parameters_of_another_model(zoo, factored):
         lr.factorize(other, plan, key=KEY)
     with pytest.raises(ValueError, match="already factored; merge first"):
         lr.factorize(factored, plan, key=KEY)
-
-
-def test_partitioned_parameters_are_unboxed():
-    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
-    model, x = nn.Dense(16, kernel_init=init), np.ones((2, 16), np.float32)
-    plan = lr.plan(model, x, [lr.Rule("kernel", rank=2, method="spectral")])
-
-    def run(x):
-        params = model.init(KEY, x)["params"]
-        assert isinstance(params["kernel"], nn.Partitioned)
-        factored = lr.factorize(params, plan, key=KEY)
-        return factored, lr.apply(model, {"params": factored}, x)
-
-    factored, y = jax.jit(run)(x)
-    assert isinstance(factored["kernel"], LowRankKernel) and y.shape == (2, 16)
 
 
 def test_inputs_may_be_several_and_abstract():

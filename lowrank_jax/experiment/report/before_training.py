@@ -21,9 +21,8 @@ from lowrank_jax.experiment.training import start, state
 from lowrank_jax.experiment.training.mixing import normalizer
 from lowrank_jax.experiment.training.start import blank_images
 from lowrank_jax.experiment.workdir.writer import duration
-from lowrank_jax.linen.factorize import factorize
+from lowrank_jax.linen.factorize import factorize, merge
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.planning.factorize import merge
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection import matrix as projection

@@ -1,0 +1,133 @@
+"""Trees as one flat dict of arrays by name, as safetensors and other formats store them, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from lowrank_jax.kernel import LowRankKernel, without_box
+from lowrank_jax.paths import leaf_name
+from lowrank_jax.planning.plans import FactoredKernel, Plan
+from lowrank_jax.planning.relabel import planned
+
+_MOST = 10  # problems to list
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The arrays of a tree by name, in tree order; those of a factored kernel are called "path/u" and "path/v".
+
+    What counts or lists parameters sees what is stored then: `parameter_overview.get_parameter_overview(lr.flatten(params))`.
+
+    Args:
+      tree: parameters, or any other tree; boxes such as those of `nn.with_partitioning` are taken off.
+
+    Returns:
+      `{name: array}`; `unflatten` is the way back.
+
+    Raises:
+      ValueError: two arrays have the same name.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
+    arrays: dict[str, Any] = {}
+    for path, leaf in leaves:
+        name = leaf_name(path)
+        if name in arrays:
+            raise ValueError(f"two arrays are called {name!r}: a key of the tree has a slash in it")
+        arrays[name] = without_box(leaf)
+    return arrays
+
+
+def unflatten(arrays: Any, like: Any) -> Any:
+    """The tree of which these are the arrays, with its factor pairs: the inverse of `flatten`.
+
+        safetensors.flax.save_file(lr.flatten(params), "model.safetensors")
+        params = lr.unflatten(safetensors.flax.load_file("model.safetensors"), plan)
+
+    Args:
+      arrays: from `flatten`; or a tree that has dicts in the place of factor pairs, as orbax restores without a target.
+      like: what says where factor pairs are, which axes are their rows and how they run.  A plan, for parameters, variables and
+        other trees of dicts.  Or a tree of the same structure, of arrays or of shapes; then lists, optimiser states and boxes
+        come back as well.  Ranks may be others than there.
+
+    Raises:
+      ValueError: the arrays do not fit; all names that are missing or too many are told.
+    """
+    arrays = flatten(arrays)
+    return _by_plan(arrays, like) if isinstance(like, Plan) else _by_tree(arrays, like)
+
+
+def _by_plan(arrays: dict[str, Any], plan: Plan) -> Any:
+    pairs = {name.removesuffix("/u") for name in arrays if name.endswith("/u") and name.removesuffix("u") + "v" in arrays}
+    kernels = {name: kernel for name in pairs if (kernel := planned(plan, name))}
+    problems = _without_pairs(plan, kernels)
+    leaves: dict[str, Any] = {}
+    for name, array in arrays.items():
+        above, _, factor = name.rpartition("/")
+        if above not in kernels or factor not in ("u", "v"):
+            leaves[name] = array
+        elif factor == "u":
+            kernel = kernels[above]
+            leaves[above] = LowRankKernel(array, arrays[f"{above}/v"], kernel.view.rows, kernel.execution or "factored")
+            problems += _misfit(above, leaves[above], kernel)
+    _raise(problems)
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *above, last = name.split("/")
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def _without_pairs(plan: Plan, kernels: Mapping[str, FactoredKernel]) -> list[str]:
+    found = {kernel.name for kernel in kernels.values()}
+    names = [kernel.name for kernel in plan.factored if kernel.name not in found]
+    return [f"{name}: the plan factors it, and there are no {name}/u and {name}/v" for name in names]
+
+
+def _misfit(name: str, pair: LowRankKernel, kernel: FactoredKernel) -> list[str]:
+    """What is wrong with the factors of a parameter; what an optimiser keeps of them may have other shapes."""
+    if name.removeprefix("params/") != kernel.name:
+        return []
+    u, v, view = tuple(pair.u.shape), tuple(pair.v.shape), kernel.view
+    rows, columns = (tuple(view.shape[axis] for axis in axes) for axes in (view.rows, view.columns))
+    if u[:-1] == kernel.stack + rows and v == (*kernel.stack, u[-1], *columns):
+        return []
+    planned_u, planned_v = [*kernel.stack, *rows, kernel.rank], [*kernel.stack, kernel.rank, *columns]
+    return [f"{name}: has factors of shapes {list(u)} and {list(v)}, planned are {planned_u} and {planned_v}"]
+
+
+def _by_tree(arrays: dict[str, Any], like: Any) -> Any:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_box)
+    rest, problems, found = dict(arrays), [], []
+    for path, leaf in leaves:
+        name, boxed = leaf_name(path), _is_box(leaf)
+        # Restored without a target, a box is a dict of its value.
+        key = f"{name}/value" if boxed and name not in rest else name
+        if key not in rest:
+            problems.append(f"{name}: missing")
+            continue
+        array = rest.pop(key)
+        problems += _other_axes(name, array, without_box(leaf))
+        found.append(leaf.replace_boxed(array) if boxed else array)
+    _raise([*problems, *(f"{name}: not in the tree" for name in rest)])
+    return jax.tree.unflatten(structure, found)
+
+
+def _is_box(node: Any) -> bool:
+    return nn.meta.is_axis_metadata(node) and len(jax.tree.leaves(node)) == 1
+
+
+def _other_axes(name: str, array: Any, leaf: Any) -> list[str]:
+    shapes = [list(value.shape) for value in (array, leaf) if hasattr(value, "shape")]
+    if len(shapes) == 2 and len(shapes[0]) != len(shapes[1]):
+        return [f"{name}: has shape {shapes[0]}, in the tree {shapes[1]}"]
+    return []
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        more = [f"and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
+        raise ValueError("the arrays do not fit:\n  " + "\n  ".join([*problems[:_MOST], *more]))
