@@ -12,6 +12,7 @@ One grouping for the last two would decompose 64x64 matrices as 256x256 ones, or
 """
 
 import dataclasses
+import heapq
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -78,31 +79,55 @@ def buckets(
       free: how much work may be added, besides a tenth of what there is without padding.
     """
     keys = [(shape, alike[i] if alike else None) for i, shape in enumerate(shapes)]
+    found = [Bucket(shapes[members[0]], tuple(members), tuple(counts[i] for i in members)) for members in equal(keys)]
+    kinds = {i: keys[bucket.members[0]][1] for i, bucket in enumerate(found)}
+    return _merged(found, kinds, work, free)
 
-    def bucket(shape: Shape, members: Sequence[int]) -> Bucket:
-        return Bucket(shape, tuple(members), tuple(counts[i] for i in members))
 
-    def total(bucket: Bucket) -> float:
-        return sum(bucket.counts) * work(bucket.shape)
+def _merged(found: list[Bucket], kinds: dict[int, Hashable], work: Callable[[Shape], float], free: float) -> list[Bucket]:
+    """Joins the two buckets of one kind that cost least, again and again, until what may be added is spent.
 
-    def joined(pair: tuple[Bucket, Bucket]) -> tuple[float, Bucket]:
-        one, other = pair
-        both = bucket(tuple(map(max, one.shape, other.shape)), sorted(one.members + other.members))
-        return total(both) - total(one) - total(other), both
+    A heap holds the cost of every pair, so that n buckets take about n² log n steps.  Of equal costs the first pair counts; a
+    joined bucket comes last.
+    """
+    merged = dict(enumerate(found))
+    totals = {i: sum(bucket.counts) * work(bucket.shape) for i, bucket in merged.items()}
+    left = _SLACK * sum(totals.values()) + free
+    pairs: list[tuple[float, int, int]] = []
 
-    def may_join(pair: tuple[Bucket, Bucket]) -> bool:
-        one, other = pair
-        return keys[one.members[0]][1] == keys[other.members[0]][1]
+    def offer(one: int, other: int) -> None:
+        if kinds[one] == kinds[other]:
+            cost = _total(merged[one], merged[other], work) - totals[one] - totals[other]
+            if cost <= left:  # what is left never grows
+                heapq.heappush(pairs, (cost, one, other))
 
-    merged = [bucket(shapes[members[0]], members) for members in equal(keys)]
-    left = _SLACK * sum(map(total, merged)) + free
-    while pairs := list(filter(may_join, itertools.combinations(merged, 2))):
-        cost, both, pair = min(((*joined(pair), pair) for pair in pairs), key=lambda choice: choice[0])
+    for pair in itertools.combinations(merged, 2):
+        offer(*pair)
+    while pairs:
+        cost, one, other = heapq.heappop(pairs)
+        if one not in merged or other not in merged:
+            continue
         if cost > left:
             break
         left -= cost
-        merged = [bucket for bucket in merged if bucket not in pair] + [both]
-    return merged
+        new = len(kinds)
+        kinds[new], totals[new] = kinds[one], _total(merged[one], merged[other], work)
+        both = _joined(merged.pop(one), merged.pop(other))
+        merged[new] = both
+        for old in list(merged)[:-1]:
+            offer(old, new)
+    return list(merged.values())
+
+
+def _total(one: Bucket, other: Bucket, work: Callable[[Shape], float]) -> float:
+    """The work of two buckets in one shape."""
+    return (sum(one.counts) + sum(other.counts)) * work(tuple(map(max, one.shape, other.shape)))
+
+
+def _joined(one: Bucket, other: Bucket) -> Bucket:
+    counts = dict(zip(one.members + other.members, one.counts + other.counts, strict=True))
+    members = tuple(sorted(counts))
+    return Bucket(tuple(map(max, one.shape, other.shape)), members, tuple(counts[i] for i in members))
 
 
 def padded(array: jax.Array, shape: Shape) -> jax.Array:
