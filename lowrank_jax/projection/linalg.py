@@ -211,17 +211,28 @@ def units(stack: jax.Array) -> jax.Array:
     return jax.vmap(unit)(stack)[:, None, None]
 
 
-RIDGE = 0.01  # of the mean eigenvalue: less is rounding or chance in a moment estimated from a few batches
+RIDGE = 0.01  # of every input's own moment: less is rounding or chance in a moment estimated from a few batches
 
 
 def square_root(moment: jax.Array) -> jax.Array:
-    """R `[n, n]`, upper triangular, with RᵀR = S + RIDGE · tr(S)/n · I for a second moment S `[n, n]`.
+    """R `[n, n]`, upper triangular, with RᵀR = S + RIDGE · diag(s) for a second moment S `[n, n]`.
 
-    Without the ridge, the factors could do anything in directions in which no captured input points.
+    s is the diagonal of S; where that is zero, or rounding next to the largest, the geometric mean of the others.  Without the
+    ridge, the factors could do anything in directions in which no captured input points (docs/mathematics.md, section 8).
+
+    Returns:
+      In the dtype of S; NaN if S is not positive semidefinite.
     """
-    mean = jnp.trace(moment) / len(moment)
-    ridge = jnp.where(mean > 0, RIDGE * mean, 1)  # an input that is always zero: all kernels are equally good
-    return jnp.linalg.cholesky(moment + ridge * jnp.eye(len(moment), dtype=moment.dtype)).T
+    squares = jnp.diagonal(moment)
+    largest = jnp.max(jnp.abs(squares))
+    live = ~(jnp.abs(squares) <= jnp.finfo(moment.dtype).eps ** 2 * largest)  # NaN is live, and stays
+    logs = jnp.where(live, jnp.log(jnp.where(live, squares, 1)), 0)
+    typical = jnp.exp(jnp.sum(logs) / jnp.maximum(jnp.sum(live), 1))  # 1 where all are zero: all kernels are equally good
+    deviation = jnp.sqrt(jnp.where(live, squares, RIDGE * typical))
+    # Scaled to a diagonal of one, so that neither a large input nor a small one is lost in the other's rounding.
+    cosines = jnp.where(live & live[:, None], moment / deviation / deviation[:, None], 0)
+    ridge = jnp.where(live, RIDGE, 1)
+    return jnp.linalg.cholesky(cosines + jnp.diag(ridge.astype(moment.dtype))).T * deviation
 
 
 def unit(*matrices: jax.Array) -> jax.Array:
