@@ -327,6 +327,23 @@ def test_inputs_may_be_several_and_abstract():
     assert (plan.dense_macs, plan.macs) == (32 * 32, 2 * 32)
 
 
+def test_of_shapes_factorize_makes_shapes(zoo, factored):
+    _, _, params, plan = zoo
+    shapes = jax.eval_shape(lambda: params)
+    made = lr.factorize(shapes, plan, key=KEY)
+    assert jax.tree.structure(made) == jax.tree.structure(factored)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(made))
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(made)] == [
+        (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(factored)
+    ]
+    moments = lr.inputs.moment_shapes(plan)
+    assert lr.factorize(shapes, plan, key=KEY, moments=moments) == made
+    with pytest.raises(ValueError, match="conv/kernel: in the plan but not in the parameters"):
+        lr.factorize({name: layer for name, layer in shapes.items() if name != "conv"}, plan, key=KEY)
+    with pytest.raises(ValueError, match="conv/kernel: has no moments"):
+        lr.factorize(shapes, plan, key=KEY, moments={})
+
+
 def test_kernels_that_are_not_finite_are_named(zoo):
     _, _, params, plan = zoo
     kernel = params["shared"]["kernel"].copy()
