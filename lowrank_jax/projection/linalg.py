@@ -3,7 +3,7 @@
 import functools
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,13 @@ def wide(dtype: Any) -> Any:
 
 @jax.jit
 @highest_precision
-def gram_eigenvectors(w: jax.Array) -> jax.Array:
-    """The eigenvectors of the smaller Gram matrix of W, `[p, p]`, p = min(n, m), by decreasing eigenvalue.
+def gram_eigenvectors(w: jax.Array, rank: int) -> jax.Array:
+    """The singular vectors of the smaller side of W `[n, m]`, as `singular_vectors` finds them: `[p, p]`, p = min(n, m).
 
     A separate program: where singular values repeat, the vectors depend on rounding, and every caller must get the same ones.
     """
     w = jax.lax.optimization_barrier(w.astype(wide(w.dtype)) / unit(w))
-    return eigenvectors([jax.lax.optimization_barrier(gram(w[None]))])[0][0]
+    return singular_vectors([w[None]], [jnp.full(1, min(w.shape))], [jnp.full(1, rank)])[0][0]
 
 
 def gram(w: jax.Array) -> jax.Array:
@@ -52,10 +52,16 @@ def eigenvectors(grams: Sequence[jax.Array], sizes: Sequence[np.ndarray] | None 
 
 
 def _eigenvectors(size: jax.Array, gram: jax.Array) -> jax.Array:
+    return _decomposed(size, gram)[1]
+
+
+def _decomposed(size: jax.Array, gram: jax.Array) -> Pair:
+    """Eigenvalues `[p]`, decreasing, and eigenvectors `[p, p]`; rows of the Gram matrix from `size` on are padding."""
     # Padding gets a negative eigenvalue of average size: below all rounding, so it sorts last, yet not large by comparison.
     mean = jnp.trace(gram) / len(gram)
     padding = jnp.arange(len(gram)) >= size
-    return _eigh(gram - jnp.diag(jnp.where(padding, jnp.where(mean > 0, mean, 1), 0)))[1][:, ::-1]
+    values, vectors = _eigh(gram - jnp.diag(jnp.where(padding, jnp.where(mean > 0, mean, 1), 0)))
+    return values[::-1], vectors[:, ::-1]
 
 
 def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -70,6 +76,129 @@ def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
         return values, vectors
 
     return jax.lax.platform_dependent(gram, tpu=jacobi, default=lambda gram: tuple(jnp.linalg.eigh(gram)))
+
+
+_PASSES = 3
+
+
+class _Passes(NamedTuple):
+    """The state of `singular_vectors`, a list of stacks each."""
+
+    number: jax.Array  # of passes so far
+    open: list[jax.Array]  # matrices that need another pass, `[k]`
+    vectors: list[jax.Array]  # `[k, p, p]`
+    grams: list[jax.Array]  # of the matrices in the basis of the vectors, `[k, p, p]`
+    largest: list[jax.Array]  # the largest eigenvalue, `[k]`
+
+
+@jax.custom_jvp
+@highest_precision
+def singular_vectors(ws: Sequence[jax.Array], sides: Sequence[jax.Array], ranks: Sequence[jax.Array]) -> list[jax.Array]:
+    """The singular vectors of the smaller side of every W, by decreasing singular value; those of padding come last.
+
+    They are the eigenvectors of the smaller Gram matrix, which resolves singular values down to √eps of the largest, σ.  Where
+    the leading `rank` of them leave less than eps^¼ σ of W, the Gram matrix of W in that basis is decomposed anew, without the
+    directions above eps^¼ σ: that resolves √eps of the others.  With a third pass, below √eps σ, all are resolved down to eps,
+    as by a singular value decomposition (docs/mathematics.md, section 3.2).  A pass runs the same decomposition again, so that
+    there is one to compile; matrices that need none do not wait for it.
+
+    Derivatives are those of eigenvectors: NaN or infinite where singular values coincide.
+
+    Args:
+      ws: stacks `[k, n, m]` of any sizes, measured in `units`.
+      sides: min(n, m) without padding, `[k]` for every stack.
+      ranks: how many of the vectors count, `[k]` for every stack.
+
+    Returns:
+      `[k, p, p]` for every stack, p = min(n, m).
+    """
+
+    def advance(state: _Passes) -> _Passes:
+        small = _fourth_root(ws[0].dtype) ** state.number.astype(ws[0].dtype)
+        # What needs no pass has no rows that are not padding, and is left alone.
+        sizes = [jnp.where(open_, side, 0) for open_, side in zip(state.open, sides, strict=True)]
+        turns, values = zip(*in_few_shapes(functools.partial(_settled, small), state.grams, sizes=sizes), strict=True)
+        first, number = state.number == 0, state.number + 1
+        vectors = [
+            jax.lax.switch(
+                jnp.where(first, 0, jnp.where(jnp.any(open_), 1, 2)),
+                [lambda old, turn: turn, lambda old, turn: old @ turn, lambda old, turn: old],
+                old,
+                turn,
+            )
+            for open_, old, turn in zip(state.open, state.vectors, turns, strict=True)
+        ]
+        largest = [jnp.where(first, new[:, 0, 0], old) for new, old in zip(values, state.largest, strict=True)]
+        bound = (small * _fourth_root(ws[0].dtype)) ** 2
+        still = [
+            open_ & (number < _PASSES) & (_left(new[..., 0], rank) < bound * top)
+            for open_, new, rank, top in zip(state.open, values, ranks, largest, strict=True)
+        ]
+        grams = [
+            jax.lax.cond(jnp.any(open_), lambda w, v, old: gram(_rotated(w, v)), lambda w, v, old: old, w, v, old)
+            for open_, w, v, old in zip(still, ws, vectors, state.grams, strict=True)
+        ]
+        return _Passes(number, still, vectors, grams, largest)
+
+    def unsettled(state: _Passes) -> jax.Array:
+        return functools.reduce(jnp.logical_or, map(jnp.any, state.open))
+
+    grams = [gram(w) for w in ws]
+    everything = [jnp.ones(len(w), bool) for w in ws]
+    start = _Passes(jnp.asarray(0), everything, list(map(jnp.zeros_like, grams)), grams, [g[:, 0, 0] for g in grams])
+    return jax.lax.while_loop(unsettled, advance, start).vectors
+
+
+@singular_vectors.defjvp
+@highest_precision
+def _(primals: Any, tangents: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    (ws, sides, ranks), (changes, *_) = primals, tangents
+    vectors = singular_vectors(ws, sides, ranks)
+    return vectors, [_vector_rates(*parts) for parts in zip(ws, changes, vectors, sides, strict=True)]
+
+
+def _vector_rates(w: jax.Array, change: jax.Array, vectors: jax.Array, side: jax.Array) -> jax.Array:
+    """The derivative of eigenvectors v_j of a Gram matrix G: Σ_i v_i (v_iᵀ dG v_j) / (λ_j - λ_i); that of padding is zero."""
+    rows, moved = _rotated(w, vectors), _rotated(change, vectors)
+    is_wide = w.shape[1] <= w.shape[2]
+    half = moved @ rows.mT if is_wide else moved.mT @ rows
+    values = jnp.sum(rows**2, axis=2 if is_wide else 1)
+    real = jnp.arange(values.shape[1]) < side[:, None]
+    pairs = real[:, None] & real[..., None] & ~jnp.eye(values.shape[1], dtype=bool)
+    gaps = jnp.where(pairs, values[:, None] - values[..., None], 1)
+    return vectors @ jnp.where(pairs, (half + half.mT) / gaps, 0)
+
+
+def _fourth_root(dtype: Any) -> float:
+    """eps^¼: the square of what is larger, relative to the largest, holds half of the digits."""
+    return float(jnp.finfo(dtype).eps) ** 0.25
+
+
+def _rotated(w: jax.Array, vectors: jax.Array) -> jax.Array:
+    """W `[k, n, m]` in the basis of its vectors `[k, p, p]`: `[k, p, m]` or `[k, n, p]`."""
+    return vectors.mT @ w if w.shape[1] <= w.shape[2] else w @ vectors
+
+
+def _left(values: jax.Array, rank: jax.Array) -> jax.Array:
+    """The sum of all but the leading eigenvalues, `[k, p] -> [k]`."""
+    return jnp.sum(jnp.where(jnp.arange(values.shape[1]) < rank[:, None], 0, jnp.maximum(values, 0)), axis=1)
+
+
+def _settled(small: jax.Array, size: jax.Array, gram: jax.Array) -> Pair:
+    """One pass over one Gram matrix `[p, p]`, of the directions that are at most `small` of the largest.
+
+    Returns:
+      What turns the basis `[p, p]`, and the eigenvalues `[p, 1]`; those of larger directions are only placeholders.  The
+      identity and zeros if `size` is zero.
+    """
+    eye, first = jnp.eye(len(gram), dtype=gram.dtype), small == 1
+
+    def settle(gram: jax.Array) -> Pair:
+        tilt, rest = jax.lax.cond(first, lambda gram: (eye, gram), lambda gram: _small_rows(gram, small), gram)
+        values, vectors = _decomposed(size, rest)
+        return jax.lax.cond(first, lambda tilt, v: v, jnp.matmul, tilt, vectors), values[:, None]
+
+    return jax.lax.cond(size > 0, settle, lambda gram: (eye, jnp.zeros_like(gram[:, :1])), gram)
 
 
 def orthonormalizers(grams: Sequence[jax.Array]) -> list[Pair]:
@@ -97,9 +226,7 @@ def orthonormalizers(grams: Sequence[jax.Array]) -> list[Pair]:
 def leading_directions(w: jax.Array, vectors: jax.Array, rank: int) -> jax.Array:
     """The leading left singular vectors, `[n, rank]`, orthonormal.
 
-    From `gram_eigenvectors`, in a third of the time of an SVD.  The Gram matrix squares the singular values, so float32 mixes
-    directions whose singular values are below 1e-3 of the largest.  Each of them holds less than a millionth of |W|², and
-    nothing computed from the basis uses eigenvalues.
+    From `gram_eigenvectors`, in a third of the time of an SVD.
     """
     vectors = vectors[:, :rank]
     return vectors if w.shape[0] <= w.shape[1] else orthonormal(w @ vectors)
@@ -143,7 +270,7 @@ def balancers(
     rows = [p.mT @ c for p, c in zip(first, coordinates, strict=True)]
 
     def second(rank: jax.Array, gram: jax.Array, p: jax.Array, basis: jax.Array) -> Pair:
-        tilt, rest = _small_rows(gram)
+        tilt, rest = _small_rows(gram, _SMALL)
         turn = tilt @ _eigenvectors(rank, rest)
         return turn, basis @ (p @ turn)
 
@@ -159,17 +286,17 @@ def balancers(
 _SMALL = 1e-2
 
 
-def _small_rows(gram: jax.Array) -> Pair:
-    """The second step of `balancers`, from the Gram matrix `[r, r]` of the rows PᵀC after the first one.
+def _small_rows(gram: jax.Array, small: float | jax.Array) -> Pair:
+    """Separates rows of at most `small` of the largest from the others, by the rows' Gram matrix `[r, r]`.
 
-    These are orthogonal up to rounding of the largest row, which may be larger than the small rows.
+    All are orthogonal up to rounding of the largest row, which may be larger than the small rows.
 
     Returns:
       A rotation `[r, r]`, by angles of rounding, that makes small rows orthogonal to large ones; and the Gram matrix of the
       small rows after it, with values above all its eigenvalues, in order, in the places of the large ones.
     """
     squares, r = jnp.diagonal(gram), len(gram)
-    large = squares > _SMALL**2 * jnp.max(squares)
+    large = squares > small**2 * jnp.max(squares)
     angle = jnp.where(large[:, None] & ~large, ratio(gram, squares[:, None]), 0)
     tilt = jnp.eye(r, dtype=gram.dtype) - angle + angle.T
     small = jnp.where(large[:, None] | large, 0, tilt.T @ gram @ tilt)
@@ -236,9 +363,16 @@ def square_root(moment: jax.Array) -> jax.Array:
 
 
 def unit(*matrices: jax.Array) -> jax.Array:
-    """The largest magnitude, to measure matrices in: squares of very large or small elements leave the range of float32."""
+    """A power of four near the largest magnitude, to measure matrices in; 1 if all are zero.
+
+    Squares of very large or small elements leave the range of float32.  Division by the unit is exact, as is multiplication by
+    its root.  It stays within the range in which its inverse is a normal number: others count as zero.
+    """
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(matrix)) for matrix in matrices])).astype(wide(matrices[0].dtype))
-    return jax.lax.stop_gradient(jnp.where(largest == 0, 1, largest))
+    info = jnp.finfo(largest.dtype)
+    end = 2.0 ** (-info.minexp // 2)
+    power = jnp.clip(jax.lax.reduce_precision(jnp.sqrt(largest), info.nexp, 0), 1 / end, end)  # rounded to a power of two
+    return jax.lax.stop_gradient(jnp.where(largest == 0, 1, power * power))
 
 
 def grouped(w: jax.Array, group: int) -> jax.Array:

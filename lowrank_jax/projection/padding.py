@@ -135,17 +135,17 @@ def padded(array: jax.Array, shape: Shape) -> jax.Array:
     return jnp.pad(array, [(0, 0), *((0, new - old) for old, new in zip(array.shape[1:], shape, strict=True))])
 
 
-def in_few_shapes(fn: Callable[..., Any], *stacks: Sequence[jax.Array], sizes: Sequence[np.ndarray] | None = None) -> list[Any]:
+def in_few_shapes(fn: Callable[..., Any], *stacks: Sequence[jax.Array], sizes: Sequence[Any] | None = None) -> list[Any]:
     """Maps a function over square matrices of many sizes, compiled for few of them.
 
     Args:
-      fn: `(size, *matrices)` to matrices, all `[p, p]`; rows from `size` on are padding.  Given matrices that are zero there,
-        its results must have in their leading blocks what it makes of the leading blocks alone.
+      fn: `(size, *matrices)` to matrices, `[p, p]` or `[p, 1]`, of matrices `[p, p]`; rows from `size` on are padding.  Given
+        matrices that are zero there, its results must have in their leading blocks what it makes of the leading blocks alone.
       *stacks: for every matrix that `fn` takes, stacks `[k, p, p]` of any sizes.
       sizes: where matrices are padded already, how many rows of each are not padding: `[k]` for every stack.
 
     Returns:
-      For every stack what `fn` makes of its matrices, `[k, p, p]`.
+      For every stack what `fn` makes of its matrices, `[k, p, p]` or `[k, p, 1]`.
     """
     first = stacks[0]
     counts, shapes = [len(stack) for stack in first], [stack.shape[1:] for stack in first]
@@ -154,7 +154,7 @@ def in_few_shapes(fn: Callable[..., Any], *stacks: Sequence[jax.Array], sizes: S
     results: list[Any] = [None] * len(first)
     for bucket in buckets(shapes, counts, lambda shape: float(shape[0]) ** 3, [stack.dtype for stack in first]):
         operands = [bucket.stacked(arrays) for arrays in stacks]
-        rows = jnp.asarray(np.concatenate([sizes[i] for i in bucket.members]))
+        rows = jnp.concatenate([jnp.asarray(sizes[i]) for i in bucket.members])
         made = jax.lax.map(lambda operands: fn(*operands), (rows, *operands))
         leaves, structure = jax.tree.flatten(made)
         for i, *parts in zip(bucket.members, *map(bucket.split, leaves), strict=True):
