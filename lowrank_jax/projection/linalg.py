@@ -87,7 +87,6 @@ class _Passes(NamedTuple):
     number: jax.Array  # of passes so far
     open: list[jax.Array]  # matrices that need another pass, `[k]`
     vectors: list[jax.Array]  # `[k, p, p]`
-    grams: list[jax.Array]  # of the matrices in the basis of the vectors, `[k, p, p]`
     largest: list[jax.Array]  # the largest eigenvalue, `[k]`
 
 
@@ -117,35 +116,29 @@ def singular_vectors(ws: Sequence[jax.Array], sides: Sequence[jax.Array], ranks:
         small = _fourth_root(ws[0].dtype) ** state.number.astype(ws[0].dtype)
         # What needs no pass has no rows that are not padding, and is left alone.
         sizes = [jnp.where(open_, side, 0) for open_, side in zip(state.open, sides, strict=True)]
-        turns, values = zip(*in_few_shapes(functools.partial(_settled, small), state.grams, sizes=sizes), strict=True)
+        # The first basis is that of the rows or columns themselves.  One product for all passes, to compile once as well.
         first, number = state.number == 0, state.number + 1
-        vectors = [
-            jax.lax.switch(
-                jnp.where(first, 0, jnp.where(jnp.any(open_), 1, 2)),
-                [lambda old, turn: turn, lambda old, turn: old @ turn, lambda old, turn: old],
-                old,
-                turn,
-            )
-            for open_, old, turn in zip(state.open, state.vectors, turns, strict=True)
-        ]
+        turned = jax.lax.cond(first, lambda ws, _: ws, lambda ws, vs: list(map(_rotated, ws, vs)), list(ws), state.vectors)
+        turns, values = zip(
+            *in_few_shapes(functools.partial(_settled, small), list(map(gram, turned)), sizes=sizes), strict=True
+        )
+        vectors = jax.lax.cond(
+            first, lambda _, turns: turns, lambda vs, turns: list(map(jnp.matmul, vs, turns)), state.vectors, list(turns)
+        )
         largest = [jnp.where(first, new[:, 0, 0], old) for new, old in zip(values, state.largest, strict=True)]
         bound = (small * _fourth_root(ws[0].dtype)) ** 2
         still = [
             open_ & (number < _PASSES) & (_left(new[..., 0], rank) < bound * top)
             for open_, new, rank, top in zip(state.open, values, ranks, largest, strict=True)
         ]
-        grams = [
-            jax.lax.cond(jnp.any(open_), lambda w, v, old: gram(_rotated(w, v)), lambda w, v, old: old, w, v, old)
-            for open_, w, v, old in zip(still, ws, vectors, state.grams, strict=True)
-        ]
-        return _Passes(number, still, vectors, grams, largest)
+        return _Passes(number, still, vectors, largest)
 
     def unsettled(state: _Passes) -> jax.Array:
         return functools.reduce(jnp.logical_or, map(jnp.any, state.open))
 
-    grams = [gram(w) for w in ws]
-    everything = [jnp.ones(len(w), bool) for w in ws]
-    start = _Passes(jnp.asarray(0), everything, list(map(jnp.zeros_like, grams)), grams, [g[:, 0, 0] for g in grams])
+    none = [jnp.zeros((len(w), min(w.shape[1:]), min(w.shape[1:])), w.dtype) for w in ws]
+    everything, zeros = [jnp.ones(len(w), bool) for w in ws], [jnp.zeros(len(w), w.dtype) for w in ws]
+    start = _Passes(jnp.asarray(0), everything, none, zeros)
     return jax.lax.while_loop(unsettled, advance, start).vectors
 
 
@@ -286,8 +279,8 @@ def balancers(
 _SMALL = 1e-2
 
 
-def _small_rows(gram: jax.Array, small: float | jax.Array) -> Pair:
-    """Separates rows of at most `small` of the largest from the others, by the rows' Gram matrix `[r, r]`.
+def _small_rows(gram: jax.Array, limit: float | jax.Array) -> Pair:
+    """Separates rows of at most `limit` of the largest from the others, by the rows' Gram matrix `[r, r]`.
 
     All are orthogonal up to rounding of the largest row, which may be larger than the small rows.
 
@@ -296,10 +289,11 @@ def _small_rows(gram: jax.Array, small: float | jax.Array) -> Pair:
       small rows after it, with values above all its eigenvalues, in order, in the places of the large ones.
     """
     squares, r = jnp.diagonal(gram), len(gram)
-    large = squares > small**2 * jnp.max(squares)
+    large = squares > limit**2 * jnp.max(squares)
     angle = jnp.where(large[:, None] & ~large, ratio(gram, squares[:, None]), 0)
     tilt = jnp.eye(r, dtype=gram.dtype) - angle + angle.T
-    small = jnp.where(large[:, None] | large, 0, tilt.T @ gram @ tilt)
+    tilted = ratio(jnp.where(large[:, None] & ~large, gram, 0), root(squares)[:, None])
+    small = jnp.where(large[:, None] | large, 0, gram - tilted.T @ tilted)  # Schur's complement
     bound = jax.lax.stop_gradient(jnp.max(jnp.sum(jnp.abs(small), axis=1)))
     places = jnp.where(large, jnp.where(bound > 0, bound, 1) * (2 - jnp.arange(r) / r), 0)
     return tilt, small + jnp.diag(places.astype(gram.dtype))
