@@ -19,7 +19,7 @@ def spectral_global_scale(w: jax.Array, rank: int, *, activation: ActivationLike
     linalg.check_rank(w, rank)
     act, dtype, own = activations.get(activation), w.dtype, linalg.unit(w)
     unit = measure(act, own)
-    scaled = w.astype(own.dtype) / (own / unit)
+    scaled = w.astype(own.dtype) * (unit / own)  # compilers join divisions in a row, and the product may be too large a number
     u, v = matrix.spectral(scaled, rank)
     y = u @ v
     # By Cauchy-Schwarz, the best scale for a homogeneous activation is at most |W| / |Y|.
@@ -38,8 +38,10 @@ def spectral_column_scales(w: jax.Array, rank: int, *, activation: ActivationLik
     """
     u, v = (factor.astype(linalg.wide(w.dtype)) for factor in matrix.spectral(w, rank))
     a, b = matrix.kernel_projection(w, rank, activation=activation, group=group)
-    unit = linalg.unit(w)
-    length = ratio(lengths(a.astype(u.dtype) @ b.astype(u.dtype) / unit, group), lengths(u @ v / unit, group))
+    root = jnp.sqrt(linalg.unit(w))
+    length = ratio(
+        lengths((a.astype(u.dtype) / root) @ (b.astype(u.dtype) / root), group), lengths((u / root) @ (v / root), group)
+    )
     return u.astype(w.dtype), (v * jnp.tile(length, group)).astype(w.dtype)
 
 
