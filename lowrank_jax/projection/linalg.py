@@ -2,7 +2,7 @@
 
 import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -98,8 +98,8 @@ def singular_vectors(ws: Sequence[jax.Array], sides: Sequence[jax.Array], ranks:
     They are the eigenvectors of the smaller Gram matrix, which resolves singular values down to √eps of the largest, σ.  Where
     the leading `rank` of them leave less than eps^¼ σ of W, the Gram matrix of W in that basis is decomposed anew, without the
     directions above eps^¼ σ: that resolves √eps of the others.  With a third pass, below √eps σ, all are resolved down to eps,
-    as by a singular value decomposition (docs/mathematics.md, section 3.2).  A pass runs the same decomposition again, so that
-    there is one to compile; matrices that need none do not wait for it.
+    as by a singular value decomposition (docs/mathematics.md, section 3.2).  Further passes run in a loop, and only for matrices
+    that need them.  On a TPU the first one does too: there a decomposition takes long to compile.
 
     Derivatives are those of eigenvectors: NaN or infinite where singular values coincide.
 
@@ -112,17 +112,17 @@ def singular_vectors(ws: Sequence[jax.Array], sides: Sequence[jax.Array], ranks:
       `[k, p, p]` for every stack, p = min(n, m).
     """
 
-    def advance(state: _Passes) -> _Passes:
+    def advance(state: _Passes, first: bool | jax.Array) -> _Passes:
         small = _fourth_root(ws[0].dtype) ** state.number.astype(ws[0].dtype)
         # What needs no pass has no rows that are not padding, and is left alone.
         sizes = [jnp.where(open_, side, 0) for open_, side in zip(state.open, sides, strict=True)]
         # The first basis is that of the rows or columns themselves.  One product for all passes, to compile once as well.
-        first, number = state.number == 0, state.number + 1
-        turned = jax.lax.cond(first, lambda ws, _: ws, lambda ws, vs: list(map(_rotated, ws, vs)), list(ws), state.vectors)
+        number = state.number + 1
+        turned = _either(first, lambda ws, _: ws, lambda ws, vs: list(map(_rotated, ws, vs)), list(ws), state.vectors)
         turns, values = zip(
-            *in_few_shapes(functools.partial(_settled, small), list(map(gram, turned)), sizes=sizes), strict=True
+            *in_few_shapes(functools.partial(_settled, first, small), list(map(gram, turned)), sizes=sizes), strict=True
         )
-        vectors = jax.lax.cond(
+        vectors = _either(
             first, lambda _, turns: turns, lambda vs, turns: list(map(jnp.matmul, vs, turns)), state.vectors, list(turns)
         )
         largest = [jnp.where(first, new[:, 0, 0], old) for new, old in zip(values, state.largest, strict=True)]
@@ -139,7 +139,8 @@ def singular_vectors(ws: Sequence[jax.Array], sides: Sequence[jax.Array], ranks:
     none = [jnp.zeros((len(w), min(w.shape[1:]), min(w.shape[1:])), w.dtype) for w in ws]
     everything, zeros = [jnp.ones(len(w), bool) for w in ws], [jnp.zeros(len(w), w.dtype) for w in ws]
     start = _Passes(jnp.asarray(0), everything, none, zeros)
-    return jax.lax.while_loop(unsettled, advance, start).vectors
+    begun = jax.lax.platform_dependent(start, tpu=lambda start: start, default=lambda start: advance(start, True))
+    return jax.lax.while_loop(unsettled, lambda state: advance(state, state.number == 0), begun).vectors
 
 
 @singular_vectors.defjvp
@@ -177,21 +178,27 @@ def _left(values: jax.Array, rank: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(jnp.arange(values.shape[1]) < rank[:, None], 0, jnp.maximum(values, 0)), axis=1)
 
 
-def _settled(small: jax.Array, size: jax.Array, gram: jax.Array) -> Pair:
-    """One pass over one Gram matrix `[p, p]`, of the directions that are at most `small` of the largest.
+def _either(which: bool | jax.Array, one: Callable[..., Any], other: Callable[..., Any], *operands: Any) -> Any:
+    return one(*operands) if which is True else jax.lax.cond(which, one, other, *operands)
+
+
+def _settled(first: bool | jax.Array, small: jax.Array, size: jax.Array, gram: jax.Array) -> Pair:
+    """One pass over one Gram matrix `[p, p]`, of the directions that are at most `small` of the largest; of all in the first.
 
     Returns:
       What turns the basis `[p, p]`, and the eigenvalues `[p, 1]`; those of larger directions are only placeholders.  The
       identity and zeros if `size` is zero.
     """
-    eye, first = jnp.eye(len(gram), dtype=gram.dtype), small == 1
+    eye = jnp.eye(len(gram), dtype=gram.dtype)
 
     def settle(gram: jax.Array) -> Pair:
-        tilt, rest = jax.lax.cond(first, lambda gram: (eye, gram), lambda gram: _small_rows(gram, small), gram)
+        tilt, rest = _either(first, lambda gram: (eye, gram), lambda gram: _small_rows(gram, small), gram)
         values, vectors = _decomposed(size, rest)
-        return jax.lax.cond(first, lambda tilt, v: v, jnp.matmul, tilt, vectors), values[:, None]
+        return _either(first, lambda tilt, v: v, jnp.matmul, tilt, vectors), values[:, None]
 
-    return jax.lax.cond(size > 0, settle, lambda gram: (eye, jnp.zeros_like(gram[:, :1])), gram)
+    return (
+        settle(gram) if first is True else jax.lax.cond(size > 0, settle, lambda gram: (eye, jnp.zeros_like(gram[:, :1])), gram)
+    )
 
 
 def orthonormalizers(grams: Sequence[jax.Array]) -> list[Pair]:

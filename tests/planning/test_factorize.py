@@ -164,10 +164,10 @@ def test_factorize_runs_inside_jit_and_compiles_each_shape_once():
     x = np.ones((1, 32))
     plan = lr.plan(model, x, [lr.Rule(".*", scale=0.1)])
     params = drawn.variables(model, x)["params"]
-    # One decomposition of the kernels and two of one size to balance them, for six layers.
+    # One decomposition of the kernels, which is there again for those that need it twice, and two of one size to balance them.
     lowered = jax.jit(lambda p: lr.factorize(p, plan, key=KEY)).lower(params)
     text = lowered.as_text()
-    assert 1 <= text.count("lapack_ssyevd_ffi") <= 3 and "lapack_sgesdd_ffi" not in text
+    assert 1 <= text.count("lapack_ssyevd_ffi") <= 4 and "lapack_sgesdd_ffi" not in text
     inside, outside = (run["layers_0"]["kernel"].u for run in (lowered.compile()(params), lr.factorize(params, plan, key=KEY)))
     np.testing.assert_allclose(inside, outside, atol=1e-5)
 
