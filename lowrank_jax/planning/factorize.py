@@ -32,7 +32,8 @@ def factorize(
     """Replaces the planned kernels of a plain tree by factor pairs; the doors' `factorize` calls it (`linen/factorize.py`).
 
     Args:
-      params: the dense model's parameters, without boxes.
+      params: the dense model's parameters, without boxes.  For `jax.ShapeDtypeStruct`s the result is shapes too; whether
+        values are finite is not checked then.
       plan, key, moments, inputs: as for the doors.
 
     Returns:
@@ -42,6 +43,11 @@ def factorize(
       ValueError: the parameters do not match the plan or are not finite, or moments or inputs do not fit it.
     """
     leaves = named_leaves(params, is_leaf=is_low_rank)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
+        made = functools.partial(factorize, plan=plan)
+        return jax.eval_shape(
+            lambda values: made(values[0], key=values[1], moments=values[2], inputs=values[3]), (params, key, moments, inputs)
+        )
     _check_tree(leaves, plan)
     kernels = {kernel.name: leaves[kernel.name] for kernel in plan.factored}
     _check_finite(kernels)
