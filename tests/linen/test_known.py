@@ -151,8 +151,8 @@ def test_a_layer_of_several_kernels_runs_as_its_user_says(register):
 
 def test_a_subclass_of_a_registered_class_that_replaces_a_method_is_not_known(register):
     class Louder(Transposed):
-        def param(self, name, *args):
-            return 2 * super().param(name, *args)
+        def param(self, name, init_fn, *args):
+            return 2 * super().param(name, init_fn, *args)
 
     register(Transposed, rows=1)
     (kernel,) = lr.plan(Louder(8), X, [lr.Rule(".*", rank=2)]).kernels
