@@ -80,8 +80,9 @@ def _decayed(update: LowRankKernel, param: LowRankKernel, decay: float) -> LowRa
     )
 
 
-def _added(update: jax.Array, change: jax.Array) -> jax.Array:
-    return (update + change.reshape(update.shape)).astype(update.dtype)
+def _added(update: Any, change: jax.Array) -> Any:
+    """The sum, in the box that the update may be in."""
+    return jax.tree.map(lambda part: (part + change.reshape(part.shape)).astype(part.dtype), update)
 
 
 def _gram_u(u: jax.Array) -> jax.Array:

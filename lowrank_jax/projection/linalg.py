@@ -373,7 +373,8 @@ def unit(*matrices: jax.Array) -> jax.Array:
     info = jnp.finfo(largest.dtype)
     end = 2.0 ** (-info.minexp // 2)
     power = jnp.clip(jax.lax.reduce_precision(jnp.sqrt(largest), info.nexp, 0), 1 / end, end)  # rounded to a power of two
-    return jax.lax.stop_gradient(jnp.where(largest == 0, 1, power * power))
+    size = jnp.where(jnp.isfinite(largest), power * power, largest)  # rounded without a mantissa, NaN may become infinite
+    return jax.lax.stop_gradient(jnp.where(largest == 0, 1, size))
 
 
 def grouped(w: jax.Array, group: int) -> jax.Array:
