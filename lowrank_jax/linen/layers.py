@@ -123,7 +123,7 @@ def factored_kernels(layer: nn.Module, known: KnownLayer) -> dict[str, LowRankKe
 
 
 def on_kernels(layer: Any, kernels: dict[str, jax.Array], args: Any, kwargs: Any = None, **changes: Any) -> Any:
-    """What a layer computes with other kernels, given by their names below it, its own other parameters, and changed settings."""
+    """What a layer computes with other kernels, given by their names below it, and with changed settings."""
     params = nn.meta.unbox(layer.variables["params"])
     for name, kernel in kernels.items():
         params = _replaced(params, name.split("/"), kernel)

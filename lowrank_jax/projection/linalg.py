@@ -98,8 +98,8 @@ def singular_vectors(ws: Sequence[jax.Array], sides: Sequence[jax.Array], ranks:
     They are the eigenvectors of the smaller Gram matrix, which resolves singular values down to √eps of the largest, σ.  Where
     the leading `rank` of them leave less than eps^¼ σ of W, the Gram matrix of W in that basis is decomposed anew, without the
     directions above eps^¼ σ: that resolves √eps of the others.  With a third pass, below √eps σ, all are resolved down to eps,
-    as by a singular value decomposition (docs/mathematics.md, section 3.2).  Further passes run in a loop, and only for matrices
-    that need them.  On a TPU the first one does too: there a decomposition takes long to compile.
+    as by a singular value decomposition (docs/mathematics.md, section 3.2).  Further passes run in a loop, for those matrices
+    alone that need them.  On a TPU the first one does too: there a decomposition takes long to compile.
 
     Derivatives are those of eigenvectors: NaN or infinite where singular values coincide.
 

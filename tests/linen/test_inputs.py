@@ -287,7 +287,7 @@ def test_data_that_does_not_fit_gets_one_clear_error():
     def factorize(plan: Plan = plan, **data):
         return lr.factorize(PARAMS, plan, key=KEY, **data)
 
-    with pytest.raises(TypeError, match="takes a flax.linen module; not function"):
+    with pytest.raises(TypeError, match=r"takes a flax\.linen module; not function"):
         lr.inputs.second_moments(lambda x: x, VARIABLES, [IMAGES], plan)
     with pytest.raises(ValueError, match="no batches"):
         lr.inputs.second_moments(Small(), VARIABLES, [], plan)
