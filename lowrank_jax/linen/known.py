@@ -102,9 +102,9 @@ def refusal(layer: nn.Module) -> str:
     """Why a module does not run on factors; empty if it does."""
     name, known = type(layer).__name__, _nearest(layer)
     if known is None:
-        return f"{name} is not a known layer: factor its kernel as merged with rows=..., or teach lr.register_layer its class"
+        return f"{name} is not a known layer: a rule with rows=... factors its kernel, lr.register_layer teaches its class"
     if replaced := _replaced(type(layer), known.base):
-        return f"{name} replaces {replaced} of {known.base.__name__}: factor its kernel as merged with rows=..."
+        return f"{name} replaces {replaced} of {known.base.__name__}: a rule with rows=... factors its kernel"
     hook = next((hook for hook, default in _HOOKS.items() if getattr(layer, hook, default) is not default), None)
     if known.base in BUILT_IN and hook:
         return f"computes with its own {hook}"

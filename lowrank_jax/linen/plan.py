@@ -18,16 +18,17 @@ from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.rules import Rule
 
 
-def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], *, rngs: Any = None, **kwargs: Any) -> Plan:
+def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], /, *, rngs: Any = None, **kwargs: Any) -> Plan:
     """Decides for every kernel of a model which rank it gets, or why it stays dense.  Nothing is computed.
 
     Args:
       model: any Linen module.
-      inputs: what the model is called on, an array or a tuple of arrays; shapes suffice (`jax.ShapeDtypeStruct`).  The first
-        axis of the first one is taken for the batch, by which MACs are divided.
+      inputs: what the model is called on: one argument, or a tuple of them.  Arrays and `jax.ShapeDtypeStruct`s anywhere in
+        them are traced.  The first axis of the first one is taken for the batch, by which MACs are divided.
       rules: in order; the first whose path matches a name in full decides.  A kernel that no rule matches stays dense.
       rngs: as for `model.apply`, where one key for all does not do.
-      **kwargs: keyword arguments of the model, such as `train=False`.
+      **kwargs: keyword arguments of the model, such as `train=False`.  A kernel runs on factors only where this call leaves it
+        to its layer; so where training reads kernels elsewhere, such as in a penalty, the plan is to be made of that call.
 
     Returns:
       A hashable plan; `print(plan)` shows it as a table.

@@ -72,7 +72,7 @@ def plan_kernel(
 
 def _unused(name: str) -> str:
     kind = "embedding" if name.rsplit("/", 1)[-1] == "embedding" else "no known layer uses it"
-    return f"{kind}; rows=... factors it"
+    return f"{kind}: a rule with rows=... factors it"
 
 
 def _by_rows(name: str, shape: tuple[int, ...], use: KernelUse | None, rule: Rule, macs: int) -> PlannedKernel | None:

@@ -80,7 +80,7 @@ def test_every_kernel_is_in_the_plan_with_its_rank_or_its_reason(zoo):
     assert notes == {
         "depthwise/kernel": "depthwise convolution",
         "grouped/kernel": "grouped convolution (4 groups)",
-        "embed/embedding": "embedding; rows=... factors it",
+        "embed/embedding": "embedding: a rule with rows=... factors it",
         "head/kernel": "kept dense by rule 1",
     }
     ranks = {kernel.name: kernel.rank for kernel in plan.factored}
@@ -188,7 +188,7 @@ def test_vmapped_modules_are_stacked_and_counted_once_a_copy():
     np.testing.assert_allclose(*run(params), rtol=1e-5, atol=1e-6)
 
 
-TEACH = ": factor its kernel as merged with rows=..., or teach lr.register_layer its class"
+TEACH = ": a rule with rows=... factors its kernel, lr.register_layer teaches its class"
 
 
 class Own(nn.Dense):
@@ -202,7 +202,7 @@ class Own(nn.Dense):
 @pytest.mark.parametrize(
     ("layer", "note"),
     [
-        (Own(8), "Own replaces __call__ of Dense: factor its kernel as merged with rows=..."),
+        (Own(8), "Own replaces __call__ of Dense: a rule with rows=... factors its kernel"),
         (nn.ConvTranspose(8, (3, 3)), "ConvTranspose is not a known layer" + TEACH),
         (nn.ConvLocal(8, (3, 3)), "ConvLocal is not a known layer" + TEACH),
         (nn.Conv(8, (3, 3), mask=np.ones((3, 3, 8, 8))), "masked convolution"),
