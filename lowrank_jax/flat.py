@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from lowrank_jax.kernel import LowRankKernel, without_box
-from lowrank_jax.paths import leaf_name
+from lowrank_jax.paths import leaf_name, named_leaves
 from lowrank_jax.planning.plans import FactoredKernel, Plan
 from lowrank_jax.planning.relabel import planned
 
@@ -28,14 +28,7 @@ def flatten(tree: Any) -> dict[str, Any]:
     Raises:
       ValueError: two arrays have the same name.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
-    arrays: dict[str, Any] = {}
-    for path, leaf in leaves:
-        name = leaf_name(path)
-        if name in arrays:
-            raise ValueError(f"two arrays are called {name!r}: a key of the tree has a slash in it")
-        arrays[name] = without_box(leaf)
-    return arrays
+    return {name: without_box(leaf) for name, leaf in named_leaves(tree, is_leaf=_is_box).items()}
 
 
 def unflatten(arrays: Any, like: Any) -> Any:
@@ -46,9 +39,9 @@ def unflatten(arrays: Any, like: Any) -> Any:
 
     Args:
       arrays: from `flatten`; or a tree that has dicts in the place of factor pairs, as orbax restores without a target.
-      like: what says where factor pairs are, which axes are their rows and how they run.  A plan, for parameters, variables and
-        other trees of dicts.  Or a tree of the same structure, of arrays or of shapes; then lists, optimiser states and boxes
-        come back as well.  Ranks may be others than there.
+      like: what says where factor pairs are, which axes are their rows and how they run, which the arrays do not.  A plan, for
+        parameters, variables and other trees of dicts.  Or a tree of the same structure, of arrays or of shapes; then lists,
+        optimiser states, boxes and the pairs of a model's own low-rank layers come back as well.  Ranks may be others.
 
     Raises:
       ValueError: the arrays do not fit; all names that are missing or too many are told.

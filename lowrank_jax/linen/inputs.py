@@ -4,6 +4,7 @@ A convolution's inputs are the patches under its window.  The layer cuts them it
 with its own strides, dilation and padding.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_jax.linen.known import BUILT_IN, find
+from lowrank_jax.linen.interception import observe, unseen
+from lowrank_jax.linen.known import BUILT_IN, find, first_argument
 from lowrank_jax.linen.layers import apply
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import FactoredKernel, Plan
@@ -40,32 +42,64 @@ def capture(
       ValueError: the inputs of a planned kernel cannot be captured.
     """
     planned = {kernel.name: kernel for kernel in plan.captured}
-
-    def observe(next_fun: Any, args: Any, call_kwargs: Any, context: Any) -> Any:
-        module = context.module
-        known = find(module) if context.method_name == "__call__" else None
-        name = "/".join((*module.path, *known.kernels)) if known else ""
-        # The layers that cut patches are run on their own, where nothing can be written.
-        if name in planned and module.is_mutable_collection(COLLECTION):
-            x = args[0] if args else next(iter(call_kwargs.values()))
-            module.sow(
-                COLLECTION,
-                _sown(name),
-                summary(name, _inputs(module, planned[name], x)),
-                init_fn=lambda: None,
-                reduce_fn=lambda old, new: new if old is None else combine(old, new),
-            )
-        return next_fun(*args, **call_kwargs)
-
+    watch = _Watch(planned, summary, combine)
     mutable = [COLLECTION, *(name for name in variables if name != "params")]
     args = batch if isinstance(batch, tuple) else (batch,)
-    with nn.intercept_methods(observe):
+    with observe(watch):
         _, written = apply(model, variables, *args, **kwargs, mutable=mutable, rngs=rngs)
     sown = named_leaves(written.get(COLLECTION, {}), is_leaf=lambda node: isinstance(node, tuple))
-    names = {f"{kernel.rpartition('/')[0]}/{_sown(kernel)}".lstrip("/"): kernel for kernel in planned}
-    found = {names[name]: value for name, value in sown.items()}
+    by_place = {name: f"{name.rpartition('/')[0]}/{_sown(name)}".lstrip("/") for name in planned}
+    found = {name: sown[place] for name, place in by_place.items() if place in sown and name not in watch.missed}
     _check_found(found, planned)
-    return found
+    return {name: _of_one_kernel(found[name], planned[name], watch.axes[name], combine) for name in planned}
+
+
+class _Watch:
+    """The interceptor that writes down what planned kernels are fed.
+
+    Attributes:
+      missed: kernels that are also used where nothing can be written.
+      axes: by the kernel's name, of how many axes its summary is where it is made.
+    """
+
+    def __init__(self, planned: Mapping[str, FactoredKernel], summary: Summary, combine: Combine):
+        self._planned, self._summary, self._combine = planned, summary, combine
+        self.missed: set[str] = set()
+        self.axes: dict[str, int] = {}
+
+    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        layer = context.module
+        known = find(layer) if context.method_name == "__call__" else None
+        name = "/".join((*layer.path, *known.kernels)) if known else ""
+        if name in self._planned:
+            with unseen():  # patches are cut by another layer of the kind
+                self._write(layer, name, first_argument(layer, args, kwargs))
+        return next_fun(*args, **kwargs)
+
+    def _write(self, layer: nn.Module, name: str, x: jax.Array) -> None:
+        if not layer.is_mutable_collection(COLLECTION):
+            self.missed.add(name)
+            return
+        new = self._summary(name, _inputs(layer, self._planned[name], x))
+        self.axes[name] = new[0].ndim
+        layer.sow(
+            COLLECTION,
+            _sown(name),
+            new,
+            init_fn=lambda: None,
+            reduce_fn=lambda old, new: new if old is None else self._combine(old, new),
+        )
+
+
+def _of_one_kernel(summary: Any, kernel: FactoredKernel, axes: int, combine: Combine) -> Any:
+    """Joins the summaries of all turns of a loop that uses one kernel again and again."""
+    turns = summary[0].ndim - axes - len(kernel.stack)
+    if turns and kernel.stack:
+        raise ValueError(f"cannot capture the inputs of {kernel.name!r}: it is both stacked and used in a loop")
+    for _ in range(turns):
+        parts = [jax.tree.map(lambda part, i=i: part[i], summary) for i in range(len(summary[0]))]
+        summary = functools.reduce(combine, parts)
+    return summary
 
 
 def _sown(kernel: str) -> str:

@@ -5,6 +5,7 @@ A layer of a subclass is known as well, unless the subclass replaces a method: t
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,9 +61,9 @@ def register_layer(
 ) -> None:
     """Lets the layers of a class run on factors; otherwise their kernels stay dense, or are `premerged`.
 
-    By default the layer has to multiply the last axes of its only argument with the kernel, and to take the kernel's size from
+    By default the layer has to multiply the last axes of its first argument with the kernel, and to take the kernel's size from
     that argument.  It then runs in two stages: x is multiplied with U, and the layer itself is called on the result, with V for
-    its kernel.
+    its kernel.  A layer for which that is another function stays dense, and the plan says what else it does.
 
         lr.register_layer(t5x.layers.DenseGeneral, rows=lambda layer: range(len(layer.axis)))
         lr.register_layer(FlaxConv1D, rows=1)  # GPT-2 stores it as [out, in]
@@ -70,14 +71,14 @@ def register_layer(
     Args:
       cls: a Linen module with a kernel of its own.
       kernel: the parameter's name, or those of several, such as "ii/kernel" for one of a module inside.
-      rows: the kernel's axes that the layer sums over, in the order of the argument's last axes; or a function that tells them
-        from the layer.
+      rows: the kernel's axes that the layer sums over, ascending, in the order of the argument's last axes; or a function that
+        tells them from the layer.
       run: `run(layer, params, *args, **kwargs)`, for all other layers: what `layer(*args, **kwargs)` computes; the kernels in
         `params` are `LowRankKernel`s, those that stay dense are arrays.
 
     Raises:
       TypeError: `cls` is not a class of Linen modules.
-      ValueError: there are several kernels and no `run`.
+      ValueError: there are several kernels and no `run`, or rows are no ascending axes.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_layer takes a class of flax.linen modules, not {cls!r}")
@@ -87,8 +88,13 @@ def register_layer(
 
     def given(layer: Any) -> Rows:
         found = rows(layer) if callable(rows) else rows
-        return (found,) if isinstance(found, int) else tuple(found)
+        axes = (found,) if isinstance(found, int) else tuple(found)
+        if not axes or any(axis < 0 for axis in axes) or list(axes) != sorted(set(axes)):
+            raise ValueError(f"rows {axes} of {cls.__name__} must be axes of its kernel, counted from 0 and ascending")
+        return axes
 
+    if not callable(rows):
+        given(cls)
     _KNOWN[cls] = KnownLayer(cls, names, given, run)
 
 
@@ -124,6 +130,12 @@ def is_measured(layer: nn.Module) -> bool:
     return known is not None and known.run is None and not _replaced(type(layer), known.base)
 
 
+def is_built_in(layer: nn.Module) -> bool:
+    """Whether lowrank_jax itself knows how a module computes."""
+    known = _nearest(layer)
+    return known is not None and known.base in BUILT_IN
+
+
 def has_own_run(layer: nn.Module) -> bool:
     """Whether only the module knows how it computes with its kernels."""
     known = _nearest(layer)
@@ -148,6 +160,21 @@ def rows_of(layer: nn.Module) -> Rows | None:
     """The row axes of a layer's kernels; None for a convolution, and where only the module itself knows."""
     known = _nearest(layer)
     return None if known is None or known.rows is None else known.rows(layer)
+
+
+def first_argument(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer is called on, given by its place or by its name."""
+    return args[0] if args else kwargs[_first_name(type(layer))]
+
+
+def with_first_argument(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any) -> tuple[Any, Any]:
+    """The arguments with another one in that place."""
+    return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, _first_name(type(layer)): x})
+
+
+@functools.cache
+def _first_name(cls: type[nn.Module]) -> str:
+    return list(inspect.signature(cls.__call__).parameters)[1]
 
 
 def _nearest(layer: nn.Module) -> KnownLayer | None:

@@ -7,12 +7,13 @@ Both stages are Flax layers themselves, so padding, dilation, precision and dtyp
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import in_filter
 
 from lowrank_jax.kernel import (
     SPATIAL_ROWS,
@@ -26,7 +27,18 @@ from lowrank_jax.kernel import (
 )
 from lowrank_jax.linen import boxes, conv_gradients
 from lowrank_jax.linen.conv_gradients import per_axis
-from lowrank_jax.linen.known import BUILT_IN, KnownLayer, find, kernel_of
+from lowrank_jax.linen.interception import Interceptor, intercept, intercepts, unseen
+from lowrank_jax.linen.known import (
+    BUILT_IN,
+    KnownLayer,
+    Rows,
+    find,
+    first_argument,
+    has_own_run,
+    kernel_of,
+    rows_of,
+    with_first_argument,
+)
 from lowrank_jax.linen.model_check import check_model
 from lowrank_jax.projection import methods
 from lowrank_jax.projection.activations import ActivationLike
@@ -43,11 +55,13 @@ def apply(model: nn.Module, variables: Any, /, *args: Any, **kwargs: Any) -> Any
 
     Raises:
       TypeError: the model is not a Linen module.
+      ValueError: a pair is not of the matrix that its layer multiplies with, parameters with premerged kernels are mutable, or
+        an interceptor within `factored` would not see the layers.
     """
     check_model(model)
     run = _with_any_names if "variables" in kwargs else nn.Module.apply
     with factored():
-        return run(model, _multiplied(variables), *args, **kwargs)
+        return run(model, _multiplied(variables, kwargs.get("mutable", False)), *args, **kwargs)
 
 
 def _with_any_names(model: nn.Module, given: Any, /, *args: Any, method: Any = None, **kwargs: Any) -> Any:
@@ -70,15 +84,27 @@ def factored() -> Iterator[None]:
         with lr.factored():
             logits = hugging_face_model(tokens, params=params).logits
 
-    A function under `jax.jit` is to be traced within it: the place for the context is inside the function.
+    A function under `jax.jit` is to be traced within it: the place for the context is inside the function.  Modules
+    that are bound to premerged kernels have their products from the first call on.
     """
-    with nn.intercept_methods(_intercept):
+    with contextlib.nullcontext() if intercepts(_ON_FACTORS) else intercept(_ON_FACTORS):
         yield
 
 
-def _multiplied(variables: Any) -> Any:
-    """With the product in the place of factors that are premerged."""
-    return jax.tree.map(lambda leaf: boxes.merged(leaf) if _is_premerged(leaf) else leaf, variables, is_leaf=is_low_rank)
+def _multiplied(variables: Any, mutable: Any) -> Any:
+    """With the product in the place of parameters' factors that are premerged.
+
+    Raises:
+      ValueError: there are some, and the parameters are mutable: what the model returned would be products.
+    """
+    params = variables.get("params", {})
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_low_rank)
+    if not any(map(_is_premerged, leaves)):
+        return variables
+    if in_filter(mutable, "params"):
+        raise ValueError("parameters with premerged kernels cannot be mutable: the model gets and returns their products")
+    products = [boxes.merged(leaf) if _is_premerged(leaf) else leaf for leaf in leaves]
+    return {**variables, "params": jax.tree.unflatten(structure, products)}
 
 
 def _is_premerged(leaf: Any) -> bool:
@@ -93,41 +119,79 @@ def _multiply_in_scope(module: nn.Module) -> None:
     scope = module.scope
     if scope is None or scope.parent is not None:
         return
-    params = scope._variables.get("params", {})
-    if any(map(_is_premerged, jax.tree.leaves(params, is_leaf=is_low_rank))):
-        with jax.ensure_compile_time_eval():  # a bound module outlives a jitted function that is the first to call it
-            scope._variables["params"] = _multiplied(params)  # type: ignore[index]
+    with jax.ensure_compile_time_eval():  # a bound module outlives a jitted function that is the first to call it
+        scope._variables |= _multiplied(scope._variables, scope.mutable)  # type: ignore[operator]
 
 
-def _intercept(next_fun, args, kwargs, context):
-    layer = context.module
-    _multiply_in_scope(layer)
-    known = find(layer) if context.method_name == "__call__" else None
-    pairs = factored_kernels(layer, known) if known else {}
-    if known is None or not pairs:
-        return next_fun(*args, **kwargs)
-    params = nn.meta.unbox(layer.variables["params"])
-    if known.run is not None:
-        return known.run(layer, params, *args, **kwargs)
-    ((name, pair),) = pairs.items()
-    x = args[0] if args else next(iter(kwargs.values()))
-    if known.base in BUILT_IN:
-        return run_layer(layer, pair, params.get("bias"), x)
-    return _own_stages(layer, name, pair, x)
+def on_factors(arrived: Callable[[LowRankKernel], LowRankKernel] = lambda pair: pair) -> Interceptor:
+    """The interceptor under which known layers run on their factor pairs, each of which passes `arrived` first."""
+
+    def run(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        layer = context.module
+        _multiply_in_scope(layer)
+        known = find(layer) if context.method_name == "__call__" else None
+        pairs = _pairs(layer, known) if known else {}
+        if known is None or not pairs:
+            return next_fun(*args, **kwargs)
+        if next_fun is not context.orig_method:
+            raise ValueError("an interceptor within lr.factored() sees no layers on factors: put it around lr.factored()")
+        for name, pair in pairs.items():
+            _check_rows(layer, name, pair)
+        with unseen():
+            return _run(layer, known, {name: arrived(pair) for name, pair in pairs.items()}, args, kwargs)
+
+    return run
 
 
-def factored_kernels(layer: nn.Module, known: KnownLayer) -> dict[str, LowRankKernel]:
+_ON_FACTORS = on_factors()
+
+
+def _pairs(layer: nn.Module, known: KnownLayer) -> dict[str, LowRankKernel]:
     """Those kernels of a layer that are factor pairs, by their names below it."""
     kernels = {name: kernel_of(layer, name) for name in known.kernels}
     return {name: kernel for name, kernel in kernels.items() if isinstance(kernel, LowRankKernel)}
 
 
-def on_kernels(layer: Any, kernels: dict[str, jax.Array], args: Any, kwargs: Any = None, **changes: Any) -> Any:
+def _check_rows(layer: nn.Module, name: str, pair: LowRankKernel) -> None:
+    """Refuses factors of another matrix than the one that the layer multiplies with.
+
+    Raises:
+      ValueError: they are.
+    """
+    rows = rows_of(layer)
+    fitting = [SPATIAL_ROWS, tuple(range(pair.ndim - 1))] if isinstance(layer, nn.Conv) else [rows]
+    if pair.rows not in fitting and not has_own_run(layer):
+        place = "/".join((*layer.path, name))
+        raise ValueError(f"{place}: has factors with rows {pair.rows}, and a {type(layer).__name__} runs on rows {fitting[-1]}")
+
+
+def _run(layer: Any, known: KnownLayer, pairs: dict[str, LowRankKernel], args: Any, kwargs: Any) -> Any:
+    params = with_kernels(layer, pairs)
+    if known.run is not None:
+        return known.run(layer, params, *args, **kwargs)
+    ((name, pair),) = pairs.items()
+    if known.base in BUILT_IN:
+        return run_layer(layer, pair, params.get("bias"), first_argument(layer, args, kwargs))
+    return _own_stages(layer, name, pair, args, kwargs)
+
+
+def on_kernels(layer: Any, kernels: dict[str, jax.Array], args: Any, kwargs: Any, **changes: Any) -> Any:
     """What a layer computes with other kernels, given by their names below it, and with changed settings."""
+    params = with_kernels(layer, kernels)
+    return alone(layer, **changes).apply({**layer.variables, "params": params}, *args, **kwargs)
+
+
+def alone(layer: Any, **changes: Any) -> Any:
+    """The same layer outside of its model, with changed settings."""
+    return layer.clone(name=None, parent=None, **changes)
+
+
+def with_kernels(layer: Any, kernels: Mapping[str, Any]) -> Any:
+    """A layer's parameters, without boxes, with other kernels, given by their names below it."""
     params = nn.meta.unbox(layer.variables["params"])
     for name, kernel in kernels.items():
         params = _replaced(params, name.split("/"), kernel)
-    return layer.clone(name=None, parent=None, **changes).apply({**layer.variables, "params": params}, *args, **(kwargs or {}))
+    return params
 
 
 def _replaced(params: Any, path: Sequence[str], leaf: Any) -> Any:
@@ -135,16 +199,23 @@ def _replaced(params: Any, path: Sequence[str], leaf: Any) -> Any:
     return {**params, first: _replaced(params[first], rest, leaf) if rest else leaf}
 
 
-def _own_stages(layer: Any, name: str, pair: LowRankKernel, x: jax.Array) -> Any:
+def _own_stages(layer: Any, name: str, pair: LowRankKernel, args: Any, kwargs: Any) -> Any:
     """A registered layer: x U, and the layer itself with V for its kernel, the rank's axis in the place of the rows'."""
+    x = first_argument(layer, args, kwargs)
     dtype = getattr(layer, "dtype", None) or jnp.result_type(x, pair.dtype)
     if pair.execution == "merged":
-        return on_kernels(layer, {name: pair.product(dtype, getattr(layer, "precision", None))}, (x,))
+        return on_kernels(layer, {name: pair.product(dtype, getattr(layer, "precision", None))}, args, kwargs)
     rows = len(pair.rows)
     axes = list(range(x.ndim - rows, x.ndim)), list(range(rows))
     hidden = jnp.tensordot(x.astype(dtype), pair.u.astype(dtype), axes=axes, precision=getattr(layer, "precision", None))
+    return second_stage(layer, name, pair.rows, pair.v, hidden, args, kwargs)
+
+
+def second_stage(layer: Any, name: str, rows: Rows, v: jax.Array, hidden: jax.Array, args: Any, kwargs: Any) -> Any:
+    """A registered layer on x U `[..., r]` in the place of its first argument, with V `[r, *columns]` for its kernel."""
     changes = {"axis": -1} if hasattr(layer, "axis") else {}
-    return on_kernels(layer, {name: jnp.moveaxis(pair.v, 0, pair.rows[0])}, (hidden,), **changes)
+    args, kwargs = with_first_argument(layer, args, kwargs, hidden)
+    return on_kernels(layer, {name: jnp.moveaxis(v, 0, rows[0])}, args, kwargs, **changes)
 
 
 def run_layer(module: Any, kernel: LowRankKernel, bias: Any, x: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 from flax.core import DenyList
 
+from lowrank_jax.linen.interception import intercept
+
 _UNBOUND = re.compile(r"unbound axis name:? '?(\w+)")
 
 
@@ -33,8 +35,15 @@ class ModelCall:
         return [leaf for leaf in jax.tree.leaves((self.args, self.kwargs)) if _is_array(leaf)]
 
     def batch(self) -> int:
-        """The first axis of the first array; 1 if there is none."""
-        first = next((array for array in self.arrays), None)
+        """The first axis of the first array; 1 if there is none.
+
+        Raises:
+          ValueError: an array is empty.
+        """
+        empty = next((array for array in self.arrays if 0 in array.shape), None)
+        if empty is not None:
+            raise ValueError(f"an input of shape {list(empty.shape)} is empty: plan on at least one example")
+        first = next(iter(self.arrays), None)
         return first.shape[0] if first is not None and first.ndim else 1
 
     def init(self) -> Any:
@@ -52,7 +61,7 @@ class ModelCall:
 
         Args:
           make_variables: the model's variables, from values of these shapes.
-          interceptor: for `nn.intercept_methods`.
+          interceptor: as for `nn.intercept_methods`.
           shapes: of the values.
 
         Raises:
@@ -64,7 +73,7 @@ class ModelCall:
         def program(mutable: Any) -> Any:
             def run(shapes: tuple[Any, ...], arrays: list[Any]) -> Any:
                 args, kwargs = self._filled(arrays)
-                with nn.intercept_methods(interceptor):
+                with intercept(interceptor):
                     return self.model.apply(make_variables(*shapes), *args, **kwargs, rngs=rngs, mutable=mutable)
 
             return _traced_in_axes(run, shapes, self.arrays)

@@ -1,6 +1,7 @@
 """`lowrank_jax.plan`: traces a Linen module and decides for each of its kernels."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,12 +14,21 @@ from lowrank_jax.linen.model_call import ModelCall
 from lowrank_jax.linen.model_check import check_model
 from lowrank_jax.linen.readers import foreign_readers
 from lowrank_jax.paths import first_match, named_leaves
-from lowrank_jax.planning.decide import check_ranks, is_matrix, plan_kernel, premerged
+from lowrank_jax.planning.decide import check_rules, is_matrix, plan_kernel, premerged
 from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.rules import Rule
 
 
-def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], /, *, rngs: Any = None, **kwargs: Any) -> Plan:
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    rules: Sequence[Rule],
+    /,
+    *,
+    rngs: Any = None,
+    also: Sequence[Mapping[str, Any]] = (),
+    **kwargs: Any,
+) -> Plan:
     """Decides for every kernel of a model which rank it gets, or why it stays dense.  Nothing is computed.
 
     Args:
@@ -27,15 +37,17 @@ def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], /, *, rngs: Any =
         them are traced.  The first axis of the first one is taken for the batch, by which MACs are divided.
       rules: in order; the first whose path matches a name in full decides.  A kernel that no rule matches stays dense.
       rngs: as for `model.apply`, where one key for all does not do.
-      **kwargs: keyword arguments of the model, such as `train=False`.  A kernel runs on factors only where this call leaves it
-        to its layer; so where training reads kernels elsewhere, such as in a penalty, the plan is to be made of that call.
+      also: other keyword arguments with which the model will be called, such as `[{"train": True}]`.  A kernel runs on factors
+        only where all these calls leave it to its layer, and training may read kernels that evaluation does not.
+      **kwargs: keyword arguments of the model, such as `train=False`.
 
     Returns:
       A hashable plan; `print(plan)` shows it as a table.
 
     Raises:
       TypeError: the model is not a Linen module.
-      ValueError: a rule matches no parameter, or its rank is above the full rank of everything that it matches.
+      ValueError: a rule matches no parameter, its rank is above the full rank of everything that it matches, or nothing of that
+        has the axes that it names as rows.
     """
     check_model(model)
     call = ModelCall(model, inputs if isinstance(inputs, tuple) else (inputs,), kwargs, rngs)
@@ -49,9 +61,10 @@ def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], /, *, rngs: Any =
     for name in names:
         index = matches[name]
         rule = None if index is None else rules[index]
-        kernels.append(plan_kernel(name, tuple(leaves[name].shape), uses.get(name), rule, index, call.batch()))
-    check_ranks(rules, kernels)
-    kernels = _with_premerged(call, variables, kernels)
+        kernels.append(plan_kernel(name, leaves[name], uses.get(name), rule, index, call.batch()))
+    check_rules(rules, kernels)
+    for other in (call, *(dataclasses.replace(call, kwargs={**kwargs, **more}) for more in also)):
+        kernels = _with_premerged(other, variables, kernels)
     low_rank = [leaf for leaf in leaves.values() if is_low_rank(leaf)]
     plain = sum(leaf.size for name, leaf in leaves.items() if name not in matches and not is_low_rank(leaf))
     return Plan(tuple(kernels), plain + sum(leaf.u.size + leaf.v.size for leaf in low_rank))
@@ -60,8 +73,10 @@ def plan(model: nn.Module, inputs: Any, rules: Sequence[Rule], /, *, rngs: Any =
 def _with_premerged(call: ModelCall, variables: Any, kernels: list[PlannedKernel]) -> list[PlannedKernel]:
     """Multiplies the factors out before the model sees them where something besides their layer reads the kernel."""
     leaves = named_leaves(variables.get("params", {}), is_leaf=is_low_rank)
+    # No axis is as long as this rank, so that none is taken for the rank's by whoever splits the factors along an axis.
+    rank = 1 + max((size for leaf in leaves.values() for size in leaf.shape), default=0)
     pairs = {
-        kernel.name: _factor_shapes(kernel, leaves[kernel.name].dtype)
+        kernel.name: _factor_shapes(kernel, rank, leaves[kernel.name].dtype)
         for kernel in kernels
         if isinstance(kernel, FactoredKernel) and kernel.execution != "premerged"
     }
@@ -72,9 +87,9 @@ def _with_premerged(call: ModelCall, variables: Any, kernels: list[PlannedKernel
     ]
 
 
-def _factor_shapes(kernel: FactoredKernel, dtype: Any) -> Any:
-    """The factor pair that a kernel will become, as shapes."""
-    view, rank, stack = kernel.view, kernel.rank, kernel.stack
+def _factor_shapes(kernel: FactoredKernel, rank: int, dtype: Any) -> Any:
+    """The factor pair that a kernel will become, as shapes, at another rank."""
+    view, stack = kernel.view, kernel.stack
     return jax.eval_shape(
         lambda: view.from_factors(jnp.zeros((*stack, view.n, rank), dtype), jnp.zeros((*stack, rank, view.m), dtype))
     )

@@ -5,10 +5,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.planning.kernel_use import KernelUse
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, PlannedKernel, Traffic
 from lowrank_jax.planning.rules import SCHEMES, Rule, rows_view, wanted_rank
+
+_REAL = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)  # what can be decomposed
 
 
 def is_matrix(name: str, leaf: Any) -> bool:
@@ -16,21 +20,22 @@ def is_matrix(name: str, leaf: Any) -> bool:
     return not is_low_rank(leaf) and leaf.ndim >= 2 and name.rsplit("/", 1)[-1] not in ("bias", "scale")
 
 
-def plan_kernel(
-    name: str, shape: tuple[int, ...], use: KernelUse | None, rule: Rule | None, index: int | None, batch: int
-) -> PlannedKernel:
+def plan_kernel(name: str, leaf: Any, use: KernelUse | None, rule: Rule | None, index: int | None, batch: int) -> PlannedKernel:
     """The line of one kernel.
 
     Args:
       name: the parameter's name.
-      shape: its shape as stored.
+      leaf: the parameter, for its shape as stored and its dtype.
       use: what tracing saw of it; None where no layer was seen to use it.
       rule: the first rule that matches its name.
       index: that rule's place among the rules.
       batch: the number of examples in the traced batch.
     """
-    macs = use.macs() // batch if use else 0
+    shape = tuple(leaf.shape)
+    macs = -(-use.macs() // batch) if use else 0
     dense = functools.partial(DenseKernel, name=name, shape=shape, macs=macs, rule=rule)
+    if leaf.dtype not in _REAL:
+        return dense(note=f"{leaf.dtype} is none of {', '.join(jnp.dtype(dtype).name for dtype in _REAL)}")
     if rule is not None and rule.rows is not None:
         try:
             planned = _by_rows(name, shape, use, rule, macs)
@@ -128,17 +133,35 @@ def _problem(choice: Choice, rank: int) -> str:
     return f"rank {rank} would not be smaller" if choice.params(rank) >= view.n * view.m else ""
 
 
-def check_ranks(rules: Sequence[Rule], kernels: Sequence[PlannedKernel]) -> None:
-    """Refuses a rank above the full rank of every kernel that its rule matches; above that of some it means "large ones only".
+def check_rules(rules: Sequence[Rule], kernels: Sequence[PlannedKernel]) -> None:
+    """Refuses what fits none of the kernels that a rule matches; what does not fit some means "the others".
 
     Raises:
-      ValueError: there is such a rule.
+      ValueError: a rank is above the full rank of all of them, or none has the axes that are to be its rows.
     """
     for rule in rules:
-        matched = [kernel.choices for kernel in kernels if kernel.rule is rule]
-        if rule.rank is None or not matched or not all(matched):
-            continue
-        rank = wanted_rank(rule, matched[0][0].view)
-        largest = max(choices[0].view.full_rank for choices in matched)
-        if rank is not None and rank > largest:
-            raise ValueError(f"rule {rule.path!r}: rank {rank} is above full rank {largest}, the largest that it matches")
+        matched = [kernel for kernel in kernels if kernel.rule is rule]
+        _check_rank(rule, [kernel.choices for kernel in matched])
+        _check_rows(rule, [kernel.shape for kernel in matched])
+
+
+def _check_rank(rule: Rule, matched: Sequence[tuple[Choice, ...]]) -> None:
+    if rule.rank is None or not matched or not all(matched):
+        return
+    rank = wanted_rank(rule, matched[0][0].view)
+    largest = max(choices[0].view.full_rank for choices in matched)
+    if rank is not None and rank > largest:
+        raise ValueError(f"rule {rule.path!r}: rank {rank} is above full rank {largest}, the largest that it matches")
+
+
+def _check_rows(rule: Rule, shapes: Sequence[tuple[int, ...]]) -> None:
+    problem = ""
+    for shape in shapes if rule.rows is not None else ():
+        try:
+            rows_view(rule, shape)
+        except ValueError as error:
+            problem = f"rule {rule.path!r}: {list(shape)} {error}"
+        else:
+            return
+    if problem:
+        raise ValueError(problem)

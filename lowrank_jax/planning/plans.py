@@ -219,20 +219,22 @@ class Plan:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of all kernels as planned, per example."""
+        """Multiply-accumulates as planned of all kernels whose MACs are known, per example."""
         return sum(kernel.planned_macs for kernel in self.kernels)
 
     @property
     def dense_macs(self) -> int:
-        """Multiply-accumulates of all kernels of the dense model, per example."""
+        """Multiply-accumulates in the dense model of all kernels whose MACs are known, per example."""
         return sum(kernel.macs for kernel in self.kernels)
 
     def rows(self) -> list[list[str]]:
         """The table as text: a header, a row per kernel, a row for all other parameters and the total."""
         rest = ["(biases, norms, ...)", "", "-", "dense", "", count(self.other_params), "", ""]
+        unknown = sum(not kernel.macs for kernel in self.kernels)
         total = [
             "total", "", "", "", "",
-            with_change(self.params, self.dense_params), with_change(self.macs, self.dense_macs), "",
+            with_change(self.params, self.dense_params), with_change(self.macs, self.dense_macs),
+            f"MACs of all but the {unknown} that are not known" if unknown else "",
         ]  # fmt: skip
         header = ["parameter", "shape", "rank", "method", "execution", "params", "MACs", "note"]
         return [header, *(kernel.row() for kernel in self.kernels), rest, total]

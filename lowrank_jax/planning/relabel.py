@@ -23,7 +23,7 @@ def with_execution(tree: Any, execution: Execution | Plan) -> Any:
         or a plan, which says it for its own kernels (`factored` where it is open); other pairs stay as they are.
 
     Raises:
-      ValueError: there is no such execution, or the tree has none of the plan's kernels.
+      ValueError: there is no such execution, the tree has none of the plan's kernels, or one with other rows.
     """
     if not isinstance(execution, Plan):
         if execution not in get_args(Execution):
@@ -36,6 +36,8 @@ def with_execution(tree: Any, execution: Execution | Plan) -> Any:
         if kernel is None:
             return leaf
         seen.add(kernel.name)
+        if leaf.rows != kernel.view.rows:
+            raise ValueError(f"{name}: is a pair with rows {leaf.rows}, the plan has rows {kernel.view.rows}: factorize anew")
         return dataclasses.replace(leaf, execution=kernel.execution or "factored")
 
     relabelled = map_named(relabel, tree, is_leaf=is_low_rank)

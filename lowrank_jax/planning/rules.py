@@ -112,7 +112,7 @@ def rows_view(rule: Rule, shape: tuple[int, ...]) -> MatrixView:
     if rule.rows == ALL_BUT_LAST:
         return MatrixView(shape, tuple(axes[:-1]))
     if any(axis not in range(-len(shape), len(shape)) for axis in rule.rows or ()):
-        raise ValueError(f"has no axes {rule.rows}, which the rule names as rows")
+        raise ValueError(f"has no axes {rule.rows}, which the rule names as its rows")
     rows = tuple(sorted({axes[axis] for axis in rule.rows or ()}))
     if len(rows) in (0, len(shape)):
         raise ValueError(f"rows {rule.rows} leave no axis for the columns")

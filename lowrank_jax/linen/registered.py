@@ -1,0 +1,112 @@
+"""Whether a layer that somebody registered computes the same in two stages: x U first, then the layer itself with V.
+
+It does if it multiplies its input with its kernel, and reads neither elsewhere, nor their sizes.  The layer is traced twice to
+see that: on an input and a kernel of other sizes, no two alike, and on what its second stage would get.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.core import DenyList
+from jax.core import Tracer
+from jax.extend.core import Literal
+
+from lowrank_jax.linen import known, programs
+from lowrank_jax.linen.layers import alone, second_stage, with_kernels
+
+_SHAPED = ("convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim")
+
+
+def misfit(layer: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why a registered layer must not run in two stages; empty if it may.
+
+    Args:
+      layer: as it is called, bound.
+      name: the kernel's, below it.
+      args, kwargs: what it is called on.
+    """
+    cls, rows = type(layer).__name__, known.rows_of(layer)
+    x, kernel = known.first_argument(layer, args, kwargs), known.kernel_of(layer, name)
+    if rows is None or known.has_own_run(layer):
+        return ""
+    if len(rows) >= kernel.ndim or rows[-1] >= kernel.ndim or len(rows) > x.ndim:
+        return f"{cls} is registered with rows {rows}, and its kernel has shape {list(kernel.shape)}"
+    fresh = 1 + max((*x.shape, *kernel.shape))
+    sizes = dict(zip(rows, range(fresh, fresh + len(rows)), strict=True))
+    given = jax.ShapeDtypeStruct((*x.shape[: x.ndim - len(rows)], *sizes.values()), x.dtype)
+    v = jax.ShapeDtypeStruct((fresh + len(rows), *(s for axis, s in enumerate(kernel.shape) if axis not in rows)), kernel.dtype)
+    hidden = jax.ShapeDtypeStruct((*given.shape[: -len(rows)], v.shape[0]), x.dtype)
+
+    def whole(x: jax.Array, kernel: jax.Array) -> Any:
+        params = with_kernels(layer, {name: kernel})
+        before = layer.variables
+        args_, kwargs_ = known.with_first_argument(layer, args, kwargs, x)
+        y, after = alone(layer).apply({**before, "params": params}, *args_, **kwargs_, mutable=DenyList("params"))
+        if written := [name for name in after if not _same(before.get(name), after[name])]:
+            raise ValueError(f"writes to {written[0]!r}")
+        return y
+
+    def second(hidden: jax.Array, v: jax.Array) -> Any:
+        return second_stage(layer, name, rows, v, hidden, args, kwargs)
+
+    shape = tuple(sizes.get(axis, size) for axis, size in enumerate(kernel.shape))
+    try:
+        once = jax.make_jaxpr(whole)(given, jax.ShapeDtypeStruct(shape, kernel.dtype))
+        twice = jax.make_jaxpr(second)(hidden, v)
+    except Exception as error:  # whatever somebody's layer may raise
+        return _refused(cls, f"it does not run on other sizes ({type(error).__name__}: {str(error).splitlines()[0]})")
+    if list(_constants(once)) != list(_constants(twice)):
+        return _refused(cls, "it computes with the size of its input")
+    problem, _ = _not_a_product(once.jaxpr, programs.labelled(once.jaxpr.invars, ["its input", "its kernel"]))
+    return _refused(cls, problem) if problem else ""
+
+
+def _refused(cls: str, why: str) -> str:
+    return f"{cls} does not run in two stages, {why}: register it with run="
+
+
+def _same(before: Any, after: Any) -> bool:
+    old, new = jax.tree.leaves(before), jax.tree.leaves(after)
+    return len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True))
+
+
+def _constants(jaxpr: Any) -> Iterator[Any]:
+    """What a program does, without sizes, and the numbers in it."""
+    for const in getattr(jaxpr, "consts", ()):
+        yield None if isinstance(const, Tracer) else _number(const)
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn.primitive.name
+        yield from (_number(var.val) for var in eqn.invars if isinstance(var, Literal))
+        for body in programs.inner(eqn):
+            yield from _constants(body)
+
+
+def _number(value: Any) -> Any:
+    return np.asarray(value).tobytes()
+
+
+def _not_a_product(jaxpr: Any, labels: programs.Labels) -> tuple[str, list[str | None]]:
+    """What else than one product reads the input or the kernel, and which outputs are these themselves."""
+    products = 0
+    for eqn in jaxpr.eqns:
+        operands = programs.labels_of(eqn.invars, labels)
+        if not any(operands):
+            continue
+        given, name = programs.bodies(eqn, operands), eqn.primitive.name
+        if name in _SHAPED or programs.is_copy(eqn):
+            outputs = operands[:1]
+        elif given and name not in ("cond", "scan", "while"):
+            ((body, known_there),) = given
+            problem, outputs = _not_a_product(body, programs.labelled(body.invars, known_there))
+            if problem:
+                return problem, []
+        elif name == "dot_general" and all(operands) and operands[0] != operands[1] and not products:
+            products, outputs = 1, []
+        else:
+            return f"as {next(filter(None, operands))} is read by {name}", []
+        labels |= programs.labelled(eqn.outvars, outputs)
+    outputs = programs.labels_of(jaxpr.outvars, labels)
+    return "", outputs
