@@ -123,7 +123,7 @@ def factored_kernels(layer: nn.Module, known: KnownLayer) -> dict[str, LowRankKe
 
 
 def on_kernels(layer: Any, kernels: dict[str, jax.Array], args: Any, kwargs: Any = None, **changes: Any) -> Any:
-    """What a layer computes with other kernels, given by their names below it, its own other parameters, and changed settings."""
+    """What a layer computes with other kernels, given by their names below it, its other parameters, and changed settings."""
     params = nn.meta.unbox(layer.variables["params"])
     for name, kernel in kernels.items():
         params = _replaced(params, name.split("/"), kernel)
@@ -143,7 +143,7 @@ def _own_stages(layer: Any, name: str, pair: LowRankKernel, x: jax.Array) -> Any
     rows = len(pair.rows)
     axes = list(range(x.ndim - rows, x.ndim)), list(range(rows))
     hidden = jnp.tensordot(x.astype(dtype), pair.u.astype(dtype), axes=axes, precision=getattr(layer, "precision", None))
-    changes = {"axis": -1} if hasattr(layer, "axis") else {}
+    changes = {"axis": -1 if isinstance(layer.axis, int) else (-1,)} if hasattr(layer, "axis") else {}
     return on_kernels(layer, {name: jnp.moveaxis(pair.v, 0, pair.rows[0])}, (hidden,), **changes)
 
 
