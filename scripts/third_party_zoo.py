@@ -48,7 +48,7 @@ MODELS: dict[str, Callable[[], Example]] = {}
 
 
 def use_checkouts(folder: Path) -> None:
-    """Makes the code in the checkouts importable."""
+    """Makes the code in the checkouts importable; nothing else is to be imported from these projects before."""
     sys.path.extend(str(folder / root) for root in ROOTS)
     for name in BARE:
         package = types.ModuleType(name)
@@ -99,9 +99,16 @@ def _() -> Example:
     return Example(model, (_image(2, 32, 32, 3),), {"train": False})
 
 
-_SMALL_TRANSFORMER = dict(
-    vocab_size=64, output_vocab_size=64, emb_dim=32, num_heads=4, num_layers=2, qkv_dim=32, mlp_dim=64, max_len=16
-)
+_SMALL_TRANSFORMER = {
+    "vocab_size": 64,
+    "output_vocab_size": 64,
+    "emb_dim": 32,
+    "num_heads": 4,
+    "num_layers": 2,
+    "qkv_dim": 32,
+    "mlp_dim": 64,
+    "max_len": 16,
+}
 
 
 @_model("flax: lm1b")
@@ -197,7 +204,7 @@ def _graph() -> Any:
     )
 
 
-_GRAPH_NET = dict(latent_size=32, num_mlp_layers=2, message_passing_steps=2, output_globals_size=8)
+_GRAPH_NET = {"latent_size": 32, "num_mlp_layers": 2, "message_passing_steps": 2, "output_globals_size": 8}
 
 
 @_model("flax: ogbg GraphNet")
@@ -212,7 +219,7 @@ def _() -> Example:
 
 # --- big_vision ------------------------------------------------------------------------------------------------------------
 
-_VIT = dict(width=32, depth=2, mlp_dim=64, num_heads=4, patch_size=(8, 8))
+_VIT = {"width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 4, "patch_size": (8, 8)}
 
 
 @_model("big_vision: vit")
@@ -265,7 +272,7 @@ def _() -> Example:
 
 # --- vision_transformer ----------------------------------------------------------------------------------------------------
 
-_ENCODER = dict(mlp_dim=64, num_heads=4, num_layers=2)
+_ENCODER = {"mlp_dim": 64, "num_heads": 4, "num_layers": 2}
 
 
 @_model("vision_transformer: ViT")
@@ -323,7 +330,7 @@ def _() -> Example:
 
 @_model("scenic: mixer")
 def _() -> Example:
-    sizes = dict(hidden_size=32, num_layers=2, channels_mlp_dim=64, sequence_mlp_dim=32)
+    sizes = {"hidden_size": 32, "num_layers": 2, "channels_mlp_dim": 64, "sequence_mlp_dim": 32}
     return _scenic("baselines.mixer", "Mixer", num_classes=10, patch_size=(8, 8), **sizes)
 
 
@@ -392,7 +399,9 @@ def _() -> Example:
         "token_learner.model",
         "TokenLearnerViT",
         num_classes=10,
-        tokenizer=_config(type="dynamic", num_tokens=4, tokenlearner_loc=1, use_v11=True, use_tokenfuse=False, patches=_config(size=(8, 8))),
+        tokenizer=_config(
+            type="dynamic", num_tokens=4, tokenlearner_loc=1, use_v11=True, use_tokenfuse=False, patches=_config(size=(8, 8))
+        ),
         hidden_size=32,
         representation_size=None,
         **_ENCODER,
@@ -413,13 +422,13 @@ def _() -> Example:
 
 @_model("init2winit: wide_resnet")
 def _() -> Example:
-    sizes = dict(blocks_per_group=1, channel_multiplier=1, group_strides=((1, 1), (2, 2), (2, 2)))
+    sizes = {"blocks_per_group": 1, "channel_multiplier": 1, "group_strides": ((1, 1), (2, 2), (2, 2))}
     return _winit("wide_resnet", "WideResnet", (_image(2, 32, 32, 3),), num_outputs=10, **sizes)
 
 
 @_model("init2winit: densenet")
 def _() -> Example:
-    sizes = dict(num_layers=121, growth_rate=8, reduction=0.5, use_kernel_size_as_stride_in_pooling=True)
+    sizes = {"num_layers": 121, "growth_rate": 8, "reduction": 0.5, "use_kernel_size_as_stride_in_pooling": True}
     return _winit("adabelief_densenet", "DenseNet", (_image(2, 32, 32, 3),), num_outputs=10, **sizes)
 
 
@@ -430,7 +439,7 @@ def _() -> Example:
 
 @_model("init2winit: transformer_lm")
 def _() -> Example:
-    sizes = dict(emb_dim=32, num_heads=4, num_layers=2, qkv_dim=32, mlp_dim=64, max_len=16)
+    sizes = {"emb_dim": 32, "num_heads": 4, "num_layers": 2, "qkv_dim": 32, "mlp_dim": 64, "max_len": 16}
     return _winit("transformer_lm", "TransformerLM", (_tokens(2, 12),), vocab_size=64, model_dtype="float32", **sizes)
 
 
@@ -453,7 +462,7 @@ def _() -> Example:
 @_model("init2winit: dlrm")
 def _() -> Example:
     x = np.concatenate([_image(4, 4), _tokens(4, 26)], axis=1).astype(np.float32)
-    sizes = dict(mlp_bottom_dims=(64, 32), mlp_top_dims=(64, 32, 1), num_dense_features=4, embed_dim=32)
+    sizes = {"mlp_bottom_dims": (64, 32), "mlp_top_dims": (64, 32, 1), "num_dense_features": 4, "embed_dim": 32}
     return _winit("dlrm", "DLRM", (x,), vocab_size=64, **sizes)
 
 
@@ -464,7 +473,15 @@ def _() -> Example:
 
 @_model("init2winit: xformer_translate")
 def _() -> Example:
-    sizes = dict(emb_dim=32, num_heads=4, enc_num_layers=1, dec_num_layers=1, qkv_dim=32, mlp_dim=64, max_len=16)
+    sizes = {
+        "emb_dim": 32,
+        "num_heads": 4,
+        "enc_num_layers": 1,
+        "dec_num_layers": 1,
+        "qkv_dim": 32,
+        "mlp_dim": 64,
+        "max_len": 16,
+    }
     inputs = (_tokens(2, 12), _tokens(2, 10))
     return _winit("xformer_translate", "Transformer", inputs, vocab_size=64, output_vocab_size=64, **sizes)
 
@@ -487,14 +504,22 @@ def _() -> Example:
 
 @_model("init2winit: gnn")
 def _() -> Example:
-    sizes = dict(latent_dim=32, hidden_dims=(32,), num_message_passing_steps=2)
-    settings = dict(normalizer="layer_norm", dropout_rate=0.0, activation_function="relu")
+    sizes = {"latent_dim": 32, "hidden_dims": (32,), "num_message_passing_steps": 2}
+    settings = {"normalizer": "layer_norm", "dropout_rate": 0.0, "activation_function": "relu"}
     return _winit("gnn", "GNN", (_graph(),), num_outputs=8, **sizes, **settings)
 
 
 # --- t5x -------------------------------------------------------------------------------------------------------------------
 
-_T5 = dict(vocab_size=64, emb_dim=32, num_heads=4, num_encoder_layers=2, num_decoder_layers=2, head_dim=8, mlp_dim=64)
+_T5 = {
+    "vocab_size": 64,
+    "emb_dim": 32,
+    "num_heads": 4,
+    "num_encoder_layers": 2,
+    "num_decoder_layers": 2,
+    "head_dim": 8,
+    "mlp_dim": 64,
+}
 
 
 def _general_axes(layer: Any) -> range:
@@ -565,7 +590,7 @@ def _places(batch: int, length: int) -> np.ndarray:
     return np.broadcast_to(np.arange(length), (batch, length))
 
 
-_BERT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+_BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 @_model("transformers: GPT-2")
@@ -626,8 +651,8 @@ def _() -> Example:
 @_model("transformers: Whisper")
 def _() -> Example:
     code, hf = _code("transformers.models.whisper.modeling_flax_whisper"), _code("transformers")
-    layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4)
-    sizes = dict(d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, pad_token_id=0)
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 8, "pad_token_id": 0}
     config = hf.WhisperConfig(vocab_size=64, max_source_positions=20, max_target_positions=16, **layers, **sizes)
     inputs = (_image(2, 8, 40), _tokens(2, 12), _mask(2, 12), _places(2, 12))
     return Example(code.FlaxWhisperForConditionalGenerationModule(config), inputs)
