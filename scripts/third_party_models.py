@@ -2,7 +2,8 @@
 
     python -m scripts.third_party_models --checkouts=DIR                 # DIR/flax, DIR/big_vision, DIR/t5x, ...
     python -m scripts.third_party_models --checkouts=DIR --only='t5x|GPT'
-    PYTHONPATH=OLD:. python -P -m scripts.third_party_models --checkouts=DIR --count > before.tsv  # OLD: another version's folder
+    # what another version counts, in a folder OLD, for a column of its own:
+    PYTHONPATH=OLD:. python -P -m scripts.third_party_models --checkouts=DIR --count > before.tsv
     python -m scripts.third_party_models --checkouts=DIR --before=before.tsv
 
 A checkout is a clone of the project of that name on GitHub: google/flax, google-research/big_vision and vision_transformer,
@@ -11,9 +12,9 @@ Nothing is downloaded, all weights are random, and a model whose code cannot be 
 
 Every model is planned with the rule ".*" at a quarter of full rank: as it is, with its own layers registered, and with
 `rows="all_but_last"`.  Then, with all that can run on factors doing so and the rest factored by rows, `lr.apply` is set against
-the plain model on `lr.merge` of the same factors, in values and in the gradients of all factors and other parameters.  Exits with 1 if a difference is above the tolerance, 1e-3: a rounding of float32
-passes through a deep network amplified, and so do both ways to compute a product of three matrices, while a layer that gets a
-wrong kernel, transposed, scaled or not at all, is wrong in the first digit.
+the plain model on `lr.merge` of the same factors, in values and in the gradients of all factors and other parameters.  Exits
+with 1 if a difference is above the tolerance, 1e-3 of an array's largest entry: deep networks amplify roundings of float32, and
+a product of three matrices has two orders; a layer that got a wrong kernel would be wrong in the first digit.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -36,6 +37,7 @@ from scripts.third_party_zoo import MODELS, Example, use_checkouts
 
 TOLERANCE = 1e-3
 SCALE = 0.25
+T = TypeVar("T")
 EVERYTHING = lr.Rule(".*", scale=SCALE)
 FLOOR = 1e-2  # of the largest gradient: below it, a gradient may be a sum that cancels
 
@@ -73,15 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--only {args.only.pattern!r} matches none of: {', '.join(MODELS)}")
     use_checkouts(args.checkouts)
     jax.config.update("jax_disable_most_optimizations", True)  # compilation takes longer than anything else here
-    rows = _tried(count if args.count else measure, names, args.verbose)
     if args.count:
+        _tried(count, names, args.verbose)
         return 0
+    rows = _tried(measure, names, args.verbose)
     before = dict(line.split("\t")[::2] for line in args.before.read_text().splitlines()) if args.before else {}
     print(table(rows, before))
     return int(not all(row.agree for row in rows))
 
 
-def _tried(run: Callable[[str, Example, bool], Row], names: Sequence[str], verbose: bool) -> list[Row]:
+def _tried(run: Callable[[str, Example, bool], T], names: Sequence[str], verbose: bool) -> list[T]:
     """What `run` makes of every model; those that fail are named with the reason."""
     rows = []
     for name in names:
@@ -193,7 +196,8 @@ def _run(outputs: Callable[[Any], Any], params: Any) -> tuple[Any, Any]:
         values = [leaf for leaf in jax.tree.leaves(outputs(params)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
         weights = [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(values)]
         finite = [jnp.where(jnp.abs(leaf) < 1e6, leaf, 0) for leaf in values]  # attention's -inf and its like
-        return sum(jnp.sum(a * b) / a.size**0.5 for a, b in zip(weights, finite, strict=True)), finite
+        terms = [jnp.sum(a * b) / a.size**0.5 for a, b in zip(weights, finite, strict=True)]
+        return jnp.stack(terms).sum(), finite
 
     grads, values = jax.jit(jax.grad(loss, has_aux=True))(params)
     return values, grads

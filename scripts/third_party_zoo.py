@@ -99,16 +99,8 @@ def _() -> Example:
     return Example(model, (_image(2, 32, 32, 3),), {"train": False})
 
 
-_SMALL_TRANSFORMER = {
-    "vocab_size": 64,
-    "output_vocab_size": 64,
-    "emb_dim": 32,
-    "num_heads": 4,
-    "num_layers": 2,
-    "qkv_dim": 32,
-    "mlp_dim": 64,
-    "max_len": 16,
-}
+_SIZES = {"vocab_size": 64, "output_vocab_size": 64, "emb_dim": 32, "num_heads": 4, "qkv_dim": 32, "mlp_dim": 64}
+_SMALL_TRANSFORMER = {**_SIZES, "num_layers": 2, "max_len": 16}
 
 
 @_model("flax: lm1b")
@@ -511,15 +503,8 @@ def _() -> Example:
 
 # --- t5x -------------------------------------------------------------------------------------------------------------------
 
-_T5 = {
-    "vocab_size": 64,
-    "emb_dim": 32,
-    "num_heads": 4,
-    "num_encoder_layers": 2,
-    "num_decoder_layers": 2,
-    "head_dim": 8,
-    "mlp_dim": 64,
-}
+_T5_LAYERS = {"num_encoder_layers": 2, "num_decoder_layers": 2}
+_T5 = {"vocab_size": 64, "emb_dim": 32, "num_heads": 4, "head_dim": 8, "mlp_dim": 64, **_T5_LAYERS}
 
 
 def _general_axes(layer: Any) -> range:
