@@ -6,6 +6,7 @@ A layer of a subclass is known as well, unless the subclass replaces a method: t
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -62,11 +63,13 @@ def register_layer(
     """Lets the layers of a class run on factors; otherwise their kernels stay dense, or are `premerged`.
 
     By default the layer has to multiply the last axes of its first argument with the kernel, and to take the kernel's size from
-    that argument.  It then runs in two stages: x is multiplied with U, and the layer itself is called on the result, with V for
-    its kernel.  A layer for which that is another function stays dense, and the plan says what else it does.
+    that argument; an attribute `axis` of the layer says which axes.  It then runs in two stages: x is multiplied with U, and
+    the layer itself is called on the result, with V for its kernel.  A layer for which that is another function stays dense,
+    and the plan says what else it does.
 
-        lr.register_layer(t5x.layers.DenseGeneral, rows=lambda layer: range(len(layer.axis)))
         lr.register_layer(FlaxConv1D, rows=1)  # GPT-2 stores it as [out, in]
+        lr.register_layer(t5x.examples.t5.layers.DenseGeneral)  # as [in, out], whatever axes these are made of
+        lr.register_layer(MyDenseGeneral, rows=lambda layer: range(len(layer.axis)))  # as [*in, *out]
 
     Args:
       cls: a Linen module with a kernel of its own.
@@ -160,6 +163,18 @@ def rows_of(layer: nn.Module) -> Rows | None:
     """The row axes of a layer's kernels; None for a convolution, and where only the module itself knows."""
     known = _nearest(layer)
     return None if known is None or known.rows is None else known.rows(layer)
+
+
+def summed_axes(shape: Sequence[int], n: int) -> int:
+    """How many of the last axes of an input of this shape a registered layer sums over, with a kernel of n rows.
+
+    Raises:
+      ValueError: no number of them has n elements.
+    """
+    for axes in range(1, len(shape) + 1):
+        if math.prod(shape[len(shape) - axes :]) == n:
+            return axes
+    raise ValueError(f"no last axes of an input of shape {list(shape)} have {n} elements, as a kernel of {n} rows needs")
 
 
 def first_argument(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -37,6 +37,7 @@ from lowrank_jax.linen.known import (
     has_own_run,
     kernel_of,
     rows_of,
+    summed_axes,
     with_first_argument,
 )
 from lowrank_jax.linen.model_check import check_model
@@ -205,15 +206,16 @@ def _own_stages(layer: Any, name: str, pair: LowRankKernel, args: Any, kwargs: A
     dtype = getattr(layer, "dtype", None) or jnp.result_type(x, pair.dtype)
     if pair.execution == "merged":
         return on_kernels(layer, {name: pair.product(dtype, getattr(layer, "precision", None))}, args, kwargs)
-    rows = len(pair.rows)
-    axes = list(range(x.ndim - rows, x.ndim)), list(range(rows))
-    hidden = jnp.tensordot(x.astype(dtype), pair.u.astype(dtype), axes=axes, precision=getattr(layer, "precision", None))
+    n, r = pair.view.n, pair.rank
+    flat = x.reshape(*x.shape[: x.ndim - summed_axes(x.shape, n)], n)
+    hidden = jnp.matmul(flat.astype(dtype), pair.u.reshape(n, r).astype(dtype), precision=getattr(layer, "precision", None))
     return second_stage(layer, name, pair.rows, pair.v, hidden, args, kwargs)
 
 
 def second_stage(layer: Any, name: str, rows: Rows, v: jax.Array, hidden: jax.Array, args: Any, kwargs: Any) -> Any:
     """A registered layer on x U `[..., r]` in the place of its first argument, with V `[r, *columns]` for its kernel."""
-    changes = {"axis": -1} if hasattr(layer, "axis") else {}
+    axis = getattr(layer, "axis", None)
+    changes = {} if axis is None else {"axis": -1 if isinstance(axis, int) else (-1,)}
     args, kwargs = with_first_argument(layer, args, kwargs, hidden)
     return on_kernels(layer, {name: jnp.moveaxis(v, 0, rows[0])}, args, kwargs, **changes)
 

@@ -4,6 +4,8 @@ It does if it multiplies its input with its kernel, and reads neither elsewhere,
 see that: on an input and a kernel of other sizes, no two alike, and on what its second stage would get.
 """
 
+import math
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 
 from lowrank_jax.linen import known, programs
+from lowrank_jax.linen.interception import unseen
 from lowrank_jax.linen.layers import alone, second_stage, with_kernels
 
 _SHAPED = ("convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim")
@@ -32,13 +35,10 @@ def misfit(layer: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str,
     x, kernel = known.first_argument(layer, args, kwargs), known.kernel_of(layer, name)
     if rows is None or known.has_own_run(layer):
         return ""
-    if len(rows) >= kernel.ndim or rows[-1] >= kernel.ndim or len(rows) > x.ndim:
-        return f"{cls} is registered with rows {rows}, and its kernel has shape {list(kernel.shape)}"
-    fresh = 1 + max((*x.shape, *kernel.shape))
-    sizes = dict(zip(rows, range(fresh, fresh + len(rows)), strict=True))
-    given = jax.ShapeDtypeStruct((*x.shape[: x.ndim - len(rows)], *sizes.values()), x.dtype)
-    v = jax.ShapeDtypeStruct((fresh + len(rows), *(s for axis, s in enumerate(kernel.shape) if axis not in rows)), kernel.dtype)
-    hidden = jax.ShapeDtypeStruct((*given.shape[: -len(rows)], v.shape[0]), x.dtype)
+    try:
+        given, other, hidden, v = _other_sizes(x, kernel, rows)
+    except ValueError as error:
+        return f"{cls} is registered with rows {rows}: {error}"
 
     def whole(x: jax.Array, kernel: jax.Array) -> Any:
         params = with_kernels(layer, {name: kernel})
@@ -52,16 +52,42 @@ def misfit(layer: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str,
     def second(hidden: jax.Array, v: jax.Array) -> Any:
         return second_stage(layer, name, rows, v, hidden, args, kwargs)
 
-    shape = tuple(sizes.get(axis, size) for axis, size in enumerate(kernel.shape))
     try:
-        once = jax.make_jaxpr(whole)(given, jax.ShapeDtypeStruct(shape, kernel.dtype))
-        twice = jax.make_jaxpr(second)(hidden, v)
+        with unseen():
+            once = jax.make_jaxpr(whole)(given, other)
+            twice = jax.make_jaxpr(second)(hidden, v)
     except Exception as error:  # whatever somebody's layer may raise
-        return _refused(cls, f"it does not run on other sizes ({type(error).__name__}: {str(error).splitlines()[0]})")
+        what = textwrap.shorten(f"{type(error).__name__}: {error}", 100, placeholder=" ...")
+        return _refused(cls, f"nor on other sizes ({what})")
     if list(_constants(once)) != list(_constants(twice)):
         return _refused(cls, "it computes with the size of its input")
     problem, _ = _not_a_product(once.jaxpr, programs.labelled(once.jaxpr.invars, ["its input", "its kernel"]))
     return _refused(cls, problem) if problem else ""
+
+
+def _other_sizes(x: Any, kernel: Any, rows: known.Rows) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of an input, a kernel, x U and V, in which no size that the layer sums over is like any other.
+
+    Raises:
+      ValueError: the rows are no axes of the kernel, or do not fit the input.
+    """
+    if rows[-1] >= kernel.ndim or len(rows) == kernel.ndim:
+        raise ValueError(f"its kernel has shape {list(kernel.shape)}")
+    axes = known.summed_axes(x.shape, math.prod(kernel.shape[axis] for axis in rows))
+    if len(rows) not in (1, axes):
+        raise ValueError(f"it sums over {axes} axes of its input")
+    rank = 1 + max(*x.shape, *kernel.shape)
+    sizes = list(range(rank + 1, rank + 1 + axes))
+    by_row = dict(zip(rows, sizes if len(rows) == axes else [math.prod(sizes)], strict=True))
+    kept = x.shape[: x.ndim - axes]
+    columns = [size for axis, size in enumerate(kernel.shape) if axis not in rows]
+    shapes = [
+        ((*kept, *sizes), x.dtype),
+        (tuple(by_row.get(axis, size) for axis, size in enumerate(kernel.shape)), kernel.dtype),
+        ((*kept, rank), x.dtype),
+        ((rank, *columns), kernel.dtype),
+    ]
+    return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
 
 
 def _refused(cls: str, why: str) -> str:
@@ -78,7 +104,8 @@ def _constants(jaxpr: Any) -> Iterator[Any]:
     for const in getattr(jaxpr, "consts", ()):
         yield None if isinstance(const, Tracer) else _number(const)
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield eqn.primitive.name
+        if eqn.primitive.name not in _SHAPED:  # some of these do nothing, depending on sizes, and are left out then
+            yield eqn.primitive.name
         yield from (_number(var.val) for var in eqn.invars if isinstance(var, Literal))
         for body in programs.inner(eqn):
             yield from _constants(body)
