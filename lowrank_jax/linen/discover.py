@@ -13,7 +13,7 @@ from lowrank_jax.linen.model_call import ModelCall
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.kernel_use import KernelUse
 
-_USE = "use "
+_KERNEL, _OUTPUT = "kernel ", "output "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +75,13 @@ def trace(call: ModelCall) -> tuple[dict[str, Any], dict[str, KernelUse]]:
             kernel = known.kernel_of(layer, below)
             if kernel is None or is_low_rank(kernel):
                 continue
-            marked = programs.mark(f"{_USE}{len(calls)}")
+            programs.mark(kernel, f"{_KERNEL}{len(calls)}")
             seen = LayerCall("/".join((*layer.path, below)), _use(layer, below, args, call_kwargs), below)
             if isinstance(y, jax.Array) and known.is_measured(layer):
                 x = known.first_argument(layer, args, call_kwargs)
-                calls.append(dataclasses.replace(seen, **_sizes(seen.use, x, y)))
-                _, y = marked(kernel, y)
-            else:
-                calls.append(seen)
-                marked(kernel)
+                y = programs.mark(y, f"{_OUTPUT}{len(calls)}")
+                seen = dataclasses.replace(seen, **_sizes(seen.use, x, y))
+            calls.append(seen)
         return y
 
     variables = nn.meta.unbox(call.init())
@@ -138,17 +136,19 @@ class _Found:
     def __init__(self, calls: list[LayerCall], marks: Counter[str]):
         self.uses: dict[str, KernelUse] = {}
         self._calls, self._marks = calls, marks
+        self._kernels: dict[int, str | None] = {}  # of the call that was followed last, by the mark's number
 
     def follow(self, jaxpr: Any, labels: programs.Labels) -> tuple[dict[str, Work], list[str | None]]:
         """The work of every kernel in a program, and for each output which variable of the model it is, if any."""
         total: dict[str, Work] = {}
         for eqn in jaxpr.eqns:
             operands = programs.labels_of(eqn.invars, labels)
-            mark = programs.mark_of(eqn)
-            if mark is not None:
-                _add(total, self._of_mark(mark, operands, eqn))
-                outputs = operands
-            elif programs.is_copy(eqn):
+            mark = programs.mark_of(eqn) or ""
+            if mark.startswith(_KERNEL):
+                self._see(int(mark.removeprefix(_KERNEL)), operands[0])
+            if mark.startswith(_OUTPUT):
+                _add(total, self._work(int(mark.removeprefix(_OUTPUT)), eqn.outvars[0].aval.size))
+            if mark or programs.is_copy(eqn):
                 outputs = operands
             else:
                 work, outputs = self._inside(eqn, operands)
@@ -156,21 +156,25 @@ class _Found:
             labels |= programs.labelled(eqn.outvars, outputs)
         return total, programs.labels_of(jaxpr.outvars, labels)
 
-    def _of_mark(self, mark: str, operands: list[str | None], eqn: Any) -> dict[str, Work]:
-        if not mark.startswith(_USE) or not operands:
-            return {}
-        call = self._calls[int(mark.removeprefix(_USE))]
-        name = operands[0] or f"params/{call.name}"
+    def _see(self, number: int, label: str | None) -> None:
+        """Notes which kernel a call uses: by its path where something else made it of a variable."""
+        call = self._calls[number]
+        alone = self._marks[f"{_KERNEL}{number}"] == 1
+        name = label or f"params/{call.name}"
         if name not in self.uses or "/" in call.below:  # of a module inside, which the outer one uses
             self.uses[name] = call.use
+        # Of a program that several modules share, a kernel without a label is nobody's.
+        self._kernels[number] = name if label or alone else None
+
+    def _work(self, number: int, size: int) -> dict[str, Work]:
+        call, name = self._calls[number], self._kernels.get(number)
+        if name is None:
+            return {f"params/{call.name}": Work(known=False)}
         if not call.output_size:
             return {}
-        # Whose program is shared and whose kernel comes from elsewhere, nobody knows.
-        if operands[0] is None and self._marks[mark] > 1:
-            return {name: Work(known=False)}
         # Under vmap there is a mapped axis, which the module itself does not see.
-        size = eqn.outvars[-1].aval.size
-        return {name: Work(*(size * part // call.output_size for part in (call.positions, call.widened, call.inputs)))}
+        positions, widened, inputs = (size * part // call.output_size for part in (call.positions, call.widened, call.inputs))
+        return {name: Work(positions, widened, inputs)}
 
     def _inside(self, eqn: Any, operands: list[str | None]) -> tuple[dict[str, Work], list[str | None]]:
         given = programs.bodies(eqn, operands)

@@ -56,6 +56,10 @@ class ModelCall:
 
         return jax.eval_shape(init, self.arrays)
 
+    def check(self, variables: Any) -> None:
+        """Runs the model on shapes; raises whatever it raises."""
+        self.trace(lambda variables: variables, _seeing_nothing, variables)
+
     def trace(self, make_variables: Callable[..., Any], interceptor: Any, *shapes: Any) -> Any:
         """The program of `model.apply`, whose first inputs are the leaves of `shapes`.
 
@@ -91,6 +95,10 @@ class ModelCall:
         """The arguments with these arrays in the place of their own."""
         rest = iter(arrays)
         return jax.tree.map(lambda leaf: next(rest) if _is_array(leaf) else leaf, (self.args, self.kwargs))
+
+
+def _seeing_nothing(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    return next_fun(*args, **kwargs)
 
 
 def _is_array(leaf: Any) -> bool:

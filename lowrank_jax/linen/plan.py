@@ -63,8 +63,11 @@ def plan(
         rule = None if index is None else rules[index]
         kernels.append(plan_kernel(name, leaves[name], uses.get(name), rule, index, call.batch()))
     check_rules(rules, kernels)
-    for other in (call, *(dataclasses.replace(call, kwargs={**kwargs, **more}) for more in also)):
-        kernels = _with_premerged(other, variables, kernels)
+    others = [dataclasses.replace(call, kwargs={**kwargs, **more}) for more in also]
+    for other in others:
+        other.check(variables)
+    for one in (call, *others):
+        kernels = _with_premerged(one, variables, kernels)
     low_rank = [leaf for leaf in leaves.values() if is_low_rank(leaf)]
     plain = sum(leaf.size for name, leaf in leaves.items() if name not in matches and not is_low_rank(leaf))
     return Plan(tuple(kernels), plain + sum(leaf.u.size + leaf.v.size for leaf in low_rank))

@@ -1,6 +1,6 @@
 """Traced programs: marks on their values, and where the values of a model's parameters go.
 
-A mark is a call of a function that returns its arguments, found in the program by its name.
+A mark is an operation that returns its operands, found in the program by its name.
 """
 
 import functools
@@ -18,32 +18,32 @@ _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpo
 Labels = dict[Any, str]  # by variable what it is
 
 
-@functools.cache
-def mark(name: str, cotangents: str = "") -> Callable[..., Any]:
-    """A function that returns its arrays, a tuple, as they are; `mark_of` finds its calls in a program.
+def mark(array: jax.Array, name: str) -> jax.Array:
+    """The array as it is; `mark_of` finds the operation in a program."""
+    return checkpoint_name(array, _PREFIX + name)
 
-    Args:
-      name: the mark's.
-      cotangents: if given, the name of another mark, on what derivatives by the arrays are made of.
-    """
+
+@functools.cache
+def mark_together(name: str, derivatives: str) -> Callable[..., Any]:
+    """A function that marks several arrays in one operation, and with another name what derivatives by them are made of."""
 
     def plain(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(checkpoint_name(array, _PREFIX + name) for array in arrays)  # an identity alone would leave no trace
+        return tuple(mark(array, name) for array in arrays)  # an identity alone would leave no trace
 
     watched: Any = jax.custom_vjp(plain)
-    watched.defvjp(lambda *arrays: (plain(*arrays), None), lambda _, rates: mark(cotangents)(*rates))
+    watched.defvjp(lambda *arrays: (plain(*arrays), None), lambda _, rates: tuple(mark(rate, derivatives) for rate in rates))
 
     def marked(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return watched(*arrays) if cotangents else plain(*arrays)
+        return watched(*arrays)
 
     marked.__name__ = _PREFIX + name
     return jax.jit(marked)
 
 
 def mark_of(eqn: Any) -> str | None:
-    """The name of the mark that an equation is; None if it is none."""
+    """The name of the mark that an operation is; None if it is none."""
     name = eqn.params.get("name")
-    is_mark = eqn.primitive.name in ("jit", "pjit") and isinstance(name, str) and name.startswith(_PREFIX)
+    is_mark = eqn.primitive.name in ("name", "jit", "pjit") and isinstance(name, str) and name.startswith(_PREFIX)
     return name.removeprefix(_PREFIX) if is_mark else None
 
 

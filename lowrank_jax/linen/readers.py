@@ -64,7 +64,7 @@ def _followed(call: ModelCall, variables: Any, pairs: dict[str, LowRankKernel]) 
 
 
 def _marked(pair: LowRankKernel) -> LowRankKernel:
-    u, v = programs.mark(_ARRIVAL, _DERIVATIVE)(pair.u, pair.v)
+    u, v = programs.mark_together(_ARRIVAL, _DERIVATIVE)(pair.u, pair.v)
     return dataclasses.replace(pair, u=u, v=v)
 
 
@@ -99,8 +99,8 @@ def _follow(jaxpr: Any, factors: programs.Labels, found: dict[str, str]) -> list
 
 def _is_pair(operands: Sequence[str | None]) -> bool:
     """Whether both factors of one kernel arrive together."""
-    u, v = operands
-    return u is not None and v is not None and u == f"{_kernel_of(u)}:0" and v == f"{_kernel_of(u)}:1"
+    kernel = _kernel_of(operands[0] or "")
+    return list(operands) == [f"{kernel}:0", f"{kernel}:1"]
 
 
 def _returned(eqn: Any, bodies: list[list[str | None]], found: dict[str, str]) -> list[str | None]:

@@ -159,6 +159,16 @@ def test_what_is_mutable_and_what_it_returns_are_as_ever():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), written, updated)
 
 
+def test_parameters_with_premerged_kernels_are_not_mutable():
+    variables = nn.Dense(8).init(KEY, X)
+    plan = lr.plan(nn.Dense(8), X, [lr.Rule("kernel", rank=2, execution="premerged"), lr.Rule(".*")])
+    params = lr.factorize(variables["params"], plan, key=KEY)
+    with pytest.raises(ValueError, match="premerged kernels cannot be mutable"):
+        lr.apply(nn.Dense(8), {"params": params}, X, mutable=["params"])
+    with lr.factored(), pytest.raises(ValueError, match="premerged kernels cannot be mutable"):
+        nn.Dense(8).apply({"params": params}, X, mutable=True)
+
+
 class Named(nn.Module):
     """Its arguments have the names that `apply` has itself."""
 

@@ -168,6 +168,38 @@ def test_layers_under_scan_have_moments_of_their_own_once_the_collection_is_scan
         lr.inputs.second_moments(model, variables, [x], plan)
 
 
+class Tied(nn.Module):
+    """One layer, called plainly and then in a loop."""
+
+    seen: bool
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(6, name="dense")
+        x = nn.tanh(layer(x))
+        axes = {"lowrank_inputs": 0} if self.seen else {}
+        turns = nn.scan(
+            lambda layer, x, _: (nn.tanh(layer(x)), None), variable_axes=axes, variable_broadcast="params", length=2
+        )
+        return turns(layer, x, None)[0]
+
+
+def test_moments_of_one_layer_are_those_of_all_its_uses_or_refused():
+    x = RNG.standard_normal((9, 6)).astype(np.float32)
+    variables = drawn.variables(Tied(True), x)
+    kernel, bias = (np.asarray(variables["params"]["dense"][name], np.float64) for name in ("kernel", "bias"))
+    inputs = [x]
+    for _ in range(2):
+        inputs.append(np.tanh(inputs[-1] @ kernel + bias))
+    rows = np.concatenate(inputs)
+    plan = lr.plan(Tied(True), x, [lr.Rule(".*", rank=1)])
+    moments = lr.inputs.second_moments(Tied(True), variables, [x], plan)
+    np.testing.assert_allclose(moments["dense/kernel"], rows.T @ rows / len(rows), atol=1e-5)
+    lr.factorize(variables["params"], plan, key=KEY, moments=moments)
+    with pytest.raises(ValueError, match=r"cannot capture the inputs of .dense/kernel."):
+        lr.inputs.second_moments(Tied(False), variables, [x], plan)
+
+
 class Plain(nn.Module):
     """The layers whose inputs are real images, and hidden units after BatchNorm and ReLU."""
 

@@ -159,15 +159,78 @@ def test_a_subclass_of_a_registered_class_that_replaces_a_method_is_not_known(re
     assert kernel.note.startswith("Louder replaces param of Transposed")
 
 
+def layer_of(call):
+    """A layer that computes `call(layer, x, kernel)`."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, **kwargs):
+            kernel = self.param("kernel", nn.initializers.normal(0.3), (x.shape[-1], 12))
+            return call(self, x, kernel, **kwargs)
+
+    return Layer()
+
+
+def sowing(layer, x, kernel):
+    layer.sow("intermediates", "inputs", x)
+    return x @ kernel
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda _, x, kernel: x @ kernel / np.sqrt(x.shape[-1]), "it computes with the size of its input"),
+        (lambda _, x, kernel: (x - x.mean()) @ kernel, "it computes with the size of its input"),
+        (lambda _, x, kernel: jnp.sin(x) @ kernel, "as its input is read by sin"),
+        (lambda _, x, kernel: x @ (2 * kernel), "as its kernel is read by mul"),
+        (lambda _, x, kernel: x @ kernel + x @ kernel, "as its input is read by dot_general"),
+        (lambda _, x, kernel: x + x @ kernel, "nor on other sizes (TypeError"),
+        (lambda _, x, kernel: x @ kernel.T, "nor on other sizes (TypeError"),
+        (sowing, "nor on other sizes (ValueError: writes to 'intermediates')"),
+        (lambda _, x, kernel: nn.Dropout(0.5, deterministic=False)(x @ kernel), "nor on other sizes (InvalidRngError"),
+    ],
+)
+def test_a_layer_that_two_stages_would_change_is_not_run_in_two(register, call, why):
+    model = layer_of(call)
+    register(type(model))
+    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+    (kernel,) = lr.plan(model, X, [lr.Rule(".*", rank=2)], rngs=rngs).kernels
+    assert kernel.note.startswith(f"Layer does not run in two stages, {why}") and kernel.note.endswith("register it with run=")
+
+
+@pytest.mark.parametrize("axis", [-2, (-1, -2)])
+def test_axes_of_one_size_are_told_apart(register, axis):
+    register(ManyAxes, rows=lambda layer: range(np.size(layer.axis)))
+    (kernel,) = lr.plan(ManyAxes(8, axis=axis), np.ones((3, 12, 12)), [lr.Rule(".*", rank=2)]).kernels
+    assert kernel.note.startswith("ManyAxes does not run in two stages, nor on other sizes (ScopeParamShapeError")
+
+
+def test_other_arguments_reach_a_registered_layer_and_the_input_may_be_named(register):
+    model = layer_of(lambda _, x, kernel, scale=1.0: scale * (x @ kernel))
+    register(type(model))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return type(model)(name="layer")(scale=3.0, x=x)
+
+    plan = lr.plan(Net(), X, [lr.Rule(".*", rank=2)])
+    params = lr.factorize(Net().init(jax.random.key(0), X)["params"], plan, key=jax.random.key(1))
+    assert plan.factored[0].execution is None
+    np.testing.assert_allclose(lr.apply(Net(), {"params": params}, X), Net().apply({"params": lr.merge(params)}, X), rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
         ((Transposed(8),), TypeError, "takes a class of flax.linen modules, not Transposed"),
         ((dict,), TypeError, "takes a class of flax.linen modules"),
         ((Named, ["a", "b"]), ValueError, "Named has 2 kernels: say with run="),
+        ((Named, "weight", (1, 0)), ValueError, r"rows \(1, 0\) of Named must be axes of its kernel"),
+        ((Named, "weight", -1), ValueError, r"rows \(-1,\) of Named must be axes of its kernel"),
     ],
 )
 def test_what_is_no_layer_is_refused(given, error, message):
-    cls, *kernel = given
+    cls, *rest = given
     with pytest.raises(error, match=message):
-        lr.register_layer(cls, **({"kernel": kernel[0]} if kernel else {}))
+        lr.register_layer(cls, **dict(zip(("kernel", "rows"), rest, strict=False)))

@@ -113,6 +113,54 @@ class Chosen(nn.Module):
         return nn.cond(x.sum() > -1e9, lambda m, x: m(x), lambda m, x: m(x) * 2, dense, x)
 
 
+class Stacked(nn.Module):
+    """As many copies as there are inputs, stacked along the second axis: the kernel's shape alone does not tell which it is."""
+
+    @nn.compact
+    def __call__(self, x):
+        copies = nn.vmap(nn.Dense, variable_axes={"params": 1}, split_rngs={"params": True}, in_axes=None, axis_size=12)
+        return copies(5, name="copies")(x)
+
+
+class Differentiated(nn.Module):
+    """Adds what derivatives by a layer's parameters sum up to: of what the layer returns, or along a direction."""
+
+    forward: bool
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(12, name="layer")
+        y = layer(x)
+        if self.is_initializing():
+            return y
+        if self.forward:
+            ones = jax.tree.map(jnp.ones_like, layer.variables["params"])
+            return nn.jvp(lambda layer, x: layer(x), layer, (x,), (0 * x,), {"params": ones})[1]
+        _, back = nn.vjp(lambda layer, x: layer(x), layer, x)
+        rates, _ = back(jnp.ones_like(y))
+        return y + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(rates))
+
+
+class SometimesOnes(nn.Module):
+    """One branch puts ones in the place of the parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        def chosen(tree):
+            return jax.lax.cond(x.sum() < 1e9, lambda tree: jax.tree.map(jnp.ones_like, tree), lambda tree: tree, tree)
+
+        return nn.map_variables(nn.Dense, "params", chosen, init=True)(12)(x)
+
+
+class JittedParts(nn.Module):
+    """Two modules of one class, which JAX traces once."""
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.jit(nn.Dense)
+        return block(12, name="second")(nn.tanh(block(12, name="first")(x)))
+
+
 class Standardised(nn.Conv):
     def param(self, name, *args, **kwargs):
         leaf = super().param(name, *args, **kwargs)
@@ -145,8 +193,9 @@ def net(make):
     return Net()
 
 
-UNTOUCHED = [Wrapped("identity"), Wrapped("remat"), Wrapped("jit"), Wrapped("none"), Scanned(), Mapped(), Chosen()]
-FOUND_OUT = [*(Wrapped(name) for name in CHANGED), Wrapped("weight norm"), Wrapped("spectral norm"), Penalised()]
+UNTOUCHED = [*map(Wrapped, ("identity", "remat", "jit", "none")), Scanned(), Mapped(), Chosen(), JittedParts()]
+FOUND_OUT = [*map(Wrapped, (*CHANGED, "weight norm", "spectral norm")), Penalised(), SometimesOnes(), Stacked()]
+FOUND_OUT += [Differentiated(forward=True), Differentiated(forward=False)]
 
 
 def of_tangents(x, kernel, *args, **kwargs):
@@ -197,7 +246,7 @@ def test_the_function_and_its_gradient_do_not_depend_on_the_execution(name, rows
             np.testing.assert_allclose(slope, ours, rtol=1e-3, atol=2e-4, err_msg=f"{execution} {leaf}")
 
 
-@pytest.mark.parametrize("model", FOUND_OUT, ids=lambda model: getattr(model, "wrapper", "penalised"))
+@pytest.mark.parametrize("model", FOUND_OUT, ids=lambda model: getattr(model, "wrapper", str(model)))
 def test_what_is_found_out_is_multiplied_before_the_model_and_nothing_else_is(model):
     plan = lr.plan(model, X, RULES)
     for kernel in plan.factored:
@@ -248,3 +297,61 @@ def test_a_model_that_does_not_run_says_so_itself():
 
     with pytest.raises(RuntimeError, match="no training without data"):
         lr.plan(Broken(), X, RULES)
+
+
+class InTraining(nn.Module):
+    """Reads the layer's kernel as it trains."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        layer = nn.Dense(12, name="layer")
+        y = layer(x)
+        return y + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(layer.variables)) if train else y
+
+
+def test_a_plan_is_for_all_calls_that_it_is_told():
+    def execution(**kwargs):
+        (kernel,) = lr.plan(InTraining(), X, RULES, **kwargs).factored
+        return kernel.execution
+
+    assert execution() is None and execution(train=True) == "premerged"
+    assert execution(also=[{"train": False}]) is None and execution(also=[{"train": True}]) == "premerged"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'trian'"):
+        execution(also=[{"trian": True}])
+
+
+def plus_one(next_fun, args, kwargs, context):
+    y = next_fun(*args, **kwargs)
+    return y + 1 if isinstance(context.module, nn.Dense) and context.method_name == "__call__" else y
+
+
+@pytest.mark.parametrize("execution", ["factored", "merged", "premerged"])
+def test_somebody_elses_interceptor_sees_a_layer_once(execution):
+    model = Wrapped("none")
+    variables = model.init(jax.random.key(0), X)
+    plan = lr.plan(model, X, [lr.Rule(".*kernel", rank=2, execution=execution), lr.Rule(".*")])
+    params = lr.factorize(variables["params"], plan, key=jax.random.key(1))
+    with nn.intercept_methods(plus_one):
+        expected = model.apply({"params": lr.merge(params)}, X)
+        np.testing.assert_allclose(lr.apply(model, {"params": params}, X), expected, rtol=1e-5, atol=1e-5)
+    with lr.factored(), nn.intercept_methods(plus_one):
+        if execution == "premerged":
+            np.testing.assert_allclose(model.apply({"params": params}, X), expected, rtol=1e-5, atol=1e-5)
+        else:
+            with pytest.raises(ValueError, match="put it around"):
+                model.apply({"params": params}, X)
+
+
+def test_factors_of_another_matrix_are_refused():
+    model = nn.Dense(12)
+    variables = model.init(jax.random.key(0), X)
+    turned = lr.plan(model, X, [lr.Rule("kernel", rank=2, rows=(1,)), lr.Rule(".*")])
+    params = lr.factorize(variables["params"], turned, key=jax.random.key(1))
+    np.testing.assert_allclose(
+        lr.apply(model, {"params": params}, X), model.apply({"params": lr.merge(params)}, X), rtol=1e-5, atol=1e-5
+    )
+    pair = dataclasses.replace(params["kernel"], execution="factored")
+    with pytest.raises(ValueError, match=r"kernel: has factors with rows \(1,\), and a Dense runs on rows \(0,\)"):
+        lr.apply(model, {"params": {**params, "kernel": pair}}, X)
+    with pytest.raises(ValueError, match=r"kernel: is a pair with rows \(1,\), the plan has rows \(0,\)"):
+        lr.with_execution(params, lr.plan(model, X, RULES))
