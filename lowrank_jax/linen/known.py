@@ -68,8 +68,8 @@ def register_layer(
     and the plan says what else it does.
 
         lr.register_layer(FlaxConv1D, rows=1)  # GPT-2 stores it as [out, in]
-        lr.register_layer(t5x.examples.t5.layers.DenseGeneral)  # as [in, out], whatever axes these are made of
-        lr.register_layer(MyDenseGeneral, rows=lambda layer: range(len(layer.axis)))  # as [*in, *out]
+        lr.register_layer(DenseGeneral)  # T5's in t5x: as [in, out], however many axes of x these are
+        lr.register_layer(DenseGeneral, rows=lambda layer: range(np.size(layer.axis)))  # scalable T5's: as [*in, *out]
 
     Args:
       cls: a Linen module with a kernel of its own.
