@@ -30,7 +30,7 @@ def _make_plan(config: Config) -> Plan:
 
     def note_output(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         output = call(*args, **kwargs)
-        if not context.module.path:
+        if context.method_name == "__call__" and not context.module.path:
             outputs.append(output)
         return output
 
