@@ -207,7 +207,7 @@ def _difference(ours: Any, theirs: Any, floor: float) -> float:
     """The largest difference of an array's entries, relative to its largest entry or to a part of the largest of all."""
     pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
     size = max(float(jnp.max(jnp.abs(b))) for _, b in pairs)
-    return max(float(jnp.max(jnp.abs(a - b)) / max(float(jnp.max(jnp.abs(b))), floor * size, 1e-30)) for a, b in pairs)
+    return float(np.max([jnp.max(jnp.abs(a - b)) / max(float(jnp.max(jnp.abs(b))), floor * size, 1e-30) for a, b in pairs]))
 
 
 def table(rows: Sequence[Row], before: dict[str, str]) -> str:

@@ -317,7 +317,7 @@ def _() -> Example:
 @_model("scenic: axial_resnet")
 def _() -> Example:
     heads = _config(num_heads=4)
-    return _scenic("baselines.axial_resnet", "AxialResNet", num_outputs=10, axial_attention_configs=heads, num_layers=26)
+    return _scenic("baselines.axial_resnet", "AxialResNet", num_outputs=10, axial_attention_configs=heads, num_layers=8)
 
 
 @_model("scenic: mixer")
@@ -350,7 +350,7 @@ def _() -> Example:
         transformer_qkv_dim=32,
         transformer_mlp_dim=64,
         backbone_num_filters=8,
-        backbone_num_layers=18,
+        backbone_num_layers=9,
     )
 
 
@@ -420,7 +420,7 @@ def _() -> Example:
 
 @_model("init2winit: densenet")
 def _() -> Example:
-    sizes = {"num_layers": 121, "growth_rate": 8, "reduction": 0.5, "use_kernel_size_as_stride_in_pooling": True}
+    sizes = {"num_layers": 1, "growth_rate": 8, "reduction": 0.5, "use_kernel_size_as_stride_in_pooling": True}
     return _winit("adabelief_densenet", "DenseNet", (_image(2, 32, 32, 3),), num_outputs=10, **sizes)
 
 

@@ -59,11 +59,15 @@ class Work:
         return Work(times * self.positions, times * self.widened, times * self.inputs, self.known)
 
 
-def trace(call: ModelCall) -> tuple[dict[str, Any], dict[str, KernelUse]]:
-    """Traces a model on abstract values.
+def trace(call: ModelCall, variables: Any) -> dict[str, KernelUse]:
+    """Traces a call of a model on abstract values.
+
+    Args:
+      call: the model and its arguments.
+      variables: the shapes of its variables, without boxes.
 
     Returns:
-      The shapes of the model's variables, without boxes, and by its name the use of every kernel, in the order of use.
+      By its name the use of every kernel, in the order of use.
     """
     calls: list[LayerCall] = []
 
@@ -84,7 +88,6 @@ def trace(call: ModelCall) -> tuple[dict[str, Any], dict[str, KernelUse]]:
             calls.append(seen)
         return y
 
-    variables = nn.meta.unbox(call.init())
     jaxpr = call.trace(lambda variables: variables, observe, variables).jaxpr
     leaves = named_leaves(variables, is_leaf=is_low_rank)
     # Those of a module's own low-rank layer are two variables, and are no kernels.
@@ -92,12 +95,11 @@ def trace(call: ModelCall) -> tuple[dict[str, Any], dict[str, KernelUse]]:
     found = _Found(calls, Counter(programs.marks(jaxpr)))
     work, _ = found.follow(jaxpr, programs.labelled(jaxpr.invars, labels))
     prefix = "params/"
-    uses = {
+    return {
         name.removeprefix(prefix): dataclasses.replace(use, **_done(work.get(name)))
         for name, use in found.uses.items()
         if name.startswith(prefix) and name in leaves and not is_low_rank(leaves[name])
     }
-    return variables, uses
 
 
 def _use(layer: nn.Module, below: str, args: Any, kwargs: Any) -> KernelUse:
@@ -161,8 +163,11 @@ class _Found:
         call = self._calls[number]
         alone = self._marks[f"{_KERNEL}{number}"] == 1
         name = label or f"params/{call.name}"
-        if name not in self.uses or "/" in call.below:  # of a module inside, which the outer one uses
+        before = self.uses.get(name)
+        if before is None or "/" in call.below:  # of a module inside, which the outer one uses
             self.uses[name] = call.use
+        elif not before.refusal:
+            self.uses[name] = dataclasses.replace(before, refusal=call.use.refusal)
         # Of a program that several modules share, a kernel without a label is nobody's.
         self._kernels[number] = name if label or alone else None
 

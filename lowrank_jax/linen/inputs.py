@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.linen.interception import observe, unseen
-from lowrank_jax.linen.known import BUILT_IN, find, first_argument
+from lowrank_jax.linen.known import find, first_argument, is_built_in
 from lowrank_jax.linen.layers import apply
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import FactoredKernel, Plan
@@ -110,7 +110,7 @@ def _sown(kernel: str) -> str:
 def _inputs(module: Any, kernel: FactoredKernel, x: jax.Array) -> jax.Array:
     """What a kernel's matrix is multiplied with at every output position: `[positions, group, n]`, float32."""
     view = kernel.view
-    if not isinstance(module, BUILT_IN):  # it multiplies the last axes
+    if not is_built_in(module):  # it multiplies the last axes
         return x.astype(jnp.float32).reshape(-1, 1, view.n)
     row_sizes = view.shape[:-1] if isinstance(module, nn.Conv) else tuple(view.shape[axis] for axis in view.rows)
     size = math.prod(row_sizes)

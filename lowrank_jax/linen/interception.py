@@ -1,10 +1,11 @@
 """Interceptors of Linen modules, kept apart from the programs and the interceptors of others.
 
-`nn.jit`, and any `jax.jit` inside a model, keeps what it has traced: for the next call with the same shapes, of another module
-of the class as well, whoever intercepts that.  So the interceptors are part of the key under which JAX keeps traced programs.
+`nn.jit`, and any `jax.jit` inside a model, caches its trace.  It is used for later calls, also of another module of the class,
+and also under other interceptors.  So the interceptors are part of the key under which JAX caches traces.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,18 +18,30 @@ _traced_for: Any = jax.make_user_context(())  # the interceptors, the innermost 
 _stack: Any = nn.module._global_interceptor_stack  # flax has no public way to run a module unseen
 
 
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """One of our interceptors, as it stands in flax's stack."""
+
+    interceptor: Interceptor
+
+    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.module.scope is None:  # a module without parameters, called outside of the model's tree
+            return next_fun(*args, **kwargs)
+        return self.interceptor(next_fun, args, kwargs, context)
+
+
 @contextlib.contextmanager
 def intercept(interceptor: Interceptor) -> Iterator[None]:
     """`nn.intercept_methods(interceptor)`, for what is traced within it alone."""
-    with _traced_for((*_traced_for.value, interceptor)), nn.intercept_methods(interceptor):
+    with _traced_for((*_traced_for.value, interceptor)), nn.intercept_methods(Own(interceptor)):
         yield
 
 
 @contextlib.contextmanager
 def observe(observer: Interceptor) -> Iterator[None]:
-    """The same for an interceptor that tells modules apart by their paths: no two of them share a program."""
+    """The same for an interceptor that tells modules apart by their paths: no two of them share a trace."""
 
-    def intercepted(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def intercepted(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         with _traced_for((*_traced_for.value, context.module.path)):
             return observer(next_fun, args, kwargs, context)
 
@@ -38,7 +51,13 @@ def observe(observer: Interceptor) -> Iterator[None]:
 
 def intercepts(interceptor: Interceptor) -> bool:
     """Whether an interceptor is at work already."""
-    return interceptor in _traced_for.value
+    return Own(interceptor) in list(_stack)
+
+
+def foreign_inside() -> bool:
+    """Whether somebody else's interceptor was entered within one of ours."""
+    own = [isinstance(interceptor, Own) for interceptor in _stack]  # the innermost one first
+    return True in own and not all(own[: len(own) - own[::-1].index(True)])
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from lowrank_jax.kernel import (
 )
 from lowrank_jax.linen import boxes, conv_gradients
 from lowrank_jax.linen.conv_gradients import per_axis
-from lowrank_jax.linen.interception import Interceptor, intercept, intercepts, unseen
+from lowrank_jax.linen.interception import Interceptor, foreign_inside, intercept, intercepts, unseen
 from lowrank_jax.linen.known import (
     BUILT_IN,
     KnownLayer,
@@ -57,16 +57,17 @@ def apply(model: nn.Module, variables: Any, /, *args: Any, **kwargs: Any) -> Any
     Raises:
       TypeError: the model is not a Linen module.
       ValueError: a pair is not of the matrix that its layer multiplies with, parameters with premerged kernels are mutable, or
-        an interceptor within `factored` would not see the layers.
+        another interceptor was entered within `factored`.
     """
     check_model(model)
-    run = _with_any_names if "variables" in kwargs else nn.Module.apply
     with factored():
-        return run(model, _multiplied(variables, kwargs.get("mutable", False)), *args, **kwargs)
+        return call_model(model, _multiplied(variables, kwargs.get("mutable", False)), *args, **kwargs)
 
 
-def _with_any_names(model: nn.Module, given: Any, /, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-    """`model.apply(given, ...)` for a model that has an argument called "variables" itself."""
+def call_model(model: nn.Module, given: Any, /, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+    """`model.apply(given, ...)`, also for a model that has an argument called "variables" itself."""
+    if "variables" not in kwargs:
+        return model.apply(given, *args, method=method, **kwargs)
     own = {name: kwargs.pop(name) for name in ("rngs", "mutable", "capture_intermediates") if name in kwargs}
 
     def call(module: nn.Module, *args: Any) -> Any:
@@ -85,8 +86,8 @@ def factored() -> Iterator[None]:
         with lr.factored():
             logits = hugging_face_model(tokens, params=params).logits
 
-    A function under `jax.jit` is to be traced within it: the place for the context is inside the function.  Modules
-    that are bound to premerged kernels have their products from the first call on.
+    A function under `jax.jit` must be traced within it: put the `with` inside the function.  It holds for the thread that
+    enters it.  Modules that are bound to premerged kernels have their products from the first call on.
     """
     with contextlib.nullcontext() if intercepts(_ON_FACTORS) else intercept(_ON_FACTORS):
         yield
@@ -121,7 +122,9 @@ def _multiply_in_scope(module: nn.Module) -> None:
     if scope is None or scope.parent is not None:
         return
     with jax.ensure_compile_time_eval():  # a bound module outlives a jitted function that is the first to call it
-        scope._variables |= _multiplied(scope._variables, scope.mutable)  # type: ignore[operator]
+        multiplied = _multiplied(scope._variables, scope.mutable)
+    if multiplied is not scope._variables:
+        scope._variables["params"] = multiplied["params"]  # type: ignore[index]
 
 
 def on_factors(arrived: Callable[[LowRankKernel], LowRankKernel] = lambda pair: pair) -> Interceptor:
@@ -134,7 +137,7 @@ def on_factors(arrived: Callable[[LowRankKernel], LowRankKernel] = lambda pair: 
         pairs = _pairs(layer, known) if known else {}
         if known is None or not pairs:
             return next_fun(*args, **kwargs)
-        if next_fun is not context.orig_method:
+        if foreign_inside():
             raise ValueError("an interceptor within lr.factored() sees no layers on factors: put it around lr.factored()")
         for name, pair in pairs.items():
             _check_rows(layer, name, pair)
@@ -160,7 +163,7 @@ def _check_rows(layer: nn.Module, name: str, pair: LowRankKernel) -> None:
       ValueError: they are.
     """
     rows = rows_of(layer)
-    fitting = [SPATIAL_ROWS, tuple(range(pair.ndim - 1))] if isinstance(layer, nn.Conv) else [rows]
+    fitting = [SPATIAL_ROWS, tuple(range(pair.ndim - 1))] if rows is None else [rows]
     if pair.rows not in fitting and not has_own_run(layer):
         place = "/".join((*layer.path, name))
         raise ValueError(f"{place}: has factors with rows {pair.rows}, and a {type(layer).__name__} runs on rows {fitting[-1]}")
@@ -173,7 +176,7 @@ def _run(layer: Any, known: KnownLayer, pairs: dict[str, LowRankKernel], args: A
     ((name, pair),) = pairs.items()
     if known.base in BUILT_IN:
         return run_layer(layer, pair, params.get("bias"), first_argument(layer, args, kwargs))
-    return _own_stages(layer, name, pair, args, kwargs)
+    return own_stages(layer, name, pair, args, kwargs)
 
 
 def on_kernels(layer: Any, kernels: dict[str, jax.Array], args: Any, kwargs: Any, **changes: Any) -> Any:
@@ -200,7 +203,7 @@ def _replaced(params: Any, path: Sequence[str], leaf: Any) -> Any:
     return {**params, first: _replaced(params[first], rest, leaf) if rest else leaf}
 
 
-def _own_stages(layer: Any, name: str, pair: LowRankKernel, args: Any, kwargs: Any) -> Any:
+def own_stages(layer: Any, name: str, pair: LowRankKernel, args: Any, kwargs: Any) -> Any:
     """A registered layer: x U, and the layer itself with V for its kernel, the rank's axis in the place of the rows'."""
     x = first_argument(layer, args, kwargs)
     dtype = getattr(layer, "dtype", None) or jnp.result_type(x, pair.dtype)

@@ -7,9 +7,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax.core import DenyList
 
-from lowrank_jax.linen.interception import intercept
+from lowrank_jax.linen.interception import intercept, unseen
+from lowrank_jax.linen.layers import call_model
 
 _UNBOUND = re.compile(r"unbound axis name:? '?(\w+)")
 
@@ -52,13 +54,10 @@ class ModelCall:
 
         def init(arrays: list[Any]) -> Any:
             args, kwargs = self._filled(arrays)
+            kwargs.pop("mutable", None)  # it is an option of `apply`
             return self.model.init(rngs, *args, **kwargs)
 
         return jax.eval_shape(init, self.arrays)
-
-    def check(self, variables: Any) -> None:
-        """Runs the model on shapes; raises whatever it raises."""
-        self.trace(lambda variables: variables, _seeing_nothing, variables)
 
     def trace(self, make_variables: Callable[..., Any], interceptor: Any, *shapes: Any) -> Any:
         """The program of `model.apply`, whose first inputs are the leaves of `shapes`.
@@ -77,8 +76,9 @@ class ModelCall:
         def program(mutable: Any) -> Any:
             def run(shapes: tuple[Any, ...], arrays: list[Any]) -> Any:
                 args, kwargs = self._filled(arrays)
-                with intercept(interceptor):
-                    return self.model.apply(make_variables(*shapes), *args, **kwargs, rngs=rngs, mutable=mutable)
+                options = {"rngs": rngs, "mutable": mutable} | kwargs
+                with unseen(), intercept(interceptor):
+                    return call_model(self.model, make_variables(*shapes), *args, **options)
 
             return _traced_in_axes(run, shapes, self.arrays)
 
@@ -97,12 +97,8 @@ class ModelCall:
         return jax.tree.map(lambda leaf: next(rest) if _is_array(leaf) else leaf, (self.args, self.kwargs))
 
 
-def _seeing_nothing(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    return next_fun(*args, **kwargs)
-
-
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
 def _traced_in_axes(run: Callable[..., Any], *args: Any) -> Any:

@@ -15,6 +15,7 @@ from lowrank_jax.linen.model_check import check_model
 from lowrank_jax.linen.readers import foreign_readers
 from lowrank_jax.paths import first_match, named_leaves
 from lowrank_jax.planning.decide import check_rules, is_matrix, plan_kernel, premerged
+from lowrank_jax.planning.kernel_use import KernelUse
 from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.rules import Rule
 
@@ -37,23 +38,28 @@ def plan(
         them are traced.  The first axis of the first one is taken for the batch, by which MACs are divided.
       rules: in order; the first whose path matches a name in full decides.  A kernel that no rule matches stays dense.
       rngs: as for `model.apply`, where one key for all does not do.
-      also: other keyword arguments with which the model will be called, such as `[{"train": True}]`.  A kernel runs on factors
-        only where all these calls leave it to its layer, and training may read kernels that evaluation does not.
+      also: in which other ways the model will be called: changes of the keyword arguments, such as `[{"train": True}]`,
+        `{"method": "loss"}` or `{"mutable": ["penalties"]}`.  A kernel runs on factors only where all these calls leave it to
+        its layer, and training may read kernels that evaluation does not.
       **kwargs: keyword arguments of the model, such as `train=False`.
 
     Returns:
       A hashable plan; `print(plan)` shows it as a table.
 
     Raises:
-      TypeError: the model is not a Linen module.
+      TypeError: the model is not a Linen module, or `also` is no list.
       ValueError: a rule matches no parameter, its rank is above the full rank of everything that it matches, or nothing of that
         has the axes that it names as rows.
     """
     check_model(model)
+    if isinstance(also, Mapping):
+        raise TypeError("also takes a list of dicts, a dict for every call")
     call = ModelCall(model, inputs if isinstance(inputs, tuple) else (inputs,), kwargs, rngs)
-    variables, uses = discover.trace(call)
+    calls = [call, *(dataclasses.replace(call, kwargs={**kwargs, **more}) for more in also)]
+    variables = nn.meta.unbox(call.init())
+    uses = _in_all_calls([discover.trace(call, variables) for call in calls])
     leaves = named_leaves(variables.get("params", {}), is_leaf=is_low_rank)
-    others = [name for name, leaf in leaves.items() if name not in uses and is_matrix(name, leaf)]
+    others = [name for name, leaf in leaves.items() if name not in uses and is_matrix(name, leaf, rules)]
     names = [*uses, *others]  # in the order of use
     matches = first_match([rule.path for rule in rules], names)
 
@@ -63,14 +69,22 @@ def plan(
         rule = None if index is None else rules[index]
         kernels.append(plan_kernel(name, leaves[name], uses.get(name), rule, index, call.batch()))
     check_rules(rules, kernels)
-    others = [dataclasses.replace(call, kwargs={**kwargs, **more}) for more in also]
-    for other in others:
-        other.check(variables)
-    for one in (call, *others):
-        kernels = _with_premerged(one, variables, kernels)
+    for each in calls:
+        kernels = _with_premerged(each, variables, kernels)
     low_rank = [leaf for leaf in leaves.values() if is_low_rank(leaf)]
     plain = sum(leaf.size for name, leaf in leaves.items() if name not in matches and not is_low_rank(leaf))
     return Plan(tuple(kernels), plain + sum(leaf.u.size + leaf.v.size for leaf in low_rank))
+
+
+def _in_all_calls(calls: Sequence[dict[str, KernelUse]]) -> dict[str, KernelUse]:
+    """How kernels are used and how much in the first call, and why they cannot be factored in any of them."""
+    first, *others = calls
+    found = dict(first)
+    for uses in others:
+        for name, use in uses.items():
+            known = found.setdefault(name, dataclasses.replace(use, positions=0, widened=0, inputs=0))
+            found[name] = dataclasses.replace(known, refusal=known.refusal or use.refusal)
+    return found
 
 
 def _with_premerged(call: ModelCall, variables: Any, kernels: list[PlannedKernel]) -> list[PlannedKernel]:

@@ -19,28 +19,53 @@ _ARRIVAL, _DERIVATIVE = "arrival", "derivative"
 
 
 class _Differentiated(Exception):
-    """The model differentiates by its kernels while it runs, and would get other derivatives from factors."""
+    """The model differentiates by its kernels while it runs; derivatives by factors are not derivatives by the kernel."""
 
 
 def foreign_readers(call: ModelCall, variables: Any, pairs: dict[str, LowRankKernel]) -> dict[str, str]:
-    """Of the kernels that shall become pairs, those that something besides their layer reads: what, by the kernel's name.
+    """Finds the planned kernels that something other than their layer reads.
 
     Args:
       call: of the model, which runs while nothing is factored.
       variables: the model's variables as shapes.
       pairs: by the kernel's name the factor pair that it will become, as shapes.
+
+    Returns:
+      By the kernel's name what reads it.
     """
     if not pairs:
         return {}
+    raised = _Raised()
     try:
-        return _followed(call, variables, pairs)
+        return _followed(call, variables, pairs, raised)
     except Exception as error:  # whatever somebody's module may raise where a kernel is a pair
-        if len(pairs) == 1:
-            return dict.fromkeys(pairs, _why(error))
+        inside = [name for name in pairs if name.startswith(f"{raised.place}/")]
+        alone = inside if len(inside) == 1 else list(pairs) if len(pairs) == 1 else []
+        if alone:
+            rest = {name: pair for name, pair in pairs.items() if name not in alone}
+            return dict.fromkeys(alone, _why(error)) | foreign_readers(call, variables, rest)
     names = list(pairs)
     halves = names[: len(names) // 2], names[len(names) // 2 :]
     first, second = ({name: pairs[name] for name in half} for half in halves)
     return foreign_readers(call, variables, first) | foreign_readers(call, variables, second)
+
+
+class _Raised:
+    """The interceptor that runs layers on marked factors.
+
+    Attributes:
+      place: the path of the innermost module that raised.
+    """
+
+    def __init__(self) -> None:
+        self.place = ""
+
+    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        try:
+            return _ON_MARKED_FACTORS(next_fun, args, kwargs, context)
+        except Exception:
+            self.place = self.place or "/".join(context.module.path)
+            raise
 
 
 def _why(error: Exception) -> str:
@@ -49,11 +74,11 @@ def _why(error: Exception) -> str:
     return f"the model does not run on its factors ({type(error).__name__})"
 
 
-def _followed(call: ModelCall, variables: Any, pairs: dict[str, LowRankKernel]) -> dict[str, str]:
+def _followed(call: ModelCall, variables: Any, pairs: dict[str, LowRankKernel], interceptor: Any) -> dict[str, str]:
     def with_pairs(pairs: dict[str, LowRankKernel], variables: Any) -> Any:
         return {**variables, "params": map_named(lambda name, leaf: pairs.get(name, leaf), variables["params"], is_low_rank)}
 
-    jaxpr = call.trace(with_pairs, _ON_MARKED_FACTORS, pairs, variables).jaxpr
+    jaxpr = call.trace(with_pairs, interceptor, pairs, variables).jaxpr
     if _DERIVATIVE in programs.marks(jaxpr):
         raise _Differentiated
     names = [f"{name}:{index}" for name in sorted(pairs) for index in range(2)]  # in the order of a dict's leaves

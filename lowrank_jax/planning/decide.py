@@ -15,9 +15,11 @@ from lowrank_jax.planning.rules import SCHEMES, Rule, rows_view, wanted_rank
 _REAL = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)  # what can be decomposed
 
 
-def is_matrix(name: str, leaf: Any) -> bool:
-    """Whether a parameter has a line of its own in a plan."""
-    return not is_low_rank(leaf) and leaf.ndim >= 2 and name.rsplit("/", 1)[-1] not in ("bias", "scale")
+def is_matrix(name: str, leaf: Any, rules: Sequence[Rule]) -> bool:
+    """Whether a parameter has a line of its own in a plan: biases and scales only where a rule with rows calls them so."""
+    last = name.rsplit("/", 1)[-1]
+    called = last not in ("bias", "scale") or any(rule.rows is not None and last in rule.path for rule in rules)
+    return not is_low_rank(leaf) and leaf.ndim >= 2 and called
 
 
 def plan_kernel(name: str, leaf: Any, use: KernelUse | None, rule: Rule | None, index: int | None, batch: int) -> PlannedKernel:
@@ -107,7 +109,7 @@ def _by_rows(name: str, shape: tuple[int, ...], use: KernelUse | None, rule: Rul
 def premerged(kernel: FactoredKernel, reason: str) -> PlannedKernel:
     """The line of a kernel that something besides its layer reads: its factors are multiplied out before that."""
     if kernel.rule.execution == "factored":
-        note = f"{reason}, which knows no factors"
+        note = f"{reason} and cannot work on factors"
         return DenseKernel(name=kernel.name, shape=kernel.shape, macs=kernel.macs, rule=kernel.rule, note=note)
     return dataclasses.replace(kernel, execution="premerged", note=reason)
 

@@ -6,7 +6,7 @@ import math
 from lowrank_jax.kernel import MatrixView, channel_view, spatial_view
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class KernelUse:
     """What tracing saw of one kernel.
 

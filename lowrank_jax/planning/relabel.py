@@ -20,7 +20,8 @@ def with_execution(tree: Any, execution: Execution | Plan) -> Any:
     Args:
       tree: any tree with `LowRankKernel`s in it: parameters, gradients, an optimiser's state.
       execution: one for all pairs, of which those that are `premerged` stay so, as something besides their layer may read them;
-        or a plan, which says it for its own kernels (`factored` where it is open); other pairs stay as they are.
+        or a plan, which says it for its own kernels: for pairs whose names end with theirs.  Where it is open there, pairs that
+        are not `premerged` become `factored`.  Other pairs stay as they are.
 
     Raises:
       ValueError: there is no such execution, the tree has none of the plan's kernels, or one with other rows.
@@ -38,7 +39,9 @@ def with_execution(tree: Any, execution: Execution | Plan) -> Any:
         seen.add(kernel.name)
         if leaf.rows != kernel.view.rows:
             raise ValueError(f"{name}: is a pair with rows {leaf.rows}, the plan has rows {kernel.view.rows}: factorize anew")
-        return dataclasses.replace(leaf, execution=kernel.execution or "factored")
+        if kernel.execution is None:
+            return _relabelled(leaf, "factored")
+        return dataclasses.replace(leaf, execution=kernel.execution)
 
     relabelled = map_named(relabel, tree, is_leaf=is_low_rank)
     if plan.factored and not seen:

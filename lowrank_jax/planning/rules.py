@@ -39,7 +39,8 @@ class Rule:
         then the dense layer; `premerged`, the product before the model sees its parameters; or `auto`, whichever of the first
         two `choose_execution` expects to be faster, and `factored` until it is called.
       rows: which axes of the parameter are the rows of its matrix, (0,) or "all_but_last"; with it, parameters of two or more
-        axes in any module are factored, and those that are no kernel of a known layer are `premerged`.
+        axes in any module are factored, and those that are no kernel of a known layer are `premerged`.  Of a known layer's
+        kernel the axes of `nn.scan` and `nn.vmap` do not count; elsewhere they do, so that negative axes are safer.
 
     Raises:
       ValueError: a field is out of range or unknown, or both scale and rank are given.

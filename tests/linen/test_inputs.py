@@ -169,17 +169,20 @@ def test_layers_under_scan_have_moments_of_their_own_once_the_collection_is_scan
 
 
 class Tied(nn.Module):
-    """One layer, called plainly and then in a loop."""
+    """One layer, in a loop whose turns can be seen or after a call outside of one whose turns cannot."""
 
     seen: bool
 
     @nn.compact
     def __call__(self, x):
         layer = nn.Dense(6, name="dense")
-        x = nn.tanh(layer(x))
-        axes = {"lowrank_inputs": 0} if self.seen else {}
+        x = x if self.seen else nn.tanh(layer(x))
         turns = nn.scan(
-            lambda layer, x, _: (nn.tanh(layer(x)), None), variable_axes=axes, variable_broadcast="params", length=2
+            lambda layer, x, _: (nn.tanh(layer(x)), None),
+            variable_axes={"lowrank_inputs": 0} if self.seen else {},
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=3,
         )
         return turns(layer, x, None)[0]
 

@@ -184,10 +184,13 @@ def sowing(layer, x, kernel):
         (lambda _, x, kernel: jnp.sin(x) @ kernel, "as its input is read by sin"),
         (lambda _, x, kernel: x @ (2 * kernel), "as its kernel is read by mul"),
         (lambda _, x, kernel: x @ kernel + x @ kernel, "as its input is read by dot_general"),
-        (lambda _, x, kernel: x + x @ kernel, "nor on other sizes (TypeError"),
-        (lambda _, x, kernel: x @ kernel.T, "nor on other sizes (TypeError"),
-        (sowing, "nor on other sizes (ValueError: writes to 'intermediates')"),
-        (lambda _, x, kernel: nn.Dropout(0.5, deterministic=False)(x @ kernel), "nor on other sizes (InvalidRngError"),
+        (lambda _, x, kernel: x @ kernel.T.reshape(kernel.shape), "other numbers come out"),
+        (lambda _, x, kernel: jnp.flip(x, -1) @ kernel, "as its input is read by rev"),
+        (lambda _, x, kernel: jnp.clip(x, -100, 100) @ kernel, "as its input is read by"),
+        (lambda _, x, kernel: x + x @ kernel, "it fails with other sizes (TypeError"),
+        (lambda _, x, kernel: x @ kernel.T, "it fails with other sizes (TypeError"),
+        (sowing, "it fails with other sizes (ValueError: writes to 'intermediates')"),
+        (lambda _, x, kernel: nn.Dropout(0.5, deterministic=False)(x @ kernel), "it fails with other sizes (InvalidRngError"),
     ],
 )
 def test_a_layer_that_two_stages_would_change_is_not_run_in_two(register, call, why):
@@ -202,7 +205,7 @@ def test_a_layer_that_two_stages_would_change_is_not_run_in_two(register, call, 
 def test_axes_of_one_size_are_told_apart(register, axis):
     register(ManyAxes, rows=lambda layer: range(np.size(layer.axis)))
     (kernel,) = lr.plan(ManyAxes(8, axis=axis), np.ones((3, 12, 12)), [lr.Rule(".*", rank=2)]).kernels
-    assert kernel.note.startswith("ManyAxes does not run in two stages, nor on other sizes (ScopeParamShapeError")
+    assert kernel.note.startswith("ManyAxes does not run in two stages, it fails with other sizes (ScopeParamShapeError")
 
 
 def test_other_arguments_reach_a_registered_layer_and_the_input_may_be_named(register):

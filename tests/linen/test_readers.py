@@ -271,7 +271,7 @@ def test_what_only_passes_a_kernel_on_is_not_found_out(model):
 def test_a_rule_that_insists_on_factors_leaves_such_a_kernel_dense_with_the_reason():
     plan = lr.plan(Wrapped("halved"), X, [lr.Rule(".*kernel", rank=2, execution="factored")])
     notes = {kernel.name: kernel.note for kernel in plan.kernels}
-    assert notes["Map_variablesDense_0/kernel"] == "something besides its layer reads it (div), which knows no factors"
+    assert notes["Map_variablesDense_0/kernel"] == "something besides its layer reads it (div) and cannot work on factors"
     assert {kernel.name for kernel in plan.factored} == {"first/kernel", "last/kernel"}
 
 
