@@ -82,7 +82,7 @@ def _without_pairs(plan: Plan, kernels: Mapping[str, FactoredKernel]) -> list[st
 
 def _other_dense(plan: Plan, arrays: Mapping[str, Any]) -> list[str]:
     """What is wrong with parameters that the plan keeps dense, where the arrays are parameters or have some."""
-    names = {kernel.name for kernel in plan.kernels}
+    names = {kernel.name + "/u" * isinstance(kernel, FactoredKernel) for kernel in plan.kernels}
     above = next((above for above in ("", "params/") if any(f"{above}{name}" in arrays for name in names)), None)
     if above is None:
         return []

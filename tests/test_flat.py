@@ -124,6 +124,21 @@ def test_what_does_not_fit_is_told_at_once(params, plan):
         lr.unflatten(arrays, plan)
 
 
+def test_arrays_of_other_shapes_are_refused(params, plan):
+    arrays = lr.flatten(params)
+    turned = {**arrays, "head/kernel": arrays["head/kernel"].T}
+    shorter = {**arrays, "conv/kernel/v": arrays["conv/kernel/v"][..., :8]}
+    without = {name: array for name, array in arrays.items() if name != "head/kernel"}
+    for like in (plan, params):
+        for given, problem in ((turned, "head/kernel: has shape"), (shorter, "conv/kernel"), (without, "head/kernel: ")):
+            with pytest.raises(ValueError, match=problem):
+                lr.unflatten(given, like)
+    longer = jax.tree.map(lambda pair: pair, params)
+    pair = params["conv"]["kernel"]
+    longer["conv"]["kernel"] = dataclasses.replace(pair, u=pair.u[..., :2], v=pair.v[:2])
+    assert lr.unflatten(lr.flatten(longer), params)["conv"]["kernel"].rank == 2  # ranks may be others
+
+
 def test_factors_of_other_rows_than_planned_are_refused(params):
     channel = lr.plan(Net(), X, [lr.Rule("conv/kernel", rank=3)])
     with pytest.raises(

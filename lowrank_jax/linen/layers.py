@@ -64,11 +64,19 @@ def apply(model: nn.Module, variables: Any, /, *args: Any, **kwargs: Any) -> Any
         return call_model(model, _multiplied(variables, kwargs.get("mutable", False)), *args, **kwargs)
 
 
+_OPTIONS = ("rngs", "mutable", "capture_intermediates")  # of `model.apply`
+
+
 def call_model(model: nn.Module, given: Any, /, *args: Any, method: Any = None, **kwargs: Any) -> Any:
     """`model.apply(given, ...)`, also for a model that has an argument called "variables" itself."""
     if "variables" not in kwargs:
         return model.apply(given, *args, method=method, **kwargs)
-    own = {name: kwargs.pop(name) for name in ("rngs", "mutable", "capture_intermediates") if name in kwargs}
+    options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    return model.apply(given, *args, method=with_keywords(method, kwargs), **options)
+
+
+def with_keywords(method: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+    """A method of a model with these keyword arguments, whatever they are called."""
 
     def call(module: nn.Module, *args: Any) -> Any:
         if isinstance(method, str):
@@ -76,7 +84,7 @@ def call_model(model: nn.Module, given: Any, /, *args: Any, method: Any = None, 
         unbound = type(module).__call__ if method is None else getattr(method, "__func__", method)
         return unbound(module, *args, **kwargs)
 
-    return model.apply(given, *args, method=call, **own)
+    return call
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 from flax.core import DenyList
 
 from lowrank_jax.linen.interception import intercept, unseen
-from lowrank_jax.linen.layers import call_model
+from lowrank_jax.linen.layers import call_model, with_keywords
 
 _UNBOUND = re.compile(r"unbound axis name:? '?(\w+)")
 
@@ -54,8 +54,8 @@ class ModelCall:
 
         def init(arrays: list[Any]) -> Any:
             args, kwargs = self._filled(arrays)
-            kwargs.pop("mutable", None)  # it is an option of `apply`
-            return self.model.init(rngs, *args, **kwargs)
+            own = {name: value for name, value in kwargs.items() if name not in ("method", "mutable")}
+            return self.model.init(rngs, *args, method=with_keywords(kwargs.get("method"), own))
 
         return jax.eval_shape(init, self.arrays)
 

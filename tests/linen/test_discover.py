@@ -131,3 +131,15 @@ def test_names_that_stand_for_two_parameters_are_refused():
 def test_rows_that_nothing_has_are_refused():
     with pytest.raises(ValueError, match=r"rule 'kernel': \[8, 8\] has no axes \(2,\), which the rule names as its rows"):
         lr.plan(nn.Dense(8), X, [lr.Rule("kernel", rank=2, rows=(2,)), lr.Rule(".*")])
+
+
+def test_a_bias_is_factored_where_a_rule_with_rows_calls_it_so():
+    class Biased(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(12, name="layer")(x)[:, None] + self.param("bias", nn.initializers.normal(), (8, 12))
+
+    named = [lr.Rule("bias", rank=2, rows=(0,)), lr.Rule(".*", rank=2)]
+    assert [kernel.name for kernel in lr.plan(Biased(), X, named).factored] == ["layer/kernel", "bias"]
+    everything = [lr.Rule(".*", rank=2, rows="all_but_last")]
+    assert [kernel.name for kernel in lr.plan(Biased(), X, everything).factored] == ["layer/kernel"]

@@ -208,6 +208,53 @@ def test_axes_of_one_size_are_told_apart(register, axis):
     assert kernel.note.startswith("ManyAxes does not run in two stages, it fails with other sizes (ScopeParamShapeError")
 
 
+class Squashing(nn.Module):
+    @nn.compact
+    def __call__(self, x, squash=False):
+        kernel = self.param("kernel", nn.initializers.normal(0.3), (x.shape[-1], 12))
+        return (jnp.tanh(x) if squash else x) @ kernel
+
+
+def test_every_call_of_a_registered_layer_counts(register):
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            layer = Squashing(name="layer")
+            return layer(layer(x), squash=train)
+
+    register(Squashing)
+    rules = [lr.Rule(".*", rank=2)]
+    assert lr.plan(Twice(), X, rules).factored
+    for plan in (lr.plan(Twice(), X, rules, train=True), lr.plan(Twice(), X, rules, also=[{"train": True}])):
+        assert "as its input is read by tanh" in plan.kernels[0].note
+
+
+def test_moments_of_a_registered_layer_with_a_built_in_one_inside_are_of_its_own_inputs(register):
+    class Rectified(nn.Dense):
+        @nn.compact
+        def __call__(self, inputs):
+            return nn.relu(super().__call__(inputs))
+
+    register(Rectified)
+    plan = lr.plan(Rectified(12), X, [lr.Rule("kernel", rank=2), lr.Rule(".*")])
+    variables = Rectified(12).init(jax.random.key(0), X)
+    (moments,) = lr.inputs.second_moments(Rectified(12), variables, [X], plan).values()
+    rows = X.reshape(-1, 12)
+    np.testing.assert_allclose(moments, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_user_runs_may_call_apply(register):
+    def run(layer, params, x):
+        return lr.apply(nn.Dense(12), {"params": {"kernel": params["kernel"], "bias": jnp.zeros(12)}}, x)
+
+    model = layer_of(lambda _, x, kernel: x @ kernel)
+    register(type(model), run=run)
+    plan = lr.plan(model, X, [lr.Rule(".*", rank=2)])
+    params = lr.factorize(model.init(jax.random.key(0), X)["params"], plan, key=jax.random.key(1))
+    assert plan.factored[0].execution is None
+    np.testing.assert_allclose(lr.apply(model, {"params": params}, X), X @ lr.merge(params)["kernel"], rtol=1e-4, atol=1e-5)
+
+
 def test_other_arguments_reach_a_registered_layer_and_the_input_may_be_named(register):
     model = layer_of(lambda _, x, kernel, scale=1.0: scale * (x @ kernel))
     register(type(model))

@@ -361,3 +361,77 @@ def test_factors_of_another_matrix_are_refused():
         lr.apply(model, {"params": {**params, "kernel": pair}}, X)
     with pytest.raises(ValueError, match=r"kernel: is a pair with rows \(1,\), the plan has rows \(0,\)"):
         lr.with_execution(params, lr.plan(model, X, RULES))
+
+
+class Sowing(nn.Module):
+    """Reads its layer's kernel in other ways of being called."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(12, name="layer")
+        y = layer(x)
+        if self.is_mutable_collection("penalties") and not self.is_initializing():
+            self.sow("penalties", "squares", sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(layer.variables)))
+        return y
+
+    @nn.compact
+    def penalty(self, x):
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(self.variables["params"]))
+
+
+def test_other_methods_and_collections_are_other_calls():
+    def execution(*also):
+        (kernel,) = lr.plan(Sowing(), X, RULES, also=also).factored
+        return kernel.execution
+
+    assert execution() is None
+    assert execution({"mutable": ["penalties"]}) == execution({"method": "penalty"}) == "premerged"
+    with pytest.raises(TypeError, match="also takes a list of dicts"):
+        lr.plan(Sowing(), X, RULES, also={"train": True})
+
+
+class Teaching(nn.Module):
+    """Calls another model on factors."""
+
+    @nn.compact
+    def __call__(self, x):
+        teacher = nn.Dense(12)
+        pair = lr.LowRankKernel(jnp.ones((12, 2)), jnp.ones((2, 12)))
+        return nn.Dense(12, name="layer")(x) + lr.apply(teacher, {"params": {"kernel": pair, "bias": jnp.zeros(12)}}, x)
+
+
+def test_plans_within_lr_factored_and_of_models_that_call_apply_are_as_elsewhere():
+    expected = lr.plan(Wrapped("none"), X, RULES)
+    with lr.factored():
+        assert lr.plan(Wrapped("none"), X, RULES) == expected
+        assert [kernel.execution for kernel in lr.plan(Teaching(), X, RULES).factored] == [None]
+    variables = Teaching().init(jax.random.key(0), X)
+    params = lr.factorize(variables["params"], lr.plan(Teaching(), X, RULES), key=jax.random.key(1))
+    y = lr.apply(Teaching(), {"params": params}, X)
+    np.testing.assert_allclose(y, Teaching().apply({"params": lr.merge(params)}, X), rtol=1e-4, atol=1e-4)
+
+
+class Gelu(nn.Module):
+    def __call__(self, x):
+        return nn.gelu(x)
+
+
+GELU = Gelu()
+
+
+class WithHelper(nn.Module):
+    """Calls a module without parameters that belongs to nobody; its arguments are no arrays, or have any name."""
+
+    @nn.compact
+    def __call__(self, *, variables, dtype=None, train=False):
+        x = GELU(nn.Dense(12, dtype=dtype, name="layer")(variables))
+        return 2 * x if train else x
+
+
+def test_arguments_of_any_name_and_kind_are_passed_on():
+    plan = lr.plan(WithHelper(), (), RULES, variables=X, dtype=np.float32, train=np.bool_(True))
+    assert [(kernel.name, kernel.execution) for kernel in plan.factored] == [("layer/kernel", None)]
+    params = lr.factorize({"layer": nn.Dense(12).init(jax.random.key(0), X)["params"]}, plan, key=jax.random.key(1))
+    dense = lr.merge(params)["layer"]
+    expected = nn.gelu(X @ dense["kernel"] + dense["bias"])
+    np.testing.assert_allclose(lr.apply(WithHelper(), {"params": params}, variables=X), expected, rtol=1e-4, atol=1e-5)
