@@ -8,14 +8,16 @@ if TYPE_CHECKING:
     from lowrank_jax import inputs, projection, theory
     from lowrank_jax import models as models
     from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay, frobenius_penalty, nuclear_penalty
+    from lowrank_jax.flat import flatten, unflatten
     from lowrank_jax.kernel import LowRankKernel
-    from lowrank_jax.linen.factorize import factorize
-    from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply
+    from lowrank_jax.linen.factorize import factorize, merge
+    from lowrank_jax.linen.known import register_layer
+    from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply, factored
     from lowrank_jax.linen.plan import plan
     from lowrank_jax.planning import chips
     from lowrank_jax.planning.execution import choose_execution
-    from lowrank_jax.planning.factorize import merge
     from lowrank_jax.planning.plans import Plan
+    from lowrank_jax.planning.relabel import with_execution
     from lowrank_jax.planning.rules import Rule
     from lowrank_jax.projection import activations
     from lowrank_jax.projection.sampled import function_approximation
@@ -34,7 +36,9 @@ __all__ = [
     "apply",
     "chips",
     "choose_execution",
+    "factored",
     "factorize",
+    "flatten",
     "frobenius_penalty",
     "function_approximation",
     "inputs",
@@ -42,7 +46,10 @@ __all__ = [
     "nuclear_penalty",
     "plan",
     "projection",
+    "register_layer",
     "theory",
+    "unflatten",
+    "with_execution",
 ]
 
 # Names are loaded when they are first used: `lowrank --help` has no need of jax.  The same as above, which type checkers read.
@@ -65,12 +72,17 @@ _HOMES = {
     "add_nuclear_decay": "decay",
     "apply": "linen.layers",
     "choose_execution": "planning.execution",
+    "factored": "linen.layers",
     "factorize": "linen.factorize",
+    "flatten": "flat",
     "frobenius_penalty": "decay",
     "function_approximation": "projection.sampled",
-    "merge": "planning.factorize",
+    "merge": "linen.factorize",
     "nuclear_penalty": "decay",
     "plan": "linen.plan",
+    "register_layer": "linen.known",
+    "unflatten": "flat",
+    "with_execution": "planning.relabel",
 }
 
 
@@ -78,6 +90,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     elif name in _HOMES:
+        importlib.import_module(f"{__name__}.linen")  # whoever has a factor pair can give it to flax.serialization
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,8 @@ Frobenius decay (Khodak et al., ICLR 2021):
 
 Nuclear decay: ½ λ (|U|_F² + |V|_F²) ≥ λ |UV|_*, the sum of singular values, with equality for balanced factors.  It is plain
 weight decay on the factors, named after its effect.
+
+Sums are taken in float32 or better: squares of float16 factors leave the range of float16.
 """
 
 import dataclasses
@@ -16,15 +18,19 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
+from lowrank_jax.projection.linalg import Pair, wide
 
 
 def frobenius_penalty(params: Any) -> jax.Array:
-    """½ Σ |UV|_F² over all factor pairs of a tree; differentiable."""
-    return 0.5 * sum((jnp.sum(_gram_u(pair) * _gram_v(pair)) for pair in _pairs(params)), start=jnp.zeros(()))
+    """½ Σ |UV|_F² over all factor pairs of a tree, a scalar in float32 or better; its gradients keep the factors' dtypes."""
+    return 0.5 * sum((jnp.sum(_gram_u(u) * _gram_v(v)) for u, v in _pairs(params)), start=jnp.zeros(()))
 
 
 def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
-    """Adds the gradient of `decay * frobenius_penalty` to the updates of factor pairs; others stay unchanged."""
+    """Adds the gradient of `decay * frobenius_penalty` to the updates of factor pairs; others stay unchanged.
+
+    Updates keep their dtypes.  `update` raises ValueError if it is not given the parameters.
+    """
 
     def update(updates, state, params=None):
         if params is None:
@@ -39,8 +45,11 @@ def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
 
 
 def nuclear_penalty(params: Any) -> jax.Array:
-    """½ Σ (|U|_F² + |V|_F²) over all factor pairs of a tree: at least Σ |UV|_*, equal if balanced; differentiable."""
-    return 0.5 * sum((jnp.sum(pair.u**2) + jnp.sum(pair.v**2) for pair in _pairs(params)), start=jnp.zeros(()))
+    """½ Σ (|U|_F² + |V|_F²) over all factor pairs of a tree: at least Σ |UV|_*, equal if balanced.
+
+    A scalar in float32 or better; its gradients keep the factors' dtypes.
+    """
+    return 0.5 * sum((jnp.sum(u**2) + jnp.sum(v**2) for u, v in _pairs(params)), start=jnp.zeros(()))
 
 
 def add_nuclear_decay(decay: float) -> optax.GradientTransformation:
@@ -52,24 +61,35 @@ def add_nuclear_decay(decay: float) -> optax.GradientTransformation:
     return optax.add_decayed_weights(decay, mask=factor_pairs)
 
 
-def _pairs(params: Any) -> list[LowRankKernel]:
-    return [leaf for leaf in jax.tree.leaves(params, is_leaf=is_low_rank) if is_low_rank(leaf)]
+def _pairs(params: Any) -> list[Pair]:
+    return [_matrices(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_low_rank) if is_low_rank(leaf)]
+
+
+def _matrices(kernel: LowRankKernel) -> Pair:
+    """U `[*stack, n, r]` and V `[*stack, r, m]` in float32 or better."""
+    u, v = kernel.matrices()
+    return u.astype(wide(u.dtype)), v.astype(wide(v.dtype))
 
 
 def _decayed(update: LowRankKernel, param: LowRankKernel, decay: float) -> LowRankKernel:
-    u, v = param.matrices()
-    du = jnp.matmul(u, _gram_v(param), precision="highest").reshape(param.u.shape)
-    dv = jnp.matmul(_gram_u(param), v, precision="highest").reshape(param.v.shape)
-    return dataclasses.replace(update, u=update.u + decay * du, v=update.v + decay * dv)
+    u, v = _matrices(param)
+    return dataclasses.replace(
+        update,
+        u=_added(update.u, decay * jnp.matmul(u, _gram_v(v), precision="highest")),
+        v=_added(update.v, decay * jnp.matmul(_gram_u(u), v, precision="highest")),
+    )
 
 
-def _gram_u(kernel: LowRankKernel) -> jax.Array:
+def _added(update: Any, change: jax.Array) -> Any:
+    """The sum, in the box that the update may be in."""
+    return jax.tree.map(lambda part: (part + change.reshape(part.shape)).astype(part.dtype), update)
+
+
+def _gram_u(u: jax.Array) -> jax.Array:
     """UᵀU, `[*stack, r, r]`."""
-    u, _ = kernel.matrices()
-    return jnp.matmul(jnp.swapaxes(u, -1, -2), u, precision="highest")
+    return jnp.matmul(u.mT, u, precision="highest")
 
 
-def _gram_v(kernel: LowRankKernel) -> jax.Array:
+def _gram_v(v: jax.Array) -> jax.Array:
     """VVᵀ, `[*stack, r, r]`; symmetric, like UᵀU."""
-    _, v = kernel.matrices()
-    return jnp.matmul(v, jnp.swapaxes(v, -1, -2), precision="highest")
+    return jnp.matmul(v, v.mT, precision="highest")

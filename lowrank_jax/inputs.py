@@ -3,6 +3,7 @@
 The functions take any model that the library has a door to, and pick the door by the model's type.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax.linen import inputs as linen_inputs
 from lowrank_jax.linen.inputs import COLLECTION as COLLECTION  # for `variable_axes` of nn.scan and nn.vmap
+from lowrank_jax.linen.model_check import check_model
 from lowrank_jax.planning.plans import Plan
 
 
@@ -36,39 +39,47 @@ def second_moments(
 
     Raises:
       TypeError: the model is not a Linen module.
-      ValueError: there are no batches, or the inputs of a planned kernel cannot be captured.
+      ValueError: there are no batches, one is empty, the inputs of a planned kernel cannot be captured, or their moments are
+        not finite in float32, as those of inputs above 1e19.
     """
     capture = _capture(model)
 
-    def summary(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        del name
-        x = x.reshape(-1, x.shape[-1])
-        return jnp.matmul(x.T, x, precision="highest"), jnp.asarray(len(x), jnp.float32)
-
-    def add(a: Any, b: Any) -> Any:
-        return jax.tree.map(jnp.add, a, b)
-
     @jax.jit
     def run(variables: Any, batch: Any) -> dict[str, Any]:
-        return capture(model, variables, batch, plan, summary, add, rngs, kwargs)
+        return capture(model, variables, batch, plan, _moments, _mean_of_both, rngs, kwargs)
 
-    means: dict[str, jax.Array] = {}
-    counts: dict[str, jax.Array] = {}
-    for batch in batches:
-        for name, (gram, count) in run(variables, batch).items():
-            total = counts.get(name, 0) + count
+    found: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for index, batch in enumerate(batches):
+        _check_batch(batch, index, plan)
+        for name, summary in run(variables, batch).items():
             # A running mean: a running sum would outgrow float32's digits.
-            mean = means.get(name, jnp.zeros_like(gram))
-            means[name] = mean + (gram - count[..., None, None] * mean) / total[..., None, None]
-            counts[name] = total
-    return _not_empty(means, plan)
+            found[name] = _mean_of_both(found[name], summary) if name in found else summary
+    means = _not_empty({name: mean for name, (mean, _) in found.items()}, plan)
+    _check_finite(means)
+    return means
+
+
+def _moments(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """E xxᵀ over inputs `[positions, group, n]`, and how many there are."""
+    del name
+    x = x.reshape(-1, x.shape[-1])
+    power = 2.0 ** math.ceil(math.log2(max(len(x), 1)))  # exact, and the sum is no larger than the largest square
+    mean = jnp.matmul(x.T, x / power, precision="highest") * (power / max(len(x), 1))
+    return mean, jnp.asarray(len(x), jnp.float32)
+
+
+def _mean_of_both(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Of two means `[*stack, n, n]` and their counts `[*stack]`."""
+    (mean, old), (other, new) = a, b
+    total = old + new
+    return mean + (new / jnp.maximum(total, 1))[..., None, None] * (other - mean), total
 
 
 def moment_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     """What `second_moments` returns, as shapes."""
     return {
         kernel.name: jax.ShapeDtypeStruct((*kernel.stack, kernel.view.n, kernel.view.n), jnp.float32)
-        for kernel in plan.factored
+        for kernel in plan.captured
     }
 
 
@@ -94,7 +105,7 @@ def samples(
       By the kernel's name `[*stack, samples, group, n]`, float32.
 
     Raises:
-      TypeError, ValueError: as in `second_moments`, or per_batch is below 1.
+      TypeError, ValueError: as in `second_moments`, but for moments; or per_batch is below 1.
     """
     capture = _capture(model)
     if per_batch < 1:
@@ -113,6 +124,7 @@ def samples(
 
     parts: dict[str, list[jax.Array]] = {}
     for index, batch in enumerate(batches):
+        _check_batch(batch, index, plan)
         for name, (rows,) in run(variables, batch, jax.random.fold_in(key, index)).items():
             parts.setdefault(name, []).append(rows)
     return _not_empty({name: jnp.concatenate(rows, axis=-3) for name, rows in parts.items()}, plan)
@@ -120,12 +132,25 @@ def samples(
 
 def _capture(model: Any) -> Callable[..., dict[str, Any]]:
     """The door's function for one batch; see `lowrank_jax.linen.inputs.capture`."""
-    if isinstance(model, nn.Module):
-        return linen_inputs.capture
-    raise TypeError(f"inputs can be captured from a flax.linen.Module, not from {type(model).__name__}")
+    check_model(model)
+    return linen_inputs.capture
 
 
 def _not_empty(found: dict[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:
-    if not found and plan.factored:
+    if not found and plan.captured:
         raise ValueError("no batches to capture inputs from")
     return found
+
+
+def _check_batch(batch: Any, index: int, plan: Plan) -> None:
+    shape = next((np.shape(leaf) for leaf in jax.tree.leaves(batch)), ())
+    if 0 in shape and plan.factored:
+        name = plan.factored[0].name
+        raise ValueError(f"batch {index} is empty, an array of shape {list(shape)}: there are no inputs of {name!r} in it")
+
+
+def _check_finite(means: dict[str, jax.Array]) -> None:
+    broken = [name for name, mean in means.items() if not jnp.isfinite(mean).all()]
+    if broken:
+        names = ", ".join(broken)
+        raise ValueError(f"second moments are not finite in float32: inputs are not, or are above 1e19, for {names}")

@@ -2,19 +2,22 @@
 
 import dataclasses
 import functools
+import html
+import json
 import math
 from typing import Any, Literal
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
-Execution = Literal["factored", "merged"]
+Execution = Literal["factored", "merged", "premerged"]
 
 SPATIAL_ROWS = (0, 2)  # window height and input channels; no other view of a convolution has these
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["u", "v"], meta_fields=["rows", "execution"])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LowRankKernel:
     """A kernel stored as the product of two factors; it replaces the dense kernel in a parameter tree.
 
@@ -24,7 +27,8 @@ class LowRankKernel:
       rows: which axes of the dense kernel are the rows of its matrix, not counting `stack`.  `(0,)` is a dense layer,
         `(0, 1, 2)` a convolution in the channel scheme, `(0, 2)` one in the spatial scheme.
       execution: how its layer runs: `factored` applies the two thin factors in turn, `merged` multiplies UV first and runs the
-        layer unchanged (see `execution.choose_execution`).  The function and the gradients are the same.
+        layer unchanged (see `execution.choose_execution`).  `premerged`: the product is formed before the model sees its
+        parameters, which serves any kernel, whatever the model does with it.  The function and the gradients are the same.
 
     `stack` holds the leading axes that `nn.scan` and `nn.vmap` add to the parameters of a repeated module.
     """
@@ -36,17 +40,18 @@ class LowRankKernel:
 
     @property
     def rank(self) -> int:
-        return self.u.shape[-1]
+        return without_box(self.u).shape[-1]
 
     @property
     def stack(self) -> tuple[int, ...]:
-        return self.u.shape[: self.u.ndim - 1 - len(self.rows)]
+        u = without_box(self.u)
+        return tuple(u.shape[: u.ndim - 1 - len(self.rows)])
 
     @property
     def view(self) -> "MatrixView":
         """How the dense kernel is read as the matrix UV; `group` is not stored."""
         depth = len(self.stack)
-        sizes = self.u.shape[depth:-1] + self.v.shape[depth + 1 :]
+        sizes = tuple(without_box(self.u).shape[depth:-1]) + tuple(without_box(self.v).shape[depth + 1 :])
         columns = tuple(axis for axis in range(len(sizes)) if axis not in self.rows)
         shape = [size for _, size in sorted(zip(self.rows + columns, sizes, strict=True))]
         return MatrixView(tuple(shape), self.rows)
@@ -57,12 +62,41 @@ class LowRankKernel:
         return self.stack + self.view.shape
 
     @property
+    def ndim(self) -> int:
+        """The number of axes of the dense kernel."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the dense kernel; what is stored is `u.size + v.size`."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of both factors, which are what is stored."""
+        return sum(math.prod(factor.shape) * factor.dtype.itemsize for factor in map(without_box, (self.u, self.v)))
+
+    @property
     def dtype(self) -> Any:
-        return jnp.result_type(self.u, self.v)
+        return jnp.result_type(without_box(self.u).dtype, without_box(self.v).dtype)
+
+    def astype(self, dtype: Any) -> "LowRankKernel":
+        """The same with both factors in another dtype."""
+        return jax.tree.map(lambda factor: factor.astype(dtype), self)
+
+    def __repr__(self) -> str:
+        try:
+            size = "x".join(map(str, self.shape))
+            return f"LowRankKernel({size}, rank {self.rank}, {self.execution}, {self.dtype})"
+        except Exception:  # in trees of shardings, of masks, ... factors are anything
+            return f"LowRankKernel(u={self.u!r}, v={self.v!r}, rows={self.rows}, execution={self.execution!r})"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{html.escape(repr(self))}</code>"
 
     def matrices(self) -> tuple[jax.Array, jax.Array]:
         """The factors as matrices: `[*stack, n, r]` and `[*stack, r, m]`."""
-        return self.u.reshape(*self.stack, -1, self.rank), self.v.reshape(*self.stack, self.rank, -1)
+        return without_box(self.u).reshape(*self.stack, -1, self.rank), without_box(self.v).reshape(*self.stack, self.rank, -1)
 
     def merge(self) -> jax.Array:
         """The dense kernel, `[*stack, *kernel]` in the factors' dtype, multiplied in float32 or better."""
@@ -73,6 +107,26 @@ class LowRankKernel:
         """The dense kernel, `[*stack, *kernel]`, multiplied in `dtype`: for use inside a layer."""
         u, v = self.matrices()
         return self.view.from_matrix(jnp.matmul(u.astype(dtype), v.astype(dtype), precision=precision))
+
+
+def without_box(value: Any) -> Any:
+    """An array without its box, such as flax's `Partitioned`: a node of the tree with a single leaf."""
+    leaves = jax.tree.leaves(value)
+    return leaves[0] if len(leaves) == 1 else value
+
+
+def _meta_from_bytes(data: bytes | bytearray) -> tuple[tuple[int, ...], str]:
+    rows, execution = json.loads(bytes(data))
+    return tuple(rows), execution
+
+
+# `jax.export` then takes parameters as arguments.
+jax.export.register_pytree_node_serialization(
+    LowRankKernel,
+    serialized_name="lowrank_jax.LowRankKernel",
+    serialize_auxdata=lambda meta: json.dumps(meta).encode(),
+    deserialize_auxdata=_meta_from_bytes,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,19 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a tree by name, in tree order."""
+    """The leaves of a tree by name, in tree order.
+
+    Raises:
+      ValueError: two have the same name.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return {leaf_name(path): leaf for path, leaf in leaves}
+    named: dict[str, Any] = {}
+    for path, leaf in leaves:
+        name = leaf_name(path)
+        if name in named:
+            raise ValueError(f"two arrays are called {name!r}: a key of the tree has a slash in it")
+        named[name] = leaf
+    return named
 
 
 def map_named(fn: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:

@@ -1,6 +1,7 @@
 """Helpers for messages and tables: did-you-mean, alignment, counts."""
 
 import difflib
+import html
 from collections.abc import Iterable
 
 
@@ -32,6 +33,17 @@ def markdown_table(rows: list[list[str]]) -> str:
     """Rows as a Markdown table; the first row is its header."""
     header, *body = rows
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+
+
+def html_table(rows: list[list[str]]) -> str:
+    """Rows as a table in HTML; the first row is its header."""
+
+    def line(row: list[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in row)}</tr>"
+
+    header, *body = rows
+    lines = "\n".join(line(row, "td") for row in body)
+    return f"<table>\n<thead>\n{line(header, 'th')}\n</thead>\n<tbody>\n{lines}\n</tbody>\n</table>"
 
 
 def with_change(planned: int, dense: int) -> str:

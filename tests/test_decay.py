@@ -74,3 +74,34 @@ def test_nuclear_decay_is_the_gradient_of_its_penalty():
     updates = updates_of(lr.add_nuclear_decay(0.3), params)
     expected = jax.jit(jax.grad(lambda params: 0.3 * lr.nuclear_penalty(params)))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("penalty", [lr.frobenius_penalty, lr.nuclear_penalty])
+def test_penalties_of_16_bit_factors_are_summed_in_float32_and_gradients_keep_their_dtype(dtype, penalty):
+    u, v = (np.random.default_rng(i).uniform(2, 3, shape) for i, shape in enumerate([(300, 4), (4, 300)]))
+    params = {"kernel": LowRankKernel(jnp.asarray(u / 20, dtype), jnp.asarray(20 * v, dtype))}  # |V|² is above 65,504
+    u, v = (np.asarray(factor, np.float64) for factor in (params["kernel"].u, params["kernel"].v))
+    if penalty is lr.frobenius_penalty:
+        wanted, *slopes = np.sum((u @ v) ** 2) / 2, u @ (v @ v.T), (u.T @ u) @ v
+    else:
+        wanted, *slopes = (np.sum(u**2) + np.sum(v**2)) / 2, u, v
+    factor = 1e-5
+    value, grads = jax.value_and_grad(lambda params: factor * penalty(params))(params)
+    assert value.dtype == np.float32
+    np.testing.assert_allclose(value, factor * wanted, rtol=1e-5)
+    for grad, slope in zip((grads["kernel"].u, grads["kernel"].v), slopes, strict=True):
+        assert grad.dtype == dtype
+        # A half of the last of 11 or 8 digits; float16 has steps of 6e-8 near zero.
+        np.testing.assert_allclose(np.asarray(grad, np.float64), factor * slope, rtol=5e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_decay_of_16_bit_factors_is_finite_and_keeps_the_updates_dtype(dtype):
+    u, v = (np.random.default_rng(i).uniform(20, 30, shape) for i, shape in enumerate([(50, 2), (2, 50)]))
+    params = {"kernel": LowRankKernel(jnp.asarray(u, dtype), jnp.asarray(v, dtype))}
+    u, v = (np.asarray(factor, np.float64) for factor in (params["kernel"].u, params["kernel"].v))
+    updates = updates_of(lr.add_frobenius_decay(1e-3), params)["kernel"]
+    assert updates.u.dtype == updates.v.dtype == dtype
+    np.testing.assert_allclose(np.asarray(updates.u, np.float64), 1e-3 * u @ (v @ v.T), rtol=5e-3)
+    np.testing.assert_allclose(np.asarray(updates.v, np.float64), 1e-3 * (u.T @ u) @ v, rtol=5e-3)

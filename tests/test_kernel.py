@@ -1,9 +1,15 @@
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 
 from lowrank_jax.kernel import LowRankKernel, MatrixView, channel_view, dense_view, spatial_view
 
@@ -59,3 +65,54 @@ def test_bfloat16_factors_are_multiplied_in_float32():
     merged = LowRankKernel(u, v).merge()
     assert merged.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(merged, np.float64), exact, rtol=2**-8, atol=1e-6)  # one rounding, not 32
+
+
+def conv_pair(dtype: Any = np.float32, execution="factored"):
+    view = channel_view((1, 1, 64, 256))
+    rng = np.random.default_rng(0)
+    return view.from_factors(
+        jnp.asarray(rng.standard_normal((64, 6)), dtype), jnp.asarray(rng.standard_normal((6, 256)), dtype), execution
+    )
+
+
+def test_a_pair_has_the_shape_of_its_kernel_and_the_bytes_of_its_factors():
+    pair, dense = conv_pair(), np.zeros((1, 1, 64, 256), np.float32)
+    assert (pair.shape, pair.ndim, pair.size, pair.dtype) == (dense.shape, dense.ndim, dense.size, dense.dtype)
+    assert pair.nbytes == pair.u.nbytes + pair.v.nbytes == 4 * 6 * (64 + 256)
+
+
+def test_astype_casts_both_factors_and_keeps_the_rest():
+    pair = conv_pair(execution="merged")
+    half = pair.astype(jnp.bfloat16)
+    assert (half.u.dtype, half.v.dtype, half.dtype) == (jnp.bfloat16,) * 3
+    assert (half.rows, half.execution, half.shape) == (pair.rows, "merged", pair.shape)
+    np.testing.assert_array_equal(half.u, pair.u.astype(jnp.bfloat16))
+
+
+def test_a_pair_says_what_it_is():
+    pair, text = conv_pair(), "LowRankKernel(1x1x64x256, rank 6, factored, float32)"
+    assert repr(pair) == text
+    assert repr(jax.eval_shape(lambda: pair)) == text
+    assert pair._repr_html_() == f"<code>{text}</code>"
+    seen = []
+    jax.make_jaxpr(lambda pair: seen.append(repr(pair)))(pair)
+    assert seen == [text]
+    assert repr(jax.tree.map(lambda x: nn.Partitioned(x, ("a",) * x.ndim), pair)) == text
+
+
+@pytest.mark.parametrize("leaf", [None, PartitionSpec("data"), True, 1.5, np.float32(3), optax.MaskedNode(), object(), "<a>"])
+def test_factors_that_are_no_arrays_are_shown_as_they_are(leaf):
+    pair = LowRankKernel(leaf, leaf, (0, 1, 2), "merged")
+    assert repr(pair) == f"LowRankKernel(u={leaf!r}, v={leaf!r}, rows=(0, 1, 2), execution='merged')"
+    assert "<a>" not in pair._repr_html_()
+
+
+@pytest.mark.parametrize("execution", ["factored", "merged", "premerged"])
+def test_a_program_with_pairs_as_arguments_is_exported(execution):
+    pair = spatial_view((3, 2, 4, 5)).from_factors(np.ones((12, 2), np.float32), np.ones((2, 10), np.float32), execution)
+    blob = jax.export.export(jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree)))({"kernel": pair}).serialize()
+    doubled = jax.export.deserialize(blob).call({"kernel": pair})["kernel"]
+    assert (doubled.rows, doubled.execution) == (pair.rows, execution)
+    np.testing.assert_array_equal(doubled.v, 2 * pair.v)
+    with pytest.raises(ValueError, match="pytree"):  # which axes are rows is part of what the program takes
+        jax.export.deserialize(blob).call({"kernel": dataclasses.replace(pair, rows=(0, 1))})

@@ -1,8 +1,10 @@
 """Messages and tables."""
 
+import xml.etree.ElementTree as ElementTree
+
 import pytest
 
-from lowrank_jax.text import align, count, did_you_mean, first_line, markdown_table, nearest, with_change
+from lowrank_jax.text import align, count, did_you_mean, first_line, html_table, markdown_table, nearest, with_change
 
 
 def test_did_you_mean_proposes_or_lists():
@@ -26,6 +28,13 @@ def test_the_nearest_is_the_most_similar():
 def test_tables_are_aligned_or_markdown():
     assert align([["a", "bc"], ["def", ""]]) == "a    bc\ndef"
     assert markdown_table([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_an_html_table_has_the_cells_whatever_is_in_them():
+    rows = [["name", "note"], ["a/kernel", "<script>"], ["b & c", '"x" < 2']]
+    table = ElementTree.fromstring(html_table(rows))
+    assert [[cell.text for cell in row] for row in table.iter("tr")] == rows
+    assert [cell.tag for cell in table.iter() if cell.tag in ("th", "td")] == ["th"] * 2 + ["td"] * 4
 
 
 @pytest.mark.parametrize(

@@ -66,11 +66,17 @@ def per_axis(setting: int | Sequence[int] | None, axes: int) -> tuple[int, ...]:
     return (setting or 1,) * axes if setting is None or isinstance(setting, int) else tuple(setting)
 
 
+def is_known(space: Sequence[Any]) -> bool:
+    """Whether these sizes are numbers; those of an exported program may be symbols."""
+    return all(isinstance(size, int) for size in space)
+
+
 def _has_products(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> bool:
     *window, channels, filters = kernel.shape
     axes = len(window)
     return (
         x.ndim == axes + 2
+        and is_known(x.shape[1:-1])
         and conv.mask is None
         and conv.feature_group_count == 1
         and per_axis(conv.input_dilation, axes) == (1,) * axes
@@ -86,10 +92,10 @@ def _products(conv: nn.Conv, kernel: jax.Array, x: jax.Array) -> jax.Array:
     """
     *window, channels, filters = kernel.shape
     size, pads, strides, dilation = _geometry(conv, window, x.shape[1:-1])
-    total = jnp.zeros((len(x), *size, filters), x.dtype)
+    total = jnp.zeros((x.shape[0], *size, filters), x.dtype)
     for phase, places in _phases(window, pads, strides, dilation).items():
         part = x[(slice(None), *(slice(start, None, stride) for start, stride in zip(phase, strides, strict=True)))]
-        if not part.size:  # padding alone
+        if 0 in part.shape[1:]:  # padding alone
             continue
         flat = jnp.stack([kernel[place] for place in places], axis=1).reshape(channels, -1)
         product = jnp.dot(part.reshape(-1, channels), flat, precision=conv.precision).reshape(*part.shape[:-1], -1)

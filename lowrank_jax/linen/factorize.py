@@ -1,4 +1,4 @@
-"""`factorize` for the parameters of Linen modules, which may come in boxes (`nn.with_partitioning`)."""
+"""`factorize` and `merge` for the parameters of Linen modules, which may come in boxes (`nn.with_partitioning`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from lowrank_jax.kernel import is_low_rank
+from lowrank_jax.linen import boxes
 from lowrank_jax.planning import factorize as trees
 from lowrank_jax.planning.plans import Plan
 
@@ -24,7 +26,7 @@ def factorize(
     whether it is called under `jit` or not.
 
     Args:
-      params: the dense model's parameters; boxes such as those of `nn.with_partitioning` are removed.
+      params: the dense model's parameters; boxes such as those of `nn.with_partitioning` stay, and name the factors' axes.
       plan: from `plan` for the same model.
       key: for random methods; what is drawn for a kernel depends on the key and the kernel's name alone.
       moments: E xxᵀ of every planned kernel's inputs, from `inputs.second_moments`; kernels are then factored for these
@@ -37,4 +39,10 @@ def factorize(
     Raises:
       ValueError: the parameters do not match the plan or are not finite, or moments or inputs do not fit it.
     """
-    return trees.factorize(nn.meta.unbox(params), plan, key=key, moments=moments, inputs=inputs)
+    factored = trees.factorize(nn.meta.unbox(params), plan, key=key, moments=moments, inputs=inputs)
+    return jax.tree.map(boxes.like, params, factored, is_leaf=nn.meta.is_axis_metadata)
+
+
+def merge(params: Any) -> Any:
+    """The plain model's parameters: every factor pair multiplied out, in float32 or better, at its own path and in its box."""
+    return jax.tree.map(lambda leaf: boxes.merged(leaf) if is_low_rank(leaf) else leaf, params, is_leaf=is_low_rank)

@@ -1,37 +1,52 @@
 """One kernel, one rule: factored at which rank, or dense for which reason."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.planning.kernel_use import KernelUse
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, PlannedKernel, Traffic
-from lowrank_jax.planning.rules import SCHEMES, Rule, wanted_rank
+from lowrank_jax.planning.rules import SCHEMES, Rule, rows_view, wanted_rank
+
+_REAL = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)  # what can be decomposed
 
 
-def is_matrix(name: str, leaf: Any) -> bool:
-    """Whether a parameter has a line of its own in a plan."""
-    return not is_low_rank(leaf) and leaf.ndim >= 2 and name.rsplit("/", 1)[-1] not in ("bias", "scale")
+def is_matrix(name: str, leaf: Any, rules: Sequence[Rule]) -> bool:
+    """Whether a parameter has a line of its own in a plan: biases and scales only where a rule with rows calls them so."""
+    last = name.rsplit("/", 1)[-1]
+    called = last not in ("bias", "scale") or any(rule.rows is not None and last in rule.path for rule in rules)
+    return not is_low_rank(leaf) and leaf.ndim >= 2 and called
 
 
-def plan_kernel(
-    name: str, shape: tuple[int, ...], use: KernelUse | None, rule: Rule | None, index: int | None, batch: int
-) -> PlannedKernel:
+def plan_kernel(name: str, leaf: Any, use: KernelUse | None, rule: Rule | None, index: int | None, batch: int) -> PlannedKernel:
     """The line of one kernel.
 
     Args:
       name: the parameter's name.
-      shape: its shape as stored.
+      leaf: the parameter, for its shape as stored and its dtype.
       use: what tracing saw of it; None where no layer was seen to use it.
       rule: the first rule that matches its name.
       index: that rule's place among the rules.
       batch: the number of examples in the traced batch.
     """
-    macs = use.macs() // batch if use else 0
+    shape = tuple(leaf.shape)
+    macs = -(-use.macs() // batch) if use else 0
     dense = functools.partial(DenseKernel, name=name, shape=shape, macs=macs, rule=rule)
+    if leaf.dtype not in _REAL:
+        return dense(note=f"{leaf.dtype} is none of {', '.join(jnp.dtype(dtype).name for dtype in _REAL)}")
+    if rule is not None and rule.rows is not None:
+        try:
+            planned = _by_rows(name, shape, use, rule, macs)
+        except ValueError as error:
+            return dense(note=str(error))
+        if planned is not None:
+            return planned
     if use is None:
-        return dense(note="embedding" if name.rsplit("/", 1)[-1] == "embedding" else "no supported layer uses it")
+        return dense(note=_unused(name))
     if use.refusal:
         return dense(note=use.refusal)
     if shape[len(shape) - len(use.shape) :] != use.shape:
@@ -50,8 +65,53 @@ def plan_kernel(
         return dense(note=problem, choices=choices)
     execution = None if rule.execution == "auto" else rule.execution
     return FactoredKernel(
-        name=name, shape=shape, macs=macs, rule=rule, choices=choices, choice=choices[0], rank=rank, execution=execution
+        name=name,
+        shape=shape,
+        macs=macs,
+        rule=rule,
+        choices=choices,
+        choice=choices[0],
+        rank=rank,
+        execution=execution,
+        own_run=use.own_run,
     )
+
+
+def _unused(name: str) -> str:
+    kind = "embedding" if name.rsplit("/", 1)[-1] == "embedding" else "no known layer uses it"
+    return f"{kind}: a rule with rows=... factors it"
+
+
+def _by_rows(name: str, shape: tuple[int, ...], use: KernelUse | None, rule: Rule, macs: int) -> PlannedKernel | None:
+    """The line of a parameter whose rule names its rows; None if they are those of the known layer that uses it.
+
+    Raises:
+      ValueError: the parameter has no such axes.
+    """
+    stacked = use is not None and shape[len(shape) - len(use.shape) :] == use.shape
+    view = rows_view(rule, use.shape if use is not None and stacked else shape)
+    if use is not None and stacked and not use.refusal and rule.execution != "premerged" and view == use.view(rule.scheme):
+        return None
+    choices = (Choice(view, Traffic.unknown()),)
+    dense = functools.partial(DenseKernel, name=name, shape=shape, macs=macs, rule=rule)
+    rank = wanted_rank(rule, view)
+    if rank is None:
+        return dense(note="the rule has rows and no rank")
+    if rule.execution == "factored":
+        return dense(note=f"runs on factors in known layers alone; {use.refusal if use else 'no layer is known to use it'}")
+    if problem := _problem(choices[0], rank):
+        return dense(note=problem, choices=choices)
+    return FactoredKernel(
+        name=name, shape=shape, macs=macs, rule=rule, choices=choices, choice=choices[0], rank=rank, execution="premerged"
+    )
+
+
+def premerged(kernel: FactoredKernel, reason: str) -> PlannedKernel:
+    """The line of a kernel that something besides its layer reads: its factors are multiplied out before that."""
+    if kernel.rule.execution == "factored":
+        note = f"{reason} and cannot work on factors"
+        return DenseKernel(name=kernel.name, shape=kernel.shape, macs=kernel.macs, rule=kernel.rule, note=note)
+    return dataclasses.replace(kernel, execution="premerged", note=reason)
 
 
 def _choices(use: KernelUse, rule: Rule, batch: int) -> tuple[Choice, ...]:
@@ -75,17 +135,35 @@ def _problem(choice: Choice, rank: int) -> str:
     return f"rank {rank} would not be smaller" if choice.params(rank) >= view.n * view.m else ""
 
 
-def check_ranks(rules: Sequence[Rule], kernels: Sequence[PlannedKernel]) -> None:
-    """Refuses a rank above the full rank of every kernel that its rule matches; above that of some it means "large ones only".
+def check_rules(rules: Sequence[Rule], kernels: Sequence[PlannedKernel]) -> None:
+    """Refuses what fits none of the kernels that a rule matches; what does not fit some means "the others".
 
     Raises:
-      ValueError: there is such a rule.
+      ValueError: a rank is above the full rank of all of them, or none has the axes that are to be its rows.
     """
     for rule in rules:
-        matched = [kernel.choices for kernel in kernels if kernel.rule is rule]
-        if rule.rank is None or not matched or not all(matched):
-            continue
-        rank = wanted_rank(rule, matched[0][0].view)
-        largest = max(choices[0].view.full_rank for choices in matched)
-        if rank is not None and rank > largest:
-            raise ValueError(f"rule {rule.path!r}: rank {rank} is above full rank {largest}, the largest that it matches")
+        matched = [kernel for kernel in kernels if kernel.rule is rule]
+        _check_rank(rule, [kernel.choices for kernel in matched])
+        _check_rows(rule, [kernel.shape for kernel in matched])
+
+
+def _check_rank(rule: Rule, matched: Sequence[tuple[Choice, ...]]) -> None:
+    if rule.rank is None or not matched or not all(matched):
+        return
+    rank = wanted_rank(rule, matched[0][0].view)
+    largest = max(choices[0].view.full_rank for choices in matched)
+    if rank is not None and rank > largest:
+        raise ValueError(f"rule {rule.path!r}: rank {rank} is above full rank {largest}, the largest that it matches")
+
+
+def _check_rows(rule: Rule, shapes: Sequence[tuple[int, ...]]) -> None:
+    problem = ""
+    for shape in shapes if rule.rows is not None else ():
+        try:
+            rows_view(rule, shape)
+        except ValueError as error:
+            problem = f"rule {rule.path!r}: {list(shape)} {error}"
+        else:
+            return
+    if problem:
+        raise ValueError(problem)

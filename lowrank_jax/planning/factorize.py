@@ -1,4 +1,4 @@
-"""From a dense model's parameters to low-rank ones and back: plan, factorize, merge."""
+"""From a dense model's parameters to low-rank ones."""
 
 import dataclasses
 import functools
@@ -32,7 +32,8 @@ def factorize(
     """Replaces the planned kernels of a plain tree by factor pairs; the doors' `factorize` calls it (`linen/factorize.py`).
 
     Args:
-      params: the dense model's parameters, without boxes.
+      params: the dense model's parameters, without boxes.  For `jax.ShapeDtypeStruct`s the result is shapes too; whether
+        values are finite is not checked then.
       plan, key, moments, inputs: as for the doors.
 
     Returns:
@@ -42,6 +43,11 @@ def factorize(
       ValueError: the parameters do not match the plan or are not finite, or moments or inputs do not fit it.
     """
     leaves = named_leaves(params, is_leaf=is_low_rank)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
+        made = functools.partial(factorize, plan=plan)
+        return jax.eval_shape(
+            lambda values: made(values[0], key=values[1], moments=values[2], inputs=values[3]), (params, key, moments, inputs)
+        )
     _check_tree(leaves, plan)
     kernels = {kernel.name: leaves[kernel.name] for kernel in plan.factored}
     _check_finite(kernels)
@@ -58,12 +64,16 @@ def _factorize(
     moments: Mapping[str, jax.Array] | None,
     inputs: Mapping[str, jax.Array] | None,
 ) -> dict[str, Any]:
-    factors = {}
-    for method, groups in _by_method(kernels, plan, inputs).items():
-        stacks = [_stack(members, kernels, key, inputs) for members in groups]
-        pairs = METHODS[method](stacks) if moments is None else _data_aware(METHODS[method], stacks, groups, moments)
-        for members, (u, v) in zip(groups, pairs, strict=True):
-            factors.update(_unstacked(members, u, v))
+    factors: dict[str, Any] = {}
+    known, unknown = [], []  # of those that are premerged nobody knows the inputs
+    for kernel in plan.factored:
+        (unknown if moments is None or kernel.name not in moments else known).append(kernel)
+    for chosen, data in ((known, moments), (unknown, None)):
+        for method, groups in _by_method(kernels, chosen, inputs).items():
+            stacks = [_stack(members, kernels, key, inputs) for members in groups]
+            pairs = METHODS[method](stacks) if data is None else _data_aware(METHODS[method], stacks, groups, data)
+            for members, (u, v) in zip(groups, pairs, strict=True):
+                factors.update(_unstacked(members, u, v))
     return factors
 
 
@@ -91,18 +101,18 @@ def _roots(moments: Any, n: int) -> jax.Array:
 
 
 def _by_method(
-    kernels: dict[str, jax.Array], plan: Plan, inputs: Mapping[str, jax.Array] | None
+    kernels: dict[str, jax.Array], chosen: list[FactoredKernel], inputs: Mapping[str, jax.Array] | None
 ) -> dict[str, list[list[FactoredKernel]]]:
-    """The plan's factored kernels by method; within one, those together that become one `Stack`."""
+    """The chosen kernels by method; within one, those together that become one `Stack`."""
 
     def alike(kernel: FactoredKernel) -> Hashable:
         view, rule = kernel.view, kernel.rule
-        samples = 0 if inputs is None else inputs[kernel.name].shape[-3]
+        samples = inputs[kernel.name].shape[-3] if inputs is not None and kernel.name in inputs else 0
         return rule.method, view.n, view.m, view.group, kernel.rank, rule.activation, kernels[kernel.name].dtype, samples
 
     methods: dict[str, list[list[FactoredKernel]]] = {}
-    for members in equal([alike(kernel) for kernel in plan.factored]):
-        together = [plan.factored[i] for i in members]
+    for members in equal([alike(kernel) for kernel in chosen]):
+        together = [chosen[i] for i in members]
         methods.setdefault(together[0].rule.method, []).append(together)
     return methods
 
@@ -156,10 +166,10 @@ def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Map
     if moments is not None and inputs is not None:
         raise ValueError("give moments or inputs, not both; the inputs already determine their moments")
     sampled = [kernel for kernel in plan.factored if kernel.rule.method == SAMPLED]
-    if inputs is not None and len(sampled) < len(plan.factored):
+    if inputs is not None and len(sampled) < len(plan.captured):
         raise ValueError(f"only the method {SAMPLED!r} takes inputs; give moments for the other kernels of this plan")
     problems = []
-    for kernel in plan.factored:
+    for kernel in plan.captured:
         name, stack, n, group = kernel.name, kernel.stack, kernel.view.n, kernel.view.group
         if moments is not None:
             moment = moments.get(name)
@@ -167,7 +177,7 @@ def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Map
         if inputs is not None:
             fed = inputs.get(name)
             problems += _misfit(name, "inputs", fed, (*stack, None, group, n)) or _unusable(name, "inputs", fed)
-    names = {kernel.name for kernel in plan.factored}
+    names = {kernel.name for kernel in plan.captured}
     for name in {**(moments or {}), **(inputs or {})}:
         if name not in names:
             problems.append(f"{name}: has data but is not a kernel that the plan factors{did_you_mean(name, names)}")
@@ -195,8 +205,3 @@ def _not_moments(name: str, moment: Any, n: int) -> list[str]:
     if problems or linalg.known_finite(_roots(moment, n)):
         return problems
     return [f"{name}: moments must be positive semidefinite"]
-
-
-def merge(params: Any) -> Any:
-    """The plain model's parameters: every factor pair multiplied out, in float32 or better, at its own path."""
-    return jax.tree.map(lambda leaf: leaf.merge() if is_low_rank(leaf) else leaf, params, is_leaf=is_low_rank)

@@ -3,18 +3,19 @@
 import dataclasses
 import math
 
-from lowrank_jax.kernel import MatrixView, channel_view, dense_view, spatial_view
+from lowrank_jax.kernel import MatrixView, channel_view, spatial_view
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class KernelUse:
     """What tracing saw of one kernel.
 
     Attributes:
       module: the class that owns it, for messages.
       shape: its shape inside the module, without stack axes.
-      contracted: how many leading axes a dense layer sums over; None for convolutions.
+      rows: the axes that a dense layer sums over; None for convolutions.
       refusal: why it cannot be factored; empty if it can.
+      own_run: whether only the layer knows how it computes with the kernel.
       positions: at how many output positions the kernel is applied, over the whole traced batch.
       widened: the same for the first stage of the spatial scheme, which keeps the input's width.
       inputs: how many elements the layer reads, over the whole traced batch.
@@ -22,8 +23,9 @@ class KernelUse:
 
     module: str
     shape: tuple[int, ...]
-    contracted: int | None
+    rows: tuple[int, ...] | None
     refusal: str
+    own_run: bool = False
     positions: int = 0
     widened: int = 0
     inputs: int = 0
@@ -34,8 +36,8 @@ class KernelUse:
         Raises:
           ValueError: the spatial scheme is asked of a convolution that is not two-dimensional.
         """
-        if self.contracted is not None:
-            return dense_view(self.shape, self.contracted)
+        if self.rows is not None:
+            return MatrixView(self.shape, self.rows)
         if scheme == "channel":
             return channel_view(self.shape)
         if len(self.shape) != 4:
@@ -43,7 +45,7 @@ class KernelUse:
         return spatial_view(self.shape)
 
     def macs(self) -> int:
-        """Multiply-accumulates of the dense kernel over the traced batch."""
+        """Multiply-accumulates of the dense kernel over the traced batch; 0 if unknown."""
         return self.positions * math.prod(self.shape)
 
     def hidden_positions(self, view: MatrixView) -> int:

@@ -6,7 +6,7 @@ import math
 
 from lowrank_jax.kernel import Execution, MatrixView
 from lowrank_jax.planning.rules import Rule
-from lowrank_jax.text import align, count, with_change
+from lowrank_jax.text import align, count, html_table, with_change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Traffic:
         """In lowest terms, so that plans of one model do not depend on the batch that traced it."""
         common = math.gcd(batch, inputs, positions, hidden_positions) or 1
         return cls(batch // common, inputs // common, positions // common, hidden_positions // common)
+
+    @classmethod
+    def unknown(cls) -> "Traffic":
+        """Of a parameter that no known layer uses."""
+        return cls(1, 0, 0, 0)
 
     def scaled(self, batch: int) -> "Traffic":
         """The same for another batch size."""
@@ -70,7 +75,7 @@ class PlannedKernel(abc.ABC):
     Attributes:
       name: the parameter's name.
       shape: its shape as stored, stack axes included.
-      macs: multiply-accumulates of the dense kernel, per example.
+      macs: multiply-accumulates of the dense kernel, per example; 0 if unknown.
       rule: the rule that decided; None if none matches.
       choices: the ways to factor the kernel that are open to a budget, the rule's own scheme first; empty where the rule, or
         the layer, keeps the kernel dense.
@@ -118,12 +123,16 @@ class FactoredKernel(PlannedKernel):
       choice: which of `choices` was taken.
       rank: the rank.
       execution: how the layer will run; None if that is not known yet.
+      own_run: whether its layer computes with it in a way that only the layer knows (`register_layer(run=...)`).
+      note: why the execution is not the rule's own.
     """
 
     rule: Rule
     choice: Choice
     rank: int
     execution: Execution | None = None
+    own_run: bool = False
+    note: str = ""
 
     @property
     def view(self) -> MatrixView:
@@ -146,10 +155,12 @@ class FactoredKernel(PlannedKernel):
 
     @property
     def planned_macs(self) -> int:
+        if self.execution in ("merged", "premerged"):
+            return self.macs
         return self.choice.macs(self.rank)
 
     def _cells(self) -> tuple[str, str, str, str]:
-        return str(self.rank), self.rule.method, self.execution or self.rule.execution, ""
+        return str(self.rank), self.rule.method, self.execution or self.rule.execution, self.note
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,9 +185,9 @@ class DenseKernel(PlannedKernel):
         return "-", "dense", "", self.note
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
-    """What `factorize` will do to a model; `print` it for a table.
+    """What `factorize` will do to a model; shown as a table, also in notebooks.
 
     Attributes:
       kernels: a line for every parameter with at least two axes.
@@ -192,6 +203,11 @@ class Plan:
         return tuple(kernel for kernel in self.kernels if isinstance(kernel, FactoredKernel))
 
     @property
+    def captured(self) -> tuple[FactoredKernel, ...]:
+        """Those whose inputs can be captured: what multiplies them with what is known."""
+        return tuple(kernel for kernel in self.factored if kernel.execution != "premerged" and not kernel.own_run)
+
+    @property
     def params(self) -> int:
         """Parameters as planned, everything included."""
         return self.other_params + sum(kernel.planned_params for kernel in self.kernels)
@@ -203,23 +219,30 @@ class Plan:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of all kernels as planned, per example."""
+        """Multiply-accumulates as planned of all kernels whose MACs are known, per example."""
         return sum(kernel.planned_macs for kernel in self.kernels)
 
     @property
     def dense_macs(self) -> int:
-        """Multiply-accumulates of all kernels of the dense model, per example."""
+        """Multiply-accumulates in the dense model of all kernels whose MACs are known, per example."""
         return sum(kernel.macs for kernel in self.kernels)
 
     def rows(self) -> list[list[str]]:
         """The table as text: a header, a row per kernel, a row for all other parameters and the total."""
         rest = ["(biases, norms, ...)", "", "-", "dense", "", count(self.other_params), "", ""]
+        unknown = sum(not kernel.macs for kernel in self.kernels)
         total = [
             "total", "", "", "", "",
-            with_change(self.params, self.dense_params), with_change(self.macs, self.dense_macs), "",
+            with_change(self.params, self.dense_params), with_change(self.macs, self.dense_macs),
+            f"MACs of all but the {unknown} that are not known" if unknown else "",
         ]  # fmt: skip
         header = ["parameter", "shape", "rank", "method", "execution", "params", "MACs", "note"]
         return [header, *(kernel.row() for kernel in self.kernels), rest, total]
 
     def __str__(self) -> str:
         return align(self.rows())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(self.rows())

@@ -16,7 +16,8 @@ from lowrank_jax.text import did_you_mean
 
 SCHEMES = ("channel", "spatial")
 SCALE_OF = ("full_rank", "columns")
-EXECUTIONS = ("auto", "factored", "merged")
+EXECUTIONS = ("auto", "factored", "merged", "premerged")
+ALL_BUT_LAST = "all_but_last"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,11 @@ class Rule:
       scale_of: `full_rank`, min(rows, columns) of the matrix; or `columns`, which in the spatial scheme is the convention
         round(scale * out * k) of Khodak et al. (ICLR 2021).
       execution: how the layer runs: `factored`, two thin products one after the other; `merged`, the factors' product first,
-        then the dense layer; or `auto`, whichever `choose_execution` expects to be faster, and `factored` until it is called.
+        then the dense layer; `premerged`, the product before the model sees its parameters; or `auto`, whichever of the first
+        two `choose_execution` expects to be faster, and `factored` until it is called.
+      rows: which axes of the parameter are the rows of its matrix, (0,) or "all_but_last"; with it, parameters of two or more
+        axes in any module are factored, and those that are no kernel of a known layer are `premerged`.  Of a known layer's
+        kernel the axes of `nn.scan` and `nn.vmap` do not count; elsewhere they do, so that negative axes are safer.
 
     Raises:
       ValueError: a field is out of range or unknown, or both scale and rank are given.
@@ -50,7 +55,8 @@ class Rule:
     activation: activations.ActivationLike = "relu"
     multiple_of: int = 1
     scale_of: Literal["full_rank", "columns"] = "full_rank"
-    execution: Literal["auto", "factored", "merged"] = "auto"
+    execution: Literal["auto", "factored", "merged", "premerged"] = "auto"
+    rows: tuple[int, ...] | Literal["all_but_last"] | None = None
 
     def __post_init__(self):
         if not isinstance(self.path, str):
@@ -78,6 +84,10 @@ class Rule:
             raise self._error(str(error)) from None
         self._check_name("scale_of", SCALE_OF)
         self._check_name("execution", EXECUTIONS)
+        if isinstance(self.rows, list):  # of a config file
+            object.__setattr__(self, "rows", tuple(self.rows))
+        if self.rows is not None and self.rows != ALL_BUT_LAST and not _are_axes(self.rows):
+            raise self._error(f'rows {self.rows!r} must be different axes, such as (0,), or "{ALL_BUT_LAST}"')
 
     def _check_name(self, field: str, known: Collection[str]) -> None:
         name = getattr(self, field)
@@ -86,6 +96,28 @@ class Rule:
 
     def _error(self, problem: str) -> ValueError:
         return ValueError(f"rule {self.path!r}: {problem}")
+
+
+def _are_axes(rows: object) -> bool:
+    whole = isinstance(rows, tuple) and rows and all(type(axis) is int for axis in rows)
+    return bool(whole and len(set(rows)) == len(rows))  # type: ignore[arg-type]
+
+
+def rows_view(rule: Rule, shape: tuple[int, ...]) -> MatrixView:
+    """A parameter as a matrix whose rows are the axes that the rule names.
+
+    Raises:
+      ValueError: it does not have these axes, or no others.
+    """
+    axes = range(len(shape))
+    if rule.rows == ALL_BUT_LAST:
+        return MatrixView(shape, tuple(axes[:-1]))
+    if any(axis not in range(-len(shape), len(shape)) for axis in rule.rows or ()):
+        raise ValueError(f"has no axes {rule.rows}, which the rule names as its rows")
+    rows = tuple(sorted({axes[axis] for axis in rule.rows or ()}))
+    if len(rows) in (0, len(shape)):
+        raise ValueError(f"rows {rule.rows} leave no axis for the columns")
+    return MatrixView(shape, rows)
 
 
 def wanted_rank(rule: Rule, view: MatrixView) -> int | None:

@@ -8,18 +8,25 @@ import jax.numpy as jnp
 
 from lowrank_jax.projection import activations, linalg, matrix
 from lowrank_jax.projection.activations import ActivationLike
+from lowrank_jax.projection.batched import measure
 from lowrank_jax.projection.linalg import Pair, lengths, ratio
 
 
 @linalg.highest_precision
 def spectral_global_scale(w: jax.Array, rank: int, *, activation: ActivationLike = "relu", group: int = 1) -> Pair:
     """The spectral factors times a single scale: the one of least function risk."""
-    u, v = (factor.astype(linalg.wide(w.dtype)) for factor in matrix.spectral(w, rank))
-    y, unit = u @ v, linalg.unit(w)
+    linalg.check_matrix(w)
+    linalg.check_rank(w, rank)
+    act, dtype, own = activations.get(activation), w.dtype, linalg.unit(w)
+    unit = measure(act, own)
+    scaled = w.astype(own.dtype) * (unit / own)  # compilers join divisions in a row, and the product may be too large a number
+    u, v = matrix.spectral(scaled, rank)
+    y = u @ v
     # By Cauchy-Schwarz, the best scale for a homogeneous activation is at most |W| / |Y|.
-    highest = 2 * ratio(jnp.linalg.norm(w.astype(y.dtype) / unit), jnp.linalg.norm(y / unit))
-    scale = activations.minimise(lambda c: matrix.relative_risk(w, c * y, activation=activation, group=group), highest)
-    return (jnp.sqrt(scale) * u).astype(w.dtype), (jnp.sqrt(scale) * v).astype(w.dtype)
+    highest = 2 * ratio(jnp.linalg.norm(scaled / unit), jnp.linalg.norm(y / unit))
+    scale = activations.minimise(lambda c: matrix.relative_risk(scaled, c * y, activation=act, group=group), highest)
+    root = jnp.sqrt(scale) * jnp.sqrt(own / unit)
+    return (root * u).astype(dtype), (root * v).astype(dtype)
 
 
 @linalg.highest_precision
@@ -31,8 +38,10 @@ def spectral_column_scales(w: jax.Array, rank: int, *, activation: ActivationLik
     """
     u, v = (factor.astype(linalg.wide(w.dtype)) for factor in matrix.spectral(w, rank))
     a, b = matrix.kernel_projection(w, rank, activation=activation, group=group)
-    unit = linalg.unit(w)
-    length = ratio(lengths(a.astype(u.dtype) @ b.astype(u.dtype) / unit, group), lengths(u @ v / unit, group))
+    root = jnp.sqrt(linalg.unit(w))
+    length = ratio(
+        lengths((a.astype(u.dtype) / root) @ (b.astype(u.dtype) / root), group), lengths((u / root) @ (v / root), group)
+    )
     return u.astype(w.dtype), (v * jnp.tile(length, group)).astype(w.dtype)
 
 
@@ -50,7 +59,7 @@ def unit_spectral(w: jax.Array, rank: int) -> Pair:
     """The spectral directions with all singular values set to one: orthonormal columns of U and rows of V."""
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
-    a, _, bt = linalg.truncated_svd(w, linalg.gram_eigenvectors(w), rank)
+    a, _, bt = linalg.truncated_svd(w, linalg.gram_eigenvectors(w, rank), rank)
     return a.astype(w.dtype), bt.astype(w.dtype)
 
 

@@ -115,7 +115,10 @@ def project(stacks: Sequence[Stack], *, normalized: bool = False, vectors: jax.A
     """
     parts = padded_stacks(stacks)
     if vectors is None:
-        spans = linalg.eigenvectors([linalg.gram(part.w) for part in parts], [part.sides for part in parts])
+        sides, ranks = (
+            [jnp.asarray(sizes) for sizes in each] for each in zip(*((p.sides, p.ranks) for p in parts), strict=True)
+        )
+        spans = linalg.singular_vectors([part.w for part in parts], sides, ranks)
     else:
         spans = [vectors]
     images = [_images(part, span) for part, span in zip(parts, spans, strict=True)]
@@ -197,6 +200,13 @@ def _best_length(act: Activation, length: jax.Array, cosine: jax.Array) -> jax.A
     return jax.lax.map(lambda pair: act.best_length(*pair), (length_, cosine_)).ravel()[: len(length)]
 
 
+_SMALLEST, _LARGEST = 2.0**-12, 2.0**16
+
+
 def measure(act: Activation, unit: jax.Array) -> jax.Array:
-    """The unit in which to pass lengths to an activation: for a homogeneous one it does not matter."""
-    return jnp.ones_like(unit) if isinstance(act, activations.Homogeneous) else unit
+    """The unit in which to pass lengths to an activation: for a homogeneous one it does not matter.
+
+    Any other is taken to be homogeneous for kernels whose largest elements lie outside these bounds, as most are: smaller
+    sections are lost in rounding and squares of larger ones overflow (docs/mathematics.md, section 4).
+    """
+    return jnp.ones_like(unit) if isinstance(act, activations.Homogeneous) else jnp.clip(unit, _SMALLEST, _LARGEST)

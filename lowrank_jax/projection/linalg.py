@@ -2,8 +2,8 @@
 
 import functools
 import numbers
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,13 @@ def wide(dtype: Any) -> Any:
 
 @jax.jit
 @highest_precision
-def gram_eigenvectors(w: jax.Array) -> jax.Array:
-    """The eigenvectors of the smaller Gram matrix of W, `[p, p]`, p = min(n, m), by decreasing eigenvalue.
+def gram_eigenvectors(w: jax.Array, rank: int) -> jax.Array:
+    """The singular vectors of the smaller side of W `[n, m]`, as `singular_vectors` finds them: `[p, p]`, p = min(n, m).
 
     A separate program: where singular values repeat, the vectors depend on rounding, and every caller must get the same ones.
     """
     w = jax.lax.optimization_barrier(w.astype(wide(w.dtype)) / unit(w))
-    return eigenvectors([jax.lax.optimization_barrier(gram(w[None]))])[0][0]
+    return singular_vectors([w[None]], [jnp.full(1, min(w.shape))], [jnp.full(1, rank)])[0][0]
 
 
 def gram(w: jax.Array) -> jax.Array:
@@ -52,10 +52,16 @@ def eigenvectors(grams: Sequence[jax.Array], sizes: Sequence[np.ndarray] | None 
 
 
 def _eigenvectors(size: jax.Array, gram: jax.Array) -> jax.Array:
+    return _decomposed(size, gram)[1]
+
+
+def _decomposed(size: jax.Array, gram: jax.Array) -> Pair:
+    """Eigenvalues `[p]`, decreasing, and eigenvectors `[p, p]`; rows of the Gram matrix from `size` on are padding."""
     # Padding gets a negative eigenvalue of average size: below all rounding, so it sorts last, yet not large by comparison.
     mean = jnp.trace(gram) / len(gram)
     padding = jnp.arange(len(gram)) >= size
-    return _eigh(gram - jnp.diag(jnp.where(padding, jnp.where(mean > 0, mean, 1), 0)))[1][:, ::-1]
+    values, vectors = _eigh(gram - jnp.diag(jnp.where(padding, jnp.where(mean > 0, mean, 1), 0)))
+    return values[::-1], vectors[:, ::-1]
 
 
 def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -70,6 +76,129 @@ def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
         return values, vectors
 
     return jax.lax.platform_dependent(gram, tpu=jacobi, default=lambda gram: tuple(jnp.linalg.eigh(gram)))
+
+
+_PASSES = 3
+
+
+class _Passes(NamedTuple):
+    """The state of `singular_vectors`, a list of stacks each."""
+
+    number: jax.Array  # of passes so far
+    open: list[jax.Array]  # matrices that need another pass, `[k]`
+    vectors: list[jax.Array]  # `[k, p, p]`
+    largest: list[jax.Array]  # the largest eigenvalue, `[k]`
+
+
+@jax.custom_jvp
+@highest_precision
+def singular_vectors(ws: Sequence[jax.Array], sides: Sequence[jax.Array], ranks: Sequence[jax.Array]) -> list[jax.Array]:
+    """The singular vectors of the smaller side of every W, by decreasing singular value; those of padding come last.
+
+    They are the eigenvectors of the smaller Gram matrix, which resolves singular values down to √eps of the largest, σ.  Where
+    the leading `rank` of them leave less than eps^¼ σ of W, the Gram matrix of W in that basis is decomposed anew, without the
+    directions above eps^¼ σ: that resolves √eps of the others.  With a third pass, below √eps σ, all are resolved down to eps,
+    as by a singular value decomposition (docs/mathematics.md, section 3.2).  Further passes run in a loop, for those matrices
+    alone that need them.  On a TPU the first one does too: there a decomposition takes long to compile.
+
+    Derivatives are those of eigenvectors: NaN or infinite where singular values coincide.
+
+    Args:
+      ws: stacks `[k, n, m]` of any sizes, measured in `units`.
+      sides: min(n, m) without padding, `[k]` for every stack.
+      ranks: how many of the vectors count, `[k]` for every stack.
+
+    Returns:
+      `[k, p, p]` for every stack, p = min(n, m).
+    """
+
+    def advance(state: _Passes, first: bool | jax.Array) -> _Passes:
+        small = _fourth_root(ws[0].dtype) ** state.number.astype(ws[0].dtype)
+        # What needs no pass has no rows that are not padding, and is left alone.
+        sizes = [jnp.where(open_, side, 0) for open_, side in zip(state.open, sides, strict=True)]
+        # The first basis is that of the rows or columns themselves.  One product for all passes, to compile once as well.
+        number = state.number + 1
+        turned = _either(first, lambda ws, _: ws, lambda ws, vs: list(map(_rotated, ws, vs)), list(ws), state.vectors)
+        turns, values = zip(
+            *in_few_shapes(functools.partial(_settled, first, small), list(map(gram, turned)), sizes=sizes), strict=True
+        )
+        vectors = _either(
+            first, lambda _, turns: turns, lambda vs, turns: list(map(jnp.matmul, vs, turns)), state.vectors, list(turns)
+        )
+        largest = [jnp.where(first, new[:, 0, 0], old) for new, old in zip(values, state.largest, strict=True)]
+        bound = (small * _fourth_root(ws[0].dtype)) ** 2
+        still = [
+            open_ & (number < _PASSES) & (_left(new[..., 0], rank) < bound * top)
+            for open_, new, rank, top in zip(state.open, values, ranks, largest, strict=True)
+        ]
+        return _Passes(number, still, vectors, largest)
+
+    def unsettled(state: _Passes) -> jax.Array:
+        return functools.reduce(jnp.logical_or, map(jnp.any, state.open))
+
+    none = [jnp.zeros((len(w), min(w.shape[1:]), min(w.shape[1:])), w.dtype) for w in ws]
+    everything, zeros = [jnp.ones(len(w), bool) for w in ws], [jnp.zeros(len(w), w.dtype) for w in ws]
+    start = _Passes(jnp.asarray(0), everything, none, zeros)
+    begun = jax.lax.platform_dependent(start, tpu=lambda start: start, default=lambda start: advance(start, True))
+    return jax.lax.while_loop(unsettled, lambda state: advance(state, state.number == 0), begun).vectors
+
+
+@singular_vectors.defjvp
+@highest_precision
+def _(primals: Any, tangents: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    (ws, sides, ranks), (changes, *_) = primals, tangents
+    vectors = singular_vectors(ws, sides, ranks)
+    return vectors, [_vector_rates(*parts) for parts in zip(ws, changes, vectors, sides, strict=True)]
+
+
+def _vector_rates(w: jax.Array, change: jax.Array, vectors: jax.Array, side: jax.Array) -> jax.Array:
+    """The derivative of eigenvectors v_j of a Gram matrix G: Σ_i v_i (v_iᵀ dG v_j) / (λ_j - λ_i); that of padding is zero."""
+    rows, moved = _rotated(w, vectors), _rotated(change, vectors)
+    is_wide = w.shape[1] <= w.shape[2]
+    half = moved @ rows.mT if is_wide else moved.mT @ rows
+    values = jnp.sum(rows**2, axis=2 if is_wide else 1)
+    real = jnp.arange(values.shape[1]) < side[:, None]
+    pairs = real[:, None] & real[..., None] & ~jnp.eye(values.shape[1], dtype=bool)
+    gaps = jnp.where(pairs, values[:, None] - values[..., None], 1)
+    return vectors @ jnp.where(pairs, (half + half.mT) / gaps, 0)
+
+
+def _fourth_root(dtype: Any) -> float:
+    """eps^¼: the square of what is larger, relative to the largest, holds half of the digits."""
+    return float(jnp.finfo(dtype).eps) ** 0.25
+
+
+def _rotated(w: jax.Array, vectors: jax.Array) -> jax.Array:
+    """W `[k, n, m]` in the basis of its vectors `[k, p, p]`: `[k, p, m]` or `[k, n, p]`."""
+    return vectors.mT @ w if w.shape[1] <= w.shape[2] else w @ vectors
+
+
+def _left(values: jax.Array, rank: jax.Array) -> jax.Array:
+    """The sum of all but the leading eigenvalues, `[k, p] -> [k]`."""
+    return jnp.sum(jnp.where(jnp.arange(values.shape[1]) < rank[:, None], 0, jnp.maximum(values, 0)), axis=1)
+
+
+def _either(which: bool | jax.Array, one: Callable[..., Any], other: Callable[..., Any], *operands: Any) -> Any:
+    return one(*operands) if which is True else jax.lax.cond(which, one, other, *operands)
+
+
+def _settled(first: bool | jax.Array, small: jax.Array, size: jax.Array, gram: jax.Array) -> Pair:
+    """One pass over one Gram matrix `[p, p]`, of the directions that are at most `small` of the largest; of all in the first.
+
+    Returns:
+      What turns the basis `[p, p]`, and the eigenvalues `[p, 1]`; those of larger directions are only placeholders.  The
+      identity and zeros if `size` is zero.
+    """
+    eye = jnp.eye(len(gram), dtype=gram.dtype)
+
+    def settle(gram: jax.Array) -> Pair:
+        tilt, rest = _either(first, lambda gram: (eye, gram), lambda gram: _small_rows(gram, small), gram)
+        values, vectors = _decomposed(size, rest)
+        return _either(first, lambda tilt, v: v, jnp.matmul, tilt, vectors), values[:, None]
+
+    return (
+        settle(gram) if first is True else jax.lax.cond(size > 0, settle, lambda gram: (eye, jnp.zeros_like(gram[:, :1])), gram)
+    )
 
 
 def orthonormalizers(grams: Sequence[jax.Array]) -> list[Pair]:
@@ -97,9 +226,7 @@ def orthonormalizers(grams: Sequence[jax.Array]) -> list[Pair]:
 def leading_directions(w: jax.Array, vectors: jax.Array, rank: int) -> jax.Array:
     """The leading left singular vectors, `[n, rank]`, orthonormal.
 
-    From `gram_eigenvectors`, in a third of the time of an SVD.  The Gram matrix squares the singular values, so float32 mixes
-    directions whose singular values are below 1e-3 of the largest.  Each of them holds less than a millionth of |W|², and
-    nothing computed from the basis uses eigenvalues.
+    From `gram_eigenvectors`, in a third of the time of an SVD.
     """
     vectors = vectors[:, :rank]
     return vectors if w.shape[0] <= w.shape[1] else orthonormal(w @ vectors)
@@ -143,7 +270,7 @@ def balancers(
     rows = [p.mT @ c for p, c in zip(first, coordinates, strict=True)]
 
     def second(rank: jax.Array, gram: jax.Array, p: jax.Array, basis: jax.Array) -> Pair:
-        tilt, rest = _small_rows(gram)
+        tilt, rest = _small_rows(gram, _SMALL)
         turn = tilt @ _eigenvectors(rank, rest)
         return turn, basis @ (p @ turn)
 
@@ -159,20 +286,21 @@ def balancers(
 _SMALL = 1e-2
 
 
-def _small_rows(gram: jax.Array) -> Pair:
-    """The second step of `balancers`, from the Gram matrix `[r, r]` of the rows PᵀC after the first one.
+def _small_rows(gram: jax.Array, limit: float | jax.Array) -> Pair:
+    """Separates rows of at most `limit` of the largest from the others, by the rows' Gram matrix `[r, r]`.
 
-    These are orthogonal up to rounding of the largest row, which may be larger than the small rows.
+    All are orthogonal up to rounding of the largest row, which may be larger than the small rows.
 
     Returns:
       A rotation `[r, r]`, by angles of rounding, that makes small rows orthogonal to large ones; and the Gram matrix of the
       small rows after it, with values above all its eigenvalues, in order, in the places of the large ones.
     """
     squares, r = jnp.diagonal(gram), len(gram)
-    large = squares > _SMALL**2 * jnp.max(squares)
+    large = squares > limit**2 * jnp.max(squares)
     angle = jnp.where(large[:, None] & ~large, ratio(gram, squares[:, None]), 0)
     tilt = jnp.eye(r, dtype=gram.dtype) - angle + angle.T
-    small = jnp.where(large[:, None] | large, 0, tilt.T @ gram @ tilt)
+    tilted = ratio(jnp.where(large[:, None] & ~large, gram, 0), root(squares)[:, None])
+    small = jnp.where(large[:, None] | large, 0, gram - tilted.T @ tilted)  # Schur's complement
     bound = jax.lax.stop_gradient(jnp.max(jnp.sum(jnp.abs(small), axis=1)))
     places = jnp.where(large, jnp.where(bound > 0, bound, 1) * (2 - jnp.arange(r) / r), 0)
     return tilt, small + jnp.diag(places.astype(gram.dtype))
@@ -211,23 +339,42 @@ def units(stack: jax.Array) -> jax.Array:
     return jax.vmap(unit)(stack)[:, None, None]
 
 
-RIDGE = 0.01  # of the mean eigenvalue: less is rounding or chance in a moment estimated from a few batches
+RIDGE = 0.01  # of every input's own moment: less is rounding or chance in a moment estimated from a few batches
 
 
 def square_root(moment: jax.Array) -> jax.Array:
-    """R `[n, n]`, upper triangular, with RᵀR = S + RIDGE · tr(S)/n · I for a second moment S `[n, n]`.
+    """R `[n, n]`, upper triangular, with RᵀR = S + RIDGE · diag(s) for a second moment S `[n, n]`.
 
-    Without the ridge, the factors could do anything in directions in which no captured input points.
+    s is the diagonal of S; where that is zero, or rounding next to the largest, the geometric mean of the others.  Without the
+    ridge, the factors could do anything in directions in which no captured input points (docs/mathematics.md, section 8).
+
+    Returns:
+      In the dtype of S; NaN if S is not positive semidefinite.
     """
-    mean = jnp.trace(moment) / len(moment)
-    ridge = jnp.where(mean > 0, RIDGE * mean, 1)  # an input that is always zero: all kernels are equally good
-    return jnp.linalg.cholesky(moment + ridge * jnp.eye(len(moment), dtype=moment.dtype)).T
+    squares = jnp.diagonal(moment)
+    largest = jnp.max(jnp.abs(squares))
+    live = ~(jnp.abs(squares) <= jnp.finfo(moment.dtype).eps ** 2 * largest)  # NaN is live, and stays
+    logs = jnp.where(live, jnp.log(jnp.where(live, squares, 1)), 0)
+    typical = jnp.exp(jnp.sum(logs) / jnp.maximum(jnp.sum(live), 1))  # 1 where all are zero: all kernels are equally good
+    deviation = jnp.sqrt(jnp.where(live, squares, RIDGE * typical))
+    # Scaled to a diagonal of one, so that neither a large input nor a small one is lost in the other's rounding.
+    cosines = jnp.where(live & live[:, None], moment / deviation / deviation[:, None], 0)
+    ridge = jnp.where(live, RIDGE, 1)
+    return jnp.linalg.cholesky(cosines + jnp.diag(ridge.astype(moment.dtype))).T * deviation
 
 
 def unit(*matrices: jax.Array) -> jax.Array:
-    """The largest magnitude, to measure matrices in: squares of very large or small elements leave the range of float32."""
+    """A power of four near the largest magnitude, to measure matrices in; 1 if all are zero.
+
+    Squares of very large or small elements leave the range of float32.  Division by the unit is exact, as is multiplication by
+    its root.  It stays within the range in which its inverse is a normal number: others count as zero.
+    """
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(matrix)) for matrix in matrices])).astype(wide(matrices[0].dtype))
-    return jax.lax.stop_gradient(jnp.where(largest == 0, 1, largest))
+    info = jnp.finfo(largest.dtype)
+    end = 2.0 ** (-info.minexp // 2)
+    power = jnp.clip(jax.lax.reduce_precision(jnp.sqrt(largest), info.nexp, 0), 1 / end, end)  # rounded to a power of two
+    size = jnp.where(jnp.isfinite(largest), power * power, largest)  # rounded without a mantissa, NaN may become infinite
+    return jax.lax.stop_gradient(jnp.where(largest == 0, 1, size))
 
 
 def grouped(w: jax.Array, group: int) -> jax.Array:

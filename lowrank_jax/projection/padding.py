@@ -12,6 +12,7 @@ One grouping for the last two would decompose 64x64 matrices as 256x256 ones, or
 """
 
 import dataclasses
+import heapq
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -78,31 +79,55 @@ def buckets(
       free: how much work may be added, besides a tenth of what there is without padding.
     """
     keys = [(shape, alike[i] if alike else None) for i, shape in enumerate(shapes)]
+    found = [Bucket(shapes[members[0]], tuple(members), tuple(counts[i] for i in members)) for members in equal(keys)]
+    kinds = {i: keys[bucket.members[0]][1] for i, bucket in enumerate(found)}
+    return _merged(found, kinds, work, free)
 
-    def bucket(shape: Shape, members: Sequence[int]) -> Bucket:
-        return Bucket(shape, tuple(members), tuple(counts[i] for i in members))
 
-    def total(bucket: Bucket) -> float:
-        return sum(bucket.counts) * work(bucket.shape)
+def _merged(found: list[Bucket], kinds: dict[int, Hashable], work: Callable[[Shape], float], free: float) -> list[Bucket]:
+    """Joins the two buckets of one kind that cost least, again and again, until what may be added is spent.
 
-    def joined(pair: tuple[Bucket, Bucket]) -> tuple[float, Bucket]:
-        one, other = pair
-        both = bucket(tuple(map(max, one.shape, other.shape)), sorted(one.members + other.members))
-        return total(both) - total(one) - total(other), both
+    A heap holds the cost of every pair, so that n buckets take about n² log n steps.  Of equal costs the first pair counts; a
+    joined bucket comes last.
+    """
+    merged = dict(enumerate(found))
+    totals = {i: sum(bucket.counts) * work(bucket.shape) for i, bucket in merged.items()}
+    left = _SLACK * sum(totals.values()) + free
+    pairs: list[tuple[float, int, int]] = []
 
-    def may_join(pair: tuple[Bucket, Bucket]) -> bool:
-        one, other = pair
-        return keys[one.members[0]][1] == keys[other.members[0]][1]
+    def offer(one: int, other: int) -> None:
+        if kinds[one] == kinds[other]:
+            cost = _total(merged[one], merged[other], work) - totals[one] - totals[other]
+            if cost <= left:  # what is left never grows
+                heapq.heappush(pairs, (cost, one, other))
 
-    merged = [bucket(shapes[members[0]], members) for members in equal(keys)]
-    left = _SLACK * sum(map(total, merged)) + free
-    while pairs := list(filter(may_join, itertools.combinations(merged, 2))):
-        cost, both, pair = min(((*joined(pair), pair) for pair in pairs), key=lambda choice: choice[0])
+    for pair in itertools.combinations(merged, 2):
+        offer(*pair)
+    while pairs:
+        cost, one, other = heapq.heappop(pairs)
+        if one not in merged or other not in merged:
+            continue
         if cost > left:
             break
         left -= cost
-        merged = [bucket for bucket in merged if bucket not in pair] + [both]
-    return merged
+        new = len(kinds)
+        kinds[new], totals[new] = kinds[one], _total(merged[one], merged[other], work)
+        both = _joined(merged.pop(one), merged.pop(other))
+        merged[new] = both
+        for old in list(merged)[:-1]:
+            offer(old, new)
+    return list(merged.values())
+
+
+def _total(one: Bucket, other: Bucket, work: Callable[[Shape], float]) -> float:
+    """The work of two buckets in one shape."""
+    return (sum(one.counts) + sum(other.counts)) * work(tuple(map(max, one.shape, other.shape)))
+
+
+def _joined(one: Bucket, other: Bucket) -> Bucket:
+    counts = dict(zip(one.members + other.members, one.counts + other.counts, strict=True))
+    members = tuple(sorted(counts))
+    return Bucket(tuple(map(max, one.shape, other.shape)), members, tuple(counts[i] for i in members))
 
 
 def padded(array: jax.Array, shape: Shape) -> jax.Array:
@@ -110,17 +135,17 @@ def padded(array: jax.Array, shape: Shape) -> jax.Array:
     return jnp.pad(array, [(0, 0), *((0, new - old) for old, new in zip(array.shape[1:], shape, strict=True))])
 
 
-def in_few_shapes(fn: Callable[..., Any], *stacks: Sequence[jax.Array], sizes: Sequence[np.ndarray] | None = None) -> list[Any]:
+def in_few_shapes(fn: Callable[..., Any], *stacks: Sequence[jax.Array], sizes: Sequence[Any] | None = None) -> list[Any]:
     """Maps a function over square matrices of many sizes, compiled for few of them.
 
     Args:
-      fn: `(size, *matrices)` to matrices, all `[p, p]`; rows from `size` on are padding.  Given matrices that are zero there,
-        its results must have in their leading blocks what it makes of the leading blocks alone.
+      fn: `(size, *matrices)` to matrices, `[p, p]` or `[p, 1]`, of matrices `[p, p]`; rows from `size` on are padding.  Given
+        matrices that are zero there, its results must have in their leading blocks what it makes of the leading blocks alone.
       *stacks: for every matrix that `fn` takes, stacks `[k, p, p]` of any sizes.
       sizes: where matrices are padded already, how many rows of each are not padding: `[k]` for every stack.
 
     Returns:
-      For every stack what `fn` makes of its matrices, `[k, p, p]`.
+      For every stack what `fn` makes of its matrices, `[k, p, p]` or `[k, p, 1]`.
     """
     first = stacks[0]
     counts, shapes = [len(stack) for stack in first], [stack.shape[1:] for stack in first]
@@ -129,7 +154,7 @@ def in_few_shapes(fn: Callable[..., Any], *stacks: Sequence[jax.Array], sizes: S
     results: list[Any] = [None] * len(first)
     for bucket in buckets(shapes, counts, lambda shape: float(shape[0]) ** 3, [stack.dtype for stack in first]):
         operands = [bucket.stacked(arrays) for arrays in stacks]
-        rows = jnp.asarray(np.concatenate([sizes[i] for i in bucket.members]))
+        rows = jnp.concatenate([jnp.asarray(sizes[i]) for i in bucket.members])
         made = jax.lax.map(lambda operands: fn(*operands), (rows, *operands))
         leaves, structure = jax.tree.flatten(made)
         for i, *parts in zip(bucket.members, *map(bucket.split, leaves), strict=True):

@@ -14,6 +14,7 @@ import optax
 
 from lowrank_jax.projection import activations, linalg, matrix
 from lowrank_jax.projection.activations import ActivationLike
+from lowrank_jax.projection.batched import measure
 from lowrank_jax.projection.linalg import Pair
 from lowrank_jax.projection.stack import Stack
 
@@ -85,7 +86,9 @@ def approximate(stacks: Sequence[Stack], *, steps: int = STEPS, batch_size: int 
     Returns:
       For every stack u `[k, n, rank]` and v `[k, rank, m]`.
     """
-    kernels = [stack.w.astype(linalg.wide(stack.w.dtype)) for stack in stacks]
+    units = [linalg.units(stack.w) for stack in stacks]
+    own = [unit / measure(activations.get(stack.activation), unit) for stack, unit in zip(stacks, units, strict=True)]
+    kernels = [stack.w.astype(unit.dtype) / unit for stack, unit in zip(stacks, own, strict=True)]
     spectral = matrix.spectral_stacks([dataclasses.replace(stack, w=w) for stack, w in zip(stacks, kernels, strict=True)])
     # Each factor is measured in its own size, so that a step of Adam is the same fraction of every factor.
     sizes = jax.tree.map(lambda factor: jnp.sqrt(jnp.mean(factor**2, axis=(1, 2), keepdims=True)), spectral)
@@ -111,7 +114,11 @@ def approximate(stacks: Sequence[Stack], *, steps: int = STEPS, batch_size: int 
     (params, _), _ = jax.lax.scan(advance, (start, adam.init(start)), jnp.arange(steps))
     us, vs = zip(*factors(params), strict=True)
     balanced = linalg.rebalance(us, vs)
-    return [(u.astype(stack.w.dtype), v.astype(stack.w.dtype)) for stack, (u, v) in zip(stacks, balanced, strict=True)]
+    roots = map(jnp.sqrt, own)
+    return [
+        ((root * u).astype(stack.w.dtype), (root * v).astype(stack.w.dtype))
+        for stack, root, (u, v) in zip(stacks, roots, balanced, strict=True)
+    ]
 
 
 def _relative_loss(stack: Stack, w: jax.Array, pair: Pair, step: jax.Array, batch_size: int) -> jax.Array:

@@ -30,7 +30,7 @@ def relative_gap(w: jax.Array, rank: int) -> jax.Array:
     """
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
-    return _gap(w, linalg.gram_eigenvectors(w), rank)
+    return _gap(w, linalg.gram_eigenvectors(w, rank), rank)
 
 
 @functools.partial(jax.jit, static_argnames="rank")

@@ -5,12 +5,15 @@ import functools
 import flax.linen as nn
 import hypothesis
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lowrank_jax as lr
+from lowrank_jax.kernel import channel_view, spatial_view
 from lowrank_jax.linen import conv_gradients
 
 numbers = st.integers(1, 3)
@@ -148,3 +151,32 @@ def test_the_dtype_is_the_layers():
     y, pull = jax.eval_shape(functools.partial(jax.vjp, functools.partial(conv_gradients.convolve, conv)), kernel, x)
     assert y.dtype == jnp.bfloat16
     assert [gradient.dtype for gradient in jax.eval_shape(pull, y)] == [jnp.float32, jnp.float32]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides", "padding"),
+    [("b, 8, 8, 3", 2, "SAME"), ("b, h, w, 3", 1, "VALID")],  # jax itself has no gradient for open sizes and strides
+)
+@pytest.mark.parametrize("scheme", [channel_view, spatial_view])
+def test_an_exported_gradient_takes_batches_of_any_size(scheme, sizes, strides, padding):
+    conv, view = nn.Conv(6, (3, 3), strides, padding), scheme((3, 3, 3, 6))
+    rng = np.random.default_rng(0)
+    u, v, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((view.n, 1), (1, view.m), (6,)))
+    params = {"kernel": view.from_factors(u, v), "bias": bias}
+
+    def gradient(params, x):
+        return jax.grad(lambda p: jnp.sum(jnp.tanh(lr.apply(conv, {"params": p}, x))))(params)
+
+    def plain_gradient(params, x):  # of the factors, through the layer as it is
+        return jax.grad(lambda p: jnp.sum(jnp.tanh(conv.apply({"params": lr.merge(p)}, x))))(params)
+
+    constraints = ["h >= 3", "w >= 3"] if "h" in sizes else []
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(sizes, constraints=constraints), np.float32)
+    exported = jax.export.export(jax.jit(gradient), platforms=("cpu", "tpu"))(params, x)
+    program = jax.export.deserialize(exported.serialize())
+    for batch in (1, 3):
+        images = rng.standard_normal((batch, 8, 8, 3)).astype(np.float32)
+        found, expected = program.call(params, images), jax.jit(plain_gradient)(params, images)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)

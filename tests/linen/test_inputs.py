@@ -1,5 +1,7 @@
 """What layers read, against the layers' own outputs; and projections made for it."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -166,6 +168,41 @@ def test_layers_under_scan_have_moments_of_their_own_once_the_collection_is_scan
         lr.inputs.second_moments(model, variables, [x], plan)
 
 
+class Tied(nn.Module):
+    """One layer, in a loop whose turns can be seen or after a call outside of one whose turns cannot."""
+
+    seen: bool
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(6, name="dense")
+        x = x if self.seen else nn.tanh(layer(x))
+        turns = nn.scan(
+            lambda layer, x, _: (nn.tanh(layer(x)), None),
+            variable_axes={"lowrank_inputs": 0} if self.seen else {},
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=3,
+        )
+        return turns(layer, x, None)[0]
+
+
+def test_moments_of_one_layer_are_those_of_all_its_uses_or_refused():
+    x = RNG.standard_normal((9, 6)).astype(np.float32)
+    variables = drawn.variables(Tied(True), x)
+    kernel, bias = (np.asarray(variables["params"]["dense"][name], np.float64) for name in ("kernel", "bias"))
+    inputs = [x]
+    for _ in range(2):
+        inputs.append(np.tanh(inputs[-1] @ kernel + bias))
+    rows = np.concatenate(inputs)
+    plan = lr.plan(Tied(True), x, [lr.Rule(".*", rank=1)])
+    moments = lr.inputs.second_moments(Tied(True), variables, [x], plan)
+    np.testing.assert_allclose(moments["dense/kernel"], rows.T @ rows / len(rows), atol=1e-5)
+    lr.factorize(variables["params"], plan, key=KEY, moments=moments)
+    with pytest.raises(ValueError, match=r"cannot capture the inputs of .dense/kernel."):
+        lr.inputs.second_moments(Tied(False), variables, [x], plan)
+
+
 class Plain(nn.Module):
     """The layers whose inputs are real images, and hidden units after BatchNorm and ReLU."""
 
@@ -222,7 +259,7 @@ def test_the_data_aware_projection_is_the_projection_of_a_whitened_kernel():
     rng = np.random.default_rng(0)
     w, mix = rng.standard_normal((n, m)), rng.standard_normal((n, n)) * np.array([1, 1, 1, 1, 0.1, 0.1, 0])
     moment = mix @ mix.T  # of rank six: one direction has no input
-    regular = moment + linalg.RIDGE * np.trace(moment) / n * np.eye(n)
+    regular = moment + linalg.RIDGE * np.diag(np.diag(moment))
     params = lr.factorize(
         {"kernel": np.asarray(w, np.float32)}, DENSE_PLAN, key=KEY, moments={"kernel": np.asarray(moment, np.float32)}
     )
@@ -232,6 +269,44 @@ def test_the_data_aware_projection_is_the_projection_of_a_whitened_kernel():
     root = (vectors * np.sqrt(values)) @ vectors.T  # any square root will do
     plain = lr.factorize({"kernel": np.asarray(root @ w, np.float32)}, DENSE_PLAN, key=KEY)["kernel"]
     np.testing.assert_allclose(root @ (u @ v), np.asarray(plain.u) @ np.asarray(plain.v), atol=1e-4)
+
+
+def outlier(size):
+    """By kind of moment `[n, n]` in float64: what scales the inputs' channels, and how many samples there are."""
+    scales = np.exp(np.random.default_rng(0).standard_normal(N))
+    scales[5] *= size
+    return scales
+
+
+N, M, RANK = 32, 40, 6
+MOMENTS = {
+    "plain": (outlier(1), 4000),
+    "outlier x 100": (outlier(100), 4000),
+    "outlier x 1000": (outlier(1000), 4000),
+    "dead channels": (outlier(1) * (np.arange(N) % 3 > 0), 4000),
+    "dead channels and an outlier": (outlier(1000) * (np.arange(N) % 3 > 0), 4000),
+    "few samples": (outlier(1), 16),
+    "few samples and an outlier": (outlier(1000), 16),
+}
+WIDE = nn.Dense(M, use_bias=False)
+WIDE_PLAN = lr.plan(WIDE, np.ones((1, N)), [lr.Rule("kernel", rank=RANK, method="spectral")])
+
+
+@pytest.mark.parametrize("kind", MOMENTS)
+def test_data_aware_factors_lose_a_few_per_cent_more_than_the_best_ones(kind):
+    scales, samples = MOMENTS[kind]
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((samples, N)) @ (np.eye(N) + 0.3 * rng.standard_normal((N, N))) * scales
+    moment = (x.T @ x / samples).astype(np.float32)
+    w = rng.standard_normal((N, M)).astype(np.float32)
+    kernel = lr.factorize({"kernel": w}, WIDE_PLAN, key=KEY, moments={"kernel": moment})["kernel"]
+    u, v = (np.asarray(factor, np.float64) for factor in (kernel.u, kernel.v))
+    gap = w - u @ v
+    # The least loss is the sum of the squares of what a truncated decomposition of S^½ W leaves (Eckart and Young).
+    values, vectors = np.linalg.eigh(moment.astype(np.float64))
+    left = np.linalg.svd(np.sqrt(np.maximum(values, 0))[:, None] * vectors.T @ w, compute_uv=False)[RANK:]
+    assert np.trace(gap.T @ moment @ gap) < 1.03 * np.sum(left**2)
+    assert np.linalg.norm(u @ v) < 3 * np.linalg.norm(w)  # no input says anything of dead channels: nothing large is made up
 
 
 def test_a_layer_that_reads_zeros_gets_the_plain_projection():
@@ -247,7 +322,7 @@ def test_data_that_does_not_fit_gets_one_clear_error():
     def factorize(plan: Plan = plan, **data):
         return lr.factorize(PARAMS, plan, key=KEY, **data)
 
-    with pytest.raises(TypeError, match=r"captured from a flax\.linen\.Module, not from function"):
+    with pytest.raises(TypeError, match=r"takes a flax\.linen module; not function"):
         lr.inputs.second_moments(lambda x: x, VARIABLES, [IMAGES], plan)
     with pytest.raises(ValueError, match="no batches"):
         lr.inputs.second_moments(Small(), VARIABLES, [], plan)
@@ -267,6 +342,32 @@ def test_data_that_does_not_fit_gets_one_clear_error():
         factorize(moments=moments, inputs={})
     with pytest.raises(ValueError, match="conv/kernel: has no inputs"):
         factorize(small_plan(method="function_approximation"), inputs={})
+
+
+@pytest.mark.parametrize("capture", [lr.inputs.second_moments, functools.partial(lr.inputs.samples, key=KEY)])
+@pytest.mark.parametrize(("batches", "index"), [([IMAGES[:0], IMAGES], 0), ([IMAGES, IMAGES[:0]], 1), ([IMAGES[:, :, :0]], 0)])
+def test_an_empty_batch_gets_one_clear_error(capture, batches, index):
+    with pytest.raises(ValueError, match=rf"batch {index} is empty, an array of shape \[.*\]: .* inputs of 'conv/kernel'"):
+        capture(Small(), VARIABLES, batches, small_plan())
+
+
+@pytest.mark.parametrize("value", [1e20, np.nan])
+def test_moments_that_are_not_finite_name_their_kernels(value):
+    x = np.ones((3, 7), np.float32)
+    x[1, 2] = value
+    variables = {"params": {"kernel": np.ones((7, 9), np.float32)}}
+    with pytest.raises(ValueError, match=r"not finite in float32: .*, for kernel$"):
+        lr.inputs.second_moments(DENSE, variables, [np.ones_like(x), x], DENSE_PLAN)
+
+
+def test_moments_of_large_and_small_inputs_are_right_as_long_as_float32_holds_them():
+    rows = RNG.standard_normal((3000, 7)).astype(np.float32)
+    variables = {"params": {"kernel": np.ones((7, 9), np.float32)}}
+    exact = rows.astype(np.float64).T @ rows / len(rows)
+    for size in (2.0**59, 2.0**-50):  # the sum of squares is above float32's range
+        batches = [np.float32(size) * rows[:2999], np.float32(size) * rows[2999:]]
+        moment = lr.inputs.second_moments(DENSE, variables, batches, DENSE_PLAN)["kernel"]
+        np.testing.assert_allclose(np.asarray(moment, np.float64) / size**2, exact, atol=1e-5)
 
 
 def test_samples_of_a_small_batch_are_all_that_is_read():

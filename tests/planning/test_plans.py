@@ -51,3 +51,10 @@ def test_plans_with_the_same_lines_are_one_key():
         len({lr.plan(Net(), IMAGES, rules), lr.plan(Net(), IMAGES, rules), lr.plan(Net(), IMAGES, [lr.Rule(".*", rank=3)])})
         == 2
     )
+
+
+def test_a_plan_is_shown_as_its_table():
+    plan = lr.plan(Net(), IMAGES, [lr.Rule("(?P<x>.*)", rank=2, activation=jnp.tanh)])
+    assert repr(plan) == str(plan)
+    assert all(kernel.name in repr(plan) for kernel in plan.kernels)
+    assert all(f"<td>{kernel.name}</td>" in plan._repr_html_() for kernel in plan.kernels)

@@ -47,6 +47,10 @@ def test_both_conventions_for_the_spatial_scheme():
         ({"activation": "rleu"}, "unknown activation 'rleu'; did you mean relu"),
         ({"scheme": "chanel"}, "unknown scheme 'chanel'; did you mean channel"),
         ({"scale_of": "rows"}, "unknown scale_of 'rows'"),
+        ({"rows": ()}, "must be different axes"),
+        ({"rows": (0, 0)}, "must be different axes"),
+        ({"rows": "all_but_first"}, "must be different axes"),
+        ({"rows": (True,)}, "must be different axes"),
     ],
 )
 def test_a_bad_rule_says_what_is_wrong(settings, message):

@@ -56,12 +56,17 @@ def test_kernels_of_many_shapes_are_projected_together(method):
         assert v.shape == (len(w), rank, w.shape[2])
         size = np.abs(w).max() or 1.0
         np.testing.assert_allclose(u.swapaxes(1, 2) @ u / size, v @ v.swapaxes(1, 2) / size, atol=1e-4)
-        if i == ILL_CONDITIONED or (method == "kernel_projection" and activation == "silu"):
-            continue  # float32 mixes small directions, and quadrature is not that exact: their risks are compared below
+        if method == "kernel_projection" and activation == "silu":
+            continue  # quadrature is not that exact: risks are compared below
         settings = {"activation": "identity"} if method == "spectral" else {"activation": activation, "group": group}
         for w_i, y in zip(w, u @ v, strict=True):
             wanted = reference.projected(w_i, rank, **settings, normalized=method == "norm_preserving")
-            np.testing.assert_allclose(y / size, wanted / size, atol=2e-5)
+            np.testing.assert_allclose(y[:, determined(i, method)] / size, wanted[:, determined(i, method)] / size, atol=2e-5)
+
+
+def determined(i, method):
+    """Which columns have a direction: those that the ill-conditioned kernel leaves out are at right angles to the others."""
+    return slice(KERNELS[i][1]) if i == ILL_CONDITIONED and method != "spectral" else slice(None)
 
 
 def test_the_risk_is_that_of_float64():
@@ -75,11 +80,11 @@ def test_the_risk_is_that_of_float64():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["kernel_projection", "spectral", "norm_preserving"])
 def test_kernels_of_many_shapes_together_are_what_they_are_alone(method):
-    for (w, rank, group, activation), (u, v) in zip(KERNELS, together(method), strict=True):
-        size = np.abs(w).max() or 1.0
+    for index, ((w, rank, group, activation), (u, v)) in enumerate(zip(KERNELS, together(method), strict=True)):
+        size, columns = np.abs(w).max() or 1.0, determined(index, method)
         for i in range(len(w)):
             a, b = methods.factor(method, jax.random.key(0), jnp.asarray(w[i]), rank, activation=activation, group=group)
-            np.testing.assert_allclose(u[i] @ v[i] / size, a @ b / size, atol=2e-5)
+            np.testing.assert_allclose(u[i] @ v[i, :, columns] / size, a @ b[:, columns] / size, atol=2e-5)
 
 
 def test_large_and_small_kernels_that_do_not_share_a_shape_are_projected_all_the_same(monkeypatch):

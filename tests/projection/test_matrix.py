@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lowrank_jax import projection
-from lowrank_jax.projection import activations
+from lowrank_jax.projection import activations, matrix
+from lowrank_jax.projection.stack import Stack
 from lowrank_jax.projection.subspaces import SUBSPACES
 from tests.projection import reference
 from tests.projection.reference import golden_matrix, normal, relative_risk
@@ -366,3 +367,100 @@ def test_refine_of_silu_is_the_same_under_vmap():
     u, v = jax.jit(jax.vmap(lambda w: projection.kernel_projection(w, 2, **kind)))(w)
     a, b = projection.kernel_projection(w[1], 2, **kind)
     np.testing.assert_allclose(u[1] @ v[1], a @ b, atol=1e-4)
+
+
+def rotation(seed, n):
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))[0]
+
+
+def large_column(seed, n):
+    w = np.random.default_rng(seed).standard_normal((n, n))
+    w[:, 3] *= 1e4
+    return w
+
+
+ILL_CONDITIONED = {  # kernel and rank: like trained ones, with singular values of which a Gram matrix holds no digits
+    "hilbert": (1 / (np.arange(60)[:, None] + np.arange(60) + 1), 8),
+    "squares": (rotation(0, 64) * np.arange(1, 65.0) ** -2 @ rotation(1, 64), 40),
+    "a large column": (large_column(2, 64), 30),
+    "an offset": (np.random.default_rng(3).standard_normal((64, 64)) + 1e3, 30),
+    "tall": (rotation(4, 90)[:, :40] * np.geomspace(1, 1e-6, 40) @ rotation(5, 40), 20),
+    "wide": (rotation(5, 40) * np.geomspace(1, 1e-6, 40) @ rotation(4, 90)[:40], 20),
+}
+
+
+def error(w, factors):
+    u, v = (np.asarray(factor, np.float64) for factor in factors)
+    return np.linalg.norm(w.astype(np.float64) - u @ v) / np.linalg.norm(w.astype(np.float64))
+
+
+def lapack_error(w, rank):
+    """Of the truncated decomposition in float32, with the root of the singular values on both sides."""
+    u, s, vt = np.linalg.svd(w, full_matrices=False)
+    assert s.dtype == np.float32
+    return error(w, (u[:, :rank] * np.sqrt(s[:rank]), np.sqrt(s[:rank])[:, None] * vt[:rank]))
+
+
+@functools.cache
+def ill_conditioned_together():
+    """Spectral factors of all of them, padded to few shapes, by name."""
+
+    @jax.jit
+    def factors(ws):
+        return matrix.spectral_stacks([Stack(None, ws[name][None], rank) for name, (_, rank) in ILL_CONDITIONED.items()])
+
+    made = factors({name: w.astype(np.float32) for name, (w, _) in ILL_CONDITIONED.items()})
+    return {name: (u[0], v[0]) for name, (u, v) in zip(ILL_CONDITIONED, made, strict=True)}
+
+
+@pytest.mark.parametrize("name", ILL_CONDITIONED)
+def test_small_singular_values_cost_no_more_digits_than_in_lapack(name):
+    w, rank = ILL_CONDITIONED[name]
+    w = w.astype(np.float32)
+    wanted = lapack_error(w, rank)
+    alone = projection.spectral(w, rank)
+    for factors in (alone, ill_conditioned_together()[name]):
+        assert error(w, factors) < 1.3 * wanted
+    u, v = (np.asarray(factor) for factor in alone)
+    np.testing.assert_allclose(u.T @ u, v @ v.T, atol=1e-5 * np.linalg.norm(w))
+
+
+@pytest.mark.parametrize("name", ["hilbert", "tall"])
+@pytest.mark.parametrize("subspace", SUBSPACES)
+def test_small_singular_values_are_kept_by_every_subspace(subspace, name):
+    if subspace != "top" and name == "tall":
+        return  # compiles for seconds, and tells no more
+    w, rank = ILL_CONDITIONED[name]
+    u, v = projection.kernel_projection(w.astype(np.float32), rank, subspace=subspace, activation="identity")
+    assert error(w.astype(np.float32), (u, v)) < 1.5 * lapack_error(w.astype(np.float32), rank)
+
+
+def test_matrices_that_need_another_pass_do_not_change_the_others():
+    good = normal(0, 2, 64, 64)
+    bad = np.stack([ILL_CONDITIONED["squares"][0], ILL_CONDITIONED["a large column"][0]]).astype(np.float32)
+
+    @jax.jit
+    def factors(w):
+        return matrix.spectral_stacks([Stack(None, w, 30)])[0]
+
+    (u, v), (a, b) = factors(np.concatenate([good[:1], bad[:1]])), factors(good)
+    np.testing.assert_array_equal(u[0] @ v[0], a[0] @ b[0])
+    (u, v) = factors(bad)
+    for i in range(2):
+        assert error(bad[i], (u[i], v[i])) < 1.01 * lapack_error(bad[i], 30)
+
+
+def test_derivatives_where_another_pass_is_needed_are_those_of_differences():
+    with jax.enable_x64(True):
+
+        @jax.jit
+        @jax.value_and_grad
+        def kept(w):
+            u, v = projection.kernel_projection(w, 3)
+            return jnp.sum((u @ v)[2:, 1:] ** 2)
+
+        w = rotation(0, 8)[:, :6] * np.array([1, 1e-2, 1e-5, 1e-7, 1e-7, 3e-8]) @ rotation(1, 6)  # eps^¼ is 1e-4
+        step = np.zeros((8, 6))
+        step[1, 2] = 1e-9
+        (_, grad), (up, _), (down, _) = kept(w), kept(w + step), kept(w - step)
+        np.testing.assert_allclose(grad[1, 2], (up - down) / 2e-9, rtol=1e-4)

@@ -8,6 +8,7 @@ import pytest
 from lowrank_jax.projection import methods
 from lowrank_jax.projection.methods import METHODS
 from lowrank_jax.projection.stack import Stack
+from tests.projection import reference
 from tests.projection.reference import normal
 
 W = normal(0, 12, 20) / np.float32(np.sqrt(6))
@@ -104,3 +105,34 @@ def test_bad_input_gets_one_clear_error(method):
 def test_unknown_methods_are_named():
     with pytest.raises(ValueError, match="unknown method 'spectrl'; did you mean spectral"):
         methods.factor("spectrl", jax.random.key(1), W, 3)
+
+
+SIZES = [2.0**128, 2.0**-100, 2.0**-110]  # of kernels with elements up to one; the smallest are near the end of float32
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_kernels_at_the_ends_of_float32_give_the_same_factors_in_their_size(method):
+    w = PAIR[0] / np.float32(1.01 * np.abs(PAIR[0]).max())
+
+    def product(size):
+        u, v = methods.factor(method, jax.random.key(0), (w * np.float64(size)).astype(np.float32), 3, group=2)
+        return np.asarray(u, np.float64) @ np.asarray(v, np.float64)
+
+    one = product(1)
+    assert np.linalg.norm(one) > 0.1 * np.linalg.norm(w)
+    for size in SIZES:
+        np.testing.assert_allclose(product(size) / (1 if method == "unit_spectral" else size), one, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("activation", ["relu", "identity", "silu", "sigmoid"])
+def test_kernels_at_the_ends_of_float32_are_those_of_float64(activation, size):
+    """SiLU is a ReLU from far away, and the identity (by half) from nearby, as is the sigmoid, which is flat from far away."""
+    if activation == "sigmoid" and size > 1:
+        return
+    w = (PAIR[0] / np.float32(1.01 * np.abs(PAIR[0]).max()) * np.float64(size)).astype(np.float32)
+    u, v = methods.factor("kernel_projection", jax.random.key(0), w, 3, activation=activation)
+    limit = activation if activation in ("relu", "identity") else "relu" if size > 1 else "identity"
+    wanted = reference.projected(w.astype(np.float64) / size, 3, limit)
+    rounding = 1e-5 if limit == activation else 2e-3  # a section of a sigmoid, which is near a half, holds few digits
+    np.testing.assert_allclose(np.asarray(u, np.float64) @ np.asarray(v, np.float64) / size, wanted, atol=rounding)

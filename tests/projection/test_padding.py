@@ -30,6 +30,57 @@ def test_every_stack_is_in_one_bucket_and_padding_costs_no_more_than_a_tenth(sha
     assert padded <= 1.1 * count * sum(map(work, shapes)) + 1.01 * padding.FREE
 
 
+def slow_buckets(shapes, counts, work, alike, free):
+    """The definition: all pairs are looked at before each of the joins.  Tuples of shape and members."""
+    groups = {}
+    for i, key in enumerate(zip(shapes, alike, strict=True)):
+        groups.setdefault(key, []).append(i)
+    merged = [(shape, members) for (shape, _), members in groups.items()]
+
+    def total(shape, members):
+        return sum(counts[i] for i in members) * work(shape)
+
+    def joined(one, other):
+        return tuple(map(max, one[0], other[0])), sorted(one[1] + other[1])
+
+    def cost(pair):
+        return total(*joined(*pair)) - total(*pair[0]) - total(*pair[1])
+
+    left = 0.1 * sum(total(*group) for group in merged) + free
+    while pairs := [pair for pair in itertools.combinations(merged, 2) if alike[pair[0][1][0]] == alike[pair[1][1][0]]]:
+        best = min(pairs, key=cost)
+        if cost(best) > left:
+            break
+        left -= cost(best)
+        merged = [group for group in merged if group not in best] + [joined(*best)]
+    return [(shape, tuple(members)) for shape, members in merged]
+
+
+SIZES = st.one_of(st.integers(1, 2000), st.sampled_from([1, 2, 64, 128, 256]))  # some of them equal, so that costs are
+
+
+@given(st.lists(st.tuples(SIZES, SIZES, st.integers(1, 3), st.booleans()), min_size=1, max_size=14), st.integers(0, 10))
+def test_grouping_joins_the_pair_that_costs_least_every_time(stacks, power):
+    shapes, counts = [(n, m) for n, m, *_ in stacks], [count for _, _, count, _ in stacks]
+    alike = [kind for *_, kind in stacks]
+    found = padding.buckets(shapes, counts, work, alike, 10.0**power)
+    assert [(bucket.shape, bucket.members) for bucket in found] == slow_buckets(shapes, counts, work, alike, 10.0**power)
+    for bucket in found:
+        assert bucket.counts == tuple(counts[i] for i in bucket.members)
+
+
+def test_grouping_of_many_shapes_looks_at_each_pair_about_once():
+    shapes, looked = [(i, i + 1) for i in range(1, 321)], []
+
+    def counted(shape):
+        looked.append(shape)
+        return work(shape)
+
+    found = padding.buckets(shapes, [1] * len(shapes), counted)
+    assert 1 < len(found) < 32
+    assert len(looked) < 2 * len(shapes) ** 2  # the definition looks at eleven million
+
+
 def test_small_shapes_are_one_and_large_ones_stay_apart():
     def shapes(*sizes):
         return sorted(

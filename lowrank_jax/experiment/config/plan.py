@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.linen.interception import intercept
 from lowrank_jax.linen.plan import plan as plan_model
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.text import first_line
@@ -29,7 +30,7 @@ def _make_plan(config: Config) -> Plan:
 
     def note_output(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         output = call(*args, **kwargs)
-        if not context.module.path:
+        if context.method_name == "__call__" and not context.module.path:
             outputs.append(output)
         return output
 
@@ -37,11 +38,11 @@ def _make_plan(config: Config) -> Plan:
         model = config.build_model()
         if not isinstance(model, nn.Module):
             raise TypeError(f"{config.model.name} builds {type(model).__name__}, not a Linen module")
-        with nn.intercept_methods(note_output):
-            plan = plan_model(model, images_like(config), config.lowrank.to_rules())
+        with intercept(note_output):
+            plan = plan_model(model, images_like(config), config.lowrank.to_rules(), also=[{"train": True}])
     except Exception as error:  # whatever somebody's model may raise
         raise ConfigError("config", [f"model or lowrank: {line}" for line in _lines(error)]) from error
-    _check_logits(config, outputs[-1])  # the outermost module returns last
+    _check_logits(config, outputs[0])  # of the model's first call
     return plan
 
 

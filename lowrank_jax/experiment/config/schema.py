@@ -160,7 +160,7 @@ class LowRankConfig(_Hashable):
     scale_of: str = "full_rank"
     execution: str = "auto"
     moment_batches: int = _option(0, at_least(0))  # batches of images to estimate the layers' input moments from
-    rules: tuple[FrozenDict, ...] = ()  # exceptions, first match wins: {"path": ..., and any of the keys above}
+    rules: tuple[FrozenDict, ...] = ()  # exceptions, first match wins: {"path": ..., "rows": ..., and any of the keys above}
 
     def to_rules(self) -> tuple[Rule, ...]:
         """The rules in order, with a catch-all of the settings above at the end; none for the dense network.
@@ -182,11 +182,13 @@ class LowRankConfig(_Hashable):
         return tuple(rules)
 
 
+_KEYS_OF_ONE = ("path", "rows")  # of a rule alone
 _RULE_KEYS = ("method", "scale", "rank", "scheme", "activation", "multiple_of", "scale_of", "execution")
 
 
 def _to_rule(common: dict[str, Any], entry: dict[str, Any]) -> Rule:
-    unknown = [f"unknown key {key!r}{did_you_mean(key, _RULE_KEYS)}" for key in entry if key not in ("path", *_RULE_KEYS)]
+    known = (*_RULE_KEYS, *_KEYS_OF_ONE)
+    unknown = [f"unknown key {key!r}{did_you_mean(key, known)}" for key in entry if key not in known]
     if "path" not in entry:
         unknown.append("no path")
     if unknown:

@@ -21,9 +21,8 @@ from lowrank_jax.experiment.training import start, state
 from lowrank_jax.experiment.training.mixing import normalizer
 from lowrank_jax.experiment.training.start import blank_images
 from lowrank_jax.experiment.workdir.writer import duration
-from lowrank_jax.linen.factorize import factorize
+from lowrank_jax.linen.factorize import factorize, merge
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.planning.factorize import merge
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection import matrix as projection
@@ -202,13 +201,13 @@ class _Network:
         logits = self.programs.forward({**self.variables, "params": merged}, self.images, self.dropout)
         error = jnp.sum((logits - self.logits) ** 2) / jnp.sum(self.logits**2)
         risks = relative_risks(params, merged, plan, moments)
-        ranks = {kernel.name: kernel.rank for kernel in plan.factored}
+        ranks = {kernel.name: kernel.rank for kernel in plan.captured}
         return Measurement(method, scale, self.config.seed, ranks, risks, float(error), seconds, factorizer.compile_seconds)
 
     def _moments(self, plan: Plan) -> dict[str, jax.Array] | None:
         if not self.captured:
             return None
-        kernels = tuple((kernel.name, kernel.view) for kernel in plan.factored)  # independent of method and rank
+        kernels = tuple((kernel.name, kernel.view) for kernel in plan.captured)  # independent of method and rank
         if kernels not in self._known_moments:
             self._known_moments[kernels] = inputs.second_moments(
                 self.programs.model, self.variables, self.captured, plan, rngs={"dropout": self.dropout}, train=True
@@ -251,7 +250,7 @@ def relative_risks(params: Any, merged: Any, plan: Plan, moments: dict[str, jax.
     """
     before, after = named_leaves(params), named_leaves(merged)
     # Only what the risks depend on, without rank and method, so that one program serves all of them.
-    judged = tuple((kernel.name, kernel.view, kernel.rule.activation) for kernel in plan.factored)
+    judged = tuple((kernel.name, kernel.view, kernel.rule.activation) for kernel in plan.captured)
     names = [name for name, *_ in judged]
     risks = _risks(judged, {name: before[name] for name in names}, {name: after[name] for name in names}, moments)
     return {name: float(risk) for name, risk in risks.items()}

@@ -46,8 +46,9 @@ def blank_images(dataset: Dataset) -> jax.Array:
 
 
 def init_dense(model: nn.Module, images: jax.Array, seed: Any) -> Any:
-    """The dense model's variables, drawn by its own initialiser."""
-    return model.init(key(seed, "init"), images)
+    """The dense model's variables, drawn by its own initialiser; parameters without boxes, as the config's rules shard them."""
+    variables = model.init(key(seed, "init"), images)
+    return {**variables, "params": nn.meta.unbox(variables["params"])}
 
 
 def init_weights(model: nn.Module, plan: Plan, images: jax.Array, seed: Any, moments: Moments = None) -> Weights:

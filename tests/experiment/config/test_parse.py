@@ -218,6 +218,8 @@ def test_rules_are_exceptions_to_the_settings_above_them():
         Rule(".*", scale=0.25, **common),
     )
     assert dataclasses.replace(config, method="none").to_rules() == ()
+    (rule, _) = LowRankConfig(rules=({"path": "d", "rows": [0], "execution": "premerged"},)).to_rules()
+    assert (rule.rows, rule.execution) == ((0,), "premerged")
 
 
 @pytest.mark.parametrize(

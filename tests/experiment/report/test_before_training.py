@@ -82,7 +82,7 @@ def test_with_moments_risks_are_those_under_inputs_that_have_them():
     plan = lr.plan(nn.Dense(6), np.ones((2, 8), np.float32), [lr.Rule("kernel", rank=2, activation="relu")])
     w, y, x = rng.normal(size=(8, 6)), rng.normal(size=(8, 6)), rng.normal(size=(8, 8))
     moment = x.T @ x
-    root = np.linalg.cholesky(moment + linalg.RIDGE * np.trace(moment) / 8 * np.eye(8)).T
+    root = np.linalg.cholesky(moment + linalg.RIDGE * np.diag(np.diag(moment))).T
     given = [{"kernel": np.float32(kernel), "bias": np.zeros(6, np.float32)} for kernel in (w, y)]
     found = before_training.relative_risks(*given, plan, {"kernel": np.float32(moment)})
     np.testing.assert_allclose(found["kernel"], risk(root @ w, root @ y) / risk(root @ w, 0 * w), rtol=1e-4)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lowrank_jax.experiment.config.files import ConfigError
-from lowrank_jax.experiment.training.start import state_collections
+from lowrank_jax.experiment.training.start import init_dense, state_collections
 
 IMAGES = np.zeros((1, 2, 2, 1), np.float32)
 
@@ -40,3 +40,9 @@ def test_what_a_model_reads_is_state_and_what_it_only_writes_is_not():
 def test_what_a_checkpoint_cannot_hold_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"the collection 'memory/key' holds key<fry>, which a checkpoint cannot"):
         collections(Model("key"))
+
+
+def test_boxes_of_a_models_initialisers_are_off():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    variables = jax.eval_shape(lambda: init_dense(nn.Dense(5, kernel_init=init), jnp.ones((1, 4)), 0))
+    assert variables["params"]["kernel"].shape == (4, 5)  # rules of the config find it by its name
