@@ -39,8 +39,8 @@ def unflatten(arrays: Any, like: Any) -> Any:
 
     Args:
       arrays: from `flatten`; or a tree that has dicts in the place of factor pairs, as orbax restores without a target.
-      like: what says where factor pairs are, which axes are their rows and how they run, which the arrays do not.  A plan, for
-        parameters, variables and other trees of dicts.  Or a tree of the same structure, of arrays or of shapes; then lists,
+      like: a plan or a tree.  It says which arrays are factor pairs, what their row axes are and how they run.  A plan is
+        for parameters, variables and other trees of dicts.  With a tree of the same structure, of arrays or of shapes, lists,
         optimiser states, boxes and the pairs of a model's own low-rank layers come back as well.  Ranks may be others.
 
     Raises:

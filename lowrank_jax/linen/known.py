@@ -62,10 +62,10 @@ def register_layer(
 ) -> None:
     """Lets the layers of a class run on factors; otherwise their kernels stay dense, or are `premerged`.
 
-    By default the layer has to multiply the last axes of its first argument with the kernel, and to take the kernel's size from
-    that argument; an attribute `axis` of the layer says which axes.  It then runs in two stages: x is multiplied with U, and
-    the layer itself is called on the result, with V for its kernel.  A layer for which that is another function stays dense,
-    and the plan says what else it does.
+    By default the layer has to multiply the last axes of its first argument with the kernel, and the kernel's shape has to
+    follow from that argument; an attribute `axis` of the layer says which axes.  It then runs in two stages: x is multiplied
+    with U, and the layer itself is called on the result, with V for its kernel.  A layer for which that is another function
+    stays dense, and the plan says why.
 
         lr.register_layer(FlaxConv1D, rows=1)  # GPT-2 stores it as [out, in]
         lr.register_layer(DenseGeneral)  # T5's in t5x: as [in, out], however many axes of x these are

@@ -202,13 +202,13 @@ def with_kernels(layer: Any, kernels: Mapping[str, Any]) -> Any:
     """A layer's parameters, without boxes, with other kernels, given by their names below it."""
     params = nn.meta.unbox(layer.variables["params"])
     for name, kernel in kernels.items():
-        params = _replaced(params, name.split("/"), kernel)
+        params = _with_leaf(params, name.split("/"), kernel)
     return params
 
 
-def _replaced(params: Any, path: Sequence[str], leaf: Any) -> Any:
+def _with_leaf(params: Any, path: Sequence[str], leaf: Any) -> Any:
     first, *rest = path
-    return {**params, first: _replaced(params[first], rest, leaf) if rest else leaf}
+    return {**params, first: _with_leaf(params[first], rest, leaf) if rest else leaf}
 
 
 def own_stages(layer: Any, name: str, pair: LowRankKernel, args: Any, kwargs: Any) -> Any:

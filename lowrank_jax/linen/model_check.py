@@ -1,4 +1,4 @@
-"""What is no Linen module, told so before anything is done with it."""
+"""Refuses models that are not Linen modules, before any work."""
 
 from typing import Any
 

@@ -37,7 +37,7 @@ def plan(
       inputs: what the model is called on: one argument, or a tuple of them.  Arrays and `jax.ShapeDtypeStruct`s anywhere in
         them are traced.  The first axis of the first one is taken for the batch, by which MACs are divided.
       rules: in order; the first whose path matches a name in full decides.  A kernel that no rule matches stays dense.
-      rngs: as for `model.apply`, where one key for all does not do.
+      rngs: as for `model.apply`; needed only if one key is not enough.
       also: in which other ways the model will be called: changes of the keyword arguments, such as `[{"train": True}]`,
         `{"method": "loss"}` or `{"mutable": ["penalties"]}`.  A kernel runs on factors only where all these calls leave it to
         its layer, and training may read kernels that evaluation does not.
