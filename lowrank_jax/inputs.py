@@ -40,7 +40,7 @@ def second_moments(
     Raises:
       TypeError: the model is not a Linen module.
       ValueError: there are no batches, one is empty, the inputs of a planned kernel cannot be captured, or their moments are
-        not finite in float32, as those of inputs above 1e19.
+        not finite in float32, as for inputs above 1e19.
     """
     capture = _capture(model)
 
@@ -153,4 +153,4 @@ def _check_finite(means: dict[str, jax.Array]) -> None:
     broken = [name for name, mean in means.items() if not jnp.isfinite(mean).all()]
     if broken:
         names = ", ".join(broken)
-        raise ValueError(f"second moments are not finite in float32: inputs are not, or are above 1e19, for {names}")
+        raise ValueError(f"second moments are not finite in float32: inputs are not finite, or are above 1e19, for {names}")

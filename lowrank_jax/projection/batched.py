@@ -26,7 +26,7 @@ class PaddedStack:
 
     Attributes:
       w: `[k, n, m]`, padded with zeros; every matrix is divided by its unit.
-      unit: the largest magnitude of every matrix, `[k, 1, 1]`.
+      unit: the unit of every matrix, near its largest magnitude, `[k, 1, 1]`.
       group: columns per output, the same for all of them.
       members: the stacks, in the order in which they lie in `w`.
       bucket: their positions and counts.
@@ -206,7 +206,7 @@ _SMALLEST, _LARGEST = 2.0**-12, 2.0**16
 def measure(act: Activation, unit: jax.Array) -> jax.Array:
     """The unit in which to pass lengths to an activation: for a homogeneous one it does not matter.
 
-    Any other is taken to be homogeneous for kernels whose largest elements lie outside these bounds, as most are: smaller
-    sections are lost in rounding and squares of larger ones overflow (docs/mathematics.md, section 4).
+    Any other is treated as homogeneous outside these bounds.  Below them its values are lost in rounding, above them squares
+    overflow (docs/mathematics.md, section 4).
     """
     return jnp.ones_like(unit) if isinstance(act, activations.Homogeneous) else jnp.clip(unit, _SMALLEST, _LARGEST)

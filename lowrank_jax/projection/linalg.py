@@ -96,10 +96,12 @@ def singular_vectors(ws: Sequence[jax.Array], sides: Sequence[jax.Array], ranks:
     """The singular vectors of the smaller side of every W, by decreasing singular value; those of padding come last.
 
     They are the eigenvectors of the smaller Gram matrix, which resolves singular values down to √eps of the largest, σ.  Where
-    the leading `rank` of them leave less than eps^¼ σ of W, the Gram matrix of W in that basis is decomposed anew, without the
-    directions above eps^¼ σ: that resolves √eps of the others.  With a third pass, below √eps σ, all are resolved down to eps,
-    as by a singular value decomposition (docs/mathematics.md, section 3.2).  Further passes run in a loop, for those matrices
-    alone that need them.  On a TPU the first one does too: there a decomposition takes long to compile.
+    the leading `rank` of them leave less than eps^¼ σ of W, a second pass decomposes the Gram matrix of W in that basis,
+    without the directions above eps^¼ σ.  Where they leave less than √eps σ, a third pass does so without those above √eps σ.
+    It resolves singular values down to eps σ, as a singular value decomposition does (docs/mathematics.md, section 3.2).
+
+    Further passes run in a loop, and only for matrices that need them.  On a TPU the first pass runs in the loop too: there,
+    every decomposition in the program takes long to compile.
 
     Derivatives are those of eigenvectors: NaN or infinite where singular values coincide.
 
@@ -367,13 +369,13 @@ def unit(*matrices: jax.Array) -> jax.Array:
     """A power of four near the largest magnitude, to measure matrices in; 1 if all are zero.
 
     Squares of very large or small elements leave the range of float32.  Division by the unit is exact, as is multiplication by
-    its root.  It stays within the range in which its inverse is a normal number: others count as zero.
+    its root.  It and its inverse are normal numbers: processors may take others for zero.
     """
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(matrix)) for matrix in matrices])).astype(wide(matrices[0].dtype))
     info = jnp.finfo(largest.dtype)
     end = 2.0 ** (-info.minexp // 2)
     power = jnp.clip(jax.lax.reduce_precision(jnp.sqrt(largest), info.nexp, 0), 1 / end, end)  # rounded to a power of two
-    size = jnp.where(jnp.isfinite(largest), power * power, largest)  # rounded without a mantissa, NaN may become infinite
+    size = jnp.where(jnp.isfinite(largest), power * power, largest)  # reduced to no mantissa, NaN may become infinite
     return jax.lax.stop_gradient(jnp.where(largest == 0, 1, size))
 
 
