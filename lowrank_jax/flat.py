@@ -9,7 +9,7 @@ import jax
 from lowrank_jax.kernel import LowRankKernel, is_low_rank, without_box
 from lowrank_jax.paths import leaf_name, named_leaves
 from lowrank_jax.planning.plans import FactoredKernel, Plan
-from lowrank_jax.planning.relabel import planned
+from lowrank_jax.planning.relabel import finder
 
 _MOST = 10  # problems to list
 
@@ -52,7 +52,8 @@ def unflatten(arrays: Any, like: Any) -> Any:
 
 def _by_plan(arrays: dict[str, Any], plan: Plan) -> Any:
     pairs = {name.removesuffix("/u") for name in arrays if name.endswith("/u") and name.removesuffix("u") + "v" in arrays}
-    kernels = {name: kernel for name in pairs if (kernel := planned(plan, name))}
+    find = finder(plan)
+    kernels = {name: kernel for name in pairs if (kernel := find(name))}
     problems = _without_pairs(plan, kernels) + _other_dense(plan, arrays)
     leaves: dict[str, Any] = {}
     for name, array in arrays.items():

@@ -151,11 +151,7 @@ def _() -> Example:
         word_dropout_rate=0.1,
         deterministic=True,
     )
-    return Example(model, (_tokens(3, 9), np.array([9, 4, 6])), register=_lstm_cells)
-
-
-def _lstm_cells(register: Callable[..., None]) -> None:
-    register(nn.OptimizedLSTMCell, kernel=[f"{kind}{gate}/kernel" for kind in "ih" for gate in "ifgo"], run=_lstm_step)
+    return Example(model, (_tokens(3, 9), np.array([9, 4, 6])), register=lambda register: register(**OPTIMIZED_LSTM_CELL))
 
 
 def _lstm_step(cell: Any, params: Any, carry: Any, x: jax.Array) -> Any:
@@ -171,6 +167,14 @@ def _lstm_step(cell: Any, params: Any, carry: Any, x: jax.Array) -> Any:
     c = cell.gate_fn(f) * c + cell.gate_fn(i) * cell.activation_fn(g)
     h = cell.gate_fn(o) * cell.activation_fn(c)
     return (c, h), h
+
+
+# The arguments of `register_layer` for flax's cell, whose eight kernels belong to modules inside.
+OPTIMIZED_LSTM_CELL = {
+    "cls": nn.OptimizedLSTMCell,
+    "kernel": [f"{kind}{gate}/kernel" for kind in "ih" for gate in "ifgo"],
+    "run": _lstm_step,
+}
 
 
 @_model("flax: ppo")

@@ -172,5 +172,4 @@ def _not_a_product(jaxpr: Any, labels: programs.Labels) -> tuple[str, list[str |
         else:
             return f"as {next(filter(None, operands))} is read by {name}", []
         labels |= programs.labelled(eqn.outvars, outputs)
-    outputs = programs.labels_of(jaxpr.outvars, labels)
-    return "", outputs
+    return "", programs.labels_of(jaxpr.outvars, labels)

@@ -1,6 +1,7 @@
 """The execution of factor pairs, changed in parameters and in whatever an optimiser or an average keeps beside them."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, get_args
 
 from lowrank_jax.kernel import Execution, is_low_rank
@@ -31,9 +32,10 @@ def with_execution(tree: Any, execution: Execution | Plan) -> Any:
             raise ValueError(f"unknown execution {execution!r}{did_you_mean(execution, get_args(Execution))}")
         return map_named(lambda _, leaf: _relabelled(leaf, execution), tree, is_leaf=is_low_rank)
     plan, seen = execution, set()
+    find = finder(plan)
 
     def relabel(name: str, leaf: Any) -> Any:
-        kernel = planned(plan, name) if is_low_rank(leaf) else None
+        kernel = find(name) if is_low_rank(leaf) else None
         if kernel is None:
             return leaf
         seen.add(kernel.name)
@@ -55,8 +57,12 @@ def _relabelled(leaf: Any, execution: Execution) -> Any:
     return dataclasses.replace(leaf, execution=execution) if is_low_rank(leaf) and leaf.execution != "premerged" else leaf
 
 
-def planned(plan: Plan, name: str) -> FactoredKernel | None:
-    """The factored kernel that a leaf belongs to: its name ends with the kernel's, as in "0/mu/dense/kernel"; None if none."""
+def finder(plan: Plan) -> Callable[[str], FactoredKernel | None]:
+    """Finds the factored kernel that a leaf belongs to: its name ends with the kernel's, as in "0/mu/dense/kernel"; or None."""
     kernels = {kernel.name: kernel for kernel in plan.factored}
-    parts = name.split("/")
-    return next((kernels[end] for i in range(len(parts)) if (end := "/".join(parts[i:])) in kernels), None)
+
+    def find(name: str) -> FactoredKernel | None:
+        parts = name.split("/")
+        return next((kernels[end] for i in range(len(parts)) if (end := "/".join(parts[i:])) in kernels), None)
+
+    return find

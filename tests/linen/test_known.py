@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lr
-from lowrank_jax.linen import known
+from scripts.third_party_zoo import OPTIMIZED_LSTM_CELL
 
 X = np.random.default_rng(0).standard_normal((3, 5, 12)).astype(np.float32)
 
@@ -56,34 +56,6 @@ class Recurrent(nn.Module):
         cell = nn.OptimizedLSTMCell(12, name="cell")
         _, y = cell(cell.initialize_carry(jax.random.key(0), x[:, 0].shape), x[:, 0])
         return y
-
-
-GATES = [f"{kind}{gate}/kernel" for kind in "ih" for gate in "ifgo"]
-
-
-def lstm(cell, params, carry, x):
-    """The equations of the cell, on factors where there are some."""
-    c, h = carry
-
-    def gate(name):
-        def product(x, part):
-            kernel = part["kernel"]
-            y = (x @ kernel.u) @ kernel.v if isinstance(kernel, lr.LowRankKernel) else x @ kernel
-            return y + part.get("bias", 0)
-
-        return product(x, params[f"i{name}"]) + product(h, params[f"h{name}"])
-
-    i, f, o = (nn.sigmoid(gate(name)) for name in "ifo")
-    c = f * c + i * jnp.tanh(gate("g"))
-    h = o * jnp.tanh(c)
-    return (c, h), h
-
-
-@pytest.fixture
-def register(monkeypatch):
-    """Registers a layer for one test."""
-    monkeypatch.setattr(known, "_KNOWN", dict(known._KNOWN))
-    return lr.register_layer
 
 
 CASES = {
@@ -137,7 +109,7 @@ def test_moments_of_a_registered_layer_are_those_of_its_last_axes(register):
 
 
 def test_a_layer_of_several_kernels_runs_as_its_user_says(register):
-    register(nn.OptimizedLSTMCell, kernel=GATES, run=lstm)
+    register(**OPTIMIZED_LSTM_CELL)
     model = Recurrent()
     plan = lr.plan(model, X, [lr.Rule(".*/(ii|hf)/kernel", rank=2), lr.Rule(".*/h.*", rank=3)])
     assert {kernel.name: kernel.rank for kernel in plan.factored} == {

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lr
-from lowrank_jax.kernel import is_low_rank
-from lowrank_jax.linen import known
 from lowrank_jax.paths import named_leaves
+from scripts.third_party_zoo import OPTIMIZED_LSTM_CELL
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.standard_normal((2, 8, 8, 3)).astype(np.float32)
@@ -111,22 +110,6 @@ class BiLSTM(nn.Module):
     def __call__(self, x):
         x = nn.Bidirectional(nn.RNN(nn.OptimizedLSTMCell(8)), nn.RNN(nn.OptimizedLSTMCell(8)))(x)
         return nn.Dense(5, name="head")(x)
-
-
-GATES = [f"{kind}{gate}/kernel" for kind in "ih" for gate in "ifgo"]
-
-
-def lstm(cell, params, carry, x):
-    c, h = carry
-
-    def times(x, dense):
-        kernel = dense["kernel"]
-        return (x @ kernel.u @ kernel.v if is_low_rank(kernel) else x @ kernel) + dense.get("bias", 0)
-
-    i, f, g, o = (times(x, params[f"i{gate}"]) + times(h, params[f"h{gate}"]) for gate in "ifgo")
-    c = nn.sigmoid(f) * c + nn.sigmoid(i) * jnp.tanh(g)
-    h = nn.sigmoid(o) * jnp.tanh(c)
-    return (c, h), h
 
 
 class TiedEmbeddings(nn.Module):
@@ -269,7 +252,7 @@ CASES = {
         (SEQUENCE,),
         {"factored": 17},
         {"factored": 17},
-        ({"cls": nn.OptimizedLSTMCell, "kernel": GATES, "run": lstm},),
+        (OPTIMIZED_LSTM_CELL,),
     ),
     "tied embeddings": Case(TiedEmbeddings(), (TOKENS,), {"factored": 1, "dense": 1}, {"factored": 1, "premerged": 1}),
     "other layers": Case(OtherFlaxLayers(), (IMAGE,), {"factored": 1, "dense": 3}, {"factored": 1, "premerged": 3}),
@@ -286,11 +269,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_kernels_are_factored_as_expected_and_compute_what_their_products_do(name, monkeypatch):
+def test_the_kernels_are_factored_as_expected_and_compute_what_their_products_do(name, register):
     case = CASES[name]
-    monkeypatch.setattr(known, "_KNOWN", dict(known._KNOWN))
     for registration in case.register:
-        lr.register_layer(**registration)
+        register(**registration)
     plan = lr.plan(case.model, case.inputs, [lr.Rule(".*", rank=2)])
     assert counts(plan) == case.counts, plan
     on_factors = [lr.Rule(re.escape(kernel.name), rank=2) for kernel in plan.factored]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lr
-from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import named_leaves
 
 X = np.random.default_rng(0).standard_normal((3, 8, 12)).astype(np.float32)
@@ -213,13 +212,6 @@ MODELS = {
 }
 
 
-def relabelled(params, execution):
-    def relabel(leaf):
-        return dataclasses.replace(leaf, execution=execution) if is_low_rank(leaf) and leaf.execution == "factored" else leaf
-
-    return jax.tree.map(relabel, params, is_leaf=is_low_rank)
-
-
 @pytest.mark.parametrize("rows", [None, pytest.param("all_but_last", marks=pytest.mark.slow)], ids=["", "rows"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_function_and_its_gradient_do_not_depend_on_the_execution(name, rows):
@@ -241,7 +233,7 @@ def test_the_function_and_its_gradient_do_not_depend_on_the_execution(name, rows
     def everything(params):
         found = {"plain": slope(lambda params: model.apply({**variables, "params": lr.merge(params)}, X), params)}
         for execution in ("factored", "merged", "premerged"):
-            found[execution] = slope(on_factors, relabelled(params, execution))
+            found[execution] = slope(on_factors, lr.with_execution(params, execution))
         return found
 
     others = everything(params)
