@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.models import import_attribute
+from lowrank_jax.named_code import import_attribute
 from lowrank_jax.text import did_you_mean, first_line
 
 PerExample = Callable[[jax.Array, jax.Array], jax.Array]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,8 @@ from lowrank_jax.models.mlp import MLP
 from lowrank_jax.models.resnet import RESNETS, ResNet
 from lowrank_jax.models.vit import VITS, ViT
 from lowrank_jax.models.wide_resnet import WIDE_RESNETS, WideResNet
-from lowrank_jax.text import did_you_mean, first_line
+from lowrank_jax.named_code import import_attribute
+from lowrank_jax.text import did_you_mean
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
@@ -37,8 +37,12 @@ def build(name: str, *, num_classes: int, **kwargs: Any) -> nn.Module:
 
     Raises:
       ValueError: no such model.
+      TypeError: what it names makes something else.
     """
-    return constructor(name)(num_classes=num_classes, **kwargs)
+    model = constructor(name)(num_classes=num_classes, **kwargs)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} makes {type(model).__name__}, not a Linen module")
+    return model
 
 
 def constructor(name: str) -> Callable[..., nn.Module]:
@@ -51,20 +55,10 @@ def constructor(name: str) -> Callable[..., nn.Module]:
         return MODELS[name]
     if ":" not in name:
         raise ValueError(f"unknown model {name!r}{did_you_mean(name, MODELS)}")
-    return import_attribute(name, "model")
-
-
-def import_attribute(name: str, kind: str) -> Any:
-    """What "package.module:attribute" names; `kind` is what to call it in messages.
-
-    Raises:
-      ValueError: it cannot be imported.
-    """
-    module, attribute = name.split(":", 1)
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever somebody's module may raise
-        raise ValueError(f"{kind} {name!r} cannot be imported: {first_line(error)}") from None
+    found: Any = import_attribute(name, "model")
+    if not callable(found):
+        raise ValueError(f"model {name!r} is {found!r}; it must be a Linen module class, or a function that makes one")
+    return found
 
 
 def settings(name: str) -> dict[str, Any] | None:

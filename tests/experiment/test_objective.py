@@ -81,7 +81,7 @@ def test_a_run_minimises_its_own_loss_and_measures_its_own_metric(own):
     assert {"train/loss", "train/confidence"} <= run.train[20].keys() and "train/top1" not in run.train[20]
     dataset = running.config().description
     arrays = datasets.load(dataset, "test", None)
-    subject = Evaluator().open(str(folder))
+    subject = Evaluator(trust_code=True).open(str(folder))
     images = (np.asarray(arrays.images, np.float32) / 255 - dataset.mean) / dataset.std
     logits = np.asarray(
         subject.experiment.model.apply(_merged(run.state.variables()[""]), images.astype(np.float32), train=False)
@@ -113,7 +113,7 @@ def test_its_first_metric_decides_which_checkpoint_is_best(own):
 
 def test_it_is_evaluated_and_reported(own, capsys):
     folder, run = own
-    assert lowrank("evaluate", f"--workdir={folder}") == 0
+    assert lowrank("evaluate", f"--workdir={folder}", "--trust-code") == 0
     header, averaged, raw = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert header[:5] == ["split", "examples", "confidence", "top1", "loss"]
     assert averaged[3:6] == [f"{run.evals[20][name]:.4f}" for name in ("confidence", "top1", "loss")] and raw[:2] == [

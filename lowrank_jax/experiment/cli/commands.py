@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from lowrank_jax.experiment.cli import environment
@@ -93,14 +93,36 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     import jax
 
-    from lowrank_jax.experiment.evaluation.evaluator import Evaluator, evaluate_all
+    from lowrank_jax.experiment.config.trust import UntrustedCode
+    from lowrank_jax.experiment.evaluation.evaluator import Evaluator
 
     if not args.watch:
         _join(args)
-    evaluator = Evaluator(split=args.split, data_dir=args.data_dir, dataset=args.dataset, max_undecodable=args.max_undecodable)
+    trusted = args.trust_code or []
+    evaluator = Evaluator(
+        **given(args, ("split", "data_dir", "dataset", "max_undecodable")), trust_code=True in trusted or trusted
+    )
     workdirs = list(dict.fromkeys(args.workdir))
-    if args.watch:
-        return _watch(args, workdirs, evaluator)
+    try:
+        status = (_watch if args.watch else _evaluate_now)(args, workdirs, evaluator)
+    except UntrustedCode as error:  # of the only work directory
+        raise UserError(f"{error}\n{_with_trust(args, error.names)}") from None
+    if evaluator.untrusted and jax.process_index() == 0:
+        complain(_with_trust(args, evaluator.untrusted))
+    return status
+
+
+def _with_trust(args: argparse.Namespace, names: Iterable[str]) -> str:
+    """The command again, with trust in these names."""
+    flags = [f"--trust-code={name}" for name in names]
+    return f"To import it: {shlex.join(['lowrank', 'evaluate', *args.given, *flags])}"
+
+
+def _evaluate_now(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator") -> int:
+    import jax
+
+    from lowrank_jax.experiment.evaluation.evaluator import evaluate_all
+
     first = jax.process_index() == 0
     with written_at_the_end(args.json if first else None) as output:
         if len(workdirs) == 1:

@@ -4,6 +4,7 @@ import argparse
 import math
 
 from lowrank_jax.experiment.duration import Duration
+from lowrank_jax.named_code import is_code
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -49,4 +50,10 @@ def duration(text: str) -> Duration:
 def not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def code(text: str) -> str:
+    if not is_code(text):
+        raise argparse.ArgumentTypeError(f'{text!r} must look like "package.module:attribute"')
     return text

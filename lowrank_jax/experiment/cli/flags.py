@@ -90,6 +90,9 @@ then {BAD_INPUT}.
 --watch runs beside training. It waits for the work directory, evaluates each checkpoint as it appears, adds the results to
 DIR/watch_SPLIT.jsonl and to TensorBoard, and ends when training ends. The same command resumes it.
 
+A run's config may name code to import: "package.module:Model", a loss, a metric. Unless it is lowrank_jax's own, it is only
+imported with --trust-code. Everything else in a work directory is data and runs nothing.
+
 {_STATUS}"""
 
 
@@ -109,6 +112,10 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maximum number of undecodable images; default: the config's",
     )
+    add(
+        "--trust-code", nargs="?", action="append", type=flag_types.code, const=True, metavar="NAME",
+        help="import this model, loss or metric that a run's config names; without a NAME, import whatever it names",
+    )  # fmt: skip
     add("--json", type=flag_types.not_empty, metavar="FILE", help="also write the results to this file")
     add("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")
     add("--poll", type=flag_types.seconds, default=10.0, metavar="SECONDS", help="polling interval of --watch; default: 10")

@@ -36,11 +36,11 @@ def _make_plan(config: Config) -> Plan:
 
     try:
         model = config.build_model()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"{config.model.name} builds {type(model).__name__}, not a Linen module")
         with intercept(note_output):
             plan = plan_model(model, images_like(config), config.lowrank.to_rules(), also=[{"train": True}])
-    except Exception as error:  # whatever somebody's model may raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever somebody's model may raise, SystemExit too
         raise ConfigError("config", [f"model or lowrank: {line}" for line in _lines(error)]) from error
     _check_logits(config, outputs[0])  # of the model's first call
     return plan
@@ -66,7 +66,7 @@ def images_like(config: Config) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *config.description.image_shape), jnp.float32)
 
 
-def _lines(error: Exception) -> list[str]:
+def _lines(error: BaseException) -> list[str]:
     """An error in one line; our own ValueErrors have a line for each problem."""
     ours = isinstance(error, ValueError) and str(error).startswith(("rule ", "setting "))
     return str(error).splitlines() if ours else [first_line(error)[:300]]

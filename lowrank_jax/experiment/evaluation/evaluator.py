@@ -8,6 +8,7 @@ import jax
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config, MeshConfig
+from lowrank_jax.experiment.config.trust import Trust, UntrustedCode, check_trust
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.base import Dataset, Split
 from lowrank_jax.experiment.errors import UserError
@@ -83,6 +84,11 @@ class Evaluator:
       data_dir: where the data is; None for where it was in training.
       dataset: another data set of the same classes; None for each run's own.
       max_undecodable: maximum number of undecodable images; None for each run's own limit.
+      trust_code: what a run's config may have imported besides this project's own models, losses and metrics: True for
+        whatever it names, or the names to trust, such as "package.module:Model".
+
+    Attributes:
+      untrusted: the names that runs were refused for.
     """
 
     def __init__(
@@ -92,8 +98,11 @@ class Evaluator:
         data_dir: str | None = None,
         dataset: str | None = None,
         max_undecodable: int | None = None,
+        trust_code: Trust = False,
     ):
         self._split, self._data_dir, self._dataset, self._max_undecodable = split, data_dir, dataset, max_undecodable
+        self._trusted = trust_code
+        self.untrusted: dict[str, None] = {}
         self._experiments: dict[Hashable, Experiment] = {}
         self._eval_steps: dict[Hashable, Callable[..., dict[str, jax.Array]]] = {}
         self._splits: dict[Hashable, Split] = {}
@@ -114,9 +123,10 @@ class Evaluator:
 
         Raises:
           WorkdirError, ConfigError, DataError: its files or its data cannot be used.
+          UntrustedCode: its config names code that is not trusted.
         """
         folder = Workdir(workdir)
-        config = configs.parse(folder.read_config(), source=f"{workdir}/config.json", devices=None)
+        config = self._config(folder, f"{workdir}/config.json")
         if self._max_undecodable is not None:
             limited = dataclasses.replace(config.dataset, max_undecodable=self._max_undecodable)
             config = dataclasses.replace(config, dataset=limited)
@@ -128,6 +138,15 @@ class Evaluator:
         devices = jax.device_count()
         batch_size = -(-config.eval.batch_size // devices) * devices
         return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size)
+
+    def _config(self, folder: Workdir, source: str) -> Config:
+        values = folder.read_config()
+        try:
+            check_trust(values, self._trusted, source)
+        except UntrustedCode as error:
+            self.untrusted |= dict.fromkeys(error.names)
+            raise
+        return configs.parse(values, source=source, devices=None)
 
     def _experiment(self, config: Config, workdir: str) -> Experiment:
         key = (config.model, config.description, config.lowrank, config.objective, config.optim.ema_decay is None)

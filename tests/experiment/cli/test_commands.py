@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -74,6 +75,67 @@ def test_evaluate_on_other_steps_and_splits(trained):
     best = lowrank("evaluate", f"--workdir={trained}", "--step=best", "--split=train[:100]")
     assert best.status == 0, best.stderr
     assert best.stdout.splitlines()[1].split()[:2] == ["train[:100]", "100"]
+
+
+def payload(folder, monkeypatch):
+    """A module that says when it is imported, on the path."""
+    (folder / "payload_of_a_test.py").write_text(
+        f"import pathlib\nfrom lowrank_jax.models import MLP as Model\npathlib.Path({str(folder / 'ran')!r}).touch()\n"
+        "def factory(**kwargs):\n    return Model(**kwargs)\ndef other(**kwargs):\n    return print\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "payload_of_a_test", raising=False)
+    return folder / "ran"
+
+
+def with_model(trained, folder, name):
+    """A copy of a run whose config names another model."""
+    shutil.copytree(trained, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["name"] = name
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--watch"], ["--trust-code=payload_of_a_test:Model"]])
+def test_evaluate_imports_no_code_that_is_not_trusted(trained, tmp_path, monkeypatch, flags):
+    ran = payload(tmp_path, monkeypatch)
+    run = with_model(trained, tmp_path / "a run", "payload_of_a_test:factory")
+    result = lowrank("evaluate", f"--workdir={run}", *flags)
+    again = shlex.join(["lowrank", "evaluate", f"--workdir={run}", *flags, "--trust-code=payload_of_a_test:factory"])
+    assert result.status == 2 and not ran.exists()
+    assert "model.name 'payload_of_a_test:factory'" in result.stderr
+    assert result.stderr.splitlines()[-1] == f"To import it: {again}"
+    trusted = lowrank(*shlex.split(again)[1:])
+    assert trusted.status == 0 and ran.exists(), trusted.stderr
+
+
+def test_evaluate_trusts_what_a_config_names(trained, tmp_path, monkeypatch):
+    ran = payload(tmp_path, monkeypatch)
+    good = with_model(trained, tmp_path / "good", "payload_of_a_test:Model")
+    result = lowrank("evaluate", "--workdir", good, trained, "--trust-code")
+    assert result.status == 0 and ran.exists(), result.stderr
+    wrong = with_model(trained, tmp_path / "wrong", "payload_of_a_test:other")
+    result = lowrank("evaluate", f"--workdir={wrong}", "--trust-code")
+    assert (
+        result.status == 2 and "payload_of_a_test:other makes builtin_function_or_method, not a Linen module" in result.stderr
+    )
+
+
+def test_evaluate_goes_on_with_the_runs_that_import_nothing(trained, tmp_path, monkeypatch):
+    ran = payload(tmp_path, monkeypatch)
+    run = with_model(trained, tmp_path / "untrusted", "payload_of_a_test:Model")
+    result = lowrank("evaluate", "--workdir", run, trained)
+    assert result.status == 2 and not ran.exists()
+    assert len(result.stdout.splitlines()) == 2 and "--trust-code=payload_of_a_test:Model" in result.stderr
+
+
+def test_train_imports_nothing_that_a_stored_config_names(trained, tmp_path, monkeypatch):
+    ran = payload(tmp_path, monkeypatch)
+    run = with_model(trained, tmp_path / "run", "payload_of_a_test:Model")
+    result = lowrank(*tiny(run))
+    assert result.status == 2 and "belongs to another experiment: model.name" in result.stderr and not ran.exists()
+    assert lowrank("report", run, f"--out={tmp_path / 'out'}").status == 0 and not ran.exists()
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_a_step_writes_them_for_the_global_batch(whole):
 
 def test_they_are_evaluated_with_the_averages_and_with_the_raw_weights(whole):
     folder, run = whole
-    evaluation = Evaluator().evaluate(str(folder))
+    evaluation = Evaluator(trust_code=[f"{__name__}:Scaled"]).evaluate(str(folder))
     assert evaluation.metrics == pytest.approx(run.evals[6], rel=1e-5)
     dataset = running.config().description
     arrays = datasets.load(dataset, "test", None)
