@@ -1,19 +1,28 @@
 """Checks of numbers: each returns what is wrong with a value, or None."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 Check = Callable[[float], str | None]
 
 
-def at_least(low: float) -> Check:
-    """Finite and at least `low`."""
-    return lambda value: None if low <= value < math.inf else f"must be at least {low:g}"
+def at_least(low: float, high: float = math.inf) -> Check:
+    """Finite, at least `low` and at most `high`."""
+    return lambda value: _too_large(value, high) if low <= value < math.inf else f"must be at least {low:g}"
 
 
-def above(low: float) -> Check:
-    """Finite and greater than `low`."""
-    return lambda value: None if low < value < math.inf else f"must be above {low:g}"
+def above(low: float, high: float = math.inf) -> Check:
+    """Finite, greater than `low` and at most `high`."""
+    return lambda value: _too_large(value, high) if low < value < math.inf else f"must be above {low:g}"
+
+
+def each(check: Check) -> Callable[[Iterable[float]], str | None]:
+    """What is wrong with the first value that is wrong."""
+    return lambda values: next(filter(None, map(check, values)), None)
+
+
+def _too_large(value: float, high: float) -> str | None:
+    return f"must be at most {high:.10g}" if value > high else None
 
 
 def below_one(value: float) -> str | None:

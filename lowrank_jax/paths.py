@@ -1,15 +1,15 @@
 """Names of leaves in a parameter tree, and ordered rules over them.
 
 A leaf's name is its path joined by slashes: "stage1/block1/conv1/kernel".  A rule is a regular expression that must match the
-whole name; the first matching rule wins.
+whole name (see `patterns`); the first matching rule wins.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
+from lowrank_jax.patterns import compile_pattern
 from lowrank_jax.text import nearest
 
 CATCH_ALL = ".*"
@@ -54,7 +54,7 @@ def first_match(patterns: Sequence[str], names: Sequence[str], *, suggest: Seque
         ignored.  Only the catch-all ".*" may match nothing.
     """
     compiled = [compile_pattern(pattern) for pattern in patterns]
-    matches = {name: next((i for i, p in enumerate(compiled) if p.fullmatch(name)), None) for name in names}
+    matches = {name: next((i for i, p in enumerate(compiled) if p(name)), None) for name in names}
     used = set(matches.values())
     dead = [i for i, pattern in enumerate(patterns) if i not in used and pattern != CATCH_ALL]
     if dead:
@@ -62,15 +62,7 @@ def first_match(patterns: Sequence[str], names: Sequence[str], *, suggest: Seque
     return matches
 
 
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """The compiled pattern; raises ValueError if it is not a regular expression."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from None
-
-
-def _dead_rule(text: str, pattern: re.Pattern[str], names: Sequence[str], suggest: Sequence[str]) -> str:
-    if any(pattern.fullmatch(name) for name in names):
+def _dead_rule(text: str, matches: Callable[[str], bool], names: Sequence[str], suggest: Sequence[str]) -> str:
+    if any(map(matches, names)):
         return f"rule {text!r} never applies: earlier rules match everything it matches; move it before them"
     return f"rule {text!r} matches no parameter; the nearest is {nearest(text, suggest or names)!r}"

@@ -10,6 +10,17 @@ def first_line(error: BaseException) -> str:
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
+def shown(value: object) -> str:
+    """A value in a message: as Python writes it, cut short."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"a whole number of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except Exception:  # whatever somebody's type may raise
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:160]} ... ({len(text)} characters)"
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate most similar to `name`; None if there are no candidates."""
     return max(candidates, key=lambda c: difflib.SequenceMatcher(None, name, c).ratio(), default=None)
@@ -54,7 +65,7 @@ def with_change(planned: int, dense: int) -> str:
 
 def count(n: int) -> str:
     """A count with three significant digits: 9.41k, 118M, 4.1G."""
-    for size, suffix in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+    for size, suffix in ((10**18, "E"), (10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
         if n >= size:
             return f"{n / size:.3g}{suffix}" if n < 999.5 * size else f"{n / size:.0f}{suffix}"
     return str(n)

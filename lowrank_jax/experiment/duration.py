@@ -20,11 +20,11 @@ class Duration:
         Raises:
           ValueError: it is not a duration.
         """
-        match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(step|epoch|example)?s?", str(value).strip())
         try:
+            match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(step|epoch|example)?s?", str(value).strip())
             amount = float(match[1])  # type: ignore[index]
-        except (TypeError, ValueError):
-            amount = math.inf
+        except (TypeError, ValueError):  # of a number of thousands of digits, too
+            match, amount = None, math.inf
         if match is None or not amount < 1e18:
             raise ValueError('a duration such as "500 steps" or "2 epochs"')
         return cls(amount, match[2] or "step")

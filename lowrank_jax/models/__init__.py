@@ -45,7 +45,7 @@ def build(name: str, *, num_classes: int, **kwargs: Any) -> nn.Module:
     return model
 
 
-def constructor(name: str) -> Callable[..., nn.Module]:
+def constructor(name: str) -> Callable[..., Any]:
     """What `build` will call.
 
     Raises:
@@ -55,7 +55,7 @@ def constructor(name: str) -> Callable[..., nn.Module]:
         return MODELS[name]
     if ":" not in name:
         raise ValueError(f"unknown model {name!r}{did_you_mean(name, MODELS)}")
-    found: Any = import_attribute(name, "model")
+    found = import_attribute(name, "model")
     if not callable(found):
         raise ValueError(f"model {name!r} is {found!r}; it must be a Linen module class, or a function that makes one")
     return found
@@ -68,5 +68,8 @@ def settings(name: str) -> dict[str, Any] | None:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         return None
     hidden = {"parent", "name", "num_classes", "dtype"}  # dtype is `model.dtype` in a config
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.name not in hidden}
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception:  # names that are there for type checkers alone
+        hints = {}
+    return {field.name: hints.get(field.name, Any) for field in dataclasses.fields(cls) if field.name not in hidden}

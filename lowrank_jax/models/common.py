@@ -1,9 +1,15 @@
 """What models of more than one family have in common."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 
-from lowrank_jax.checks import Check
+from lowrank_jax.checks import at_least
+
+BLOCKS = at_least(1, 1000)
+"""A number of blocks; with many more, not even the shapes would be known in an hour."""
 
 
 def stochastic_depth(branch: jax.Array, rate: float, train: bool) -> jax.Array:
@@ -17,7 +23,7 @@ def stochastic_depth(branch: jax.Array, rate: float, train: bool) -> jax.Array:
     return nn.Dropout(rate, broadcast_dims=tuple(range(1, branch.ndim)), deterministic=not train)(branch)
 
 
-def check_settings(**settings: tuple[float, Check]) -> None:
+def check_settings(**settings: tuple[Any, Callable[[Any], str | None]]) -> None:
     """Refuses settings that are out of range.
 
     Args:

@@ -193,8 +193,8 @@ class EfficientNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, num_classes]`."""
         check_settings(
-            width=(self.width, above(0)),
-            depth=(self.depth, above(0)),
+            width=(self.width, above(0, 1000)),
+            depth=(self.depth, above(0, 100)),
             dropout=(self.dropout, below_one),
             drop_connect=(self.drop_connect, below_one),
             momentum=(self.momentum, below_one),

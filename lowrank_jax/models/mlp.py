@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from lowrank_jax.checks import below_one
+from lowrank_jax.checks import at_least, below_one, each
 from lowrank_jax.models.common import check_settings
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -32,7 +32,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, ...] -> [batch, num_classes]`."""
-        check_settings(dropout=(self.dropout, below_one))
+        check_settings(widths=(self.widths, each(at_least(1))), dropout=(self.dropout, below_one))
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.widths, start=1):
             x = nn.Dense(width, use_bias=not self.batch_norm, kernel_init=he_normal, dtype=self.dtype, name=f"dense{i}")(x)

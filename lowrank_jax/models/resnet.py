@@ -7,6 +7,9 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
+from lowrank_jax.checks import at_least, each
+from lowrank_jax.models.common import BLOCKS, check_settings
+
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 IMAGENET_WIDTHS = (64, 128, 256, 512)
@@ -114,6 +117,9 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, num_classes]`."""
+        check_settings(blocks=(self.blocks, each(BLOCKS)), widths=(self.widths, each(at_least(1))))
+        if not len(self.widths) == len(self.blocks) > 0:
+            raise ValueError(f"settings widths and blocks: {self.widths!r} and {self.blocks!r}; must be of one length")
         normalised = self.norm == "batch"
         conv = functools.partial(nn.Conv, use_bias=not normalised, kernel_init=he_normal, dtype=self.dtype)
         norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_jax.checks import at_least, below_one
-from lowrank_jax.models.common import check_settings, stochastic_depth
+from lowrank_jax.models.common import BLOCKS, check_settings, stochastic_depth
 
 xavier_uniform = nn.initializers.xavier_uniform()
 layer_norm = functools.partial(nn.LayerNorm, epsilon=1e-6)
@@ -98,9 +98,9 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, num_classes]`."""
-        sizes = {name: (getattr(self, name), at_least(1)) for name in ("width", "depth", "heads", "patch", "mlp_ratio")}
+        sizes = {name: (getattr(self, name), at_least(1)) for name in ("width", "heads", "patch", "mlp_ratio")}
         rates = {name: (getattr(self, name), below_one) for name in ("dropout", "attention_dropout", "stochastic_depth")}
-        check_settings(**sizes, **rates)
+        check_settings(depth=(self.depth, BLOCKS), **sizes, **rates)
         x = nn.Dropout(self.dropout, deterministic=not train)(self._tokens(x))
         block = functools.partial(
             Block, self.heads, self.mlp_ratio * self.width, self.dropout, self.attention_dropout, train=train, dtype=self.dtype

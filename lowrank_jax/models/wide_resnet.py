@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 from lowrank_jax.checks import at_least, below_one
-from lowrank_jax.models.common import check_settings
+from lowrank_jax.models.common import BLOCKS, check_settings
 from lowrank_jax.models.resnet import Stage, he_normal
 
 WIDTHS = (16, 32, 64)
@@ -53,7 +53,7 @@ class WideResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, num_classes]`."""
-        check_settings(widening=(self.widening, at_least(1)), dropout=(self.dropout, below_one))
+        check_settings(depth=(self.depth, BLOCKS), widening=(self.widening, at_least(1)), dropout=(self.dropout, below_one))
         blocks, rest = divmod(self.depth - 4, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth {self.depth} must be 6 n + 4, such as 10, 16 or 28")

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import Literal
 
 from lowrank_jax.kernel import MatrixView
-from lowrank_jax.paths import compile_pattern
+from lowrank_jax.patterns import compile_pattern
 from lowrank_jax.projection import activations
 from lowrank_jax.projection.methods import METHODS
 from lowrank_jax.text import did_you_mean

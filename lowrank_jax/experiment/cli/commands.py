@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _run(args: argparse.Namespace) -> int:
     from lowrank_jax.experiment.hosts.processes import OtherFailed, end_with_the_others, several
+    from lowrank_jax.experiment.memory import exhausted
     from lowrank_jax.experiment.training.log_window import Diverged
 
     try:
@@ -56,6 +57,8 @@ def _run(args: argparse.Namespace) -> int:
     except OtherFailed:
         end_with_the_others(FAILED)
     except Exception as error:
+        if message := exhausted(error):
+            return _failed(BAD_INPUT, f"lowrank: {message}")
         if not several():
             raise
         return _failed(FAILED, _accident(error))  # the others must not wait for this process

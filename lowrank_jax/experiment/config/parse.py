@@ -42,7 +42,10 @@ def parse(config: ConfigDict | dict[str, Any], *, source: str = "config", device
       ConfigError: with all problems.
     """
     problems: list[str] = []
-    values = config.to_dict() if isinstance(config, ConfigDict) else config
+    try:
+        values = config.to_dict() if isinstance(config, ConfigDict) else config
+    except TypeError:  # it sorts its keys
+        raise ConfigError(source, ["a key is not text"]) from None
     parsed = read_section(Config, values, "", problems)
     problems += relation_problems(parsed, devices, {problem.split(":")[0] for problem in problems})
     if problems:

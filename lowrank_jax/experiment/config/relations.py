@@ -9,11 +9,11 @@ from lowrank_jax import models
 from lowrank_jax.experiment import objective
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.plan import images_like, make_plan
-from lowrank_jax.experiment.config.schema import Config, DatasetConfig
+from lowrank_jax.experiment.config.schema import Config, DatasetConfig, rate
 from lowrank_jax.experiment.config.typed import read_section, read_value
 from lowrank_jax.experiment.data import datasets, splits
 from lowrank_jax.experiment.hosts.sharding import AXES, read_rules, rule_problems
-from lowrank_jax.text import did_you_mean, first_line
+from lowrank_jax.text import did_you_mean, first_line, shown
 
 
 def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> list[str]:
@@ -25,6 +25,8 @@ def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> l
         problems.append("steps: neither steps nor epochs is set")
     if config.steps is not None and config.epochs is not None:
         problems.append(f"steps: both steps ({config.steps}) and epochs ({config.epochs:g}) are set; set one to None")
+    if not wrong & {"optim.lr", "optim.lr_per_images", "batch_size"} and (complaint := rate(config.peak_lr)):
+        problems.append(f"optim.lr: {config.peak_lr:g} for batches of {config.batch_size} images; {complaint}")
     if config.batch_size % config.optim.accumulate and not wrong & {"batch_size", "optim.accumulate"}:
         problems.append(f"optim.accumulate: {config.optim.accumulate}; batch_size {config.batch_size} is not a multiple of it")
     parts = [] if wrong & {"dataset.name"} else _dataset_problems(config, wrong)
@@ -64,14 +66,31 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
     if not problems and config.dataset.valid_split:
         problems += _overlaps(config)
     if not problems and not wrong & {"steps", "epochs", "batch_size", "optim.warmup"} and (config.steps or config.epochs):
+        problems += _length_problems(config)
         warmup = config.in_steps(config.optim.warmup)
-        if config.total_steps >= 2**31:
-            problems.append(f"epochs: {config.epochs:g}; more than 2^31 steps")
         traced = config.profile.steps
         if traced and traced[1] > config.total_steps:
             problems.append(f"profile.steps: {traced}; training ends at step {config.total_steps}")
         if warmup > config.total_steps:
             problems.append(f"optim.warmup: {warmup} steps; longer than training, which has {config.total_steps} steps")
+    return problems
+
+
+def _length_problems(config: Config) -> list[str]:
+    """Lengths that steps cannot count, and more batches for the initialisation than an epoch has."""
+    problems, optim = [], config.optim
+    if config.total_steps >= 2**31:
+        problems.append(f"epochs: {config.epochs:g}; more than 2^31 steps")
+    moments = {"optim.step_every": (optim.step_every,), "optim.step_at": optim.step_at}
+    problems += [
+        f"{key}: {moment}; more than 2^31 steps"
+        for key, given in moments.items()
+        for moment in given
+        if config.in_steps(moment) >= 2**31
+    ]
+    epoch = -(-config.epoch_size // config.batch_size)
+    if config.lowrank.moment_batches > epoch:
+        problems.append(f"lowrank.moment_batches: {config.lowrank.moment_batches}; an epoch has {epoch} batches")
     return problems
 
 
@@ -94,6 +113,11 @@ def _image_problems(config: Config) -> list[str]:
         ]
     elif given.crop_padding:
         problems.append(f"dataset.crop_padding: {given.crop_padding}; {name} uses dataset.crop_area; remove this setting")
+    if given.crop_padding >= min(height, width):
+        problems.append(
+            f"dataset.crop_padding: {given.crop_padding}; must be less than the side of an image, or crops may miss it;"
+            f" {name} images are {height}x{width}"
+        )
     if layers and channels != 3:
         problems.append(f"dataset.randaugment_layers: {layers}; RandAugment needs RGB images; {name} is grey-scale")
     return problems
@@ -124,7 +148,7 @@ def _model_problems(config: Config) -> list[str]:
         try:
             read_value(value, settings[key])
         except ValueError as error:
-            problems.append(f"model.kwargs.{key}: {value!r}; must be {error}")
+            problems.append(f"model.kwargs.{key}: {shown(value)}; must be {error}")
     return problems
 
 

@@ -15,7 +15,7 @@ from lowrank_jax.experiment.data.augment import Augmentation
 from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.experiment.frozen import FrozenDict, freeze, thaw
 from lowrank_jax.experiment.hosts.sharding import AXES, ShardingRule, mesh_sizes, read_rules
-from lowrank_jax.paths import compile_pattern
+from lowrank_jax.patterns import compile_pattern
 from lowrank_jax.planning.rules import Rule
 from lowrank_jax.projection.methods import METHODS
 from lowrank_jax.text import did_you_mean
@@ -30,15 +30,33 @@ def _between(low: float, high: float) -> Callable[[Any], str | None]:
     return lambda value: None if low <= value <= high else f"must be from {low:g} to {high:.10g}"
 
 
+_SINGLE = 1e30
+"""The largest number that leaves float32 room to compute with; its reciprocal is the smallest."""
+_COUNT = 2**31 - 1
+"""The largest number of images, or of anything else that is counted in 32 bits."""
+
+
+def rate(value: float) -> str | None:
+    """What is wrong with a learning rate, or another number above 0 that float32 computes with."""
+    return above(0, _SINGLE)(value) or (None if value >= 1 / _SINGLE else f"must be at least {1 / _SINGLE:g}")
+
+
+_weight = at_least(0, _SINGLE)
+
+
 def _decay_rules(rules: tuple[tuple[str, float], ...]) -> str | None:
     for path, multiplier in rules:
         try:
             compile_pattern(path)
         except ValueError as error:
             return str(error)
-        if not 0 <= multiplier < math.inf:
-            return f"the multiplier of {path!r} must be at least 0"
+        if complaint := _weight(multiplier):
+            return f"the multiplier of {path!r} {complaint}"
     return None if rules else 'must not be empty; (".*", 0.0) decays nothing'
+
+
+def _path(value: str) -> str | None:
+    return None if value and "\0" not in value else "must be the name of a folder"
 
 
 def _fraction(value: float) -> str | None:
@@ -54,7 +72,7 @@ def _window(value: tuple[int, int]) -> str | None:
 
 
 def _axis_size(value: int) -> str | None:
-    return None if value >= 1 or value == -1 else "must be at least 1, or -1 for all remaining devices"
+    return None if value == -1 or 1 <= value <= 2**20 else "must be from 1 to 1048576, or -1 for all remaining devices"
 
 
 def _one_of(*known: str) -> Callable[[str], str | None]:
@@ -75,24 +93,24 @@ class DatasetConfig(_Hashable):
     """The data set, its splits, and how training images are augmented."""
 
     name: str = _option("digits", datasets.problem)
-    data_dir: str | None = None  # TFDS's own default
+    data_dir: str | None = _option(None, _path)  # TFDS's own default
     train_split: str = "train"
     eval_split: str = "test"
     # Held out of training to choose checkpoints and learning rates by; evaluated along with eval_split.
     valid_split: str | None = None
     flip: bool = False
-    crop_padding: int = _option(0, at_least(0))
+    crop_padding: int = _option(0, at_least(0))  # less than an image's side
     # For data sets whose images have many sizes: side in pixels, area of random crops, central crop in evaluation, and the
     # maximum number of undecodable images per split and process.
-    image_size: int | None = _option(None, at_least(1))
+    image_size: int | None = _option(None, at_least(1, 2**14))
     crop_area: tuple[float, float] = _option((0.08, 1.0), _area)
     eval_crop: float = _option(0.875, _fraction)
     max_undecodable: int = _option(10, at_least(0))
-    randaugment_layers: int = _option(0, at_least(0))
+    randaugment_layers: int = _option(0, at_least(0, 100))
     randaugment_magnitude: float = _option(9.0, _between(0, 10))
     random_erasing: float = _option(0.0, _between(0, 1))  # probability that a rectangle of an image is replaced by noise
-    mixup: float = _option(0.0, at_least(0))  # alpha of the Beta distribution of mixing weights; 0: off
-    cutmix: float = _option(0.0, at_least(0))  # the same; with both, each batch uses one of them
+    mixup: float = _option(0.0, at_least(0, 1000))  # alpha of the Beta distribution of mixing weights; 0: off
+    cutmix: float = _option(0.0, at_least(0, 1000))  # the same; with both, each batch uses one of them
     kwargs: FrozenDict = FrozenDict()  # of `synthetic` and `imagenet2012`
 
     def to_augmentation(self) -> Augmentation:
@@ -115,8 +133,8 @@ class OptimConfig:
     """The optimiser, its schedule and its regularisation."""
 
     name: str = _option("sgd", _one_of(*optim.OPTIMIZERS))
-    lr: float = _option(0.1, above(0))
-    lr_per_images: int | None = _option(None, at_least(1))  # the batch size that `lr` is for; None for any
+    lr: float = _option(0.1, rate)
+    lr_per_images: int | None = _option(None, at_least(1, _COUNT))  # the batch size that `lr` is for; None for any
     schedule: str = _option("cosine", _one_of(*optim.SCHEDULES))
     warmup: Duration = Duration(0, "step")
     step_at: tuple[Duration, ...] = ()  # where the schedule `step` multiplies the rate by `step_factor`
@@ -126,14 +144,14 @@ class OptimConfig:
     nesterov: bool = True
     b1: float = _option(0.9, below_one)
     b2: float = _option(0.999, below_one)
-    eps: float = _option(1e-8, above(0))
-    trust_coefficient: float = _option(0.001, above(0))
-    clip_norm: float | None = _option(None, above(0))
-    weight_decay: float = _option(0.0, at_least(0))
+    eps: float = _option(1e-8, rate)
+    trust_coefficient: float = _option(0.001, rate)
+    clip_norm: float | None = _option(None, rate)
+    weight_decay: float = _option(0.0, _weight)
     # (path, multiple of weight_decay), in order; every parameter must be matched.
     decay_rules: tuple[tuple[str, float], ...] = _option(((optim.KERNELS, 1.0), (".*", 0.0)), _decay_rules)
-    frobenius_decay: float = _option(0.0, at_least(0))
-    nuclear_decay: float = _option(0.0, at_least(0))
+    frobenius_decay: float = _option(0.0, _weight)
+    nuclear_decay: float = _option(0.0, _weight)
     label_smoothing: float = _option(0.0, below_one)
     accumulate: int = _option(1, at_least(1))  # parts that a batch goes through the network in, one after the other
     ema_decay: float | None = _option(None, below_one)  # of the average of the weights, which then is what is evaluated
@@ -216,7 +234,7 @@ class EvalConfig:
     """Evaluation during training, on `dataset.eval_split`; the final state is always evaluated."""
 
     every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))
-    batch_size: int = _option(512, at_least(1))
+    batch_size: int = _option(512, at_least(1, _COUNT))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,8 +290,8 @@ class Config:
     """An experiment. Exactly one of `steps` and `epochs` is set."""
 
     seed: int = _option(0, _between(0, 2**32 - 1))  # jax would drop the bits beyond
-    batch_size: int = _option(128, at_least(1))
-    steps: int | None = _option(None, _between(1, 2**31 - 1))
+    batch_size: int = _option(128, at_least(1, _COUNT))
+    steps: int | None = _option(None, _between(1, _COUNT))
     epochs: float | None = _option(None, _between(1e-9, 1e9))
     dataset: DatasetConfig = DatasetConfig()
     model: ModelConfig = ModelConfig()

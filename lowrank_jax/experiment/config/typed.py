@@ -1,16 +1,19 @@
 """Checks values against the types of a dataclass's fields."""
 
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from lowrank_jax.experiment.config.files import legal_keys, type_of
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.duration import Duration
-from lowrank_jax.experiment.frozen import FrozenDict, freeze
-from lowrank_jax.text import did_you_mean
+from lowrank_jax.experiment.frozen import FrozenDict
+from lowrank_jax.text import did_you_mean, shown
 
 
 def read_section(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
@@ -18,7 +21,7 @@ def read_section(cls: Any, values: dict[str, Any], prefix: str, problems: list[s
     hints, read = typing.get_type_hints(cls), {}
     for key in values:
         if key not in hints:
-            problems.append(f"{prefix}{key}: unknown key{did_you_mean(prefix + str(key), _known(cls, prefix))}")
+            problems.append(f"{prefix}{key}: unknown key{did_you_mean(f'{prefix}{key}', _known(cls, prefix))}")
     for field in dataclasses.fields(cls):
         if field.name not in values:
             continue
@@ -27,17 +30,17 @@ def read_section(cls: Any, values: dict[str, Any], prefix: str, problems: list[s
             if isinstance(value, dict):
                 read[field.name] = read_section(hint, value, name + ".", problems)
             else:
-                problems.append(f"{name}: {value!r}; must be a section with keys")
+                problems.append(f"{name}: {shown(value)}; must be a section with keys")
             continue
         try:
             value = read_value(value, hint)
         except ValueError as error:
-            problems.append(f"{name}: {value!r}; must be {error}")
+            problems.append(f"{name}: {shown(value)}; must be {error}")
             continue
         check = field.metadata.get("check")
         complaint = check(value) if check and value is not None else None
         if complaint:
-            problems.append(f"{name}: {value if isinstance(value, Duration) else repr(value)}; {complaint}")
+            problems.append(f"{name}: {value if isinstance(value, Duration) else shown(value)}; {complaint}")
         else:
             read[field.name] = value
     return cls(**read)
@@ -72,12 +75,15 @@ def read_value(value: Any, hint: Any) -> Any:
         return value if isinstance(value, Duration) else Duration.read(value)
     if origin is not None and issubclass(origin, Sequence):
         return _typed_tuple(value, args)
-    if hint in (dict, FrozenDict) and isinstance(value, dict):
+    if hint in (dict, FrozenDict) and isinstance(value, dict | ConfigDict):
         return _frozen(value)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and number:
-        return float(value)
-    if hint in (int, bool, str) and type(value) is hint:
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return _finite(value)
+    if hint is int and type(value) is int:
+        return _of_64_bits(value)
+    if hint is str and type(value) is str:
+        return _text(value)
+    if hint is bool and type(value) is bool:
         return value
     if hint is Any:
         return value
@@ -86,13 +92,55 @@ def read_value(value: Any, hint: Any) -> Any:
     raise ValueError(_KINDS[hint])
 
 
-def _frozen(value: dict[str, Any]) -> FrozenDict:
-    frozen = freeze(value)
+def _finite(value: float) -> float:
     try:
-        hash(frozen)
-    except TypeError as error:  # no number, text or sequence, so that config.json could not hold it either
-        raise ValueError(f"{_MAPPING} of plain values ({error})") from None
-    return frozen
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError("finite")
+    return number
+
+
+def _of_64_bits(value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("a number of at most 64 bits")
+    return value
+
+
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("text that UTF-8 can write") from None
+    return value
+
+
+_DEPTH = 20
+"""So deep may values be nested."""
+
+
+def _frozen(value: Any, depth: int = 0) -> Any:
+    """Plain values, which config.json can hold: mappings as `FrozenDict`, sequences as tuples."""
+    if depth > _DEPTH:
+        raise ValueError(f"{_MAPPING} of values at most {_DEPTH} deep")
+    if isinstance(value, dict | ConfigDict):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"{_MAPPING} whose keys are text, not {shown(wrong[0])}")
+        return FrozenDict({key: _frozen(item, depth + 1) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(item, depth + 1) for item in value)
+    if value is None or type(value) is bool:
+        return value
+    if type(value) not in _PLAIN:
+        raise ValueError(f"{_MAPPING} of plain values, not of {type(value).__name__}")
+    try:
+        return _PLAIN[type(value)](value)
+    except ValueError as error:
+        raise ValueError(f"{_MAPPING} of plain values: {shown(value)} must be {error}") from None
+
+
+_PLAIN: dict[type, Callable[[Any], Any]] = {int: _of_64_bits, float: _finite, str: _text}
 
 
 def _typed_tuple(value: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,6 +1,7 @@
 """A split whose images all fit into memory; `tf_examples` reads those that do not."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from lowrank_jax.experiment.data.augment import Augmentation, augment
 from lowrank_jax.experiment.data.base import Batch, Dataset
 from lowrank_jax.experiment.data.splits import split_parts
+from lowrank_jax.experiment.memory import TooLarge, beyond_machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,16 @@ class Arrays:
 
 
 def read_split(dataset: Dataset, split: str, read: Callable[[str], Arrays]) -> Arrays:
-    """A split with slices, such as "train[:90%]", cut out of the whole splits that `read` returns by name."""
+    """A split with slices, such as "train[:90%]", cut out of the whole splits that `read` returns by name.
+
+    Raises:
+      TooLarge: one of them does not fit into memory.
+    """
     parts = []
     for name, start, stop in split_parts(dataset, split):
+        size = dataset.sizes[name] * math.prod(dataset.image_shape)
+        if problems := beyond_machine(f"the {dataset.sizes[name]:,} images of {dataset.name}/{name}", size):
+            raise TooLarge(problems)
         whole = read(name)
         parts.append(Arrays(whole.images[start:stop], whole.labels[start:stop]))
     if len(parts) == 1:

@@ -17,6 +17,7 @@ from lowrank_jax.experiment.evaluation.selection import default_split, other_dat
 from lowrank_jax.experiment.hosts.processes import several
 from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.experiment.training.evaluate import evaluate
+from lowrank_jax.experiment.training.fits import check_evaluation
 from lowrank_jax.experiment.training.state import evaluated_variables
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
 from lowrank_jax.experiment.workdir.workdir import Workdir
@@ -137,6 +138,7 @@ class Evaluator:
         name = split if other.name == config.dataset.name else f"{other.name}/{split}"
         devices = jax.device_count()
         batch_size = -(-config.eval.batch_size // devices) * devices
+        check_evaluation(experiment, batch_size)
         return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size)
 
     def _config(self, folder: Workdir, source: str) -> Config:

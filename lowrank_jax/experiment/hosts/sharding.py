@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
-from lowrank_jax.paths import compile_pattern, first_match, map_named, named_leaves
+from lowrank_jax.paths import first_match, map_named, named_leaves
+from lowrank_jax.patterns import compile_pattern
 from lowrank_jax.text import did_you_mean
 
 AXES = ("data", "fsdp", "model")

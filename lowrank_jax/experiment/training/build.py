@@ -29,6 +29,7 @@ from lowrank_jax.experiment.hosts.sharding import (
 )
 from lowrank_jax.experiment.objective import Objective, make_objective
 from lowrank_jax.experiment.training import mixing, state, step
+from lowrank_jax.experiment.training.fits import check_program
 from lowrank_jax.experiment.training.start import Start, blank_images, fresh_state, init_weights
 from lowrank_jax.planning import chips
 from lowrank_jax.planning.execution import choose_execution
@@ -84,8 +85,13 @@ class Experiment:
         return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
 
     def compile_train_step(self) -> Callable[..., tuple[state.TrainState, step.Metrics]]:
-        """The compiled training step `(state, batch) -> (state, metrics)`; it reuses the memory of the old state."""
+        """The compiled training step `(state, batch) -> (state, metrics)`; it reuses the memory of the old state.
+
+        Raises:
+          TooLarge: it does not fit into memory.
+        """
         compiled, settings = self.lower_train_step().compile(), self._settings()
+        check_program(compiled, "a training step")
         return lambda state, batch: compiled(state, batch, *settings)
 
     def lower_train_step(self) -> jax.stages.Lowered:

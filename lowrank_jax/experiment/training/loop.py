@@ -18,6 +18,7 @@ from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
 from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.experiment.training.evaluate import Evaluated, Interrupted, evaluate, score
+from lowrank_jax.experiment.training.fits import check_training
 from lowrank_jax.experiment.training.log_window import Diverged, Window
 from lowrank_jax.experiment.training.overview import describe, headline
 from lowrank_jax.experiment.training.profiler import StepProfiler
@@ -52,11 +53,12 @@ def train(
       on_evaluation: called after every evaluation with the step and the metrics, once they are written.
 
     Raises:
-      ConfigError, WorkdirError, DataError, CheckpointError: it cannot start; the message says why.
+      ConfigError, TooLarge, WorkdirError, DataError, CheckpointError: it cannot start; the message says why.
       Diverged: the loss, or the gradient, is not finite.
       OtherFailed: another process of the run cannot.
     """
     experiment = build(config, source)
+    check_training(experiment)
     data = _load(experiment)
     folder = _claimed(workdir, config)
     with folder.locked():

@@ -1,0 +1,109 @@
+"""Regular expressions over names, in Python's syntax, matched in a time that the name's length bounds.
+
+Python's own matcher goes back for every choice that it made, so that `(.*)*x` takes longer than anybody waits.  This one keeps
+the set of all places that a match may have come to.  What needs to go back (lookaheads, references to groups) is refused.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+from re import _compiler, _constants, _parser  # type: ignore[attr-defined]
+from typing import Any
+
+from lowrank_jax.text import shown
+
+Places = frozenset[int]
+Step = Callable[[str, Places], Places]
+"""From the places in a text where a part of a pattern may begin, to those where it may end."""
+
+
+def compile_pattern(pattern: str) -> Callable[[str], bool]:
+    """Whether a text as a whole matches.
+
+    Raises:
+      ValueError: it is not a regular expression, or one that would have to go back.
+    """
+    try:
+        return _compiled(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"rule {shown(pattern)} is not a regular expression: {reason}") from None
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> Callable[[str], bool]:
+    tree = _parser.parse(pattern)
+    if tree.state.flags & ~re.UNICODE:
+        raise re.error("flags such as (?i) are not supported")
+    step = _sequence(tree)
+
+    @functools.lru_cache(maxsize=2**14)
+    def matches(text: str) -> bool:
+        return len(text) in step(text, frozenset({0}))
+
+    return matches
+
+
+def _sequence(nodes: Iterable[tuple[Any, Any]]) -> Step:
+    steps = [_step(*node) for node in nodes]
+
+    def step(text: str, places: Places) -> Places:
+        for each in steps:
+            places = each(text, places)
+        return places
+
+    return step
+
+
+def _step(kind: Any, value: Any) -> Step:
+    if kind in (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN):
+        return _character(kind, value)
+    if kind is _constants.AT:
+        condition = _python(kind, value)
+        return lambda text, places: frozenset(place for place in places if condition.match(text, place))
+    if kind is _constants.BRANCH:
+        branches = [_sequence(branch) for branch in value[1]]
+        return lambda text, places: frozenset().union(*(branch(text, places) for branch in branches))
+    if kind is _constants.SUBPATTERN and not (value[1] or value[2]):
+        return _sequence(value[3])
+    if kind in (_constants.MAX_REPEAT, _constants.MIN_REPEAT):
+        return _repeat(_sequence(value[2]), *value[:2])
+    raise re.error(f"{_UNSUPPORTED.get(str(kind), 'a part of it')} is not supported")
+
+
+_UNSUPPORTED = {
+    "ASSERT": "a lookahead or lookbehind",
+    "ASSERT_NOT": "a lookahead or lookbehind",
+    "GROUPREF": "a reference to a group",
+    "GROUPREF_EXISTS": "a reference to a group",
+    "ATOMIC_GROUP": "an atomic group",
+    "POSSESSIVE_REPEAT": "a possessive quantifier",
+    "SUBPATTERN": "a group with flags",
+}
+
+
+def _python(kind: Any, value: Any) -> re.Pattern[str]:
+    """One node of a pattern by itself, which Python matches without going back."""
+    return _compiler.compile(_parser.SubPattern(_parser.State(), [(kind, value)]), re.UNICODE)
+
+
+def _character(kind: Any, value: Any) -> Step:
+    accepted = functools.lru_cache(maxsize=1024)(_python(kind, value).fullmatch)
+    return lambda text, places: frozenset(place + 1 for place in places if accepted(text[place : place + 1]))
+
+
+def _repeat(once: Step, least: int, most: int) -> Step:
+    def step(text: str, places: Places) -> Places:
+        for _ in range(least):
+            before, places = places, once(text, places)
+            if places in (before, frozenset()):
+                break
+        reached = new = places
+        for _ in range(most - least):
+            new = once(text, new) - reached
+            if not new:
+                break
+            reached |= new
+        return reached
+
+    return step
