@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lowrank_jax.experiment.cli import environment
 from lowrank_jax.experiment.cli.flags import HOSTS, parser, split_overrides
-from lowrank_jax.experiment.cli.output import complain, hush, say, written_at_the_end
+from lowrank_jax.experiment.cli.output import complain, hush, print_anything, say, written_at_the_end
 from lowrank_jax.experiment.cli.sweep import given, sweep
 from lowrank_jax.experiment.errors import BAD_INPUT, DIVERGED, DOES_NOT_FIT, DONE, FAILED, INTERRUPTED, KILLED, UserError
 from lowrank_jax.text import first_line
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits with its status."""
+    print_anything()
     arguments = list(sys.argv[1:] if argv is None else argv)
     overrides, rest = split_overrides(arguments)
     args = parser(_COMMANDS).parse_args(rest)
@@ -90,7 +91,8 @@ def _train(args: argparse.Namespace) -> int:
 
     _join(args)
     config = _config(args, devices=jax.device_count())
-    return INTERRUPTED if train(config, args.workdir, source=args.config).interrupted else DONE
+    result = train(config, args.workdir, source=args.config, restart=args.restart)
+    return INTERRUPTED if result.interrupted else DONE
 
 
 def _evaluate(args: argparse.Namespace) -> int:

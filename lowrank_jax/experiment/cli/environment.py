@@ -22,4 +22,6 @@ def prepare() -> None:
 
 def cache_home() -> pathlib.Path:
     """The project's folder for what can be made again."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "lowrank_jax"
+    given = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    home = given if given.is_absolute() else pathlib.Path.home() / ".cache"  # as its specification says
+    return home / "lowrank_jax"

@@ -5,29 +5,37 @@ import math
 
 from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.named_code import is_code
+from lowrank_jax.text import shown
 
 
 def numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.05,0.1") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a list of numbers such as 0.05,0.1") from None
 
 
 def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
+_LARGEST = 2**31 - 1
+
+
 def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
+    return _at_least(1, text, "must be a whole number of at least 1")
 
 
 def whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number")
-    return int(text)
+    return _at_least(0, text, "must be a whole number")
+
+
+def _at_least(low: int, text: str, rule: str) -> int:
+    if not text.isdecimal() or not low <= (number := int(text[:20])):
+        raise argparse.ArgumentTypeError(f"{shown(text)} {rule}")
+    if number > _LARGEST:
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be at most {_LARGEST}")
+    return number
 
 
 def seconds(text: str) -> float:
@@ -36,7 +44,7 @@ def seconds(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be a number of seconds above 0")
     return value
 
 
@@ -44,7 +52,7 @@ def duration(text: str) -> Duration:
     try:
         return Duration.read(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} must be {error}") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be {error}") from None
 
 
 def not_empty(text: str) -> str:
@@ -55,5 +63,5 @@ def not_empty(text: str) -> str:
 
 def code(text: str) -> str:
     if not is_code(text):
-        raise argparse.ArgumentTypeError(f'{text!r} must look like "package.module:attribute"')
+        raise argparse.ArgumentTypeError(f'{shown(text)} must look like "package.module:attribute"')
     return text

@@ -74,6 +74,9 @@ def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workdir", required=True, type=flag_types.not_empty, help="folder of the run, local or remote (gs://...)"
     )
+    command.add_argument(
+        "--restart", action="store_true", help="begin anew if the run's checkpoints are gone; with checkpoints, resume as ever"
+    )
     _add_hosts(command)
 
 
@@ -102,10 +105,15 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
         "--workdir", required=True, type=flag_types.not_empty, nargs="+", action="extend", metavar="DIR",
         help="work directories of runs",
     )  # fmt: skip
-    add("--step", default="latest", help="latest (default), best (by the first of objective.metrics), or a step number")
-    add("--split", help='e.g. "test" or "train[:1000]"; default: dataset.eval_split of the config')
-    add("--dataset", metavar="NAME", help="another data set with the same classes, e.g. imagenet_v2")
-    add("--data-dir", help="folder of the data on this machine; default: the one used in training")
+    add(
+        "--step",
+        default="latest",
+        type=flag_types.not_empty,
+        help="latest (default), best (by the first of objective.metrics), or a step number",
+    )
+    add("--split", type=flag_types.not_empty, help='e.g. "test" or "train[:1000]"; default: dataset.eval_split of the config')
+    add("--dataset", type=flag_types.not_empty, metavar="NAME", help="another data set with the same classes, e.g. imagenet_v2")
+    add("--data-dir", type=flag_types.not_empty, help="folder of the data on this machine; default: the one used in training")
     add(
         "--max-undecodable",
         type=flag_types.whole,
@@ -288,7 +296,11 @@ _COMMANDS = {
 
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--config", required=True, metavar="FILE[:ARG]", help="Python file that defines get_config(); ARG is its argument"
+        "--config",
+        required=True,
+        type=flag_types.not_empty,
+        metavar="FILE[:ARG]",
+        help="Python file that defines get_config(); ARG is its argument",
     )
 
 

@@ -2,9 +2,18 @@
 
 import contextlib
 import dataclasses
+import errno
+import io
 import pathlib
 import sys
 from collections.abc import Iterator
+
+
+def print_anything() -> None:
+    """Whatever a terminal cannot show is replaced, rather than an error after the work is done."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:
@@ -28,7 +37,7 @@ class Output:
 
     def write(self, text: str) -> None:
         if self.path:
-            self.path.write_text(text)
+            self.path.write_text(text, encoding="utf-8")
 
     def give_up(self) -> None:
         """Leaves the folder as it was."""
@@ -44,6 +53,8 @@ def written_at_the_end(name: str | None) -> Iterator[Output]:
       OSError: the file cannot be written.
     """
     output = Output(path := pathlib.Path(name) if name else None, new=path is not None and not path.exists())
+    if path and path.is_fifo():
+        raise OSError(errno.EINVAL, "a pipe, which nobody may ever read; name a file", name)
     if path:
         path.open("a").close()
     try:

@@ -93,9 +93,10 @@ def _emitted(args: argparse.Namespace, expanded: "Sweep") -> str:
         print("lowrank: printed the trials of the first seed; rerun this command when they have finished to print the rest",
               file=sys.stderr)  # fmt: skip
     wanted = expanded.chosen() if chosen else expanded.first
-    if "://" not in args.workdir:  # for the report; a bucket may be out of reach from here
-        trials.record(args.workdir, expanded, wanted, _command(args))
     try:
-        return emit.shell(wanted) if args.emit == "sh" else emit.jobset(wanted, emit.JobSetSettings(**given(args, JOBSET)))
+        text = emit.shell(wanted) if args.emit == "sh" else emit.jobset(wanted, emit.JobSetSettings(**given(args, JOBSET)))
     except ValueError as error:
         raise ConfigError(f"--emit={args.emit}", str(error).splitlines()) from None
+    if "://" not in args.workdir:  # for the report; a bucket may be out of reach from here
+        trials.record(args.workdir, expanded, wanted, _command(args))
+    return text

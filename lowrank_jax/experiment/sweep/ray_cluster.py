@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ from collections.abc import Iterator
 import jax
 
 from lowrank_jax.experiment import config as configs
+from lowrank_jax.text import first_line
 
 _PASSED_ON = ("JAX_", "XLA_", "LIBTPU_", "TFDS_", "TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS")
+_PATIENCE = 10.0  # seconds for a connection
 _GPU_MEMORY = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
 
 
@@ -56,9 +59,11 @@ def connected(address: str | None, resources: Resources) -> Iterator[None]:
     """Connects to a cluster; see `ray_tune.run` for the address."""
     import ray
 
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_address(address)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}  # Ray leaves its own
     ray.init(
-        address or os.environ.get("RAY_ADDRESS") or "local",
+        address,
         runtime_env={"env_vars": worker_environment(resources)},
         include_dashboard=False,
         log_to_driver=False,
@@ -71,6 +76,19 @@ def connected(address: str | None, resources: Resources) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _check_address(address: str) -> None:
+    """Raises ConfigError unless somebody listens there; Ray would wait for minutes."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise configs.ConfigError("--ray-address", [f"{address!r}; must be auto or HOST:PORT"])
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise configs.ConfigError("--ray-address", [f"no Ray cluster answers at {address}: {first_line(error)}"]) from None
 
 
 def worker_environment(resources: Resources) -> dict[str, str]:
