@@ -15,7 +15,7 @@ def shown(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 1000:
         return f"a whole number of {value.bit_length()} bits"
     try:
-        text = repr(value)
+        text = " ".join(repr(value).splitlines())
     except Exception:  # whatever somebody's type may raise
         return f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:160]} ... ({len(text)} characters)"

@@ -21,7 +21,8 @@ class Duration:
           ValueError: it is not a duration.
         """
         try:
-            match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(step|epoch|example)?s?", str(value).strip())
+            text = str(value).strip() if isinstance(value, str | int | float) else ""
+            match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*(step|epoch|example)?s?", text)
             amount = float(match[1])  # type: ignore[index]
         except (TypeError, ValueError):  # of a number of thousands of digits, too
             match, amount = None, math.inf

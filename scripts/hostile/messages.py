@@ -71,7 +71,7 @@ def a_number_beyond_64_bits(place: Place, key: str, value: str) -> None:
             "optim.eps": "1e300", "lowrank.moment_batches": "99999999", "dataset.train_split": "''", "dataset.eval_split": "''",
             "model.kwargs": "{5: 3}", "model.name": "''", "mesh.rules": "({},)",
             "optim.decay_rules": "((5, 1.0),)", "eval.every": "1e400", "checkpoint.every": "-1", "optim.step_at": "('x',)",
-            "dataset.data_dir": "/nonexistent", "dataset.kwargs": "{'x': 1}", "objective.metrics": "()",
+            "dataset.data_dir": "nowhere", "dataset.kwargs": "{'x': 1}", "objective.metrics": "()",
         }.items()
     }
 )  # fmt: skip

@@ -108,7 +108,13 @@ def _of_64_bits(value: int) -> int:
     return value
 
 
+_LONGEST = 4096
+"""Characters of a text: as many as a path may have."""
+
+
 def _text(value: str) -> str:
+    if len(value) > _LONGEST:
+        raise ValueError(f"text of at most {_LONGEST} characters")
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.pipeline import TrainBatches
 from lowrank_jax.experiment.data.splits import split_size
+from lowrank_jax.experiment.memory import beyond_machine
 from lowrank_jax.experiment.training import start, state
 from lowrank_jax.experiment.training.mixing import normalizer
 from lowrank_jax.experiment.training.start import blank_images
@@ -34,6 +36,7 @@ COMPARED = (
     "spectral", "spectral_global_scale", "kernel_projection", "kernel_projection_search", "norm_preserving", "random_subspace",
 )  # fmt: skip
 IMAGES = ("noise", "data")
+_MOST_SEEDS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,10 @@ class Settings:
             found.append(f"--images: unknown {self.images!r}{did_you_mean(self.images, IMAGES)}")
         if self.batch_size < 2:
             found.append(f"--batch-size: {self.batch_size}; must be at least 2")
+        if not 1 <= self.seeds <= _MOST_SEEDS:
+            found.append(f"--seeds: {self.seeds}; must be from 1 to {_MOST_SEEDS}")
+        pixels = 4 * math.prod(config.description.image_shape)  # float32
+        found += [f"--batch-size: {problem}" for problem in beyond_machine("its images", self.batch_size * pixels)]
         if self.images == "data":
             available = split_size(config.description, config.dataset.train_split)
             needed = self.batch_size * (1 + config.lowrank.moment_batches)

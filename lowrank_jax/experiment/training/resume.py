@@ -1,7 +1,8 @@
 """Where a process takes up a run: at the newest good checkpoint, or at the start."""
 
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lowrank_jax.experiment.data.pipeline import TrainBatches
@@ -12,6 +13,7 @@ from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
+_TELL_SECONDS = 10.0
 _TRACKED = ("loss", "grad_norm", "lr")  # of every step
 
 
@@ -65,10 +67,21 @@ def restore_or_start(
     restored = checkpoints.restore(experiment.shapes, lambda restored: _unfit(restored, total))
     if restored is None:
         _begin_anew(folder, say, restart)
-        first = (put_batch(batches[i], experiment.mesh) for i in range(experiment.config.lowrank.moment_batches))
+        count = experiment.config.lowrank.moment_batches
+        first = (put_batch(batches[i], experiment.mesh) for i in _told(count, say))
         return Resumed(experiment.init(first))
     checkpoints.tidy()
     return _resumed(restored, total, folder, say)
+
+
+def _told(count: int, say: Callable[[str], None]) -> Iterator[int]:
+    """Counts the batches that the layers' inputs are measured on, aloud if it takes long."""
+    told = time.monotonic()
+    for i in range(count):
+        if time.monotonic() - told > _TELL_SECONDS:
+            told = time.monotonic()
+            say(f"measuring the layers' inputs: {i:,} of {count:,} batches")
+        yield i
 
 
 def _begin_anew(folder: Workdir, say: Callable[[str], None], restart: bool) -> None:

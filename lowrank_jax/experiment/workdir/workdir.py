@@ -32,13 +32,21 @@ class Workdir:
     Args:
       path: the folder.
       active: whether to write anything; in a run of several processes only the first one does.
+
+    Raises:
+      WorkdirError: the path is a URL that nothing here can open.
     """
 
     def __init__(self, path: epath.PathLike, *, active: bool = True):
         self._active = active
         # Training writes where epath can; reports are also read from other places that fsspec supports.
         other = re.match(r"[a-z0-9+]+://", str(path)) and not str(path).startswith(_EPATH)
-        self.path: Any = UPath(str(path)) if other else epath.Path(path)
+        if re.fullmatch(r"[a-z0-9+]+://+", str(path)):
+            raise WorkdirError(f"{path} names no folder")
+        try:
+            self.path: Any = UPath(str(path)) if other else epath.Path(path)
+        except (ValueError, ImportError) as error:  # an unknown scheme, or its package is missing
+            raise WorkdirError(f"{path}: {first_line(error)}") from None
 
     @property
     def metrics(self) -> Metrics:

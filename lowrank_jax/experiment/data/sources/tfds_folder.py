@@ -18,13 +18,23 @@ class OtherFormat(Exception):
 
 def folder(name: str, data_dir: str | None) -> tuple[str, epath.Path]:
     """TFDS's data folder, and the folder in it of the version that TFDS would prepare, whether it exists or not."""
-    import tensorflow_datasets as tfds
     from tensorflow_datasets.core import constants
 
     with tempfile.TemporaryDirectory() as empty:  # a builder reads data that it finds, and may fail to
-        relative = tfds.builder(name, data_dir=empty).data_path.relative_to(empty)
+        relative = _builder(name, empty).data_path.relative_to(empty)
     root = epath.Path(data_dir or constants.DATA_DIR).expanduser()
     return str(root), root / relative
+
+
+def _builder(name: str, data_dir: str | None) -> Any:
+    """The builder of a data set of TFDS's, or of this project's own."""
+    import tensorflow_datasets as tfds
+
+    if name == "digits":
+        from lowrank_jax.experiment.data.digits.digits_dataset_builder import Builder
+
+        return Builder(data_dir=data_dir, file_format="array_record")
+    return tfds.builder(name, data_dir=data_dir, file_format="array_record")
 
 
 def open_builder(name: str, data_dir: str | None, path: epath.Path) -> Any:
@@ -39,7 +49,6 @@ def open_builder(name: str, data_dir: str | None, path: epath.Path) -> Any:
       PermissionError: this user may not read it.
       OtherFormat: it is not stored as array_record.
     """
-    import tensorflow_datasets as tfds
     from google.protobuf.json_format import ParseError
 
     info = path / "dataset_info.json"
@@ -47,7 +56,7 @@ def open_builder(name: str, data_dir: str | None, path: epath.Path) -> Any:
     if path.exists() and not info.exists():
         raise Damaged(f"{info} is missing")
     try:
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        return _builder(name, data_dir)
     except (ParseError, AssertionError, RuntimeError):  # not JSON, another data set's, not text
         if not info.exists():
             raise

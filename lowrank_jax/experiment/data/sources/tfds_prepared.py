@@ -57,8 +57,8 @@ def open_prepared(dataset: Dataset, data_dir: str | None) -> Prepared:
     Raises:
       DataError: it is not prepared, not as array_record, or damaged.
     """
-    if not dataset.prepare:
-        return Prepared(dataset, _made_on_first_use(data_dir))
+    if not dataset.prepare and data_dir and not epath.Path(data_dir).expanduser().is_dir():
+        raise DataError(f"dataset.data_dir: {data_dir} is no folder; make it, or leave the setting out")
     root, path = tfds_folder.folder(dataset.name, data_dir)
     try:
         with explained(_remedy(dataset, path, root)):
@@ -68,23 +68,21 @@ def open_prepared(dataset: Dataset, data_dir: str | None) -> Prepared:
         raise DataError(
             f"{dataset.name} is prepared{where}, but not as array_record; prepare it in another folder: {dataset.prepare}"
         ) from None
+    if not dataset.prepare:
+        _make(builder)
     if not builder.is_prepared():
         raise DataError(f"{dataset.name} is not prepared under {_root(builder)}; run: {_command(dataset, _root(builder))}")
     return Prepared(dataset, builder)
 
 
-def _made_on_first_use(data_dir: str | None) -> Any:
-    """The digits, which ship with scikit-learn."""
+def _make(builder: Any) -> None:
+    """Prepares the digits on first use; they ship with scikit-learn."""
     import tensorflow_datasets as tfds
 
-    from lowrank_jax.experiment.data.digits.digits_dataset_builder import Builder
-
-    builder = Builder(data_dir=data_dir, file_format="array_record")
     # TFDS announces a download; there is none.
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):
         builder.download_and_prepare()
-    return builder
 
 
 @contextlib.contextmanager
