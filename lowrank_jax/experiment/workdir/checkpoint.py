@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -326,10 +326,10 @@ class Checkpoints:
     def _read(self, step: int, target: Any) -> Restored:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         state_args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
-        items = self._read_items(step, state=state_args, info=ocp.args.JsonRestore())
-        info = _unsealed(items.info)
-        if other := self._other(step, info):
+        info = _unsealed(self._read_items(step, info=ocp.args.JsonRestore()).info)
+        if other := self._other(step, info) or _of_another_network(info["digests"], target):
             raise ValueError(other)
+        items = self._read_items(step, state=state_args)
         leaves = named_leaves(items.state)
         missing = [name for name, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)]
         if missing:  # orbax leaves the shapes of what it does not find
@@ -390,6 +390,18 @@ def _check_readable(folder: epath.Path) -> None:
     ]
     if refused:
         raise CheckpointError(f"{refused[0]}: this user needs permission to read it")
+
+
+def _of_another_network(stored: Mapping[str, Any], target: Any) -> str:
+    """Which of its arrays a step lacks, or has beyond those of the parts that are wanted; "" if they are the same."""
+    wanted = named_leaves(target)
+    parts = {name.split("/")[0] for name in wanted}
+    missing = [name for name in wanted if name not in stored]
+    strange = [name for name in stored if name.split("/")[0] in parts and name not in wanted]
+    for names, problem in ((missing, "has no array"), (strange, "is of another network: it has an array")):
+        if names:
+            return f"{problem} {names[0]}{f' (and {len(names) - 1} more)' if names[1:] else ''}"
+    return ""
 
 
 def _unsealed(record: Any) -> dict[str, Any]:

@@ -53,11 +53,11 @@ def open_builder(name: str, data_dir: str | None, path: epath.Path) -> Any:
 
     info = path / "dataset_info.json"
     may_read([path, info])
-    if path.exists() and not info.exists():
+    if path.exists() and not info.is_file():
         raise Damaged(f"{info} is missing")
     try:
         return _builder(name, data_dir)
-    except (ParseError, AssertionError, RuntimeError):  # not JSON, another data set's, not text
+    except (ParseError, AssertionError, RuntimeError, UnicodeDecodeError):  # not JSON, another data set's, not text
         if not info.exists():
             raise
         raise Damaged(f"{info} is damaged") from None
