@@ -16,7 +16,7 @@ import threading
 import jax
 import pytest
 
-from lowrank_jax.experiment.cli import commands
+from lowrank_jax.experiment.cli import commands, environment
 from lowrank_jax.experiment.cli.flags import split_overrides
 from tests import running
 
@@ -97,7 +97,7 @@ def with_model(trained, folder, name):
     return folder
 
 
-@pytest.mark.parametrize("flags", [[], ["--watch"], ["--trust-code=payload_of_a_test:Model"]])
+@pytest.mark.parametrize("flags", [[], ["--watch", "--poll=0.1"], ["--trust-code=payload_of_a_test:Model"]])
 def test_evaluate_imports_no_code_that_is_not_trusted(trained, tmp_path, monkeypatch, flags):
     ran = payload(tmp_path, monkeypatch)
     run = with_model(trained, tmp_path / "a run", "payload_of_a_test:factory")
@@ -106,20 +106,17 @@ def test_evaluate_imports_no_code_that_is_not_trusted(trained, tmp_path, monkeyp
     assert result.status == 2 and not ran.exists()
     assert "model.name 'payload_of_a_test:factory'" in result.stderr
     assert result.stderr.splitlines()[-1] == f"To import it: {again}"
-    trusted = lowrank(*shlex.split(again)[1:])
-    assert trusted.status == 0 and ran.exists(), trusted.stderr
+    if not flags:
+        trusted = lowrank(*shlex.split(again)[1:])
+        assert ran.exists() and "it belongs to another experiment" in trusted.stderr  # as its checkpoints know
 
 
-def test_evaluate_trusts_what_a_config_names(trained, tmp_path, monkeypatch):
+def test_what_a_trusted_name_makes_has_to_be_a_model(trained, tmp_path, monkeypatch):
     ran = payload(tmp_path, monkeypatch)
-    good = with_model(trained, tmp_path / "good", "payload_of_a_test:Model")
-    result = lowrank("evaluate", "--workdir", good, trained, "--trust-code")
-    assert result.status == 0 and ran.exists(), result.stderr
-    wrong = with_model(trained, tmp_path / "wrong", "payload_of_a_test:other")
-    result = lowrank("evaluate", f"--workdir={wrong}", "--trust-code")
-    assert (
-        result.status == 2 and "payload_of_a_test:other makes builtin_function_or_method, not a Linen module" in result.stderr
-    )
+    run = with_model(trained, tmp_path / "run", "payload_of_a_test:other")
+    result = lowrank("evaluate", f"--workdir={run}", "--trust-code")
+    assert result.status == 2 and ran.exists()
+    assert "payload_of_a_test:other makes builtin_function_or_method, not a Linen module" in result.stderr
 
 
 def test_evaluate_goes_on_with_the_runs_that_import_nothing(trained, tmp_path, monkeypatch):
@@ -355,6 +352,101 @@ def test_flags_of_a_sweep_that_do_not_go_together_are_refused(tmp_path, flags, m
     result = lowrank("sweep", CONFIG, f"--workdir={tmp_path / 'w'}", "--sweep=seed=0:2", *flags)
     assert result.status == 2 and message in result.stderr
     assert not (tmp_path / "w").exists()
+
+
+def test_a_refused_jobset_leaves_no_folder(tmp_path):
+    flags = ["--emit=jobset", "--tpu=v5e:4x4", "--image=x"]
+    result = lowrank("sweep", CONFIG, f"--workdir={tmp_path / 'w'}", "--sweep=seed=0:2", *flags)
+    assert result.status == 2 and "--emit=jobset" in result.stderr and not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("flag", ["--split", "--dataset", "--data-dir", "--step", "--json"])
+def test_empty_flags_are_refused(trained, flag):
+    result = lowrank("evaluate", f"--workdir={trained}", f"{flag}=")
+    assert result.status == 2 and f"argument {flag}: must not be empty" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("foo://bar", "foo://bar: Unsupported filesystem: 'foo'"),
+        ("gs://", "gs:// names no folder"),
+        ("/dev/null/run", "/dev/null/run"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_work_directory_that_cannot_be_is_refused(name, problem):
+    for arguments in (tiny(name), ["evaluate", f"--workdir={name}"]):
+        result = lowrank(*arguments)
+        assert result.status == 2 and (problem in result.stderr or "has no config.json" in result.stderr), result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_results_are_not_written_to_a_pipe(trained, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    result = lowrank("evaluate", f"--workdir={trained}", f"--json={tmp_path / 'pipe'}")
+    assert result.status == 2 and f"{tmp_path / 'pipe'}: a pipe" in result.stderr
+
+
+def test_what_a_terminal_cannot_show_is_replaced(trained, tmp_path):
+    name = tmp_path / "é\udcff"
+    done = subprocess.run(
+        [sys.executable, "-c", f"from lowrank_jax.experiment.cli.output import *; print_anything(); print({str(name)!r})"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.strip() == f"{tmp_path}/\\xe9\\udcff", done.stderr
+
+
+@pytest.mark.parametrize("given", ["", "cache", "./cache"])
+def test_a_cache_home_that_is_no_absolute_path_means_the_default(given, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    assert environment.cache_home() == tmp_path / ".cache" / "lowrank_jax"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert str(environment.cache_home()) == "/elsewhere/lowrank_jax"
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"batch_size": 2**31 - 1}, "a batch of 2,147,483,647 images (batch_size): 137GB"),
+        ({"eval__batch_size": 2**31 - 1}, "a batch of 2,147,483,647 images (eval.batch_size): 137GB"),
+        ({"model__kwargs": {"widths": (10**6, 10**6)}}, "the parameters and the optimiser's state (model.kwargs): "),
+    ],
+)
+def test_what_cannot_fit_into_memory_is_said_before_it_is_tried(tmp_path, change, part, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**17 if name == "SC_PAGE_SIZE" else 2**19)  # 64 GB
+    if "batch" in part:
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+    result = lowrank(*tiny(tmp_path / "run", **{"optim__warmup": "0 steps", "mesh__data": -1, **change}))
+    assert result.status == 2 and f"out of memory: {part}" in result.stderr, result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_memory_that_runs_out_on_the_way_is_one_line(monkeypatch, tmp_path):
+    from lowrank_jax.experiment.training import loop
+
+    for error in (MemoryError("Unable to allocate 2 TiB"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
+        monkeypatch.setattr(loop, "build", raises(error))
+        result = lowrank(*tiny(tmp_path))
+        assert result.status == 2 and len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith(f"lowrank: out of memory: {error}; lower batch_size")
+
+
+def test_errors_of_our_own_are_not_hidden(monkeypatch, tmp_path):
+    from lowrank_jax.experiment.training import loop
+
+    for error in (ZeroDivisionError("ours"), jax.errors.JaxRuntimeError("INTERNAL: ours")):
+        monkeypatch.setattr(loop, "build", raises(error))
+        with pytest.raises(type(error), match="ours"):
+            commands.main(tiny(tmp_path))
+
+
+def raises(error):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
 
 
 def test_report_prints_the_table_and_where_the_page_is(trained, tmp_path):
