@@ -6,6 +6,9 @@ import pathlib
 
 def prepare() -> None:
     """Silences start-up messages of libraries, and turns on a compilation cache unless the user has chosen one."""
+    if not pathlib.Path(os.environ.get("XDG_CACHE_HOME", "")).is_absolute():
+        os.environ.pop("XDG_CACHE_HOME", None)  # its specification has such a one ignored; libraries may not
+
     import jax
     from absl import logging
 
@@ -22,6 +25,4 @@ def prepare() -> None:
 
 def cache_home() -> pathlib.Path:
     """The project's folder for what can be made again."""
-    given = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-    home = given if given.is_absolute() else pathlib.Path.home() / ".cache"  # as its specification says
-    return home / "lowrank_jax"
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "lowrank_jax"

@@ -74,9 +74,9 @@ def write(
     for scale in settings.scales:
         lines += ["", f"## Relative risk of every kernel at scale {scale:g}", ""]
         lines.append(markdown_table(kernel_table(measured, scale, shapes)))
-    page.write_text("\n".join(lines) + "\n")
+    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     stored = {"command": command, "arms": [dataclasses.asdict(one) for one in measured]}
-    data.write_text(json.dumps(stored, indent=1, allow_nan=False) + "\n")
+    data.write_text(json.dumps(stored, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     _plot(measured, picture, config.model.name)
     return [page, data, picture]
 

@@ -274,7 +274,7 @@ def _logged(workdir: str) -> Iterator[None]:
         return
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     with (
-        (pathlib.Path(workdir) / "log.txt").open("a") as file,
+        (pathlib.Path(workdir) / "log.txt").open("a", encoding="utf-8") as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):

@@ -401,8 +401,11 @@ def test_what_a_terminal_cannot_show_is_replaced(trained, tmp_path):
 def test_a_cache_home_that_is_no_absolute_path_means_the_default(given, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", given)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # jax's own is left alone
+    environment.prepare()
     assert environment.cache_home() == tmp_path / ".cache" / "lowrank_jax"
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    environment.prepare()
     assert str(environment.cache_home()) == "/elsewhere/lowrank_jax"
 
 

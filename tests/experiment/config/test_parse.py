@@ -1,12 +1,13 @@
 import copy
 import dataclasses
 import json
+import os
 import pickle
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config import Config, parse
@@ -160,6 +161,24 @@ def test_all_problems_come_at_once_each_with_its_key():
         ({"lowrank__rules": "({'path': 'head/kernel', 'scale': 'x'},)"}, "scale 'x' must be a number"),
         ({"lowrank__rules": "({'path': 'hed/kernel', 'rank': 2},)"}, "matches no parameter; the nearest is 'head/kernel'"),
         ({"lowrank__rank": "5000", "lowrank__scale": "None"}, "rank 5000 is above full rank"),
+        ({"optim__lr": "1e400"}, "optim.lr: inf; must be finite"),
+        ({"optim__lr": "1e308"}, "optim.lr: 1e+308; must be at most 1e+30"),
+        ({"optim__lr": "1e-40"}, "optim.lr: 1e-40; must be at least 1e-30"),
+        (
+            {"optim__lr": "1e25", "optim__lr_per_images": "1", "batch_size": "1000000"},
+            "optim.lr: 1e+31 for batches of 1000000 images; must be at most 1e+30",
+        ),
+        ({"dataset__mixup": "1e308"}, "dataset.mixup: 1e+308; must be at most 1000"),
+        ({"dataset__crop_padding": "8"}, "dataset.crop_padding: 8; must be less than the side of an image"),
+        ({"lowrank__moment_batches": "13"}, "lowrank.moment_batches: 13; an epoch has 12 batches"),
+        ({"batch_size": "2**70"}, "batch_size: '2**70'; must be a whole number"),
+        ({"batch_size": str(2**70)}, f"batch_size: {2**70}; must be a number of at most 64 bits"),
+        ({"eval__batch_size": "999999999999"}, "eval.batch_size: 999999999999; must be at most 2147483647"),
+        ({"optim__step_at": "('1e10 steps',)"}, "optim.step_at: 10000000000 steps; more than 2^31 steps"),
+        ({"dataset__data_dir": "''"}, "dataset.data_dir: ''; must be the name of a folder"),
+        ({"model__name": "mlp", "model__kwargs__widths": "(0,)"}, "setting widths: (0,); must be at least 1"),
+        ({"model__kwargs__widths": "(4, 4)"}, "settings widths and blocks: (4, 4) and (1, 1, 1); must be of one length"),
+        ({"optim__decay_rules": "(('(?=a).*', 1.0),)"}, "a lookahead or lookbehind is not supported"),
         ({"optim__decay_rules": "()"}, "optim.decay_rules: (); must not be empty"),
         ({"optim__decay_rules": "(('(', 1.0),)"}, "is not a regular expression"),
         ({"optim__decay_rules": "(('.*', -1),)"}, "the multiplier of '.*' must be at least 0"),
@@ -229,6 +248,9 @@ def test_durations_become_steps(text, steps):
     assert Duration.read(text).steps(batch_size=64, epoch_size=1437) == steps
 
 
+DEFAULT = "from lowrank_jax.config import default\ndef get_config():\n    c = default()\n    c.steps = 9\n"
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -237,12 +259,74 @@ def test_durations_become_steps(text, steps):
         ("def get_config(:", "it fails with SyntaxError"),
         ("x = 1", "it fails with AttributeError"),
         ("import sys; sys.exit(0)", "it fails with SystemExit"),
+        ("raise GeneratorExit", "it fails with GeneratorExit"),
+        ("class Mine(BaseException): pass\nraise Mine('x')", "it fails with Mine: x"),
+        (f"{DEFAULT}    c[5] = 3\n", "it fails with TypeError: 5 is no key; keys are text"),
+        (f"{DEFAULT}    c.model.kwargs[5] = 3\n", "it fails with TypeError: 5 is no key; keys are text"),
     ],
 )
 def test_a_config_file_that_fails_says_so(tmp_path, source, message):
     (tmp_path / "config.py").write_text(source)
     with pytest.raises(ConfigError, match=message):
         configs.load(str(tmp_path / "config.py"))
+
+
+def test_ctrl_c_in_a_config_file_stays_one(tmp_path):
+    (tmp_path / "config.py").write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        configs.load(str(tmp_path / "config.py"))
+
+
+def test_a_config_has_to_be_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.py")
+    for name, problem in (
+        (str(tmp_path), "it is a folder; name a Python file"),
+        (str(tmp_path / "pipe.py"), "it is no regular file"),
+        ("/dev/null", "it is no regular file"),
+        ("", "no file is named"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            configs.load(name)
+
+
+def test_required_values_are_asked_for_by_name():
+    config = changed()
+    config.optim.lr = config_dict.required_placeholder(float)
+    config.seed = config_dict.required_placeholder(int)
+    with pytest.raises(ConfigError) as caught:
+        configs.read(config, {"seed": 5})
+    assert caught.value.problems == ["optim.lr: required, but not set; give it by --config.optim.lr=..."]
+    assert configs.read(config, {"seed": 5, "optim.lr": 0.25}).optim.lr == 0.25
+    assert list(configs.read(changed(), {"seed": 5}).model.kwargs) == []
+
+
+def test_a_rule_may_be_a_config_dict():
+    config = changed(model__name="mlp")
+    config.lowrank.rules = (ConfigDict({"path": "head/kernel", "rank": 3}),)
+    assert parse(config).lowrank.rules == ({"path": "head/kernel", "rank": 3},)
+
+
+def test_truth_is_no_number():
+    config = changed()
+    config.optim.lr = 0.5
+    config.optim.lr = True
+    assert problems(config) == ["optim.lr: True; must be a number"]
+    assert problems(changed(optim__lr="True", dataset__mixup="False")) == [
+        "dataset.mixup: False; must be a number",
+        "optim.lr: True; must be a number",
+    ]
+
+
+@pytest.mark.parametrize("key", [".lr", "optim.", "optim..lr", "", ".", "optim. lr", "a-b", "optim.\udcff"])
+def test_malformed_keys_are_refused(key):
+    with pytest.raises(ConfigError, match=r"no key; keys look like optim\.lr"):
+        override(default(), key, "5")
+
+
+@pytest.mark.parametrize("text", ["{5: 3}", "{'a.b': 1}", "{None: 1}"])
+def test_mappings_with_other_keys_are_refused(text):
+    with pytest.raises(ConfigError, match=r"model\.kwargs"):
+        parse(changed(model__kwargs=text))
 
 
 def test_what_is_no_python_file_is_refused(repository):

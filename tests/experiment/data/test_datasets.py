@@ -1,5 +1,6 @@
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from lowrank_jax.experiment.data.base import DataError
 from lowrank_jax.experiment.data.datasets import describe, find, load
 from lowrank_jax.experiment.data.sources.synthetic import SyntheticOptions
 from lowrank_jax.experiment.data.splits import split_parts, split_size
+from lowrank_jax.experiment.memory import TooLarge
 
 
 def test_digits_come_whole_through_the_real_builder():
@@ -34,6 +36,59 @@ def test_the_second_reading_finds_decoded_pixels_and_survives_their_loss():
     np.testing.assert_array_equal(load(digits, "test", None).images, first.images)
     cache.write_bytes(cache.read_bytes()[:1000])
     np.testing.assert_array_equal(load(digits, "test", None).images, first.images)
+
+
+def test_digits_are_not_made_in_a_folder_that_does_not_exist(tmp_path):
+    with pytest.raises(DataError, match=r"dataset\.data_dir: .*/nowhere is no folder; make it, or leave the setting out"):
+        load(describe("digits", {}), "test", str(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+DAMAGE = {
+    "cut short": lambda info: info.write_bytes(info.read_bytes()[:100]),
+    "empty": lambda info: info.write_text(""),
+    "no text": lambda info: info.write_bytes(b"\xff\xfe"),
+    "another": lambda info: info.write_text("[]"),
+    "gone": lambda info: info.unlink(),
+    "a folder": lambda info: (info.unlink(), info.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damage_of_the_digits_is_named(tmp_path, damage):
+    shutil.copytree(pathlib.Path(os.environ["TFDS_DATA_DIR"]) / "digits", tmp_path / "digits")
+    damage(next(tmp_path.glob("digits/*/dataset_info.json")))
+    with pytest.raises(DataError, match=rf"dataset_info.json is (missing|damaged); delete {tmp_path}/digits/.*, then: "):
+        load(describe("digits", {}), "test", str(tmp_path))
+
+
+def test_a_data_set_may_not_name_code_in_its_files(tmp_path):
+    """TFDS would import the class that features.json names, were the data set not one of those it knows."""
+    shutil.copytree(pathlib.Path(os.environ["TFDS_DATA_DIR"]) / "digits", tmp_path / "digits")
+    features = next(tmp_path.glob("digits/*/features.json"))
+    features.write_text(features.read_text().replace("tensorflow_datasets.core", "no.such.module"))
+    assert len(load(describe("digits", {}), "test", str(tmp_path))) == 360
+
+
+def test_objects_are_not_unpickled(tmp_path):
+    shutil.copytree(pathlib.Path(os.environ["TFDS_DATA_DIR"]) / "digits", tmp_path / "digits")
+    whole = load(describe("digits", {}), "test", str(tmp_path))
+    cache = next(tmp_path.glob("digits/*/decoded-test.npz"))
+    np.savez(cache, images=np.array([Bomb()] * 360, object), labels=whole.labels)
+    np.testing.assert_array_equal(load(describe("digits", {}), "test", str(tmp_path)).images, whole.images)
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+def test_more_images_than_memory_are_refused():
+    dataset = describe("synthetic", {"train_size": 10**10})
+    with pytest.raises(
+        TooLarge, match=r"out of memory: the 10,000,000,000 images of synthetic/train: 30\.7TB; this machine has"
+    ):
+        load(dataset, "train[:10]", None)
 
 
 def test_parts_of_a_split_are_disjoint_and_complete():

@@ -147,6 +147,12 @@ def test_more_images_than_there_are_and_duplicates_are_refused():
     ]
 
 
+def test_seeds_and_images_without_end_are_refused():
+    seeds, images = before_training.Settings(seeds=10**14, batch_size=10**13).problems(running.config())
+    assert seeds == "--seeds: 100000000000000; must be from 1 to 1000"
+    assert images.startswith("--batch-size: its images: 2.56PB; this machine has ")
+
+
 def test_a_kernel_of_zeros_loses_nothing():
     plan = lr.plan(nn.Dense(6), np.ones((2, 8), np.float32), [lr.Rule("kernel", rank=2)])
     params = {"kernel": np.zeros((8, 6), np.float32), "bias": np.zeros(6, np.float32)}

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -298,3 +299,18 @@ def test_trials_that_share_a_gpu_share_its_memory(monkeypatch):
     monkeypatch.setenv(name, "0.1")
     assert ray_cluster.worker_environment(Resources(gpus=0.25))[name] == "0.1"
     assert ray_cluster.worker_environment(Resources())["JAX_PLATFORMS"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1: "),
+        ("ray://127.0.0.1:1", "no Ray cluster answers at ray://127.0.0.1:1: "),
+        ("127.0.0.1:99999", "no Ray cluster answers at 127.0.0.1:99999: "),
+        ("127.0.0.1", "'127.0.0.1'; must be auto or HOST:PORT"),
+        ("x y:z", "'x y:z'; must be auto or HOST:PORT"),
+    ],
+)
+def test_an_address_where_nobody_listens_is_refused(address, problem):
+    with pytest.raises(ConfigError, match=re.escape(problem)), ray_cluster.connected(address, Resources()):
+        pass
