@@ -314,8 +314,8 @@ def a_refused_jobset_with(place: Place, *flags: str) -> None:
 def output_in(place: Place, env: dict[str, str]) -> None:
     out = place.path / "ä"
     flags = ("--scales=0.1", "--methods=spectral", "--batch-size=2", f"--out={out}")
-    tidy(place.fresh("init-report", CONFIG, *flags, env={**env, "PYTHONCOERCECLOCALE": "0"}))
-    refused(place.fresh("evaluate", f"--workdir={out}/né", env={**env, "PYTHONCOERCECLOCALE": "0"}))
+    tidy(place.fresh("init-report", CONFIG, *flags, env={**env, "PYTHONCOERCECLOCALE": "0"}), 0, 2)
+    refused(place.fresh("evaluate", f"--workdir={out}/né", env={**env, "PYTHONCOERCECLOCALE": "0"}), lines=12)
     refused(place.fresh("overview", CONFIG, "--config.model.name=né", env={**env, "PYTHONCOERCECLOCALE": "0"}))
 
 

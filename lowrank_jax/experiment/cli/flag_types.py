@@ -55,10 +55,14 @@ def duration(text: str) -> Duration:
         raise argparse.ArgumentTypeError(f"{shown(text)} must be {error}") from None
 
 
-def not_empty(text: str) -> str:
-    if not text:
+def text(given: str) -> str:
+    if not given:
         raise argparse.ArgumentTypeError("must not be empty")
-    return text
+    try:
+        given.encode()
+    except UnicodeEncodeError:  # a name of other bytes, which neither TensorFlow nor JSON can hold
+        raise argparse.ArgumentTypeError(f"{given!r} is not UTF-8; rename it, or set LANG=C.UTF-8") from None
+    return given
 
 
 def code(text: str) -> str:

@@ -71,9 +71,7 @@ The same command on the same --workdir resumes an interrupted run exactly.
 
 def _train(command: argparse.ArgumentParser) -> None:
     _add_config(command)
-    command.add_argument(
-        "--workdir", required=True, type=flag_types.not_empty, help="folder of the run, local or remote (gs://...)"
-    )
+    command.add_argument("--workdir", required=True, type=flag_types.text, help="folder of the run, local or remote (gs://...)")
     command.add_argument(
         "--restart", action="store_true", help="begin anew if the run's checkpoints are gone; with checkpoints, resume as ever"
     )
@@ -102,18 +100,18 @@ imported with --trust-code. Everything else in a work directory is data and runs
 def _evaluate(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add(
-        "--workdir", required=True, type=flag_types.not_empty, nargs="+", action="extend", metavar="DIR",
+        "--workdir", required=True, type=flag_types.text, nargs="+", action="extend", metavar="DIR",
         help="work directories of runs",
     )  # fmt: skip
     add(
         "--step",
         default="latest",
-        type=flag_types.not_empty,
+        type=flag_types.text,
         help="latest (default), best (by the first of objective.metrics), or a step number",
     )
-    add("--split", type=flag_types.not_empty, help='e.g. "test" or "train[:1000]"; default: dataset.eval_split of the config')
-    add("--dataset", type=flag_types.not_empty, metavar="NAME", help="another data set with the same classes, e.g. imagenet_v2")
-    add("--data-dir", type=flag_types.not_empty, help="folder of the data on this machine; default: the one used in training")
+    add("--split", type=flag_types.text, help='e.g. "test" or "train[:1000]"; default: dataset.eval_split of the config')
+    add("--dataset", type=flag_types.text, metavar="NAME", help="another data set with the same classes, e.g. imagenet_v2")
+    add("--data-dir", type=flag_types.text, help="folder of the data on this machine; default: the one used in training")
     add(
         "--max-undecodable",
         type=flag_types.whole,
@@ -124,7 +122,7 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
         "--trust-code", nargs="?", action="append", type=flag_types.code, const=True, metavar="NAME",
         help="import this model, loss or metric that a run's config names; without a NAME, import whatever it names",
     )  # fmt: skip
-    add("--json", type=flag_types.not_empty, metavar="FILE", help="also write the results to this file")
+    add("--json", type=flag_types.text, metavar="FILE", help="also write the results to this file")
     add("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")
     add("--poll", type=flag_types.seconds, default=10.0, metavar="SECONDS", help="polling interval of --watch; default: 10")
     _add_hosts(command)
@@ -157,7 +155,7 @@ def _sweep(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     add = command.add_argument
     add("--sweep", required=True, metavar="TEXT", help="what to vary; see below")
-    add("--workdir", required=True, type=flag_types.not_empty, help="folder of the sweep, which holds a folder for each trial")
+    add("--workdir", required=True, type=flag_types.text, help="folder of the sweep, which holds a folder for each trial")
     add("--dry-run", action="store_true", help="print the table of trials and start nothing")
     add(
         "--jobs",
@@ -205,7 +203,7 @@ _REPORT = """examples:
 
 def _report(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("folders", nargs="+", metavar="DIR", type=flag_types.not_empty, help="folder of a sweep or a run, local or a URL")
+    add("folders", nargs="+", metavar="DIR", type=flag_types.text, help="folder of a sweep or a run, local or a URL")
     add("--out", metavar="DIR", help="folder to write to; default: the first DIR")
     add("--rival", metavar="METHOD|KEY=VALUE", help="arm that the others are compared with; default: spectral")
     add(
@@ -253,7 +251,7 @@ def _preflight(command: argparse.ArgumentParser) -> None:
     add("--topology", required=True, metavar="SLICE", help="TPU slice, e.g. v5e:4x4 or v4:2x2x2")
     add("--sweep", metavar="TEXT", help="compare arms that differ in a few settings; see lowrank sweep --help")
     add("--effort", choices=("fast", "full"), default="fast", help="effort of the compiler; default: fast")
-    add("--json", type=flag_types.not_empty, metavar="FILE", help="also write the results to this file")
+    add("--json", type=flag_types.text, metavar="FILE", help="also write the results to this file")
     add("--no-cache", action="store_true", help="recompile programs whose estimates are in the cache")
 
 
@@ -270,7 +268,7 @@ def _init_report(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     add = command.add_argument
     add(
-        "--out", default="runs/init_report", type=flag_types.not_empty,
+        "--out", default="runs/init_report", type=flag_types.text,
         help="path of the report without its suffix; default: runs/init_report",
     )  # fmt: skip
     add(
@@ -298,7 +296,7 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config",
         required=True,
-        type=flag_types.not_empty,
+        type=flag_types.text,
         metavar="FILE[:ARG]",
         help="Python file that defines get_config(); ARG is its argument",
     )

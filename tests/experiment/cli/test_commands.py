@@ -382,6 +382,11 @@ def test_a_work_directory_that_cannot_be_is_refused(name, problem):
         assert len(result.stderr.splitlines()) == 1
 
 
+def test_names_that_are_no_text_are_refused(tmp_path):
+    result = lowrank("evaluate", f"--workdir={tmp_path}/\udcff")
+    assert result.status == 2 and "is not UTF-8; rename it" in result.stderr
+
+
 def test_results_are_not_written_to_a_pipe(trained, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     result = lowrank("evaluate", f"--workdir={trained}", f"--json={tmp_path / 'pipe'}")
