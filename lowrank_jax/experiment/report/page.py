@@ -23,7 +23,9 @@ from lowrank_jax.experiment.report.blocks import (
 from lowrank_jax.experiment.report.rendering import as_csv, as_html, as_markdown, as_text
 from lowrank_jax.experiment.report.stored_runs import Found, StoredRun, find
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
-from lowrank_jax.text import count, did_you_mean
+from lowrank_jax.text import count, did_you_mean, one_line
+
+_SHOWN = 10  # damaged runs on the console
 
 
 class Report:
@@ -36,7 +38,7 @@ class Report:
       tune: the keys whose best value on the held-out split each arm takes, in addition to those that sweeps tuned.
 
     Raises:
-      WorkdirError: there is no work directory, a sweep.json is damaged, or `rival` or `tune` names nothing known.
+      WorkdirError: there is no work directory, or `rival` or `tune` names nothing known.
     """
 
     def __init__(self, folders: Sequence[str], *, rival: str | None = None, tune: Sequence[str] = ("optim.lr",)):
@@ -234,11 +236,15 @@ class Report:
         return as_csv(rows)
 
     def console(self) -> str:
-        """The table for a terminal, and a count of the runs without a result."""
+        """The table for a terminal, a count of the runs without a result, and why some cannot be used."""
         lost = self._lost()
+        damaged = [one_line(f"{run.name}: {run.reason}") for run in lost if run.status == "damaged"]
         lines = [as_text(self.summary())] if self.arms else ["no run has finished"]
         if lost:
             lines.append(f"{len(lost)} of {len(self.found.runs)} runs without a result: {_ends(lost)}")
+        lines += damaged[:_SHOWN]
+        if damaged[_SHOWN:]:
+            lines.append(f"and {len(damaged[_SHOWN:])} more, listed in the report")
         return "\n".join(lines)
 
 
@@ -275,4 +281,4 @@ def _verdict(interval: Interval, better: int) -> str:
 
 def _cost(arm: Arm, dense: Arm, name: str) -> str:
     own, whole = arm.interval(name).mean, dense.interval(name).mean
-    return count(round(own)) + (f" ({own / whole - 1:+.0%})" if own != whole else "")
+    return count(round(own)) + (f" ({own / whole - 1:+.0%})" if whole and own != whole else "")
