@@ -1,8 +1,8 @@
-"""Work directories that are not what they say they are: copied, renamed, damaged and foreign checkpoints, scores and metrics."""
+"""Work directories that are not what they seem: copied, renamed, damaged and foreign checkpoints, scores and metrics."""
 
 import shutil
 
-from scripts.hostile.harness import Kind, Place, refused, tidy, top1
+from scripts.hostile.harness import Kind, Place, tidy, top1
 
 KIND = Kind("checkpoints")
 

@@ -12,8 +12,8 @@
     def a_step_copied_to_another_number(place, old, new):
         ...
 
-A try holds if its function returns, and breaks if it raises: use `refused`, `tidy`, or plain asserts with a message.  Commands are
-run as a user runs them, never through new names of the package, so that the same tries can be put to another version of it.
+A try holds if its function returns, and breaks if it raises: use `refused`, `tidy`, or plain asserts with a message.  Commands
+are run as a user runs them, never through new names of the package, so that the same tries can be put to another version of it.
 """
 
 import dataclasses
@@ -154,8 +154,8 @@ class Package:
         status = json.loads(server.stdout.readline())["status"]
         with self._lock:
             self._free.append(server)
-        texts = [path.read_text(errors="replace") for path in (out, err)]
-        return Ended(status, *texts, time.monotonic() - begin)
+        said, complained = (path.read_text(errors="replace") for path in (out, err))
+        return Ended(status, said, complained, time.monotonic() - begin)
 
     def _start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-P", Path(__file__).with_name("server.py")]

@@ -104,7 +104,7 @@ class _WatchedRun:
     def _open(self) -> Subject:
         self._subject = subject = self._evaluator.open(self.workdir)
         part = f"watch_{urllib.parse.quote(subject.split, safe='')}"
-        lines = self._folder.read_lines(f"{part}.jsonl")
+        lines = self._folder.metrics(f"{part}.jsonl")
         self._folder.write_lines(f"{part}.jsonl", lines)  # a line that a kill cut short would spoil the next one
         self._done = {line["step"] for line in lines}
         self._writer = self._stack.enter_context(Writer(self._folder, part))

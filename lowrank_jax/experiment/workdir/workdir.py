@@ -2,7 +2,10 @@
 
 import contextlib
 import errno
+import fnmatch
+import itertools
 import json
+import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +15,7 @@ from etils import epath
 from upath import UPath
 
 from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.workdir import files, metrics
 from lowrank_jax.experiment.workdir.identity import defaults, differences, flatten
 from lowrank_jax.text import first_line
 
@@ -19,6 +23,8 @@ from lowrank_jax.text import first_line
 _REQUIRED = {"seed", "dataset.name", "model.name", "lowrank.method"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system without locks answers
 _EPATH = ("gs://", "s3://", "az://", "hf://")
+_FOLDERS = ("checkpoints", "damaged", "plugins")  # that training writes to
+_METRICS = "metrics.jsonl"
 
 
 class WorkdirError(UserError):
@@ -52,6 +58,7 @@ class Workdir:
         if not self._active:
             return
         self.check_bucket()
+        self.check_path()
         self.check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -70,6 +77,19 @@ class Workdir:
             raise WorkdirError(f"cannot reach {match[0]}: {first_line(error)}") from error
         if not there:
             raise WorkdirError(f"there is no bucket {match[0]}, or this account has no access to it")
+
+    def check_path(self) -> None:
+        """Raises WorkdirError for a path where orbax loses what it saves, and for links out of the folder."""
+        if "://" in str(self.path):
+            return
+        whole = self.path.resolve()
+        if any("\\" in part or "**" in part or not fnmatch.fnmatchcase(part, part) for part in whole.parts):
+            raise WorkdirError(
+                f"{whole}: checkpoints cannot be saved below a folder with [...], ** or a backslash in its name; use another path"
+            )
+        for name in _FOLDERS:
+            if (link := pathlib.Path(self.path, name)).is_symlink():
+                raise WorkdirError(f"{link} is a link, and nothing is written through links; put the folder itself there")
 
     @contextlib.contextmanager
     def locked(self, seconds: float = 10.0) -> Iterator[None]:
@@ -140,7 +160,7 @@ class Workdir:
           WorkdirError: it is damaged.
         """
         try:
-            value = json.loads((self.path / name).read_text())
+            value = files.read_json(self.path / name)
             if not isinstance(value, dict):
                 raise ValueError("it is not an object")
             return value
@@ -154,11 +174,8 @@ class Workdir:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file completely or not at all."""
-        if not self._active:
-            return
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text)
-        partial.replace(self.path / name)
+        if self._active:
+            files.write(self.path / name, text.encode())
 
     def note_failure(self, *, diverged: bool, reason: str) -> None:
         """Records why a run cannot continue, in `failure.json`."""
@@ -174,15 +191,24 @@ class Workdir:
         if self._active:
             (self.path / "failure.json").unlink(missing_ok=True)
 
+    def note_saved(self, step: int) -> None:
+        """Records, in `saved.json`, that a checkpoint is on disk, so that it is noticed if all of them are gone one day."""
+        self.write_json("saved.json", {"step": step})
+
+    def saved(self) -> int | None:
+        """The latest step that is known to have been saved; None if there is none."""
+        record = self.read_json("saved.json") or self.read_json("result.json") or {}
+        step = record.get("step")
+        return step if isinstance(step, int) else None
+
     def append_line(self, name: str, line: dict[str, Any]) -> None:
         """Appends an object as one line, as in metrics.jsonl."""
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        files.append(self.path / name, metrics.to_line(line).encode())
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """What `append_line` wrote, without a line that a kill cut short."""
-        file, lines = self.path / name, []
-        for text in file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []:
+        lines = []
+        for text in self._content(name).decode(errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 line = json.loads(text)
                 lines += [line] if isinstance(line, dict) else []
@@ -190,20 +216,74 @@ class Workdir:
 
     def write_lines(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         """Writes a file of such lines completely or not at all."""
-        self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
+        self.write_text(name, "".join(map(metrics.to_line, lines)))
+
+    def metrics(self, name: str = _METRICS) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, or of a file like it; none if there is no such file.
+
+        Raises:
+          WorkdirError: a line is not a step and its numbers.
+        """
+        try:
+            return metrics.parse(self._content(name).decode())
+        except ValueError as error:
+            raise WorkdirError(f"{self.path}/{name} is damaged: {error}") from None
+
+    def metrics_digest(self) -> metrics.Digest:
+        """Of metrics.jsonl as it is."""
+        return metrics.digest(self._content(_METRICS))
+
+    def check_metrics(self, digest: Any) -> None:
+        """Raises WorkdirError if metrics.jsonl is not as it was when the digest was made."""
+        if digest != self.metrics_digest():
+            raise WorkdirError(f"{self.path}/{_METRICS} has changed since the run ended")
+
+    def _content(self, name: str) -> bytes:
+        try:
+            return files.read_bytes(self.path / name)
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
 
     def evaluations(self) -> list[tuple[int, float]]:
         """Step and top-1 of every evaluation so far; on the held-out split if there is one."""
-        lines = self.read_lines("metrics.jsonl")
-        return [(line["step"], line.get("valid/top1", line["eval/top1"])) for line in lines if "eval/top1" in line]
+        lines = [line for line in self.metrics() if line.get("eval/top1") is not None]
+        return [(line["step"], line.get("valid/top1", line["eval/top1"])) for line in lines]
 
-    def forget_metrics_after(self, step: int, *, evaluated: bool) -> None:
-        """Drops the metrics that an interrupted run wrote after the step it resumes from, so that the file reads as one run."""
-        if not (self.path / "metrics.jsonl").exists():
-            return
-        kept = []
-        for line in self.read_lines("metrics.jsonl"):
-            repeated = line["step"] == step and not evaluated and any(key.startswith("eval/") for key in line)
-            if line["step"] <= step and not repeated:
-                kept.append(line)
-        self.write_lines("metrics.jsonl", kept)
+    def forget_metrics(self) -> None:
+        """Begins metrics.jsonl anew."""
+        if (self.path / _METRICS).exists():
+            self.write_text(_METRICS, "")
+
+    def cut_metrics(self, kept: metrics.Digest) -> str | None:
+        """Cuts metrics.jsonl back to what it held when a checkpoint was saved, so that the file reads as one run.
+
+        If it does not begin with that any more it is set aside, and the name that it has then is returned.
+        """
+        content = self._content(_METRICS)
+        if metrics.begins_with(content, kept):
+            self.write_text(_METRICS, content[: kept["bytes"]].decode())
+            return None
+        return self.set_metrics_aside()
+
+    def cut_metrics_after(self, step: int, *, evaluated: bool) -> str | None:
+        """The same for checkpoints that hold no digest: drops the lines after the step, and its evaluation if it has none."""
+        try:
+            lines = self.metrics()
+        except WorkdirError:
+            return self.set_metrics_aside()
+        last = step if evaluated else step - 1  # of the evaluations that are kept
+        kept = [line for line in lines if line["step"] <= (last if _is_evaluation(line) else step)]
+        self.write_lines(_METRICS, kept)
+        return None
+
+    def set_metrics_aside(self) -> str | None:
+        """Renames metrics.jsonl, of which nothing is lost; returns its new name, or None if there is none."""
+        if not (self.path / _METRICS).exists() or not self._active:
+            return None
+        number = next(n for n in itertools.count(1) if not (self.path / f"metrics-{n}.jsonl").exists())
+        (self.path / _METRICS).rename(self.path / f"metrics-{number}.jsonl")
+        return f"metrics-{number}.jsonl"
+
+
+def _is_evaluation(line: dict[str, Any]) -> bool:
+    return any(key.startswith("eval/") for key in line)
