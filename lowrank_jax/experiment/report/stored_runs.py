@@ -233,7 +233,7 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
         stored_values.check_settings(settings)
     if settings["lowrank.method"] == "none":
         settings = {key: value for key, value in settings.items() if not meaningless_when_dense(key)}
-    metrics = tuple(folder.metrics())
+    metrics = tuple(folder.metrics.read())
     with _names_the_file(folder, "metrics.jsonl"):
         for line in metrics:
             stored_values.check_metrics(line)
@@ -244,7 +244,7 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
     with _names_the_file(folder, "result.json"):
         stored_values.check_result(result)
     if "metrics" in result:
-        folder.check_metrics(result["metrics"])
+        folder.metrics.check(result["metrics"])
     return StoredRun(name, settings, "done", "", result, metrics)
 
 
