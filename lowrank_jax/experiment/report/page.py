@@ -238,7 +238,7 @@ class Report:
     def console(self) -> str:
         """The table for a terminal, a count of the runs without a result, and why some cannot be used."""
         lost = self._lost()
-        damaged = [one_line(f"{run.name}: {run.reason}") for run in lost if run.status == "damaged"]
+        damaged = [one_line(run.reason) for run in lost if run.status == "damaged"]
         lines = [as_text(self.summary())] if self.arms else ["no run has finished"]
         if lost:
             lines.append(f"{len(lost)} of {len(self.found.runs)} runs without a result: {_ends(lost)}")

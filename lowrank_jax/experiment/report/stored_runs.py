@@ -109,7 +109,8 @@ def find(folders: Sequence[str]) -> Found:
                 try:
                     record = read_record(path)
                 except (WorkdirError, OSError) as problem:
-                    unreadable[str(path / "sweep.json")] = _damaged("/".join(filter(None, (label, "sweep.json"))), problem)
+                    file = path / "sweep.json"
+                    unreadable[str(file)] = _damaged(_label(folder, home, file, folders), problem)
                 else:
                     commands += record["commands"]
                     tuned += record["tuned"]
@@ -117,7 +118,7 @@ def find(folders: Sequence[str]) -> Found:
             if "config.json" in names:
                 runs[str(path)] = _read_or_damaged(path, label)
     if not runs:
-        reasons = [f"{run.name}: {run.reason}" for run in unreadable.values()]
+        reasons = [run.reason for run in unreadable.values()]
         nothing = f"{', '.join(folders)}: no work directory found (a folder with a config.json)"
         raise WorkdirError("\n".join([nothing, *reasons]))
     found = _without_repeated(sorted((runs | unreadable).values(), key=lambda run: run.name))

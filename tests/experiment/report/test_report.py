@@ -18,25 +18,9 @@ from lowrank_jax.experiment.report.stored_runs import find
 from lowrank_jax.experiment.sweep.trials import expand
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from tests import running
+from tests.stored import make
 
 NOISE = [0.003, -0.002, 0.001, 0.0, -0.004]
-
-
-def make(home, name, *, top1=None, raw=None, valid=None, failure=None, loss=1.0, **changes):
-    """A work directory as a run leaves it; without top1, one that has not finished."""
-    folder = Workdir(home / name)
-    folder.claim(configs.to_dict(configs.read(configs.default(), running.settings(**changes))))
-    folder.append_line("metrics.jsonl", {"step": 10, "train/loss": loss, "train/images_per_second": 10.0})
-    folder.append_line("metrics.jsonl", {"step": 20, "train/loss": loss / 2, "train/images_per_second": 100.0})
-    if failure:
-        folder.note_failure(diverged=True, reason=failure)
-    if top1 is not None:
-        folder.append_line("metrics.jsonl", {"step": 20, "eval/top1": top1, "train/images_per_second": None})
-        method = changes.get("lowrank__method", "kernel_projection")
-        params = 1000 if method == "none" else int(1000 * changes.get("lowrank__scale", 0.25))
-        result = {"params": params, "macs": 2 * params, "seconds": 1.5, "versions": {"jax": "1"}}
-        evaluated = {"eval": {"top1": top1, "top5": 1.0, "loss": 0.5}, "valid": valid and {"top1": valid, "loss": 1 - valid}}
-        folder.write_json("result.json", {**result, **evaluated, "eval_raw": raw and {"top1": raw, "top5": 1.0, "loss": 0.5}})
 
 
 def comparison(home):
@@ -241,10 +225,11 @@ def test_a_damaged_run_is_listed_beside_the_others(runs, damage):
     assert f"{damage} is damaged" in report.markdown() and len(report.arms[0].runs) == 4
 
 
-def test_a_damaged_record_of_a_sweep_is_an_error(runs):
+def test_a_damaged_record_of_a_sweep_is_listed_beside_the_runs(runs):
     (runs / "sweep.json").write_text('{"a": ')
-    with pytest.raises(WorkdirError, match=r"sweep.json is damaged"):
-        Report([str(runs)])
+    report = Report([str(runs)])
+    assert [(run.name, run.status) for run in report.found.runs if not run.done] == [("sweep.json", "damaged")]
+    assert "sweep.json is damaged" in report.console() and len(report.arms) == 5
 
 
 def test_a_line_that_is_being_written_is_left_out(runs):
@@ -281,7 +266,7 @@ def test_of_equals_the_sweep_and_the_report_choose_the_same(tmp_path):
     for trial, (top1, loss) in zip(sweep.first, [(0.5, 0.1), (0.7, 0.8), (0.7, 0.9)], strict=True):
         folder = Workdir(trial.workdir)
         folder.claim(configs.to_dict(trial.config))
-        folder.append_line("metrics.jsonl", {"step": 1, "train/loss": 1.0, "train/images_per_second": 1.0})
+        folder.metrics.append({"step": 1, "train/loss": 1.0, "train/images_per_second": 1.0})
         result = {"params": 1, "macs": 1, "seconds": 1, "versions": {}, "eval": {"top1": 0.5, "top5": 1, "loss": 1}}
         folder.write_json("result.json", {**result, "valid": {"top1": top1, "loss": loss}})
     (arm,) = Report([str(tmp_path)]).arms
@@ -326,7 +311,7 @@ def test_nothing_in_the_runs_becomes_a_part_of_the_page(runs, tmp_path):
     Report([str(runs)]).write(tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<img src=x" not in page and "<b>" not in page
-    assert "<td><code>hostile'&lt;b&gt;</code></td>\n<td>diverged</td>\n<td>&lt;img src=x onerror=1&gt; | a b $x</td>" in page
+    assert "<td><code>hostile`&lt;b&gt;</code></td>\n<td>diverged</td>\n<td>&lt;img src=x onerror=1&gt; | a b $x</td>" in page
 
 
 FOREIGN = {  # a run, its file, what is in that, and what then becomes of the run
@@ -337,7 +322,7 @@ FOREIGN = {  # a run, its file, what is in that, and what then becomes of the ru
         "damaged",
     ),
     "dense2": ("config.json", "{}", "damaged"),
-    "dense3": ("metrics.jsonl", "3\n[]\n\udcff", "done"),
+    "dense3": ("metrics.jsonl", "3\n[]\n\udcff", "damaged"),
     "dense4": ("metrics.jsonl", None, "done"),
 }
 
