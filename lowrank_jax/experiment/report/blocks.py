@@ -60,6 +60,7 @@ class Picture:
     kind: ClassVar[str] = "picture"
     name: str
     content: bytes
+    alt: str
 
 
 Block = Heading | Paragraph | Table | Preformatted | Picture

@@ -22,6 +22,7 @@ from lowrank_jax.experiment.report.blocks import (
 )  # fmt: skip
 from lowrank_jax.experiment.report.rendering import as_csv, as_html, as_markdown, as_text
 from lowrank_jax.experiment.report.stored_runs import Found, StoredRun, find
+from lowrank_jax.experiment.workdir import files
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.text import count, did_you_mean, one_line
 
@@ -70,15 +71,15 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         pictures = figures.draw(self.arms) if self.arms else {}
         blocks = self.blocks(pictures)
-        files = {
+        contents = {
             "report.html": as_html(self.title(), blocks).encode(),
             "report.md": as_markdown(blocks).encode(),
             "report.csv": self.csv().encode(),
             **pictures,
         }
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        return [str(folder / name) for name in files]
+        for name, content in contents.items():
+            files.write(folder / name, content)
+        return [str(folder / name) for name in contents]
 
     def markdown(self) -> str:
         """The whole page without its pictures."""
@@ -91,7 +92,7 @@ class Report:
             *([Preformatted(self.found.commands)] if self.found.commands else []),
             self.reading_aid(),
             Table(self.summary()) if self.arms else Paragraph("No run has finished."),
-            *(Picture(name, content) for name, content in pictures.items()),
+            *(Picture(name, content, name) for name, content in pictures.items()),
             *self.differences(),
             *self.choices(),
             *self.failures(),

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import re
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,12 +55,12 @@ def _markdown(block: Any) -> str:
         case "preformatted":
             return "\n".join(f"    {one_line(line)}" for line in block.lines)
         case _:
-            return f"![{block.name}]({block.name})"
+            return f"![{_escaped(block.alt)}]({urllib.parse.quote(block.name)})"
 
 
 _LIST = re.compile(r"^(\s*\d*)([-+=.)])")  # would begin a list, or underline a heading
 # What has a meaning in Markdown or one of its dialects; letters on both sides of an underscore take it away.
-_MEANING = re.compile(r"[\\`*\[\]|$~#@^]|(?<![^\W_])_|_(?![^\W_])|:(?=/)|(?<=www)\.", re.I)
+_MEANING = re.compile(r"[\\`*\[\]|$~#^]|(?<![^\W_])_|_(?![^\W_])|:(?=/)|(?<=www)\.", re.I)
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
