@@ -296,7 +296,7 @@ class Loop:
             "score": score(self.evaluated, self.objective.deciding) if self.evaluated else None,
             "seconds": self.seconds(),
             "window": self.window.check(self.saved),  # what is saved is good
-            "metrics": self.tools.folder.metrics_digest(),
+            "metrics": self.tools.folder.metrics.digest(),
         }
         self.checkpoints.save(self.step, self.state.saved(), info)
         self.saved = self.step
@@ -333,7 +333,7 @@ class Loop:
         record = result_record(
             experiment, step=self.step, evaluated=self.evaluated, best_step=best_step, seconds=self.seconds()
         )
-        record["metrics"] = folder.metrics_digest()
+        record["metrics"] = folder.metrics.digest()
         folder.write_json("result.json", record)
         self.writer.say(f"done: {folder.path / 'result.json'}")
         return TrainResult(self.state, self.logged, self.evals, interrupted=False)

@@ -71,14 +71,14 @@ def restore_or_start(
 def _begin_anew(folder: Workdir, say: Callable[[str], None], restart: bool) -> None:
     saved = folder.saved()
     if saved is None:
-        folder.forget_metrics()  # of a process that ended before it saved anything
+        folder.metrics.clear()  # of a process that ended before it saved anything
         return
     if not restart:
         raise WorkdirError(
             f"{folder.path}: step {saved} of this run was saved, and its checkpoints are gone. Put {folder.checkpoints} back,"
             " or begin anew with --restart, which keeps the old metrics."
         )
-    kept = folder.set_metrics_aside()
+    kept = folder.metrics.set_aside()
     say(f"{folder.path} begins anew{f'; its old metrics are in {kept}' if kept else ''}")
 
 
@@ -92,9 +92,9 @@ def _resumed(restored: Restored, total: int, folder: Workdir, say: Callable[[str
         say(f"{folder.path}: checkpoint {step} is of an earlier version, which did not record the experiment; taken as it is")
     evaluated = info.get("evaluated")
     if "metrics" in info:
-        aside = folder.cut_metrics(info["metrics"])
+        aside = folder.metrics.cut_back(info["metrics"])
     else:
-        aside = folder.cut_metrics_after(step, evaluated=evaluated is not None)
+        aside = folder.metrics.cut_after(step, evaluated=evaluated is not None)
     if aside:
         say(f"{folder.path}: metrics.jsonl is not as it was at step {step}; it is kept as {aside}, and begins anew from here")
     if step == total and evaluated is not None:

@@ -148,8 +148,8 @@ class Checkpoints:
     @functools.cached_property
     def _scores(self) -> dict[int, float]:
         """What `note_score` wrote, and what the steps' own records say, which counts where the two differ."""
-        recorded = {step: info.get("score") for step, info in self._records().items() if not self._other(step, info)}
-        return {**self._noted_scores(), **{step: score for step, score in recorded.items() if _is_score(score)}}
+        own = {step: info for step, info in self._records().items() if not self._other(step, info)}
+        return self._noted_scores() | {step: info["score"] for step, info in own.items() if _is_score(info.get("score"))}
 
     def _noted_scores(self) -> dict[int, float]:
         try:
@@ -279,13 +279,13 @@ class Checkpoints:
         """Restores this step; None if it was deleted, as a run that is still training does with older ones.
 
         Raises:
-          CheckpointError: it is damaged.
+          CheckpointError: it cannot be used.
         """
         attempt = self._attempt(step, target)
         if isinstance(attempt, Restored):
             return attempt
         if attempt != _GONE:
-            raise CheckpointError(f"checkpoint {step} is damaged: {attempt}")
+            raise CheckpointError(f"checkpoint {step} cannot be used: {attempt}")
         return None
 
     def _agreed_steps(self) -> list[int]:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import stat
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 _LARGEST_JSON = 2**26  # bytes
 
@@ -51,12 +51,9 @@ def read_bytes(path: Any, largest: int | None = None) -> bytes:
     """The content of a plain file; see `read_text`.  Raises ValueError if it has more bytes than `largest`."""
     if not is_local(path):
         return path.read_bytes()
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "it is not a plain file", str(path))
-        if largest and found.st_size > largest:
-            raise ValueError(f"it has {found.st_size:,} bytes; at most {largest:,} are expected")
+    with _plain(path, os.O_RDONLY) as file:
+        if largest and (size := os.fstat(file.fileno()).st_size) > largest:
+            raise ValueError(f"it has {size:,} bytes; at most {largest:,} are expected")
         return file.read()
 
 
@@ -68,7 +65,7 @@ def write(path: Any, content: bytes) -> None:
         partial.replace(path)
         return
     partial.unlink(missing_ok=True)  # what a kill has left, or a link
-    with _open(partial, os.O_CREAT | os.O_EXCL) as file:
+    with _plain(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW) as file:
         file.write(content)
     partial.replace(path)
 
@@ -79,19 +76,22 @@ def append(path: Any, content: bytes) -> None:
         with path.open("ab") as file:
             file.write(content)
         return
-    with _open(path, os.O_CREAT | os.O_APPEND | os.O_NONBLOCK) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+    with _plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW) as file:
         file.write(content)
 
 
-def _open(path: Any, flags: int) -> Any:
+def _plain(path: Any, flags: int) -> BinaryIO:
+    """Opens a local file, without waiting for the other end of a pipe.  Raises OSError unless it is a plain file."""
     try:
-        return os.fdopen(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666), "wb")
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno != errno.ELOOP or not flags & os.O_NOFOLLOW:
             raise
         raise OSError(errno.ELOOP, "it is a link, and nothing is written through links", str(path)) from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "wb" if flags & os.O_WRONLY else "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is not a plain file", str(path))
 
 
 def is_local(path: Any) -> bool:

@@ -3,20 +3,20 @@
 import contextlib
 import errno
 import fnmatch
-import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import filelock
 from etils import epath
 from upath import UPath
 
-from lowrank_jax.experiment.errors import UserError
-from lowrank_jax.experiment.workdir import files, metrics
+from lowrank_jax.experiment.errors import WorkdirError
+from lowrank_jax.experiment.workdir import files
 from lowrank_jax.experiment.workdir.identity import defaults, differences, flatten
+from lowrank_jax.experiment.workdir.metrics import Metrics
 from lowrank_jax.text import first_line
 
 # Without these a config.json belongs to something else.
@@ -24,11 +24,6 @@ _REQUIRED = {"seed", "dataset.name", "model.name", "lowrank.method"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system without locks answers
 _EPATH = ("gs://", "s3://", "az://", "hf://")
 _FOLDERS = ("checkpoints", "damaged", "plugins")  # that training writes to
-_METRICS = "metrics.jsonl"
-
-
-class WorkdirError(UserError):
-    """The work directory cannot be used; the message says what to do."""
 
 
 class Workdir:
@@ -44,6 +39,10 @@ class Workdir:
         # Training writes where epath can; reports are also read from other places that fsspec supports.
         other = re.match(r"[a-z0-9+]+://", str(path)) and not str(path).startswith(_EPATH)
         self.path: Any = UPath(str(path)) if other else epath.Path(path)
+
+    @property
+    def metrics(self) -> Metrics:
+        return Metrics(self.path / "metrics.jsonl", active=self._active)
 
     @property
     def checkpoints(self) -> epath.Path:
@@ -85,7 +84,7 @@ class Workdir:
         whole = self.path.resolve()
         if any("\\" in part or "**" in part or not fnmatch.fnmatchcase(part, part) for part in whole.parts):
             raise WorkdirError(
-                f"{whole}: checkpoints cannot be saved below a folder with [...], ** or a backslash in its name; use another path"
+                f"{whole}: no checkpoint can be saved where a folder has [...], ** or a backslash in its name; use another path"
             )
         for name in _FOLDERS:
             if (link := pathlib.Path(self.path, name)).is_symlink():
@@ -200,90 +199,3 @@ class Workdir:
         record = self.read_json("saved.json") or self.read_json("result.json") or {}
         step = record.get("step")
         return step if isinstance(step, int) else None
-
-    def append_line(self, name: str, line: dict[str, Any]) -> None:
-        """Appends an object as one line, as in metrics.jsonl."""
-        files.append(self.path / name, metrics.to_line(line).encode())
-
-    def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """What `append_line` wrote, without a line that a kill cut short."""
-        lines = []
-        for text in self._content(name).decode(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                lines += [line] if isinstance(line, dict) else []
-        return lines
-
-    def write_lines(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        """Writes a file of such lines completely or not at all."""
-        self.write_text(name, "".join(map(metrics.to_line, lines)))
-
-    def metrics(self, name: str = _METRICS) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, or of a file like it; none if there is no such file.
-
-        Raises:
-          WorkdirError: a line is not a step and its numbers.
-        """
-        try:
-            return metrics.parse(self._content(name).decode())
-        except ValueError as error:
-            raise WorkdirError(f"{self.path}/{name} is damaged: {error}") from None
-
-    def metrics_digest(self) -> metrics.Digest:
-        """Of metrics.jsonl as it is."""
-        return metrics.digest(self._content(_METRICS))
-
-    def check_metrics(self, digest: Any) -> None:
-        """Raises WorkdirError if metrics.jsonl is not as it was when the digest was made."""
-        if digest != self.metrics_digest():
-            raise WorkdirError(f"{self.path}/{_METRICS} has changed since the run ended")
-
-    def _content(self, name: str) -> bytes:
-        try:
-            return files.read_bytes(self.path / name)
-        except (FileNotFoundError, NotADirectoryError):
-            return b""
-
-    def evaluations(self) -> list[tuple[int, float]]:
-        """Step and top-1 of every evaluation so far; on the held-out split if there is one."""
-        lines = [line for line in self.metrics() if line.get("eval/top1") is not None]
-        return [(line["step"], line.get("valid/top1", line["eval/top1"])) for line in lines]
-
-    def forget_metrics(self) -> None:
-        """Begins metrics.jsonl anew."""
-        if (self.path / _METRICS).exists():
-            self.write_text(_METRICS, "")
-
-    def cut_metrics(self, kept: metrics.Digest) -> str | None:
-        """Cuts metrics.jsonl back to what it held when a checkpoint was saved, so that the file reads as one run.
-
-        If it does not begin with that any more it is set aside, and the name that it has then is returned.
-        """
-        content = self._content(_METRICS)
-        if metrics.begins_with(content, kept):
-            self.write_text(_METRICS, content[: kept["bytes"]].decode())
-            return None
-        return self.set_metrics_aside()
-
-    def cut_metrics_after(self, step: int, *, evaluated: bool) -> str | None:
-        """The same for checkpoints that hold no digest: drops the lines after the step, and its evaluation if it has none."""
-        try:
-            lines = self.metrics()
-        except WorkdirError:
-            return self.set_metrics_aside()
-        last = step if evaluated else step - 1  # of the evaluations that are kept
-        kept = [line for line in lines if line["step"] <= (last if _is_evaluation(line) else step)]
-        self.write_lines(_METRICS, kept)
-        return None
-
-    def set_metrics_aside(self) -> str | None:
-        """Renames metrics.jsonl, of which nothing is lost; returns its new name, or None if there is none."""
-        if not (self.path / _METRICS).exists() or not self._active:
-            return None
-        number = next(n for n in itertools.count(1) if not (self.path / f"metrics-{n}.jsonl").exists())
-        (self.path / _METRICS).rename(self.path / f"metrics-{number}.jsonl")
-        return f"metrics-{number}.jsonl"
-
-
-def _is_evaluation(line: dict[str, Any]) -> bool:
-    return any(key.startswith("eval/") for key in line)
