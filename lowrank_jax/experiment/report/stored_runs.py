@@ -97,31 +97,29 @@ def find(folders: Sequence[str]) -> Found:
       WorkdirError: there is none.
     """
     runs: dict[str, StoredRun] = {}  # by path: a folder may be given twice, or inside another one
-    unreadable: dict[str, StoredRun] = {}
+    unusable: dict[str, StoredRun] = {}  # folders that cannot be listed, and records of sweeps
     commands, tuned = [], []
     for folder in folders:
         home = _home(folder)
         for path, names, error in _walk(home, _DEPTH, set()):
             label = _label(folder, home, path, folders)
             if error is not None:
-                unreadable[str(path)] = _damaged(label, error)
+                unusable[str(path)] = _damaged(label, error)
             if "sweep.json" in names:
+                file = path / "sweep.json"
                 try:
                     record = read_record(path)
-                except (WorkdirError, OSError) as problem:
-                    file = path / "sweep.json"
-                    unreadable[str(file)] = _damaged(_label(folder, home, file, folders), problem)
-                else:
                     commands += record["commands"]
                     tuned += record["tuned"]
                     runs |= _not_started(path, record["trials"], label)
+                except (WorkdirError, OSError) as damage:
+                    unusable[str(file)] = _damaged(_label(folder, home, file, folders), damage)
             if "config.json" in names:
-                runs[str(path)] = _read_or_damaged(path, label)
+                runs[str(path)] = _read(path, label, read)
     if not runs:
-        reasons = [run.reason for run in unreadable.values()]
         nothing = f"{', '.join(folders)}: no work directory found (a folder with a config.json)"
-        raise WorkdirError("\n".join([nothing, *reasons]))
-    found = _without_repeated(sorted((runs | unreadable).values(), key=lambda run: run.name))
+        raise WorkdirError("\n".join([nothing, *(run.reason for run in unusable.values())]))
+    found = _without_repeated(sorted((runs | unusable).values(), key=lambda run: run.name))
     return Found(tuple(found), tuple(_varied(found)), tuple(dict.fromkeys(tuned)), tuple(dict.fromkeys(commands)))
 
 
@@ -206,12 +204,12 @@ def _label(folder: str, home: Any, path: Any, folders: Sequence[str]) -> str:
 def _not_started(path: Any, trials: dict[str, Any], label: str) -> dict[str, StoredRun]:
     prefix = "" if path.name == label or not label else f"{label}/"
     missing = [name for name in trials if not (path / name / "config.json").exists()]
-    return {str(path / name): _read_or_damaged(path / name, f"{prefix}{name}", _without_config) for name in missing}
+    return {str(path / name): _read(path / name, f"{prefix}{name}", _without_config) for name in missing}
 
 
-def _read_or_damaged(path: Any, name: str, reader: Callable[[Any, str], StoredRun] | None = None) -> StoredRun:
+def _read(path: Any, name: str, reader: Callable[[Any, str], StoredRun]) -> StoredRun:
     try:
-        return (reader or read)(path, name)
+        return reader(path, name)
     except (WorkdirError, OSError, RecursionError) as error:
         return _damaged(name, error)
 

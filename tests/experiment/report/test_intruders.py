@@ -1,6 +1,7 @@
 """Whatever a run's files and its folder's name hold, the page shows it as text, and so do a spreadsheet and a terminal."""
 
 import csv
+import html
 import html.parser
 import io
 import json
@@ -237,4 +238,5 @@ def test_in_a_browser_nothing_runs(tmp_path):
         hostile(tmp_path / f"{number}", payload)
     report = Report([str(tmp_path / f"{number}") for number in range(len(PAYLOADS))])
     report.write(tmp_path / "out")
-    assert "owned" not in title_in_chromium(tmp_path / "out" / "report.html", tmp_path / "profile").replace(CALL, "")
+    title = title_in_chromium(tmp_path / "out" / "report.html", tmp_path / "profile")
+    assert html.unescape(title) == printed(report.title())
