@@ -117,9 +117,16 @@ class Package:
         merged = {**os.environ, **usual, **(changes or {})}
         return {name: value for name, value in merged.items() if value is not None}
 
-    def popen(self, arguments: Sequence[Any], *, env: Mapping[str, str | None] | None = None, **kwargs: Any) -> Any:
-        """A command in a process of its own, as a user starts it."""
-        command = [sys.executable, "-P", "-m", "lowrank_jax", *map(str, arguments)]
+    def popen(
+        self,
+        arguments: Sequence[Any],
+        *,
+        env: Mapping[str, str | None] | None = None,
+        prefix: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """A command in a process of its own, as a user starts it; `prefix` is a command that runs it."""
+        command = [*prefix, sys.executable, "-P", "-m", "lowrank_jax", *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace", **kwargs}
         return subprocess.Popen(command, env=self.environment(env), start_new_session=True, **pipes)
 

@@ -166,7 +166,7 @@ class Checkpoints:
     def _read_record(self, step: int) -> dict[str, Any] | None:
         with quiet_reads():
             try:
-                return unseal(self._read_items(step, info=ocp.args.JsonRestore()).info)
+                return _unsealed(self._read_items(step, info=ocp.args.JsonRestore()).info)
             except Exception:
                 drop_unfinished()
                 return None
@@ -246,12 +246,13 @@ class Checkpoints:
             self._manager.close()
             self._confirm()
 
-    def restore(self, target: Any) -> Restored | None:
+    def restore(self, target: Any, unfit: Callable[[Restored], str] = lambda restored: "") -> Restored | None:
         """Restores the newest usable step; None if there are no steps.
 
         Args:
           target: shapes, dtypes and shardings of the tree to restore (`jax.ShapeDtypeStruct`s); a mapping of some
             of the state's fields restores those alone.
+          unfit: says why a step that is as it was saved cannot be used; "" if it can.
 
         Raises:
           CheckpointError: there are steps, and none is usable.
@@ -260,7 +261,7 @@ class Checkpoints:
         steps = self._agreed_steps()
         while steps:
             step = steps.pop()
-            attempt = self._attempt(step, target)
+            attempt = self._attempt(step, target, unfit)
             if isinstance(attempt, Restored):
                 self._set_aside(list(damaged))
                 return dataclasses.replace(attempt, damaged=damaged)
@@ -292,7 +293,7 @@ class Checkpoints:
         """The steps that process 0 sees; a run that is still training may delete some at any time."""
         return json.loads(processes.exchange(json.dumps(self.steps()))[0])
 
-    def _attempt(self, step: int, target: Any) -> Restored | str:
+    def _attempt(self, step: int, target: Any, unfit: Callable[[Restored], str] = lambda restored: "") -> Restored | str:
         """The step, or why it cannot be used: `_GONE`, or what is wrong with some process's part."""
         result = self._try(step, target)
         reasons = [reason for reason in processes.exchange(result if isinstance(result, str) else "") if reason]
@@ -304,7 +305,7 @@ class Checkpoints:
         for name, digest in digests(result.state).items():
             if result.info["digests"].get(name) != digest:
                 return f"digest of {name} differs"
-        return result
+        return unfit(result) or result
 
     def _try(self, step: int, target: Any) -> Restored | str:
         folder = self.directory / str(step)
@@ -325,7 +326,7 @@ class Checkpoints:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         state_args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
         items = self._read_items(step, state=state_args, info=ocp.args.JsonRestore())
-        info = unseal(items.info)
+        info = _unsealed(items.info)
         if other := self._other(step, info):
             raise ValueError(other)
         leaves = named_leaves(items.state)
@@ -378,6 +379,14 @@ def _check_readable(folder: epath.Path) -> None:
     ]
     if refused:
         raise CheckpointError(f"{refused[0]}: this user needs permission to read it")
+
+
+def _unsealed(record: Any) -> dict[str, Any]:
+    """What a step's record says.  Raises ValueError, KeyError or TypeError if it is damaged."""
+    info = unseal(record)
+    if not isinstance(info, dict) or not isinstance(info.get("digests"), dict):
+        raise ValueError("its record has no digests")
+    return info
 
 
 def _is_score(value: Any) -> bool:
