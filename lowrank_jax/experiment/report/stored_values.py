@@ -12,6 +12,7 @@ from lowrank_jax.experiment.workdir.identity import defaults, flatten
 
 _LARGEST = 2**127  # about what float32 holds; sums of squares of that do not overflow
 _DEEPEST = 50
+_ONE = 1 + 1e-6  # as a mean that is rounded
 
 
 class NoTop1(ValueError):
@@ -96,12 +97,12 @@ def check_metrics(metrics: Mapping[str, Any], prefix: str = "") -> None:
     for name, value in metrics.items():
         if value is not None and not _is_number(value):
             raise _wrong(prefix + name, value, "a finite number")
-        if value is not None and name.endswith(("top1", "top5")) and not 0 <= value <= 1 + 1e-6:  # rounding
+        if value is not None and not 0 <= value <= _ONE and name.endswith(("top1", "top5")):
             raise _wrong(prefix + name, value, "from 0 to 1")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return type(value) in (int, float) and -_LARGEST < value < _LARGEST
 
 
 def failure(note: Mapping[str, Any]) -> tuple[str, str]:

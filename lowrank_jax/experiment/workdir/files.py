@@ -33,7 +33,7 @@ def read_json(path: Any) -> Any:
 def parse_json(text: str) -> Any:
     """A JSON value of finite numbers.  Raises ValueError, also for what is nested too deeply to be read."""
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -45,6 +45,9 @@ def _refuse(constant: str) -> NoReturn:
 def _finite(text: str) -> float:
     value = float(text)
     return value if math.isfinite(value) else _refuse(text)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
 
 
 def read_bytes(path: Any, largest: int | None = None) -> bytes:
