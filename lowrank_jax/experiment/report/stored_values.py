@@ -77,19 +77,14 @@ def check_result(result: Mapping[str, Any]) -> None:
         if not isinstance(evaluated, dict):
             raise _wrong(name, evaluated, "a mapping of metrics")
         check_metrics(evaluated, f"{name}/")
-        if name in ("eval", "valid"):
-            _check_compared(evaluated, name)
+        if name == "eval" and "top1" not in evaluated:
+            raise NoTop1("a report compares top1, which is not among this run's objective.metrics")
+        for metric in ("top1", "loss") if name in ("eval", "valid") else ():
+            if evaluated.get(metric) is None:
+                raise _wrong(f"{name}/{metric}", evaluated.get(metric), "a number")
     versions = result.get("versions")
     if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
         raise _wrong("versions", versions, "a mapping of strings")
-
-
-def _check_compared(evaluated: Mapping[str, Any], name: str) -> None:
-    if "top1" not in evaluated:
-        raise NoTop1("a report compares top1, which is not among this run's objective.metrics")
-    for metric in ("top1", "loss"):
-        if evaluated.get(metric) is None:
-            raise _wrong(f"{name}/{metric}", evaluated.get(metric), "a number")
 
 
 def check_metrics(metrics: Mapping[str, Any], prefix: str = "") -> None:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import math
 import os
 import pathlib
 import re
@@ -35,7 +34,7 @@ from lowrank_jax.text import first_line
 _SCORES = "scores.json"
 _GONE = "gone"
 _MANIFEST = "manifest.ocdbt"  # of the arrays
-_STEP = re.compile(r"0|[1-9]\d{0,18}", re.ASCII)
+_STEP = re.compile(r"0|[1-9]\d*", re.ASCII)
 _VANISHED = (FileNotFoundError, NotADirectoryError)  # what a run deletes while it is listed
 
 
@@ -120,6 +119,8 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
+            for link in _links(self.directory):
+                self._move_aside(link)
         processes.barrier()
         return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=handlers())
 
@@ -149,12 +150,12 @@ class Checkpoints:
     def _scores(self) -> dict[int, float]:
         """What `note_score` wrote, and what the steps' own records say, which counts where the two differ."""
         own = {step: info for step, info in self._records().items() if not self._other(step, info)}
-        return self._noted_scores() | {step: info["score"] for step, info in own.items() if _is_score(info.get("score"))}
+        return self._noted_scores() | {step: info["score"] for step, info in own.items() if files.is_number(info.get("score"))}
 
     def _noted_scores(self) -> dict[int, float]:
         try:
             noted = unseal(files.read_json(self.directory / _SCORES))
-            return {int(step): score for step, score in noted.items() if _STEP.fullmatch(step) and _is_score(score)}
+            return {int(step): score for step, score in noted.items() if _STEP.fullmatch(step) and files.is_number(score)}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or damaged
             return {}
 
@@ -200,7 +201,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
         """Starts to write a step; returns as soon as the arrays are copied off the devices and the step before is on disk."""
         assert self._manager
-        itself = {"step": step, "experiment": self._experiment}
+        itself = {"step": step} | ({"experiment": self._experiment} if self._experiment else {})
         record = seal({**info, **itself, "digests": digests(state)})
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(record))
         with self._reporting():
@@ -345,14 +346,17 @@ class Checkpoints:
         if self._manager is None or not steps:
             return
         if jax.process_index() == 0:
-            folder = self.directory.parent / "damaged"
-            folder.mkdir(parents=True, exist_ok=True)
             for step in steps:
-                copies = sum(1 for other in folder.iterdir() if other.name.split("-")[0] == str(step))
-                (self.directory / str(step)).rename(folder / (f"{step}-{copies}" if copies else str(step)))
+                self._move_aside(self.directory / str(step))
         processes.barrier()
         self._manager.close()
         self._manager = self._open()
+
+    def _move_aside(self, step: epath.Path) -> None:
+        folder = self.directory.parent / "damaged"
+        folder.mkdir(parents=True, exist_ok=True)
+        copies = sum(1 for other in folder.iterdir() if other.name.split("-")[0] == step.name)
+        step.rename(folder / (f"{step.name}-{copies}" if copies else step.name))
 
 
 def _stored_steps(directory: epath.Path) -> list[int]:
@@ -362,6 +366,13 @@ def _stored_steps(directory: epath.Path) -> list[int]:
     except _VANISHED:
         return []
     return sorted(int(path.name) for path in folders if _is_complete(path))
+
+
+def _links(directory: epath.Path) -> list[epath.Path]:
+    """Symbolic links in the place of steps, which lead to another step or out of the folder."""
+    if not files.is_local(directory):
+        return []
+    return [epath.Path(path) for path in pathlib.Path(directory).iterdir() if path.is_symlink()]
 
 
 def _is_complete(folder: epath.Path) -> bool:
@@ -387,10 +398,6 @@ def _unsealed(record: Any) -> dict[str, Any]:
     if not isinstance(info, dict) or not isinstance(info.get("digests"), dict):
         raise ValueError("its record has no digests")
     return info
-
-
-def _is_score(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
 
 
 def _absolute(path: epath.Path) -> epath.Path:
