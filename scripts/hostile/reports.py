@@ -302,7 +302,7 @@ def a_report_without_permission_to_read_a(place: Place, name: str) -> None:
     (home / name).chmod(0)
     user = ("setpriv", "--reuid=65534", "--clear-groups") if os.geteuid() == 0 else ()
     own = {"HOME": str(place.path), "XDG_CACHE_HOME": str(place.path), "MPLCONFIGDIR": None}
-    ended = tidy(place.fresh("report", home, f"--out={place.path / 'out'}", prefix=user))
+    ended = tidy(place.fresh("report", home, f"--out={place.path / 'out'}", prefix=user, env=own))
     assert "Permission denied" in ended.out and name in ended.out, f"it does not say so, {ended}"
     assert (place.path / "out" / "report.html").exists()
 

@@ -92,7 +92,7 @@ def check_metrics(metrics: Mapping[str, Any], prefix: str = "") -> None:
     for name, value in metrics.items():
         if value is not None and not _is_number(value):
             raise _wrong(prefix + name, value, "a finite number")
-        if value is not None and not 0 <= value <= _ONE and name.endswith(("top1", "top5")):
+        if value is not None and not 0 <= value <= _ONE and name.rpartition("/")[2] in ("top1", "top5"):
             raise _wrong(prefix + name, value, "from 0 to 1")
 
 
