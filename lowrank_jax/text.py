@@ -2,12 +2,20 @@
 
 import difflib
 import html
+import re
 from collections.abc import Iterable
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type if it has none."""
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks and control characters, which could command a terminal: what does not print is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in re.sub(r"\s+", " ", text))
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

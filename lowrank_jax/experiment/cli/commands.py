@@ -76,7 +76,7 @@ def _failed(status: int, message: str) -> int:
 
     if several():
         end_all(status, message)
-    print(message, file=sys.stderr)
+    complain(message)
     return status
 
 

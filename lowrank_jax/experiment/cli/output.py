@@ -6,6 +6,8 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
+from lowrank_jax.text import one_line
+
 
 def say(text: str) -> None:
     print(text, flush=True)
@@ -16,7 +18,8 @@ def hush(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece, whatever other threads print
+    printable = "\n".join(map(one_line, text.splitlines()))  # a file's name may hold a terminal's commands
+    print(f"{printable}\n", end="", file=sys.stderr, flush=True)  # in one piece, whatever other threads print
 
 
 @dataclasses.dataclass(frozen=True)

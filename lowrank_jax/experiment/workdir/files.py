@@ -35,7 +35,7 @@ def read_json(path: Any) -> Any:
 def parse_json(text: str) -> Any:
     """A JSON value of finite numbers of 64 bits.  Raises ValueError, also for what is nested too deeply to be read."""
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -57,6 +57,9 @@ def _whole(text: str) -> int:
 def is_number(value: Any) -> bool:
     """Whether a value that was read is a finite number that a float can hold; truth values are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
 
 
 def read_bytes(path: Any, largest: int | None = None) -> bytes:

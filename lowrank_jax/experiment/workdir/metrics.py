@@ -9,6 +9,8 @@ from typing import Any
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.workdir import files
 
+_LARGEST = 2**30  # bytes
+
 Digest = dict[str, int]
 """The size of the file and a checksum of it, to be kept where nothing changes unnoticed."""
 
@@ -105,9 +107,11 @@ class Metrics:
 
     def _content(self) -> bytes:
         try:
-            return files.read_bytes(self.path)
+            return files.read_bytes(self.path, _LARGEST)
         except (FileNotFoundError, NotADirectoryError):
             return b""
+        except ValueError as error:
+            raise WorkdirError(f"{self.path} is damaged: {error}") from None
 
     def _write(self, content: bytes) -> None:
         if self._active:
