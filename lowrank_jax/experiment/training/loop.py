@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_jax.experiment import interrupts
 from lowrank_jax.experiment.config.files import to_dict
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
@@ -65,13 +66,15 @@ def train(
         with Writer(folder) as writer, Checkpoints(folder.checkpoints, keep=config.checkpoint.keep) as checkpoints:
             writer.say(headline(experiment))
             writer.show_settings(flatten(to_dict(config)))
-            with stop or StopSignal() as stop:
-                try:
-                    return begin(Tools(experiment, data, folder, writer, checkpoints, stop, on_evaluation)).run()
-                except Diverged as error:
-                    folder.note_failure(diverged=True, reason=str(error))
-                    checkpoints.wait()  # all processes come here, and what the message calls the last good one is on its way
-                    raise
+            stop = stop or StopSignal()
+            try:
+                loop = begin(Tools(experiment, data, folder, writer, checkpoints, stop, on_evaluation))
+                with stop:  # until now there was nothing to save
+                    return loop.run()
+            except Diverged as error:
+                folder.note_failure(diverged=True, reason=str(error))
+                checkpoints.wait()  # all processes come here, and what the message calls the last good one is on its way
+                raise
 
 
 def _load(experiment: Experiment) -> dict[str, datasets.Split]:
@@ -322,6 +325,7 @@ class Loop:
             experiment, step=self.step, evaluated=self.evaluated, best_step=best_step, seconds=self.seconds()
         )
         folder.write_json("result.json", record)
+        interrupts.too_late()
         self.writer.say(f"done: {folder.path / 'result.json'}")
         return TrainResult(self.state, self.logged, self.evals, interrupted=False)
 
