@@ -9,12 +9,13 @@ import dataclasses
 import multiprocessing
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 
@@ -79,21 +80,25 @@ class _Engine:
         self.board = _Board(self)
 
     def run(self) -> dict[str, Outcome]:
-        with StopSignal() as stop, self._no_orphans(), self.board:
-            _start_server()
-            while self.running or (self.waiting and not self.stopping):
-                while self.waiting and len(self.running) < self.jobs and not stop.requested:
-                    self._start(*self.waiting.pop(0))
-                if stop.requested and not self.stopping:
-                    self._stop()
-                wait([run.process.sentinel for run in self.running], timeout=_POLL_SECONDS)
-                for run in [run for run in self.running if not run.process.is_alive()]:
-                    self.running.remove(run)
-                    self._ended(run)
-                self.board.refresh()
+        with self._no_orphans(), self.board:
+            _start_server(self.context)  # until then there is nothing to save
+            with StopSignal() as stop:
+                self._run(stop)
         for trial, _ in self.waiting:
             self.outcomes[trial.name] = Outcome("interrupted", "not started")
         return self.outcomes
+
+    def _run(self, stop: StopSignal) -> None:
+        while self.running or (self.waiting and not self.stopping):
+            while self.waiting and len(self.running) < self.jobs and not stop.requested:
+                self._start(*self.waiting.pop(0))
+            wait([run.process.sentinel for run in self.running], timeout=_POLL_SECONDS)
+            if stop.requested and not self.stopping:
+                self._stop()
+            for run in [run for run in self.running if not run.process.is_alive()]:
+                self.running.remove(run)
+                self._ended(run)
+            self.board.refresh()
 
     def _start(self, trial: Trial, tries: int) -> None:
         arguments = (self.lowrank, list(trial.command), str(_log(trial)))
@@ -132,7 +137,7 @@ class _Engine:
     @contextlib.contextmanager
     def _no_orphans(self) -> Iterator[None]:
         """Whatever ends the sweep ends its trials: a second Ctrl-C, or an accident."""
-        with interrupts.cleaning_up(self._kill):
+        with interrupts.cleaning_up(_end_server), interrupts.cleaning_up(self._kill):
             try:
                 yield
             finally:
@@ -189,11 +194,21 @@ class _Board:
         return Group(table, f"{counts}, {engine.total} in total   {state}")
 
 
-def _start_server() -> None:
-    """Starts the server with Ctrl-C ignored: it would die of one that comes before it ignores it itself."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_server(context: Any) -> None:
+    """Starts the server, and waits until it has imported everything."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would die of one that comes before it ignores it itself
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, handler)
+    nothing = context.Process(target=int)
+    nothing.start()
+    nothing.join()
+
+
+def _end_server() -> None:
+    """What multiprocessing does at the end of Python, for a process that ends at once."""
+    if pid := forkserver._forkserver._forkserver_pid:  # type: ignore[attr-defined]
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(util.get_temp_dir(), ignore_errors=True)  # of its socket
 
 
 def _train(lowrank: Lowrank, arguments: list[str], log: str) -> None:
