@@ -1,9 +1,9 @@
 """Ctrl-C, SIGTERM and SIGHUP at any moment of a command.
 
-Python tells its main thread of a signal once that runs Python again, which a compiler can delay by minutes.  An exception raised
-there is lost where another language has called Python, and elsewhere it unwinds libraries that were not made for that.  So a
-command ends without an exception, and a thread listens beside the main one: whichever is first acts.  Until then signals wait
-in a pipe, in their order, so that each goes to whoever received signals when it came.
+Python tells its main thread of a signal once that runs Python again, which a compiler can delay by minutes.  An exception
+raised there is lost where another language has called Python, and elsewhere it unwinds libraries that were not made for that.
+So a command ends without an exception, and a thread listens beside the main one: whichever is first acts.  Until then signals
+wait in a pipe, in their order, so that each goes to whoever received signals when it came.
 """
 
 import atexit

@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and SIGHUP at any moment of any command; pipes whose reader leaves; streams that are closed."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -20,67 +21,143 @@ _SAID: dict[int, str] = {
     signal.SIGHUP: "lowrank: ended by SIGHUP\n",
 }
 _PATIENCE = 20  # seconds, on a busy machine, from a signal to the end; a step and a save may lie between
-_RAY = {"RAY_TMPDIR": "/tmp"}  # its sockets have short names only
+_START = 0.25  # seconds until the package's own code runs; before, Python alone is there
+_FILES = ("out.json", "initial.md", "initial.json", "initial.png")
+_OUT = ".stdout"
+
+Moment = tuple[str, str, float]
+"""So many seconds after a file of the place contains a text; without a file, after the start."""
 
 
-def _trained(place: Place) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What is interrupted.
+
+    Attributes:
+      arguments: of the command, for a place.
+      phases: a file, a text in it that begins the phase, and the seconds that it takes on an idle machine.
+      saves: whether a signal may save first, and end with status 75.
+    """
+
+    arguments: Callable[[Place], list[Any]]
+    phases: tuple[Moment, ...]
+    saves: bool = False
+
+    def moments(self, count: int) -> Iterator[Moment]:
+        """Spread over all phases evenly."""
+        for i in range(count):
+            file, text, seconds = self.phases[i % len(self.phases)]
+            steps = -(-count // len(self.phases))
+            yield file, text, seconds * (i // len(self.phases)) / steps + (0 if file else _START)
+
+
+def _copy(place: Place) -> Path:
     return place.copy("finished")
 
 
-COMMANDS: dict[str, tuple[Callable[[Place], list[Any]], float]] = {
-    "train": (lambda place: [*TRAIN, f"--workdir={place.path / 'run'}"], 8),
-    "evaluate": (lambda place: ["evaluate", f"--workdir={_trained(place)}", f"--json={place.path / 'out.json'}"], 3),
-    "watch": (lambda place: ["evaluate", "--watch", "--poll=0.1", f"--workdir={place.path / 'later'}"], 4),
-    "watch of a run": (lambda place: ["evaluate", "--watch", "--poll=0.1", f"--workdir={_trained(place)}"], 5),
-    "report": (lambda place: ["report", _trained(place)], 3),
-    "overview": (lambda place: ["overview", _DIGITS], 2),
-    "init-report": (
-        lambda place: ["init-report", _DIGITS, "--scales=0.1", "--seeds=1", f"--out={place.path / 'initial'}"], 9,
-    ),
-    "preflight": (
-        lambda place: ["preflight", _DIGITS, "--topology=v5e:2x2", f"--json={place.path / 'out.json'}"], 14,
-    ),
-    "sweep": (lambda place: _sweep(place, "--jobs=2"), 14),
-    "sweep on ray": (lambda place: _sweep(place, "--engine=ray"), 30),
-}  # fmt: skip
-"""Arguments, and the seconds that the command takes on an idle machine."""
-_SAVING = ("train", "watch", "watch of a run", "sweep", "sweep on ray")
-_FILES = ("out.json", "initial.md", "initial.png")
-
-
 def _sweep(place: Place, *flags: str) -> list[Any]:
-    return ["sweep", *TRAIN[1:], "--sweep=seed=0:2", f"--workdir={place.path / 'run'}", *flags]
+    # Steps enough for a signal to meet them.
+    flags = ("--config.steps=400", "--sweep=seed=0:2", *flags)
+    return ["sweep", *TRAIN[1:], *flags, f"--workdir={place.path / 'run'}"]
 
 
-def signalled(place: Place, command: str, seconds: float, *numbers: int, pause: float = 0.3) -> Ended:
-    """Sends signals to a command so many seconds after its start, as a terminal does, and asserts that it obeys."""
-    arguments, scratch = COMMANDS[command][0](place), place.path / "scratch"
+_LOG = "run/seed=0/log.txt"
+
+COMMANDS = {
+    "train": Command(
+        lambda place: [*TRAIN, f"--workdir={place.path / 'run'}"],
+        (("", "", 4), (_OUT, "compiling", 3), (_OUT, "compiled", 1), (_OUT, "[", 0.5), (_OUT, "done:", 0.3)),
+        saves=True,
+    ),
+    "evaluate": Command(
+        lambda place: ["evaluate", f"--workdir={_copy(place)}", f"--json={place.path / 'out.json'}"],
+        (("", "", 4),),
+    ),
+    "watch": Command(
+        lambda place: ["evaluate", "--watch", "--poll=0.1", f"--workdir={place.path / 'later'}"],
+        (("", "", 2), (_OUT, "waiting", 1)),
+        saves=True,
+    ),
+    "watch of a run": Command(
+        lambda place: ["evaluate", "--watch", "--poll=0.1", f"--workdir={_copy(place)}"],
+        (("", "", 6),),
+        saves=True,
+    ),
+    "report": Command(
+        lambda place: ["report", _copy(place)],
+        (("", "", 4),),
+    ),
+    "overview": Command(
+        lambda place: ["overview", _DIGITS],
+        (("", "", 3),),
+    ),
+    "init-report": Command(
+        lambda place: ["init-report", _DIGITS, "--scales=0.1", "--seeds=1", f"--out={place.path / 'initial'}"],
+        (("", "", 10),),
+    ),
+    "preflight": Command(
+        lambda place: ["preflight", _DIGITS, "--topology=v5e:2x2", f"--json={place.path / 'out.json'}"],
+        (("", "", 15),),
+    ),
+    "sweep": Command(
+        lambda place: _sweep(place, "--jobs=2"),
+        (("", "", 8), (_LOG, "compiling", 3), (_LOG, "compiled", 2), (_LOG, "done:", 0.5)),
+        saves=True,
+    ),
+    "sweep on ray": Command(
+        lambda place: _sweep(place, "--engine=ray", "--cpus=0.5"),
+        (("", "", 12), (_LOG, "compiled", 2)),
+        saves=True,
+    ),
+}
+
+
+def signalled(place: Place, name: str, moment: Moment, *numbers: int) -> Ended:
+    """Sends signals to a command at a moment, as a terminal does, and asserts that it obeys."""
+    command, scratch = COMMANDS[name], place.path / "scratch"
     scratch.mkdir()
-    first = numbers[0]
-    process = place.start(*arguments, env={"TMPDIR": str(scratch), **_RAY}, preexec_fn=_default_signals)
-    try:
-        out, err = process.communicate(timeout=seconds)
-        return tidy(Ended(process.returncode, out, err, seconds), 0)  # it was faster
-    except subprocess.TimeoutExpired:
-        pass
+    with (place.path / _OUT).open("w") as out:
+        process = place.start(
+            *command.arguments(place), env={"TMPDIR": str(scratch)}, stdout=out, preexec_fn=_with_default_signals
+        )
+    if _await(place, moment, process):
+        _send(process, numbers)
     sent = time.monotonic()
-    for number in numbers:
-        _kill_all(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
-        time.sleep(pause if len(numbers) > 1 else 0)
     try:
-        out, err = process.communicate(timeout=_PATIENCE)
+        _, err = process.communicate(timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
         _kill_all(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        raise AssertionError(f"goes on after {signal.Signals(first).name}: {(err or out).strip()[-200:]!r}") from None
-    ended = Ended(process.returncode, out, err, time.monotonic() - sent)
-    _assert_obeyed(place, command, ended, first)
+        _, err = process.communicate()
+        raise AssertionError(f"goes on after {signal.Signals(numbers[0]).name}: {err.strip()[-200:]!r}") from None
+    ended = Ended(process.returncode, (place.path / _OUT).read_text(), err, time.monotonic() - sent)
+    _assert_obeyed(place, name, ended, numbers)
     _assert_nothing_left(place, process.pid, scratch)
     return ended
 
 
-def _default_signals() -> None:
-    """What a shell in the background ignores, and its children with it."""
+def _await(place: Place, moment: Moment, process: Any) -> bool:
+    """Whether the command still runs at that moment."""
+    file, text, seconds = moment
+    end = time.monotonic() + 240
+    while file and process.poll() is None:
+        path = place.path / file
+        if path.exists() and text in path.read_text():
+            break
+        assert time.monotonic() < end, f"never says {text}"
+        time.sleep(0.005)
+    time.sleep(seconds)
+    return process.poll() is None
+
+
+def _send(process: Any, numbers: tuple[int, ...]) -> None:
+    for number in numbers:
+        _kill_all(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        if len(numbers) > 1:
+            time.sleep(0.3)
+
+
+def _with_default_signals() -> None:
+    """A shell in the background lets its children ignore some."""
     for number in _SAID:
         signal.signal(number, signal.SIG_DFL)
 
@@ -90,25 +167,22 @@ def _kill_all(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def _assert_obeyed(place: Place, command: str, ended: Ended, number: int) -> None:
-    saves = (75, 0) if command in _SAVING else (0,)
-    tidy(ended, 128 + number, *saves)
-    if ended.status == 128 + number:
-        assert ended.err in (_SAID[number], *_progress(command, ended, number)), f"said {ended.err!r}"
-        left = [name for name in _FILES if (place.path / name).exists()]
+def _assert_obeyed(place: Place, name: str, ended: Ended, numbers: tuple[int, ...]) -> None:
+    ends = {128 + number: _SAID[number] for number in numbers}
+    tidy(ended, *ends, *((75, 0) if COMMANDS[name].saves else (0,)))
+    if ended.status in ends:
+        said = ended.err.splitlines(keepends=True)
+        if name == "preflight":  # which says there what it compiles
+            said = said[-1:]
+        assert said == [ends[ended.status]], f"said {ended.err!r}"
+        left = [file for file in _FILES if (place.path / file).exists()]
         assert not left, f"half written: {left}"
-    if ended.status == 75 and command == "train":
+    else:
+        assert name == "preflight" or not ended.err, f"said {ended.err!r}"
+    if name == "train" and ended.status == 75:
         assert "stopping: saved step" in ended.out, ended
-    if ended.status == 0 and command == "train":
+    if name == "train" and ended.status == 0:
         assert (place.path / "run" / "result.json").exists(), "status 0 of a run that is not done"
-
-
-def _progress(command: str, ended: Ended, number: int) -> Iterator[str]:
-    """preflight says on stderr what it compiles."""
-    if command == "preflight" and ended.err.endswith(_SAID[number]):
-        before = ended.err.removesuffix(_SAID[number]).splitlines()
-        if all(line.count(": ") >= 1 and not line.startswith("lowrank") for line in before):
-            yield ended.err
 
 
 def _assert_nothing_left(place: Place, session: int, scratch: Path) -> None:
@@ -116,71 +190,52 @@ def _assert_nothing_left(place: Place, session: int, scratch: Path) -> None:
     while (alive := list(_of_session(session))) and time.monotonic() < end:
         time.sleep(0.1)
     assert not alive, f"left running: {alive}"
-    temporary = [str(path.relative_to(place.path)) for path in place.path.rglob("*.partial")] + [
-        p.name for p in scratch.iterdir()
-    ]
-    assert not temporary, f"left behind: {temporary}"
+    temporary = [*scratch.iterdir(), *place.path.rglob("*.partial")]
+    assert not temporary, f"left behind: {[str(path.relative_to(place.path)) for path in temporary]}"
 
 
 def _of_session(session: int) -> Iterator[str]:
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session and fields[0] != "Z":
                 yield (folder / "cmdline").read_text().replace("\0", " ")[:80]
-        except OSError:
-            continue
 
 
-def moments(command: str, number: int) -> dict[str, float]:
-    """So many moments of a command, from the first that its own code sees until after its end."""
-    return {f"{i}/{number}": 0.25 + (COMMANDS[command][1] + 0.5) * i / number for i in range(number)}
-
-
-def _try(command: str, count: int, *numbers: int) -> None:
-    names = " and ".join("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name for number in numbers)
-    for moment, seconds in moments(command, count).items():
-        KIND.tries[f"{names} in {command} at {moment}"] = lambda place, seconds=seconds: signalled(
-            place, command, seconds, *numbers
+def _try(name: str, count: int, *numbers: int) -> None:
+    signals = " and ".join("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name for number in numbers)
+    for file, text, seconds in COMMANDS[name].moments(count):
+        when = f"{seconds:.2f} s after {repr(text) if file else 'its start'}"
+        KIND.tries[f"{signals} in {name} {when}"] = lambda place, moment=(file, text, seconds): signalled(
+            place, name, moment, *numbers
         )
 
 
-_try("train", 24, signal.SIGINT)
-_try("train", 12, signal.SIGTERM)
-_try("train", 6, signal.SIGHUP)
-_try("train", 6, signal.SIGINT, signal.SIGINT)
-for _name in COMMANDS.keys() - {"train"}:
-    _try(_name, 6, signal.SIGINT)
-    _try(_name, 3, signal.SIGTERM)
-
-
-@KIND.attempt
-def sigterm_once_the_run_has_said_that_it_is_done(place: Place) -> None:
-    process = place.start(*TRAIN, f"--workdir={place.path / 'run'}")
-    while line := process.stdout.readline():
-        if line.startswith("done:"):
-            break
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    tidy(Ended(process.returncode, out, err, 0), 0)
+_try("train", 25, signal.SIGINT)
+_try("train", 15, signal.SIGTERM)
+_try("train", 5, signal.SIGHUP)
+_try("train", 5, signal.SIGINT, signal.SIGINT)
+_try("train", 5, signal.SIGTERM, signal.SIGINT)
+for _name in sorted(COMMANDS.keys() - {"train"}):
+    _try(_name, 8 if _name == "sweep" else 6, signal.SIGINT)
+    _try(_name, 4 if _name == "sweep" else 2, signal.SIGTERM)
 
 
 @KIND.attempts({name: name for name in ("report", "evaluate", "overview", "train")})
-def the_reader_of_a_pipe_leaves(place: Place, command: str) -> None:
-    process = place.start(*COMMANDS[command][0](place))
+def the_reader_of_a_pipe_leaves(place: Place, name: str) -> None:
+    process = place.start(*COMMANDS[name].arguments(place))
     process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read()
-    tidy(Ended(process.wait(60), "", err, 0))
+    tidy(Ended(process.wait(120), "", err, 0))
     assert not err, err
-    if command == "train":
-        assert (place.path / "run" / "result.json").exists()
+    assert name != "train" or (place.path / "run" / "result.json").exists()
 
 
 @KIND.attempts(
     {f"{name}, {number}": (name, number) for name in ("report", "evaluate", "overview", "train") for number in (0, 1, 2)}
 )
-def a_stream_is_closed_from_the_start(place: Place, command: str, number: int) -> None:
-    ended = place.fresh(*COMMANDS[command][0](place), preexec_fn=lambda: os.close(number))
+def a_stream_is_closed_from_the_start(place: Place, name: str, number: int) -> None:
+    ended = place.fresh(*COMMANDS[name].arguments(place), preexec_fn=lambda: os.close(number))
     tidy(ended)
     assert not ended.err, ended
