@@ -118,7 +118,10 @@ def signalled(place: Place, name: str, moment: Moment, *numbers: int) -> Ended:
     scratch.mkdir()
     with (place.path / _OUT).open("w") as out:
         process = place.start(
-            *command.arguments(place), env={"TMPDIR": str(scratch)}, stdout=out, preexec_fn=_with_default_signals
+            *command.arguments(place),
+            env={"TMPDIR": str(scratch), "RAY_TMPDIR": "/tmp"},
+            stdout=out,
+            preexec_fn=_with_default_signals,
         )
     if _await(place, moment, process):
         _send(process, numbers)
