@@ -198,10 +198,18 @@ def test_signals_of_a_fork_are_its_own():
 
 
 def test_nohup_is_respected():
-    code = START.replace("interrupts.obey()", "signal.signal(signal.SIGHUP, signal.SIG_IGN); interrupts.obey()")
-    code += "os.kill(os.getpid(), signal.SIGHUP)\nwith StopSignal() as stop: os.kill(os.getpid(), signal.SIGHUP)\nprint(stop.requested)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=running.ROOT, check=False)
-    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    code = """
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGHUP)
+    print(stop.requested)
+    """
+    code = START.replace("interrupts.obey()", "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{}") + textwrap.dedent(code)
+    for way in ("interrupts.obey()", ""):  # a command, and another program
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(way)], capture_output=True, text=True, cwd=running.ROOT, check=False
+        )
+        assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 def test_a_library_that_takes_a_signal_gives_it_back():
