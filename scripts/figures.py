@@ -32,7 +32,6 @@ from scipy.optimize import linear_sum_assignment
 from lowrank_jax import projection
 from lowrank_jax.experiment.report.arms import Interval
 from lowrank_jax.experiment.report.figures import COLORS, MARKERS
-from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.experiment.workdir.writer import duration
 from lowrank_jax.projection import ablations
 from lowrank_jax.theory import (
@@ -511,17 +510,17 @@ def parsed(value: str) -> Any:
 
 def compute(name: str, job: Job, partial: pathlib.Path) -> list[Row]:
     """The rows of all cases, those of an earlier start out of the partial file, which holds a case and its rows a line."""
-    folder = Workdir(partial.parent)
-    lines = folder.read_lines(partial.name)
-    folder.write_lines(partial.name, lines)  # a line that a kill cut short would spoil the next one
-    done = {json.dumps(line["case"]): line["rows"] for line in lines}
+    whole = partial.read_text().split("\n")[:-1] if partial.exists() else []
+    partial.write_text("".join(f"{line}\n" for line in whole))  # a line that a kill cut short would spoil the next one
+    done = {json.dumps(line["case"]): line["rows"] for line in map(json.loads, whole)}
     todo = [case for case in job.cases if json.dumps(case) not in done]
     if done:
         print(f"{name}: {len(job.cases) - len(todo)} of {len(job.cases)} cases are in {partial}; without it all are computed")
     begin = time.monotonic()
     for i, case in enumerate(todo):
         rows = done[json.dumps(case)] = job.run(*case)
-        folder.append_line(partial.name, {"case": case, "rows": rows})
+        with partial.open("a") as file:
+            file.write(json.dumps({"case": case, "rows": rows}) + "\n")
         spent = time.monotonic() - begin
         left = spent / (i + 1) * (len(todo) - i - 1)
         print(f"\r{name} [{i + 1}/{len(todo)}] {duration(spent)}, eta {duration(left)}   ", end="", flush=True)

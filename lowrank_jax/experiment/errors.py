@@ -22,3 +22,7 @@ HOPELESS = (BAD_INPUT, DIVERGED)
 
 class UserError(Exception):
     """Something that the user can fix; the message says what, and the command exits with `BAD_INPUT`, without a traceback."""
+
+
+class WorkdirError(UserError):
+    """The work directory cannot be used; the message says what to do."""

@@ -54,7 +54,7 @@ def _outcomes(kinds: Iterable[Kind], only: str, package: Package, jobs: int) -> 
     """Kind and what broke, "" if nothing did, of every try; prints a line for each that broke."""
     chosen = [(kind, name) for kind in kinds for name in kind.tries if re.search(only, name)]
     with ThreadPoolExecutor(jobs) as pool:
-        for (kind, name), broke in zip(chosen, pool.map(lambda each: _broke(*each, package), chosen), strict=True):
+        for (kind, name), broke in zip(chosen, pool.map(lambda each: _broke(each[0], each[1], package), chosen), strict=True):
             print(f"{'BROKE' if broke else 'held '}  {kind.name}: {name}{f': {broke}' if broke else ''}", flush=True)
             yield kind.name, broke
 

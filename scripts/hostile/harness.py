@@ -12,8 +12,8 @@
     def a_step_copied_to_another_number(place, old, new):
         ...
 
-A try holds if its function returns, and breaks if it raises: use `refused`, `tidy`, or plain asserts with a message.  Commands are
-run as a user runs them, never through new names of the package, so that the same tries can be put to another version of it.
+A try holds if its function returns, and breaks if it raises: use `refused`, `tidy`, or plain asserts with a message.  Commands
+are run as a user runs them, never through new names of the package, so that the same tries can be put to another version of it.
 """
 
 import dataclasses
@@ -117,9 +117,16 @@ class Package:
         merged = {**os.environ, **usual, **(changes or {})}
         return {name: value for name, value in merged.items() if value is not None}
 
-    def popen(self, arguments: Sequence[Any], *, env: Mapping[str, str | None] | None = None, **kwargs: Any) -> Any:
-        """A command in a process of its own, as a user starts it."""
-        command = [sys.executable, "-P", "-m", "lowrank_jax", *map(str, arguments)]
+    def popen(
+        self,
+        arguments: Sequence[Any],
+        *,
+        env: Mapping[str, str | None] | None = None,
+        prefix: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """A command in a process of its own, as a user starts it; `prefix` is a command that runs it."""
+        command = [*prefix, sys.executable, "-P", "-m", "lowrank_jax", *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace", **kwargs}
         return subprocess.Popen(command, env=self.environment(env), start_new_session=True, **pipes)
 
@@ -154,8 +161,8 @@ class Package:
         status = json.loads(server.stdout.readline())["status"]
         with self._lock:
             self._free.append(server)
-        texts = [path.read_text(errors="replace") for path in (out, err)]
-        return Ended(status, *texts, time.monotonic() - begin)
+        said, complained = (path.read_text(errors="replace") for path in (out, err))
+        return Ended(status, said, complained, time.monotonic() - begin)
 
     def _start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-P", Path(__file__).with_name("server.py")]

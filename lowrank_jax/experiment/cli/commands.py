@@ -86,7 +86,8 @@ def _train(args: argparse.Namespace) -> int:
 
     _join(args)
     config = _config(args, devices=jax.device_count())
-    return INTERRUPTED if train(config, args.workdir, source=args.config).interrupted else DONE
+    result = train(config, args.workdir, source=args.config, restart=args.restart)
+    return INTERRUPTED if result.interrupted else DONE
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -74,6 +74,9 @@ def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workdir", required=True, type=flag_types.not_empty, help="folder of the run, local or remote (gs://...)"
     )
+    command.add_argument(
+        "--restart", action="store_true", help="begin anew if the run's checkpoints are gone; with checkpoints, resume as ever"
+    )
     _add_hosts(command)
 
 

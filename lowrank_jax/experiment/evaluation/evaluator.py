@@ -18,6 +18,7 @@ from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.experiment.training.evaluate import evaluate
 from lowrank_jax.experiment.training.state import evaluated_variables
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
+from lowrank_jax.experiment.workdir.identity import config_digest
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
 
@@ -31,6 +32,7 @@ class Subject:
       eval_step: from `Experiment.jit_eval_step`.
       split, examples: what it is evaluated on; another data set's split is called "name/split".
       batch_size: over all devices; a multiple of their number.
+      identity: the digest of the run's settings, which its checkpoints carry.
     """
 
     folder: Workdir
@@ -39,16 +41,17 @@ class Subject:
     split: str
     examples: Split
     batch_size: int
+    identity: str
 
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.folder.checkpoints, read_only=True)
+        return Checkpoints(self.folder.checkpoints, self.identity, read_only=True)
 
     def target(self) -> dict[str, Any]:
         """The parts of the state that evaluation needs."""
         shapes = self.experiment.shapes
         optional = {"ema": shapes.ema, "collections": shapes.collections}
         kept = {name: part for name, part in optional.items() if part}
-        return {"params": shapes.params, "batch_stats": shapes.batch_stats, **kept}
+        return {"step": shapes.step, "params": shapes.params, "batch_stats": shapes.batch_stats, **kept}
 
     def evaluate(self, restored: Restored, stop_requested: Callable[[], bool] = lambda: False) -> Evaluation:
         """Evaluates a checkpoint.  Raises Interrupted if `stop_requested` becomes true before it has finished."""
@@ -116,7 +119,7 @@ class Evaluator:
           WorkdirError, ConfigError, DataError: its files or its data cannot be used.
         """
         folder = Workdir(workdir)
-        config = configs.parse(folder.read_config(), source=f"{workdir}/config.json", devices=None)
+        config = stored = configs.parse(folder.read_config(), source=f"{workdir}/config.json", devices=None)
         if self._max_undecodable is not None:
             limited = dataclasses.replace(config.dataset, max_undecodable=self._max_undecodable)
             config = dataclasses.replace(config, dataset=limited)
@@ -127,7 +130,9 @@ class Evaluator:
         name = split if other.name == config.dataset.name else f"{other.name}/{split}"
         devices = jax.device_count()
         batch_size = -(-config.eval.batch_size // devices) * devices
-        return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size)
+        return Subject(
+            folder, experiment, self._eval_step(experiment), name, examples, batch_size, config_digest(configs.to_dict(stored))
+        )
 
     def _experiment(self, config: Config, workdir: str) -> Experiment:
         key = (config.model, config.description, config.lowrank, config.objective, config.optim.ema_decay is None)

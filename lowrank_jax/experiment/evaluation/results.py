@@ -48,7 +48,7 @@ class Evaluation:
 
     def warnings(self) -> list[str]:
         """A line for each damaged step, and one if images could not be decoded."""
-        lines = [f"checkpoint {step} is damaged ({reason})" for step, reason in self.damaged.items()]
+        lines = [f"checkpoint {step} cannot be used ({reason})" for step, reason in self.damaged.items()]
         skipped = self.metrics.get("undecodable", 0)
         return lines + ([f"{skipped} of {skipped + self.metrics['examples']:,} images cannot be decoded"] if skipped else [])
 

@@ -13,6 +13,7 @@ from lowrank_jax.experiment.evaluation.results import Rows
 from lowrank_jax.experiment.training.evaluate import Interrupted
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints
+from lowrank_jax.experiment.workdir.metrics import Metrics
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.experiment.workdir.writer import Writer
 
@@ -104,9 +105,9 @@ class _WatchedRun:
     def _open(self) -> Subject:
         self._subject = subject = self._evaluator.open(self.workdir)
         part = f"watch_{urllib.parse.quote(subject.split, safe='')}"
-        lines = self._folder.read_lines(f"{part}.jsonl")
-        self._folder.write_lines(f"{part}.jsonl", lines)  # a line that a kill cut short would spoil the next one
-        self._done = {line["step"] for line in lines}
+        metrics = Metrics(self._folder.path / f"{part}.jsonl")
+        metrics.drop_cut_line()
+        self._done = {line["step"] for line in metrics.read()}
         self._writer = self._stack.enter_context(Writer(self._folder, part))
         return subject
 

@@ -187,7 +187,7 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
     settings = flatten(folder.read_config())
     if settings.get("lowrank.method") == "none":
         settings = {key: value for key, value in settings.items() if not meaningless_when_dense(key)}
-    metrics = tuple(folder.read_lines("metrics.jsonl"))
+    metrics = tuple(folder.metrics.read())
     result = folder.read_json("result.json")
     if result is not None:
         if "top1" not in (result.get("eval") or {"top1": None}):

@@ -54,7 +54,7 @@ def replay(scheduler: "ASHAScheduler", trials: Sequence[Trial]) -> None:
     for trial in trials:
         stand_in: Any = StandIn(trial.name)
         scheduler.on_trial_add(None, stand_in)  # pyright: ignore[reportArgumentType]
-        for step, top1 in Workdir(trial.workdir).evaluations():
+        for step, top1 in Workdir(trial.workdir).metrics.evaluations():
             scheduler.on_trial_result(None, stand_in, {"step": step, "top1": top1})  # pyright: ignore[reportArgumentType]
 
 

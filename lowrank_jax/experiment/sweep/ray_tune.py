@@ -247,7 +247,7 @@ def _train(job: _Job, flag: Any) -> dict[str, Any]:
 
     if train(config, job.workdir, stop=stop, on_evaluation=on_evaluation).interrupted:
         return _report("interrupted")
-    return _report("done", step=config.total_steps, top1=Workdir(job.workdir).evaluations()[-1][1])
+    return _report("done", step=config.total_steps, top1=Workdir(job.workdir).metrics.evaluations()[-1][1])
 
 
 def _listen(flag: Any, stop: StopSignal) -> None:

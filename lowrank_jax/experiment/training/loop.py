@@ -26,7 +26,7 @@ from lowrank_jax.experiment.training.result import TrainResult, result_record
 from lowrank_jax.experiment.training.resume import Resumed, restore_or_start
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
-from lowrank_jax.experiment.workdir.identity import flatten
+from lowrank_jax.experiment.workdir.identity import config_digest, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.experiment.workdir.writer import Writer, duration, progress_line
 
@@ -38,6 +38,7 @@ def train(
     workdir: str,
     *,
     source: str = "config",
+    restart: bool = False,
     stop: StopSignal | None = None,
     on_evaluation: OnEvaluation | None = None,
 ) -> TrainResult:
@@ -49,6 +50,7 @@ def train(
       config: the experiment.
       workdir: its folder, local or remote.
       source: what to call the config in messages.
+      restart: begin anew if the run was saved and its checkpoints are gone.
       stop: what requests a stop, for callers that do not rely on signals; by default SIGTERM and Ctrl-C do.
       on_evaluation: called after every evaluation with the step and the metrics, once they are written.
 
@@ -63,12 +65,12 @@ def train(
     with folder.locked():
         folder.forget_failure()
         folder.write_text("overview.txt", f"{describe(experiment)}\n")
-        with Writer(folder) as writer, Checkpoints(folder.checkpoints, keep=config.checkpoint.keep) as checkpoints:
+        with Writer(folder) as writer, _checkpoints(folder, config) as checkpoints:
             writer.say(headline(experiment))
             writer.show_settings(flatten(to_dict(config)))
             stop = stop or StopSignal()
             try:
-                loop = begin(Tools(experiment, data, folder, writer, checkpoints, stop, on_evaluation))
+                loop = begin(Tools(experiment, data, folder, writer, checkpoints, stop, on_evaluation), restart)
                 with stop:  # until now there was nothing to save
                     return loop.run()
             except Diverged as error:
@@ -92,10 +94,19 @@ def _claimed(workdir: str, config: Config) -> Workdir:
     """
     folder = Workdir(workdir, active=jax.process_index() == 0)
     _agree(to_dict(config))
+    if not (folder.path / "config.json").exists():  # its checkpoints alone can tell whose it is
+        with Checkpoints(folder.checkpoints, config_digest(to_dict(config)), read_only=True) as checkpoints:
+            checkpoints.check_experiment()
     folder.claim(to_dict(config))
     barrier()
     folder.check_shared()
     return folder
+
+
+def _checkpoints(folder: Workdir, config: Config) -> Checkpoints:
+    return Checkpoints(
+        folder.checkpoints, config_digest(to_dict(config)), keep=config.checkpoint.keep, confirmed=folder.note_saved
+    )
 
 
 def _agree(config: dict[str, Any]) -> None:
@@ -121,8 +132,8 @@ class Tools:
     on_evaluation: OnEvaluation | None = None
 
 
-def begin(tools: Tools) -> "Loop":
-    """Restores or starts the run, and compiles its steps."""
+def begin(tools: Tools, restart: bool = False) -> "Loop":
+    """Restores or starts the run, and compiles its steps; `restart` as in `train`."""
     began = time.perf_counter()
     experiment, config = tools.experiment, tools.experiment.config
     batches = TrainBatches(
@@ -133,7 +144,7 @@ def begin(tools: Tools) -> "Loop":
         config.dataset.to_augmentation(),
         shard_of(experiment.mesh),
     )
-    resumed = restore_or_start(experiment, batches, tools.checkpoints, tools.folder, tools.writer.say)
+    resumed = restore_or_start(experiment, batches, tools.checkpoints, tools.folder, tools.writer.say, restart=restart)
     train_step = _compiled(experiment, tools.writer) if resumed.step < config.total_steps else None
     return Loop(tools, batches, resumed, train_step, began - resumed.seconds)
 
@@ -288,6 +299,7 @@ class Loop:
             "score": score(self.evaluated, self.objective.deciding) if self.evaluated else None,
             "seconds": self.seconds(),
             "window": self.window.check(self.saved),  # what is saved is good
+            "metrics": self.tools.folder.metrics.digest(),
         }
         self.checkpoints.save(self.step, self.state.saved(), info)
         self.saved = self.step
@@ -324,6 +336,7 @@ class Loop:
         record = result_record(
             experiment, step=self.step, evaluated=self.evaluated, best_step=best_step, seconds=self.seconds()
         )
+        record["metrics"] = folder.metrics.digest()
         folder.write_json("result.json", record)
         interrupts.too_late()
         self.writer.say(f"done: {folder.path / 'result.json'}")

@@ -9,8 +9,10 @@ from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.evaluate import Evaluated
 from lowrank_jax.experiment.training.state import TrainState
-from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
-from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
+from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
+
+_TRACKED = ("loss", "grad_norm", "lr")  # of every step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,13 @@ class Resumed:
 
 
 def restore_or_start(
-    experiment: Experiment, batches: TrainBatches, checkpoints: Checkpoints, folder: Workdir, say: Callable[[str], None]
+    experiment: Experiment,
+    batches: TrainBatches,
+    checkpoints: Checkpoints,
+    folder: Workdir,
+    say: Callable[[str], None],
+    *,
+    restart: bool = False,
 ) -> Resumed:
     """Restores the newest good checkpoint, or makes the first state where there is none.
 
@@ -46,21 +54,83 @@ def restore_or_start(
     Args:
       experiment, batches, checkpoints, folder: the run's.
       say: takes a line for the console.
+      restart: begin anew if the run was saved and its checkpoints are gone; its old metrics are kept beside the new ones.
 
     Raises:
       CheckpointError: there are checkpoints, and none is good.
+      WorkdirError: the run was saved, and its checkpoints are gone.
       ConfigError: see `Start.state`.
     """
-    restored = checkpoints.restore(experiment.shapes)
+    total = experiment.config.total_steps
+    restored = checkpoints.restore(experiment.shapes, lambda restored: _unfit(restored, total))
     if restored is None:
+        _begin_anew(folder, say, restart)
         first = (put_batch(batches[i], experiment.mesh) for i in range(experiment.config.lowrank.moment_batches))
-        state = experiment.init(first)
-        folder.forget_metrics_after(-1, evaluated=False)
-        return Resumed(state)
+        return Resumed(experiment.init(first))
+    checkpoints.tidy()
+    return _resumed(restored, total, folder, say)
+
+
+def _begin_anew(folder: Workdir, say: Callable[[str], None], restart: bool) -> None:
+    saved = folder.saved()
+    if saved is None:
+        folder.metrics.clear()  # of a process that ended before it saved anything
+        return
+    if not restart:
+        raise WorkdirError(
+            f"{folder.path}: step {saved} of this run was saved, and its checkpoints are gone. Put {folder.checkpoints} back,"
+            " or begin anew with --restart, which keeps the old metrics."
+        )
+    kept = folder.metrics.set_aside()
+    say(f"{folder.path} begins anew{f'; its old metrics are in {kept}' if kept else ''}")
+
+
+def _unfit(restored: Restored, total: int) -> str:
+    """Why training cannot go on from a checkpoint that is as it was saved; "" if it can."""
+    step, info = restored.step, restored.info
+    if step > total:
+        return f"training ends at step {total}"
+    valid = {
+        "data": lambda data: data == {"next_index": step},
+        "seconds": lambda seconds: _is_number(seconds) and seconds >= 0,
+        "window": lambda rows: (
+            isinstance(rows, list) and len(rows) <= step and all(_are_numbers(row, *_TRACKED) for row in rows)
+        ),
+        "evaluated": lambda parts: parts is None or (_has(parts, "eval") and all(map(_are_numbers, parts.values()))),
+        "metrics": lambda digest: digest is None or _are_numbers(digest, "bytes", "crc32"),
+    }
+    wrong = [name for name, is_valid in valid.items() if not is_valid(info.get(name))]
+    return f"its record has no valid {' and '.join(wrong)}" if wrong else ""
+
+
+def _are_numbers(value: Any, *names: str) -> bool:
+    """Whether a value is a mapping of numbers with at least these names."""
+    return _has(value, *names) and all(map(_is_number, value.values()))
+
+
+def _has(value: Any, *names: str) -> bool:
+    return isinstance(value, dict) and value.keys() >= set(names)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _resumed(restored: Restored, total: int, folder: Workdir, say: Callable[[str], None]) -> Resumed:
     step, info = restored.step, restored.info
     for damaged, reason in restored.damaged.items():
-        say(f"{folder.path}: checkpoint {damaged} is damaged ({reason}); using {step} instead")
+        say(f"{folder.path}: checkpoint {damaged} cannot be used ({reason}); using {step} instead")
+    if not restored.names_itself:
+        say(f"{folder.path}: checkpoint {step} is of an earlier version, which did not record the experiment; taken as it is")
     evaluated = info.get("evaluated")
-    folder.forget_metrics_after(step, evaluated=evaluated is not None)
-    say(f"resuming {folder.path} from step {step} (data, randomness and optimiser included)")
+    if info.get("metrics"):
+        aside = folder.metrics.cut_back(info["metrics"])
+    else:
+        aside = folder.metrics.cut_after(step, evaluated=evaluated is not None)
+    if aside:
+        say(f"{folder.path}: metrics.jsonl is not as it was at step {step}; it is kept as {aside}, and begins anew from here")
+    if step == total and evaluated is not None:
+        say(f"{folder.path} has finished: step {step} of {total}; nothing is left to do")
+    else:
+        say(f"resuming {folder.path} from step {step} (data, randomness and optimiser included)")
     return Resumed(restored.state, step, step, evaluated, info["seconds"], tuple(info["window"]), info["data"])

@@ -1,7 +1,8 @@
 """Checkpoints: written by orbax in the background, verified when they are restored.
 
 Orbax restores an array whose bytes have changed on disk without an error, and takes a truncated step for the latest.  So every
-step stores a digest of each array and restoring compares them; a damaged step is reported, and the one before it is used.
+step has a record, under a seal, of what it is: its number, a digest of its experiment's settings, and a digest of each array.
+Restoring compares them; a step that is not what its folder's name says, or damaged, is reported, and the one before it is used.
 """
 
 import contextlib
@@ -9,6 +10,10 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
+import os
+import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.hosts import processes
+from lowrank_jax.experiment.workdir import files
 from lowrank_jax.experiment.workdir.checked_json import seal, unseal
 from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.experiment.workdir.orbax_logs import drop_unfinished, quiet_reads, quiet_saves
@@ -28,7 +34,9 @@ from lowrank_jax.text import first_line
 
 _SCORES = "scores.json"
 _GONE = "gone"
-_OPEN_ATTEMPTS = 5  # to list the steps of a run that may be deleting some
+_MANIFEST = "manifest.ocdbt"  # of the arrays
+_STEP = re.compile(r"0|[1-9]\d{0,18}", re.ASCII)
+_VANISHED = (FileNotFoundError, NotADirectoryError)  # what a run deletes while it is listed
 
 
 class CheckpointError(UserError):
@@ -52,19 +60,22 @@ class Restored:
     info: dict[str, Any]
     damaged: dict[int, str]
 
+    @property
+    def names_itself(self) -> bool:
+        """Whether the record has the step's number and experiment; those of earlier versions do not."""
+        return "experiment" in self.info
+
 
 @dataclasses.dataclass
-class _LatestAndBest(managers.PreservationPolicy):
-    """Keeps the latest steps and the best one.  Orbax's own policy reads scores that no digest protects."""
+class _Kept(managers.PreservationPolicy):
+    """Keeps the steps that a function chooses.  Orbax's own policy reads scores that no digest protects."""
 
-    latest: int
-    best: Callable[[], int | None]
+    choose: Callable[[Sequence[int]], set[int]]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self.latest :], self.best()}
-        return [step in kept for step in steps]
+        kept = self.choose([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -75,41 +86,45 @@ class Checkpoints:
 
     Args:
       directory: where they are; created if missing.
+      experiment: the digest of the settings that they belong to; None to take any.
       keep: the number of latest checkpoints to keep, besides the one with the highest score.
+      confirmed: called with each step once it is on disk and can be found there.
       read_only: nothing is written or moved, as evaluation needs it.
     """
 
-    def __init__(self, directory: epath.PathLike, *, keep: int = 2, read_only: bool = False):
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        experiment: str | None = None,
+        *,
+        keep: int = 2,
+        confirmed: Callable[[int], object] = lambda step: None,
+        read_only: bool = False,
+    ):
         self.directory = _absolute(epath.Path(directory))  # orbax takes absolute paths only
-        self._read_only = read_only
+        self._experiment, self._keep, self._confirmed = experiment, keep, confirmed
+        self._unconfirmed: int | None = None  # the step that is being saved
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a folder")
         self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=_LatestAndBest(keep, self.best),
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
+            preservation_policy=_Kept(self._kept),
+            cleanup_tmp_directories=True,
             create=False,  # orbax refuses to if the barriers are the coordinator's
             multiprocessing_options=all_processes(),
             async_options=ocp.AsyncOptions(barrier_sync_fn=barrier()) if processes.several() else None,
         )
         quiet_saves()
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=this_process())
-        self._manager = self._open()
-        self._scores = self._read_scores()
+        self._manager = None if read_only else self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        if not self._read_only and jax.process_index() == 0:
+        if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
         processes.barrier()
-        manager = functools.partial(ocp.CheckpointManager, self.directory, options=self._options, handler_registry=handlers())
-        for _ in range(_OPEN_ATTEMPTS - 1):
-            # A run that is still training may delete a step after orbax has listed it.
-            with contextlib.suppress(FileNotFoundError):
-                return manager()
-        return manager()
+        return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=handlers())
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        return sorted(self._manager.all_steps()) if self._manager else _stored_steps(self.directory)
 
     def best(self) -> int | None:
         """The step with the highest score, the later of equals; None if none was evaluated."""
@@ -127,39 +142,87 @@ class Checkpoints:
         if jax.process_index():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        partial = self.directory / f".{_SCORES}.partial"
-        partial.write_text(json.dumps(seal({str(step): score for step, score in self._scores.items()})))
-        partial.replace(self.directory / _SCORES)
+        text = json.dumps(seal({str(step): score for step, score in self._scores.items()}))
+        files.write(self.directory / _SCORES, text.encode())
 
-    def _read_scores(self) -> dict[int, float]:
-        """What `note_score` wrote; if that is damaged, the scores in the steps' own records."""
+    @functools.cached_property
+    def _scores(self) -> dict[int, float]:
+        """What `note_score` wrote, and what the steps' own records say, which counts where the two differ."""
+        own = {step: info for step, info in self._records().items() if not self._other(step, info)}
+        return self._noted_scores() | {step: info["score"] for step, info in own.items() if _is_score(info.get("score"))}
+
+    def _noted_scores(self) -> dict[int, float]:
         try:
-            return {int(step): score for step, score in unseal(json.loads((self.directory / _SCORES).read_text())).items()}
-        except FileNotFoundError:
+            noted = unseal(files.read_json(self.directory / _SCORES))
+            return {int(step): score for step, score in noted.items() if _STEP.fullmatch(step) and _is_score(score)}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or damaged
             return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            records = {step: self._read_record(step) for step in self.steps()}
-            return {step: info["score"] for step, info in records.items() if info and info.get("score") is not None}
+
+    def _records(self) -> dict[int, dict[str, Any]]:
+        """The records that can be read, by step; restoring a step reports what is wrong with it."""
+        records = {step: self._read_record(step) for step in self.steps()}
+        return {step: info for step, info in records.items() if info is not None}
 
     def _read_record(self, step: int) -> dict[str, Any] | None:
         with quiet_reads():
             try:
-                return unseal(self._read_items(step, info=ocp.args.JsonRestore()).info)
-            except Exception:  # restoring the step reports what is wrong with it
+                return _unsealed(self._read_items(step, info=ocp.args.JsonRestore()).info)
+            except Exception:
                 drop_unfinished()
                 return None
 
+    def _other(self, step: int, info: dict[str, Any]) -> str:
+        """Of what else a step is, by its record; "" if it is what it should be, or of a version that did not say."""
+        if info.get("step", step) != step:
+            return f"it is step {info['step']} under another name"
+        if self._experiment and info.get("experiment", self._experiment) != self._experiment:
+            return "it belongs to another experiment"
+        return ""
+
+    def check_experiment(self) -> None:
+        """Raises CheckpointError if a step belongs to another experiment, or is none of this folder's."""
+        for step, info in self._records().items():
+            if other := self._other(step, info):
+                raise CheckpointError(f"{self.directory / str(step)}: {other}. Use a new --workdir, or the old settings.")
+
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        """The latest of these steps, and the best."""
+        return {step for step in (*sorted(steps)[-self._keep :], self.best()) if step is not None}
+
+    def tidy(self) -> None:
+        """Deletes the steps that are not to be kept, which a kill between a save and that leaves."""
+        assert self._manager
+        steps = self._agreed_steps()
+        kept = json.loads(processes.exchange(json.dumps(sorted(self._kept(steps))))[0])
+        for step in sorted(set(steps) - set(kept)):
+            self._manager.delete(step)
+
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
-        """Starts to write a step; returns as soon as the arrays are copied off the devices."""
-        record = seal({**info, "digests": digests(state)})
+        """Starts to write a step; returns as soon as the arrays are copied off the devices and the step before is on disk."""
+        assert self._manager
+        itself = {"step": step, "experiment": self._experiment}
+        record = seal({**info, **itself, "digests": digests(state)})
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(record))
         with self._reporting():
             self._manager.save(step, args=items, force=True)
+            self._confirm()
+        self._unconfirmed = step
 
     def wait(self) -> None:
         """Waits until everything is on disk."""
+        assert self._manager
         with self._reporting():
             self._manager.wait_until_finished()
+            self._confirm()
+
+    def _confirm(self) -> None:
+        """Makes sure that what was saved is there: orbax reports the success of saves whose files it has lost."""
+        step, self._unconfirmed = self._unconfirmed, None
+        if step is None or jax.process_index():
+            return
+        if not (self.directory / str(step) / "state" / _MANIFEST).exists() or self._read_record(step) is None:
+            raise ValueError(f"step {step} was written, and is not there")
+        self._confirmed(step)
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -177,15 +240,19 @@ class Checkpoints:
         if exception[0] and processes.several():
             return
         self._reader.close()
+        if self._manager is None:
+            return
         with contextlib.suppress(Exception) if exception[0] else self._reporting():  # the failure is reported already
             self._manager.close()
+            self._confirm()
 
-    def restore(self, target: Any) -> Restored | None:
+    def restore(self, target: Any, unfit: Callable[[Restored], str] = lambda restored: "") -> Restored | None:
         """Restores the newest usable step; None if there are no steps.
 
         Args:
           target: shapes, dtypes and shardings of the tree to restore (`jax.ShapeDtypeStruct`s); a mapping of some
             of the state's fields restores those alone.
+          unfit: says why a step that is as it was saved cannot be used; "" if it can.
 
         Raises:
           CheckpointError: there are steps, and none is usable.
@@ -194,14 +261,15 @@ class Checkpoints:
         steps = self._agreed_steps()
         while steps:
             step = steps.pop()
-            attempt = self._attempt(step, target)
+            attempt = self._attempt(step, target, unfit)
             if isinstance(attempt, Restored):
                 self._set_aside(list(damaged))
                 return dataclasses.replace(attempt, damaged=damaged)
             if attempt != _GONE:
                 damaged[step] = attempt
             else:  # deleted by a run that is still training: it has newer ones by now
-                self._manager.reload()
+                if self._manager:
+                    self._manager.reload()
                 damaged, steps = {}, self._agreed_steps()
         if damaged:
             reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
@@ -212,20 +280,20 @@ class Checkpoints:
         """Restores this step; None if it was deleted, as a run that is still training does with older ones.
 
         Raises:
-          CheckpointError: it is damaged.
+          CheckpointError: it cannot be used.
         """
         attempt = self._attempt(step, target)
         if isinstance(attempt, Restored):
             return attempt
         if attempt != _GONE:
-            raise CheckpointError(f"checkpoint {step} is damaged: {attempt}")
+            raise CheckpointError(f"checkpoint {step} cannot be used: {attempt}")
         return None
 
     def _agreed_steps(self) -> list[int]:
         """The steps that process 0 sees; a run that is still training may delete some at any time."""
         return json.loads(processes.exchange(json.dumps(self.steps()))[0])
 
-    def _attempt(self, step: int, target: Any) -> Restored | str:
+    def _attempt(self, step: int, target: Any, unfit: Callable[[Restored], str] = lambda restored: "") -> Restored | str:
         """The step, or why it cannot be used: `_GONE`, or what is wrong with some process's part."""
         result = self._try(step, target)
         reasons = [reason for reason in processes.exchange(result if isinstance(result, str) else "") if reason]
@@ -237,9 +305,12 @@ class Checkpoints:
         for name, digest in digests(result.state).items():
             if result.info["digests"].get(name) != digest:
                 return f"digest of {name} differs"
-        return result
+        return unfit(result) or result
 
     def _try(self, step: int, target: Any) -> Restored | str:
+        folder = self.directory / str(step)
+        if files.is_local(folder) and pathlib.Path(folder).is_symlink():
+            return "it is a link"
         with quiet_reads():
             try:
                 return self._read(step, target)
@@ -248,23 +319,30 @@ class Checkpoints:
             except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
                 reason = _reason(error)
             drop_unfinished()
-        return reason if (self.directory / str(step)).exists() else _GONE
+        _check_readable(folder)
+        return reason if folder.exists() else _GONE
 
     def _read(self, step: int, target: Any) -> Restored:
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         state_args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
         items = self._read_items(step, state=state_args, info=ocp.args.JsonRestore())
-        missing = [name for name, leaf in named_leaves(items.state).items() if isinstance(leaf, jax.ShapeDtypeStruct)]
+        info = _unsealed(items.info)
+        if other := self._other(step, info):
+            raise ValueError(other)
+        leaves = named_leaves(items.state)
+        missing = [name for name, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)]
         if missing:  # orbax leaves the shapes of what it does not find
             raise ValueError(f"has no array {missing[0]}")
-        return Restored(step, items.state, unseal(items.info), {})
+        if (stored := int(leaves.get("step", step))) != step:
+            raise ValueError(f"its state is that of step {stored}")
+        return Restored(step, items.state, info, {})
 
     def _read_items(self, step: int, **items: Any) -> Any:
         return self._reader.restore(self.directory / str(step), args=ocp.args.Composite(**items))
 
     def _set_aside(self, steps: list[int]) -> None:
         """Moves damaged steps out of the way of later saves; nothing is deleted."""
-        if self._read_only or not steps:
+        if self._manager is None or not steps:
             return
         if jax.process_index() == 0:
             folder = self.directory.parent / "damaged"
@@ -275,6 +353,44 @@ class Checkpoints:
         processes.barrier()
         self._manager.close()
         self._manager = self._open()
+
+
+def _stored_steps(directory: epath.Path) -> list[int]:
+    """The steps that are there and complete; whatever else is in the folder is none, and some may be deleted meanwhile."""
+    try:
+        folders = [path for path in directory.iterdir() if _STEP.fullmatch(path.name)]
+    except _VANISHED:
+        return []
+    return sorted(int(path.name) for path in folders if _is_complete(path))
+
+
+def _is_complete(folder: epath.Path) -> bool:
+    with contextlib.suppress(*_VANISHED):
+        return folder.is_dir() and ocp.utils.is_checkpoint_finalized(folder)
+    return False
+
+
+def _check_readable(folder: epath.Path) -> None:
+    """Raises CheckpointError if this user may not read all of a local step: it need not be damaged."""
+    if not files.is_local(folder):
+        return
+    refused = [
+        str(path) for path in (folder, *pathlib.Path(folder).rglob("*")) if not os.access(path, os.R_OK) and path.exists()
+    ]
+    if refused:
+        raise CheckpointError(f"{refused[0]}: this user needs permission to read it")
+
+
+def _unsealed(record: Any) -> dict[str, Any]:
+    """What a step's record says.  Raises ValueError, KeyError or TypeError if it is damaged."""
+    info = unseal(record)
+    if not isinstance(info, dict) or not isinstance(info.get("digests"), dict):
+        raise ValueError("its record has no digests")
+    return info
+
+
+def _is_score(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
 
 
 def _absolute(path: epath.Path) -> epath.Path:

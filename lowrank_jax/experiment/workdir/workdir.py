@@ -2,27 +2,28 @@
 
 import contextlib
 import errno
+import fnmatch
 import json
+import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import filelock
 from etils import epath
 from upath import UPath
 
-from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.errors import WorkdirError
+from lowrank_jax.experiment.workdir import files
 from lowrank_jax.experiment.workdir.identity import defaults, differences, flatten
+from lowrank_jax.experiment.workdir.metrics import Metrics
 from lowrank_jax.text import first_line
 
 # Without these a config.json belongs to something else.
 _REQUIRED = {"seed", "dataset.name", "model.name", "lowrank.method"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system without locks answers
 _EPATH = ("gs://", "s3://", "az://", "hf://")
-
-
-class WorkdirError(UserError):
-    """The work directory cannot be used; the message says what to do."""
+_FOLDERS = ("checkpoints", "damaged", "plugins")  # that training writes to
 
 
 class Workdir:
@@ -40,6 +41,10 @@ class Workdir:
         self.path: Any = UPath(str(path)) if other else epath.Path(path)
 
     @property
+    def metrics(self) -> Metrics:
+        return Metrics(self.path / "metrics.jsonl", active=self._active)
+
+    @property
     def checkpoints(self) -> epath.Path:
         return self.path / "checkpoints"
 
@@ -52,6 +57,7 @@ class Workdir:
         if not self._active:
             return
         self.check_bucket()
+        self.check_path()
         self.check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -70,6 +76,19 @@ class Workdir:
             raise WorkdirError(f"cannot reach {match[0]}: {first_line(error)}") from error
         if not there:
             raise WorkdirError(f"there is no bucket {match[0]}, or this account has no access to it")
+
+    def check_path(self) -> None:
+        """Raises WorkdirError for a path where orbax loses what it saves, and for links out of the folder."""
+        if "://" in str(self.path):
+            return
+        whole = self.path.resolve()
+        if any("\\" in part or "**" in part or not fnmatch.fnmatchcase(part, part) for part in whole.parts):
+            raise WorkdirError(
+                f"{whole}: no checkpoint can be saved where a folder has [...], ** or a backslash in its name; use another path"
+            )
+        for name in _FOLDERS:
+            if (link := pathlib.Path(self.path, name)).is_symlink():
+                raise WorkdirError(f"{link} is a link, and nothing is written through links; put the folder itself there")
 
     @contextlib.contextmanager
     def locked(self, seconds: float = 10.0) -> Iterator[None]:
@@ -140,7 +159,7 @@ class Workdir:
           WorkdirError: it is damaged.
         """
         try:
-            value = json.loads((self.path / name).read_text())
+            value = files.read_json(self.path / name)
             if not isinstance(value, dict):
                 raise ValueError("it is not an object")
             return value
@@ -154,11 +173,8 @@ class Workdir:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file completely or not at all."""
-        if not self._active:
-            return
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text)
-        partial.replace(self.path / name)
+        if self._active:
+            files.write(self.path / name, text.encode())
 
     def note_failure(self, *, diverged: bool, reason: str) -> None:
         """Records why a run cannot continue, in `failure.json`."""
@@ -174,36 +190,12 @@ class Workdir:
         if self._active:
             (self.path / "failure.json").unlink(missing_ok=True)
 
-    def append_line(self, name: str, line: dict[str, Any]) -> None:
-        """Appends an object as one line, as in metrics.jsonl."""
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    def note_saved(self, step: int) -> None:
+        """Records, in `saved.json`, that a checkpoint is on disk, so that it is noticed if all of them are gone one day."""
+        self.write_json("saved.json", {"step": step})
 
-    def read_lines(self, name: str) -> list[dict[str, Any]]:
-        """What `append_line` wrote, without a line that a kill cut short."""
-        file, lines = self.path / name, []
-        for text in file.read_bytes().decode(errors="replace").splitlines() if file.exists() else []:
-            with contextlib.suppress(ValueError):
-                line = json.loads(text)
-                lines += [line] if isinstance(line, dict) else []
-        return lines
-
-    def write_lines(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        """Writes a file of such lines completely or not at all."""
-        self.write_text(name, "".join(json.dumps(line) + "\n" for line in lines))
-
-    def evaluations(self) -> list[tuple[int, float]]:
-        """Step and top-1 of every evaluation so far; on the held-out split if there is one."""
-        lines = self.read_lines("metrics.jsonl")
-        return [(line["step"], line.get("valid/top1", line["eval/top1"])) for line in lines if "eval/top1" in line]
-
-    def forget_metrics_after(self, step: int, *, evaluated: bool) -> None:
-        """Drops the metrics that an interrupted run wrote after the step it resumes from, so that the file reads as one run."""
-        if not (self.path / "metrics.jsonl").exists():
-            return
-        kept = []
-        for line in self.read_lines("metrics.jsonl"):
-            repeated = line["step"] == step and not evaluated and any(key.startswith("eval/") for key in line)
-            if line["step"] <= step and not repeated:
-                kept.append(line)
-        self.write_lines("metrics.jsonl", kept)
+    def saved(self) -> int | None:
+        """The latest step that is known to have been saved; None if there is none."""
+        record = self.read_json("saved.json") or self.read_json("result.json") or {}
+        step = record.get("step")
+        return step if isinstance(step, int) else None

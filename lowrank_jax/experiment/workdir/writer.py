@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from lowrank_jax.experiment.workdir.metrics import Metrics
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
 
@@ -19,7 +20,7 @@ class Writer:
 
     def __init__(self, workdir: Workdir, part: str = ""):
         self._active = jax.process_index() == 0
-        self._workdir, self._file = workdir, f"{part or 'metrics'}.jsonl"
+        self._metrics = Metrics(workdir.path / f"{part or 'metrics'}.jsonl")
         # clu's writer imports TensorFlow, which takes seconds; a thread does that while the model compiles.
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._board = self._thread.submit(_open_board, str(workdir.path / part)) if self._active else None
@@ -30,7 +31,7 @@ class Writer:
             return
         # JSON has no NaN; readers expect null in its place.
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._workdir.append_line(self._file, {"step": step, **values})
+        self._metrics.append({"step": step, **values})
         self.show(step, scalars)
 
     def show_settings(self, settings: dict[str, Any]) -> None:

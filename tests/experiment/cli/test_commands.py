@@ -141,7 +141,7 @@ def test_evaluate_says_so_when_the_newest_checkpoint_is_damaged(trained, tmp_pat
         file.write_bytes(file.read_bytes()[:10])
     result = lowrank("evaluate", f"--workdir={tmp_path / 'run'}")
     assert result.status == 0, result.stderr
-    assert f"checkpoint {step.name} is damaged" in result.stdout and step.is_dir()
+    assert f"checkpoint {step.name} cannot be used" in result.stdout and step.is_dir()
     assert lowrank("evaluate", f"--workdir={tmp_path / 'run'}", f"--step={step.name}").status == 2
 
 

@@ -133,7 +133,7 @@ def test_a_watch_reports_damage_at_the_second_look_and_goes_on(run, tmp_path, ev
     assert (outcome.interrupted, outcome.failed) == (False, True)
     assert [line["step"] for line in watched(run)] == [40]
     assert len(complaints) == 2 and "is not a work directory" in complaints[0]
-    assert complaints[1].startswith(f"{run}: checkpoint 20 is damaged: ")
+    assert complaints[1].startswith(f"{run}: checkpoint 20 cannot be used: ")
 
 
 def test_a_watch_passes_over_a_step_that_is_deleted_while_it_is_read(run, monkeypatch, evaluator):

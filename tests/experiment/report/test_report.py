@@ -26,12 +26,12 @@ def make(home, name, *, top1=None, raw=None, valid=None, failure=None, loss=1.0,
     """A work directory as a run leaves it; without top1, one that has not finished."""
     folder = Workdir(home / name)
     folder.claim(configs.to_dict(configs.read(configs.default(), running.settings(**changes))))
-    folder.append_line("metrics.jsonl", {"step": 10, "train/loss": loss, "train/images_per_second": 10.0})
-    folder.append_line("metrics.jsonl", {"step": 20, "train/loss": loss / 2, "train/images_per_second": 100.0})
+    folder.metrics.append({"step": 10, "train/loss": loss, "train/images_per_second": 10.0})
+    folder.metrics.append({"step": 20, "train/loss": loss / 2, "train/images_per_second": 100.0})
     if failure:
         folder.note_failure(diverged=True, reason=failure)
     if top1 is not None:
-        folder.append_line("metrics.jsonl", {"step": 20, "eval/top1": top1, "train/images_per_second": None})
+        folder.metrics.append({"step": 20, "eval/top1": top1, "train/images_per_second": None})
         method = changes.get("lowrank__method", "kernel_projection")
         params = 1000 if method == "none" else int(1000 * changes.get("lowrank__scale", 0.25))
         result = {"params": params, "macs": 2 * params, "seconds": 1.5, "versions": {"jax": "1"}}
@@ -281,7 +281,7 @@ def test_of_equals_the_sweep_and_the_report_choose_the_same(tmp_path):
     for trial, (top1, loss) in zip(sweep.first, [(0.5, 0.1), (0.7, 0.8), (0.7, 0.9)], strict=True):
         folder = Workdir(trial.workdir)
         folder.claim(configs.to_dict(trial.config))
-        folder.append_line("metrics.jsonl", {"step": 1, "train/loss": 1.0, "train/images_per_second": 1.0})
+        folder.metrics.append({"step": 1, "train/loss": 1.0, "train/images_per_second": 1.0})
         result = {"params": 1, "macs": 1, "seconds": 1, "versions": {}, "eval": {"top1": 0.5, "top5": 1, "loss": 1}}
         folder.write_json("result.json", {**result, "valid": {"top1": top1, "loss": loss}})
     (arm,) = Report([str(tmp_path)]).arms

@@ -285,20 +285,20 @@ def test_read_only_reports_damage_and_moves_nothing(folder):
 
 
 def test_a_step_that_its_run_deletes_while_they_are_listed_is_no_error(folder, monkeypatch):
-    (folder / "1" / "_CHECKPOINT_METADATA").unlink()  # what orbax has its time from, else from the folder
     kind, gone = type(epath.Path(folder)), []
-    stat = kind.stat
+    is_dir = kind.is_dir
 
     def too_late(self):
+        there = is_dir(self)
         if self.name == "1" and not gone:
             gone.append(self)
             shutil.rmtree(self)
-        return stat(self)
+        return there
 
-    monkeypatch.setattr(kind, "stat", too_late)
+    monkeypatch.setattr(kind, "is_dir", too_late)
     with Checkpoints(folder, read_only=True) as checkpoints:
-        assert gone
         assert checkpoints.steps() == [2]
+    assert gone
 
 
 def test_a_step_that_its_run_deletes_while_it_is_read_is_not_damaged(folder, tmp_path, monkeypatch):
@@ -322,7 +322,7 @@ def test_a_step_can_be_asked_for_by_its_number(folder):
     emptied(data_files(folder / "2")[0])
     with Checkpoints(folder, read_only=True) as checkpoints:
         assert_equal(checkpoints.restore_step(1, TARGET).state, make_state(1))
-        with pytest.raises(CheckpointError, match="checkpoint 2 is damaged"):
+        with pytest.raises(CheckpointError, match="checkpoint 2 cannot be used"):
             checkpoints.restore_step(2, TARGET)
         shutil.rmtree(folder / "1")
         assert checkpoints.restore_step(1, TARGET) is None

@@ -77,20 +77,6 @@ def test_a_bucket_out_of_reach_is_an_error_not_a_wait(monkeypatch):
         Workdir("az://bucket/run").claim(config())
 
 
-def test_metrics_beyond_the_resumed_step_are_forgotten(tmp_path):
-    folder = Workdir(tmp_path)
-    for step in (10, 20, 30):
-        folder.append_line("metrics.jsonl", {"step": step, "train/loss": 1.0})
-        folder.append_line("metrics.jsonl", {"step": step, "eval/top1": 0.5})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 20, "tra')  # a kill in mid-line
-    folder.forget_metrics_after(20, evaluated=True)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], "eval/top1" in line) for line in lines] == [(10, False), (10, True), (20, False), (20, True)]
-    folder.forget_metrics_after(20, evaluated=False)  # it will be evaluated again
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
-
-
 def test_one_process_at_a_time(tmp_path):
     first, second = Workdir(tmp_path), Workdir(tmp_path)
     refused = pytest.raises(WorkdirError, match=f"another process is training in {tmp_path}; stop it, or use a new --workdir")

@@ -1,0 +1,101 @@
+"""Reads and writes the files of a work directory: only plain files, and never through a link that somebody left there."""
+
+import errno
+import json
+import math
+import os
+import stat
+from typing import Any, BinaryIO, NoReturn
+
+from lowrank_jax.experiment import interrupts
+
+_LARGEST_JSON = 2**26  # bytes
+
+
+def read_text(path: Any) -> str:
+    """The text of a plain file, local or remote.
+
+    Raises:
+      OSError: it cannot be read, or is a folder, a pipe or a device, which could block for ever.
+      ValueError: it is not UTF-8.
+    """
+    return read_bytes(path).decode()
+
+
+def read_json(path: Any) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+      OSError: see `read_text`.
+      ValueError: it is not JSON, or not within its limits; the message says what is wrong.
+    """
+    return parse_json(read_bytes(path, _LARGEST_JSON).decode())
+
+
+def parse_json(text: str) -> Any:
+    """A JSON value of finite numbers.  Raises ValueError, also for what is nested too deeply to be read."""
+    try:
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse(text)
+
+
+def read_bytes(path: Any, largest: int | None = None) -> bytes:
+    """The content of a plain file; see `read_text`.  Raises ValueError if it has more bytes than `largest`."""
+    if not is_local(path):
+        return path.read_bytes()
+    with _plain(path, os.O_RDONLY) as file:
+        if largest and (size := os.fstat(file.fileno()).st_size) > largest:
+            raise ValueError(f"it has {size:,} bytes; at most {largest:,} are expected")
+        return file.read()
+
+
+def write(path: Any, content: bytes) -> None:
+    """Writes a file completely or not at all; a link in its place is replaced, not followed."""
+    partial = path.with_name(f".{path.name}.partial")
+    if not is_local(path):
+        partial.write_bytes(content)
+        partial.replace(path)
+        return
+    partial.unlink(missing_ok=True)  # what a kill has left, or a link
+    with interrupts.cleaning_up(lambda: partial.unlink(missing_ok=True)):
+        with _plain(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW) as file:
+            file.write(content)
+        partial.replace(path)
+
+
+def append(path: Any, content: bytes) -> None:
+    """Appends to a file.  Raises OSError if it is a link, or no plain file."""
+    if not is_local(path):
+        with path.open("ab") as file:
+            file.write(content)
+        return
+    with _plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW) as file:
+        file.write(content)
+
+
+def _plain(path: Any, flags: int) -> BinaryIO:
+    """Opens a local file, without waiting for the other end of a pipe.  Raises OSError unless it is a plain file."""
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not flags & os.O_NOFOLLOW:
+            raise
+        raise OSError(errno.ELOOP, "it is a link, and nothing is written through links", str(path)) from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "wb" if flags & os.O_WRONLY else "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+
+
+def is_local(path: Any) -> bool:
+    return "://" not in str(path)

@@ -1,0 +1,143 @@
+"""metrics.jsonl: a step and its numbers in each line, and whether the lines are as they were written."""
+
+import contextlib
+import itertools
+import json
+import zlib
+from typing import Any
+
+from lowrank_jax.experiment.errors import WorkdirError
+from lowrank_jax.experiment.workdir import files
+
+Digest = dict[str, int]
+"""The size of the file and a checksum of it, to be kept where nothing changes unnoticed."""
+
+
+class Metrics:
+    """The metrics of a run, or of a watch beside it.
+
+    Args:
+      path: of the file, which need not exist.
+      active: whether to write anything; in a run of several processes only the first one does.
+    """
+
+    def __init__(self, path: Any, *, active: bool = True):
+        self.path, self._active = path, active
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds a line: `step` and numbers by name, None for those that are not finite."""
+        if self._active:
+            files.append(self.path, _to_text(line).encode())
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines, without a last one that a kill cut short; none if there is no file.
+
+        Raises:
+          WorkdirError: a line is not a step and its numbers; the message says which.
+        """
+        try:
+            *whole, last = self._content().decode().split("\n")
+            lines = [_to_line(text, number) for number, text in enumerate(whole, start=1)]
+        except ValueError as error:
+            raise WorkdirError(f"{self.path} is damaged: {error}") from None
+        with contextlib.suppress(ValueError):
+            lines.append(_to_line(last, len(lines) + 1))
+        return lines
+
+    def evaluations(self) -> list[tuple[int, float]]:
+        """Step and top-1 of every evaluation so far; on the held-out split if there is one."""
+        lines = [line for line in self.read() if line.get("eval/top1") is not None]
+        return [(line["step"], line.get("valid/top1", line["eval/top1"])) for line in lines]
+
+    def digest(self) -> Digest:
+        """Of the file as it is."""
+        return _digest(self._content())
+
+    def check(self, digest: Any) -> None:
+        """Raises WorkdirError if the file is not as it was when the digest was made, at the end of the run."""
+        if digest != self.digest():
+            raise WorkdirError(f"{self.path} has changed since the run ended")
+
+    def clear(self) -> None:
+        """Drops all lines."""
+        if self.path.exists():
+            self._write(b"")
+
+    def cut_back(self, kept: Digest) -> str | None:
+        """Cuts the file back to what it held when the digest was made, so that it reads as one run.
+
+        If it does not begin with that any more it is set aside; see `set_aside`.
+        """
+        content = self._content()
+        beginning = content[: kept["bytes"]]
+        if _digest(beginning) != kept:
+            return self.set_aside()
+        if beginning != content:
+            self._write(beginning)
+        return None
+
+    def cut_after(self, step: int, *, evaluated: bool) -> str | None:
+        """The same where there is no digest: drops the lines after a step, and the step's evaluation if it is to come again."""
+        try:
+            lines = self.read()
+        except WorkdirError:
+            return self.set_aside()
+        last = step if evaluated else step - 1  # of the evaluations that are kept
+        kept = [line for line in lines if line["step"] <= (last if _is_evaluation(line) else step)]
+        self._write("".join(map(_to_text, kept)).encode())
+        return None
+
+    def drop_cut_line(self) -> None:
+        """Drops a last line that a kill cut short, and that would spoil the next one."""
+        content = self._content()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            self._write(whole)
+
+    def set_aside(self) -> str | None:
+        """Renames the file, of which nothing is lost; returns its new name, or None if there is none."""
+        if not self._active or not self.path.exists():
+            return None
+        names = (self.path.with_name(f"{self.path.stem}-{number}.jsonl") for number in itertools.count(1))
+        other = next(name for name in names if not name.exists())
+        self.path.rename(other)
+        return other.name
+
+    def _content(self) -> bytes:
+        try:
+            return files.read_bytes(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
+
+    def _write(self, content: bytes) -> None:
+        if self._active:
+            files.write(self.path, content)
+
+
+def _digest(content: bytes) -> Digest:
+    return {"bytes": len(content), "crc32": zlib.crc32(content)}
+
+
+def _to_text(line: dict[str, Any]) -> str:
+    return json.dumps(line) + "\n"
+
+
+def _to_line(text: str, number: int) -> dict[str, Any]:
+    try:
+        line = files.parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from None
+    if not isinstance(line, dict) or not _is_step(line.get("step")):
+        raise ValueError(f"line {number} has no step")
+    for name, value in line.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"line {number}: {name} is not a number")
+    return line
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_evaluation(line: dict[str, Any]) -> bool:
+    return any(key.startswith("eval/") for key in line)
