@@ -56,19 +56,19 @@ def install() -> None:
             signal.signal(number, _heard)
 
 
-@contextlib.contextmanager
-def received_by(receive: Receive) -> Iterator[None]:
-    """Signals of this command go to `receive`, which returns whether it takes them; any other ends the command."""
+def start_receiving(receive: Receive) -> None:
+    """From now on signals go to `receive`, which returns whether it takes them; any other still ends the command."""
     install()
     with _lock:
         _deliver()  # what came before
         _receivers.append(receive)
-    try:
-        yield
-    finally:
-        with _lock:
-            _deliver()
-            _receivers.remove(receive)
+
+
+def stop_receiving(receive: Receive) -> None:
+    """Signals no longer go to `receive`, but for those that have come."""
+    with _lock:
+        _deliver()
+        _receivers.remove(receive)
 
 
 @contextlib.contextmanager

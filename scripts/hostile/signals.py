@@ -20,7 +20,9 @@ _SAID: dict[int, str] = {
     signal.SIGTERM: "lowrank: ended by SIGTERM\n",
     signal.SIGHUP: "lowrank: ended by SIGHUP\n",
 }
-_PATIENCE = 20  # seconds, on a busy machine, from a signal to the end; a step and a save may lie between
+_PATIENCE = (
+    90  # seconds, on a busy machine, from a signal to the end; steps, a save and an import of TensorFlow may lie between
+)
 _START = 0.25  # seconds until the package's own code runs; before, Python alone is there
 _FILES = ("out.json", "initial.md", "initial.json", "initial.png")
 _OUT = ".stdout"

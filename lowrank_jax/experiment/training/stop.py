@@ -1,6 +1,5 @@
 """A request to stop, from SIGTERM, SIGHUP or Ctrl-C."""
 
-import contextlib
 import signal
 import threading
 from typing import Any
@@ -23,14 +22,13 @@ class StopSignal:
         self.requested = False
         self._before: dict[int, Any] = {}
         self._depth = 0
-        self._received = contextlib.ExitStack()
 
     def __enter__(self) -> "StopSignal":
         self._depth += 1  # whoever made it may have entered it before the run does
         if self._depth > 1:
             return self
         if interrupts.obeyed():
-            self._received.enter_context(interrupts.received_by(self._take))
+            interrupts.start_receiving(self._take)
         elif threading.current_thread() is threading.main_thread():
             self._before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
             if self._before[signal.SIGHUP] is signal.SIG_IGN:  # nohup
@@ -45,7 +43,8 @@ class StopSignal:
             return
         if self.requested and exception[:1] in ((), (None,)):
             interrupts.too_late()  # what was asked for has been done
-        self._received.close()
+        if interrupts.obeyed():
+            interrupts.stop_receiving(self._take)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
