@@ -26,3 +26,7 @@ class UserError(Exception):
 
 class WorkdirError(UserError):
     """The work directory cannot be used; the message says what to do."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be read or written; the message says which one and why."""

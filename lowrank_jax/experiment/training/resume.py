@@ -10,6 +10,7 @@ from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.evaluate import Evaluated
 from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
+from lowrank_jax.experiment.workdir.files import is_number
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
 _TRACKED = ("loss", "grad_norm", "lr")  # of every step
@@ -92,7 +93,7 @@ def _unfit(restored: Restored, total: int) -> str:
         return f"training ends at step {total}"
     valid = {
         "data": lambda data: data == {"next_index": step},
-        "seconds": lambda seconds: _is_number(seconds) and seconds >= 0,
+        "seconds": lambda seconds: is_number(seconds) and seconds >= 0,
         "window": lambda rows: (
             isinstance(rows, list) and len(rows) <= step and all(_are_numbers(row, *_TRACKED) for row in rows)
         ),
@@ -104,16 +105,12 @@ def _unfit(restored: Restored, total: int) -> str:
 
 
 def _are_numbers(value: Any, *names: str) -> bool:
-    """Whether a value is a mapping of numbers with at least these names."""
-    return _has(value, *names) and all(map(_is_number, value.values()))
+    """Whether a value is a mapping with at least these names, of numbers; a metric of one's own need not be finite."""
+    return _has(value, *names) and all(type(number) in (int, float) for number in value.values())
 
 
 def _has(value: Any, *names: str) -> bool:
     return isinstance(value, dict) and value.keys() >= set(names)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _resumed(restored: Restored, total: int, folder: Workdir, say: Callable[[str], None]) -> Resumed:

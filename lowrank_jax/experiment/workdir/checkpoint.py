@@ -8,12 +8,8 @@ Restoring compares them; a step that is not what its folder's name says, or dama
 import contextlib
 import dataclasses
 import functools
-import importlib
 import json
-import math
-import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,9 +18,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
-from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.errors import CheckpointError
 from lowrank_jax.experiment.hosts import processes
-from lowrank_jax.experiment.workdir import files
+from lowrank_jax.experiment.workdir import files, step_folders
 from lowrank_jax.experiment.workdir.checked_json import seal, unseal
 from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.experiment.workdir.orbax_logs import drop_unfinished, quiet_reads, quiet_saves
@@ -35,12 +31,6 @@ from lowrank_jax.text import first_line
 _SCORES = "scores.json"
 _GONE = "gone"
 _MANIFEST = "manifest.ocdbt"  # of the arrays
-_STEP = re.compile(r"0|[1-9]\d{0,18}", re.ASCII)
-_VANISHED = (FileNotFoundError, NotADirectoryError)  # what a run deletes while it is listed
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be read or written; the message says which one and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +91,7 @@ class Checkpoints:
         confirmed: Callable[[int], object] = lambda step: None,
         read_only: bool = False,
     ):
-        self.directory = _absolute(epath.Path(directory))  # orbax takes absolute paths only
+        self.directory = step_folders.absolute(epath.Path(directory))  # orbax takes absolute paths only
         self._experiment, self._keep, self._confirmed = experiment, keep, confirmed
         self._unconfirmed: int | None = None  # the step that is being saved
         if self.directory.exists() and not self.directory.is_dir():
@@ -120,11 +110,13 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
+            for link in step_folders.links(self.directory):
+                self._move_aside(link)
         processes.barrier()
         return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=handlers())
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps()) if self._manager else _stored_steps(self.directory)
+        return sorted(self._manager.all_steps()) if self._manager else step_folders.stored(self.directory)
 
     def best(self) -> int | None:
         """The step with the highest score, the later of equals; None if none was evaluated."""
@@ -149,12 +141,16 @@ class Checkpoints:
     def _scores(self) -> dict[int, float]:
         """What `note_score` wrote, and what the steps' own records say, which counts where the two differ."""
         own = {step: info for step, info in self._records().items() if not self._other(step, info)}
-        return self._noted_scores() | {step: info["score"] for step, info in own.items() if _is_score(info.get("score"))}
+        return self._noted_scores() | {step: info["score"] for step, info in own.items() if files.is_number(info.get("score"))}
 
     def _noted_scores(self) -> dict[int, float]:
         try:
             noted = unseal(files.read_json(self.directory / _SCORES))
-            return {int(step): score for step, score in noted.items() if _STEP.fullmatch(step) and _is_score(score)}
+            return {
+                int(step): score
+                for step, score in noted.items()
+                if step_folders.NUMBER.fullmatch(step) and files.is_number(score)
+            }
         except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or damaged
             return {}
 
@@ -200,7 +196,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
         """Starts to write a step; returns as soon as the arrays are copied off the devices and the step before is on disk."""
         assert self._manager
-        itself = {"step": step, "experiment": self._experiment}
+        itself = {"step": step} | ({"experiment": self._experiment} if self._experiment else {})
         record = seal({**info, **itself, "digests": digests(state)})
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(record))
         with self._reporting():
@@ -319,7 +315,7 @@ class Checkpoints:
             except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
                 reason = _reason(error)
             drop_unfinished()
-        _check_readable(folder)
+        step_folders.check_readable(folder)
         return reason if folder.exists() else _GONE
 
     def _read(self, step: int, target: Any) -> Restored:
@@ -345,40 +341,17 @@ class Checkpoints:
         if self._manager is None or not steps:
             return
         if jax.process_index() == 0:
-            folder = self.directory.parent / "damaged"
-            folder.mkdir(parents=True, exist_ok=True)
             for step in steps:
-                copies = sum(1 for other in folder.iterdir() if other.name.split("-")[0] == str(step))
-                (self.directory / str(step)).rename(folder / (f"{step}-{copies}" if copies else str(step)))
+                self._move_aside(self.directory / str(step))
         processes.barrier()
         self._manager.close()
         self._manager = self._open()
 
-
-def _stored_steps(directory: epath.Path) -> list[int]:
-    """The steps that are there and complete; whatever else is in the folder is none, and some may be deleted meanwhile."""
-    try:
-        folders = [path for path in directory.iterdir() if _STEP.fullmatch(path.name)]
-    except _VANISHED:
-        return []
-    return sorted(int(path.name) for path in folders if _is_complete(path))
-
-
-def _is_complete(folder: epath.Path) -> bool:
-    with contextlib.suppress(*_VANISHED):
-        return folder.is_dir() and ocp.utils.is_checkpoint_finalized(folder)
-    return False
-
-
-def _check_readable(folder: epath.Path) -> None:
-    """Raises CheckpointError if this user may not read all of a local step: it need not be damaged."""
-    if not files.is_local(folder):
-        return
-    refused = [
-        str(path) for path in (folder, *pathlib.Path(folder).rglob("*")) if not os.access(path, os.R_OK) and path.exists()
-    ]
-    if refused:
-        raise CheckpointError(f"{refused[0]}: this user needs permission to read it")
+    def _move_aside(self, step: epath.Path) -> None:
+        folder = self.directory.parent / "damaged"
+        folder.mkdir(parents=True, exist_ok=True)
+        copies = sum(1 for other in folder.iterdir() if other.name.split("-")[0] == step.name)
+        step.rename(folder / (f"{step.name}-{copies}" if copies else step.name))
 
 
 def _unsealed(record: Any) -> dict[str, Any]:
@@ -387,21 +360,6 @@ def _unsealed(record: Any) -> dict[str, Any]:
     if not isinstance(info, dict) or not isinstance(info.get("digests"), dict):
         raise ValueError("its record has no digests")
     return info
-
-
-def _is_score(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-
-
-def _absolute(path: epath.Path) -> epath.Path:
-    if "://" not in str(path):
-        return path.resolve()
-    if str(path).startswith("gs://"):
-        try:
-            importlib.import_module("google.cloud.storage")  # orbax asks it for the kind of the bucket
-        except ImportError:
-            raise CheckpointError(f"{path}: checkpoints there need pip install 'lowrank_jax[gcs]'") from None
-    return path
 
 
 def _reason(error: Exception) -> str:

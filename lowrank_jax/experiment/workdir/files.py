@@ -5,11 +5,13 @@ import json
 import math
 import os
 import stat
+import sys
 from typing import Any, BinaryIO, NoReturn
 
 from lowrank_jax.experiment import interrupts
 
 _LARGEST_JSON = 2**26  # bytes
+_LONGEST_INT = 20  # characters
 
 
 def read_text(path: Any) -> str:
@@ -33,20 +35,30 @@ def read_json(path: Any) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """A JSON value of finite numbers.  Raises ValueError, also for what is nested too deeply to be read."""
+    """A JSON value of finite numbers of 64 bits.  Raises ValueError, also for what is nested too deeply to be read."""
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
+    raise ValueError(f"{constant} is no number that JSON can hold")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     return value if math.isfinite(value) else _refuse(text)
+
+
+def _whole(text: str) -> int:
+    value = int(text) if len(text) <= _LONGEST_INT else 2**64
+    return value if -(2**63) <= value < 2**64 else _refuse(f"{text[:_LONGEST_INT]}...")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value that was read is a finite number that a float can hold; truth values are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def read_bytes(path: Any, largest: int | None = None) -> bytes:

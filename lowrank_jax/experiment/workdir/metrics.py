@@ -130,7 +130,7 @@ def _to_line(text: str, number: int) -> dict[str, Any]:
     if not isinstance(line, dict) or not _is_step(line.get("step")):
         raise ValueError(f"line {number} has no step")
     for name, value in line.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is not None and not files.is_number(value):
             raise ValueError(f"line {number}: {name} is not a number")
     return line
 

@@ -2,9 +2,12 @@
 
 import dataclasses
 import gc
+import json
 import logging
+import os
 import resource
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -13,9 +16,11 @@ import pytest
 from etils import epath
 
 from lowrank_jax.experiment.training.state import TrainState
+from lowrank_jax.experiment.workdir.checked_json import seal, unseal
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints
 from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.kernel import LowRankKernel
+from tests.running import ROOT
 
 
 def normal(seed, *shape):
@@ -130,6 +135,185 @@ def test_damaged_scores_are_taken_from_the_steps_own_records(three, tmp_path, co
     with Checkpoints(folder, read_only=True) as checkpoints:
         assert (checkpoints.best(), checkpoints.best_score()) == (2, 0.9)
         assert checkpoints.restore(TARGET).step == 3
+
+
+SCORES = [
+    [1],
+    1,
+    {"1": "best"},
+    {"1": None},
+    {"1": True},
+    {"1": [1]},
+    {"one": 1.0},
+    {"-1": 1.0},
+    {"1" * 30: 1.0},
+    {"1": 10**400},
+    {"1": 0.99},
+]
+
+
+@pytest.mark.parametrize("forged", SCORES, ids=str)
+def test_scores_that_were_forged_do_not_outweigh_the_steps_own_records(three, tmp_path, forged):
+    folder = shutil.copytree(three, tmp_path / "c")
+    (folder / "scores.json").write_text(json.dumps(seal(forged)))
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert (checkpoints.best(), checkpoints.best_score()) == (2, 0.9)
+
+
+def copied(folder, old, new):
+    shutil.rmtree(folder / new, ignore_errors=True)
+    shutil.copytree(folder / old, folder / new)
+
+
+def linked(folder, old, new):
+    (folder / new).symlink_to(old)
+
+
+RENAMED = {
+    "a later number": (lambda folder: copied(folder, "1", "3"), "it is step 1 under another name"),
+    "another's place": (lambda folder: copied(folder, "1", "2"), "it is step 1 under another name"),
+    "25 digits": (lambda folder: copied(folder, "2", "1" * 25), "it is step 2 under another name"),
+    "a record to fit": (lambda folder: (copied(folder, "1", "3"), forge(folder, 3, step=3)), "its state is that of step 1"),
+    "no record of it": (lambda folder: (copied(folder, "1", "3"), forge(folder, 3, step=None)), "its state is that of step 1"),
+}
+
+
+@pytest.mark.parametrize(("rename", "reason"), RENAMED.values(), ids=RENAMED)
+def test_a_step_is_what_its_folder_says_or_it_is_set_aside(folder, rename, reason):
+    rename(folder)
+    newest = max(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+    with Checkpoints(folder, keep=3) as checkpoints:
+        restored = checkpoints.restore(TARGET)
+        assert restored.damaged == {newest: reason}
+        assert_equal(restored.state, make_state(restored.step))
+        assert newest not in checkpoints.steps()
+    assert (folder.parent / "damaged" / str(newest)).is_dir()
+
+
+@pytest.mark.parametrize("name", ["0100", "step_100", "+100", "1e2", "\u0e51", "100.orbax-checkpoint-tmp-7", "x"])
+def test_what_has_no_number_of_a_step_is_none(folder, name):
+    copied(folder, "2", name)
+    for read_only in (True, False):
+        with Checkpoints(folder, read_only=read_only) as checkpoints:
+            assert checkpoints.steps() == [1, 2]
+            assert checkpoints.restore(TARGET).step == 2
+
+
+@pytest.mark.parametrize("target", ["1", "nowhere", "3", "..", "/tmp"])
+def test_a_link_is_no_step(folder, target):
+    linked(folder, target, "3")
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.restore(TARGET).step == 2
+    with Checkpoints(folder) as checkpoints:
+        assert (checkpoints.restore(TARGET).step, checkpoints.steps()) == (2, [1, 2])
+        checkpoints.save(3, make_state(3), info())
+    assert (folder / "3").is_dir() and not (folder / "3").is_symlink()
+    assert (folder.parent / "damaged" / "3").is_symlink()
+
+
+def forge(folder, at, **changes):
+    """Changes the record of a step, and seals it again."""
+    file = folder / str(at) / "info" / "metadata"
+    record = {**unseal(json.loads(file.read_text())), **changes}
+    file.write_text(json.dumps(seal({name: value for name, value in record.items() if value is not None})))
+
+
+def test_a_step_of_another_experiment_is_not_taken(folder):
+    for step in (1, 2):
+        forge(folder, step, experiment="theirs")
+    with Checkpoints(folder, "theirs", read_only=True) as theirs:
+        restored = theirs.restore(TARGET)
+        assert restored.names_itself and restored.info["step"] == 2
+        theirs.check_experiment()
+    with Checkpoints(folder, "ours") as ours:
+        with pytest.raises(CheckpointError, match=r"it belongs to another experiment. Use a new --workdir, or the old"):
+            ours.check_experiment()
+        with pytest.raises(
+            CheckpointError, match="no usable checkpoint\n  step 2: it belongs to another experiment\n  step 1: it"
+        ):
+            ours.restore(TARGET)
+    assert (folder / "2").is_dir()  # when nothing is good, nothing is moved
+
+
+def test_a_step_of_a_version_that_did_not_say_whose_it_is_is_taken(folder):
+    for step in (1, 2):
+        forge(folder, step, experiment=None, step=None)
+    with Checkpoints(folder, "ours") as ours:
+        ours.check_experiment()
+        restored = ours.restore(TARGET)
+    assert (restored.step, restored.names_itself, restored.damaged) == (2, False, {})
+
+
+@pytest.mark.parametrize(
+    "record", ["[]", "null", '"x"', json.dumps(seal([1])), json.dumps(seal({})), "[" * 100_000], ids=lambda r: r[:9]
+)
+def test_a_record_that_is_none_is_damage(folder, record):
+    (folder / "2" / "info" / "metadata").write_text(record)
+    with Checkpoints(folder, "ours", read_only=True) as checkpoints:
+        checkpoints.check_experiment()
+        assert checkpoints.best() == 1
+        assert checkpoints.restore(TARGET).step == 1
+
+
+def test_a_step_that_is_unfit_for_its_reader_is_passed_over(folder):
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        restored = checkpoints.restore(TARGET, lambda restored: "too late" if restored.step > 1 else "")
+    assert (restored.step, restored.damaged) == (1, {2: "too late"})
+
+
+def test_steps_that_a_kill_kept_from_being_deleted_are_deleted_later(three, tmp_path):
+    three = shutil.copytree(three, tmp_path / "c")
+    with Checkpoints(three, keep=1) as checkpoints:
+        checkpoints.tidy()
+        assert checkpoints.steps() == [2, 3]
+    assert not (three / "1").exists()
+
+
+def test_what_was_saved_is_looked_for(tmp_path):
+    found = []
+    with Checkpoints(tmp_path / "c", confirmed=found.append) as checkpoints:
+        checkpoints.save(1, make_state(1), info())
+        assert found == []
+        checkpoints.save(2, make_state(2), info())
+        assert found == [1]
+        checkpoints.wait()
+        assert found == [1, 2]
+        checkpoints.save(3, make_state(3), info())
+    assert found == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["a[1]", "back\\slash"])
+def test_a_save_that_orbax_loses_is_an_error(tmp_path, name):
+    """It globs its own path: the manifest of the arrays is never made."""
+    with (
+        pytest.raises(CheckpointError, match="step 1 was written, and is not there"),
+        Checkpoints(tmp_path / name) as checkpoints,
+    ):
+        checkpoints.save(1, make_state(1), info())
+
+
+READ = """
+import sys, pathlib
+from tests.experiment.workdir.test_checkpoint import TARGET
+from lowrank_jax.experiment.workdir.checked_json import seal, unseal
+from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
+with Checkpoints(pathlib.Path(sys.argv[1])) as checkpoints:
+    checkpoints.restore(TARGET)
+"""
+
+
+MORTAL = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"] if os.geteuid() == 0 else []
+"""Runs a command that permissions hold for, also if root starts it."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MORTAL) and not shutil.which("setpriv"), reason="permissions do not hold for root without setpriv")
+def test_a_step_that_this_user_may_not_read_is_not_damaged(folder):
+    data_files(folder / "2")[0].chmod(0)
+    command = [*MORTAL, sys.executable, "-c", READ, folder]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "this user needs permission to read it" in ended.stderr
+    assert (folder / "2").is_dir()
 
 
 @pytest.mark.parametrize("turn", [3, 4, 5])  # thirds, fourths and fifths of the file: values, names and structure

@@ -90,10 +90,12 @@ BAD = {
     '{"step": true}': "line 7 has no step",
     '{"step": -1}': "line 7 has no step",
     '{"step": 1e3}': "line 7 has no step",
-    '{"step": 99999999999999999999}': "line 7 has no step",
+    '{"step": 9223372036854775808}': "line 7 has no step",
+    '{"step": 99999999999999999999}': "line 7: 99999999999999999999... is no number",
+    '{"step": 1, "train/loss": 1' + "0" * 400 + "}": "line 7: 10000000000000000000... is no number",
     '{"step": 1, "train/loss": "1.0"}': "line 7: train/loss is not a number",
-    '{"step": 1, "train/loss": NaN}': "line 7: NaN is not a JSON number",
-    '{"step": 1, "train/loss": 1e999}': "line 7: 1e999 is not a JSON number",
+    '{"step": 1, "train/loss": NaN}': "line 7: NaN is no number that JSON can hold",
+    '{"step": 1, "train/loss": 1e999}': "line 7: 1e999 is no number that JSON can hold",
     '{"step": ' + "[" * 100_000: "line 7: it is nested too deeply",
 }
 
