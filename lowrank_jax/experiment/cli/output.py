@@ -6,6 +6,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
+from lowrank_jax.experiment import interrupts
 from lowrank_jax.text import one_line
 
 
@@ -31,7 +32,8 @@ class Output:
 
     def write(self, text: str) -> None:
         if self.path:
-            self.path.write_text(text)
+            with interrupts.held_back():
+                self.path.write_text(text)
 
     def give_up(self) -> None:
         """Leaves the folder as it was."""
@@ -43,14 +45,17 @@ class Output:
 def written_at_the_end(name: str | None) -> Iterator[Output]:
     """A file for the result of long work: it is opened first, so that a bad path is found early, and kept as it was on failure.
 
+    A failure includes a signal.
+
     Raises:
       OSError: the file cannot be written.
     """
     output = Output(path := pathlib.Path(name) if name else None, new=path is not None and not path.exists())
-    if path:
-        path.open("a").close()
-    try:
-        yield output
-    except BaseException:
-        output.give_up()
-        raise
+    with interrupts.cleaning_up(output.give_up):
+        if path:
+            path.open("a").close()
+        try:
+            yield output
+        except BaseException:
+            output.give_up()
+            raise

@@ -57,11 +57,15 @@ def _spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
 
 
+SUFFIXES = ("md", "json", "png")
+"""Of the files of a report."""
+
+
 def write(
     measured: Sequence[Measurement], prefix: str, *, command: str, config: Config, settings: Settings
 ) -> list[pathlib.Path]:
     """Writes the report as PREFIX.md, PREFIX.json and PREFIX.png, and returns their paths."""
-    page, data, picture = (pathlib.Path(f"{prefix}.{suffix}") for suffix in ("md", "json", "png"))
+    page, data, picture = (pathlib.Path(f"{prefix}.{suffix}") for suffix in SUFFIXES)
     shapes = {kernel.name: kernel.shape for kernel in configs.make_plan(config).kernels}
     drawn = _plot(measured, config.model.name)
     blocks: list[Block] = [

@@ -56,7 +56,14 @@ def connected(address: str | None, resources: Resources) -> Iterator[None]:
     """Connects to a cluster; see `ray_tune.run` for the address."""
     import ray
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}  # Ray leaves its own
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def restore() -> None:
+        """Ray installs handlers of its own, and leaves them."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     ray.init(
         address or os.environ.get("RAY_ADDRESS") or "local",
         runtime_env={"env_vars": worker_environment(resources)},
@@ -64,13 +71,12 @@ def connected(address: str | None, resources: Resources) -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    restore()
     try:
         yield
     finally:
         ray.shutdown()
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        restore()
 
 
 def worker_environment(resources: Resources) -> dict[str, str]:

@@ -8,6 +8,8 @@ import stat
 import sys
 from typing import Any, BinaryIO, NoReturn
 
+from lowrank_jax.experiment import interrupts
+
 _LARGEST_JSON = 2**26  # bytes
 _LONGEST_INT = 20  # characters
 
@@ -80,9 +82,10 @@ def write(path: Any, content: bytes) -> None:
         partial.replace(path)
         return
     partial.unlink(missing_ok=True)  # what a kill has left, or a link
-    with _plain(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW) as file:
-        file.write(content)
-    partial.replace(path)
+    with interrupts.cleaning_up(lambda: partial.unlink(missing_ok=True)):
+        with _plain(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW) as file:
+            file.write(content)
+        partial.replace(path)
 
 
 def append(path: Any, content: bytes) -> None:

@@ -1,11 +1,12 @@
 """The folder in which TFDS keeps a data set: where it is, and whether it is complete."""
 
 import contextlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
+
+from lowrank_jax.experiment import temporary
 
 
 class Damaged(Exception):
@@ -21,7 +22,7 @@ def folder(name: str, data_dir: str | None) -> tuple[str, epath.Path]:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import constants
 
-    with tempfile.TemporaryDirectory() as empty:  # a builder reads data that it finds, and may fail to
+    with temporary.folder("lowrank_empty_") as empty:  # a builder reads data that it finds, and may fail to
         relative = tfds.builder(name, data_dir=empty).data_path.relative_to(empty)
     root = epath.Path(data_dir or constants.DATA_DIR).expanduser()
     return str(root), root / relative
