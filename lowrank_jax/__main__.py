@@ -1,6 +1,19 @@
-"""`python -m lowrank_jax` is `lowrank`."""
+"""`lowrank`, and `python -m lowrank_jax`."""
 
-from lowrank_jax.experiment.cli.commands import main
+from typing import NoReturn
+
+from lowrank_jax.experiment import interrupts
+from lowrank_jax.experiment.cli import streams
+
+
+def main() -> NoReturn:
+    """Runs a command and exits with its status."""
+    streams.keep_open()
+    interrupts.obey()  # before anything else is imported, which takes seconds
+    from lowrank_jax.experiment.cli import commands
+
+    commands.main()
+
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,7 @@
 
 import difflib
 import html
+import re
 from collections.abc import Iterable
 
 
@@ -19,6 +20,13 @@ def shown(value: object) -> str:
     except Exception:  # whatever somebody's type may raise
         return f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:160]} ... ({len(text)} characters)"
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks and control characters, which could command a terminal: what does not print is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in re.sub(r"\s+", " ", text))
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

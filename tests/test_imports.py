@@ -4,6 +4,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -81,6 +82,21 @@ def test_the_library_loads_none_of_the_experiment_half():
     load = "import sys, lowrank_jax as lr; [getattr(lr, name) for name in (*lr.__all__, 'models')]"
     others = ("lowrank_jax.experiment", "ml_collections", "tensorflow", "orbax", "clu", "grain", "matplotlib")
     assert python(f"{load}; print([module for module in {others} if module in sys.modules])") == "[]\n"
+
+
+def test_the_command_handles_signals_before_it_imports_anything_that_takes_time(repository):
+    script = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["scripts"]["lowrank"]
+    assert script == "lowrank_jax.__main__:main"
+    code = """
+import sys, lowrank_jax.__main__ as command
+from lowrank_jax.experiment import interrupts
+print([name for name in ("jax", "numpy", "argparse", "dataclasses", "pathlib") if name in sys.modules])
+obey = interrupts.obey
+interrupts.obey = lambda: (print("obeys", "argparse" in sys.modules), obey())
+sys.argv = ["lowrank", "--help"]
+command.main()
+"""
+    assert python(code).startswith("[]\nobeys False\nusage: ")
 
 
 def test_public_names_are_loaded_when_they_are_used():

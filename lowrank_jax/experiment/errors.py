@@ -1,6 +1,7 @@
 """How a command ends: errors that the user can fix, exit statuses, and which statuses are worth a restart."""
 
-DONE, FAILED, BAD_INPUT, DOES_NOT_FIT, DIVERGED, INTERRUPTED, KILLED = 0, 1, 2, 3, 4, 75, 130
+DONE, FAILED, BAD_INPUT, DOES_NOT_FIT, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 4, 75
+HUNG_UP, KILLED, TERMINATED = (128 + number for number in (1, 2, 15))  # as shells have it
 
 MEANINGS = {
     DONE: "success",
@@ -8,8 +9,10 @@ MEANINGS = {
     BAD_INPUT: "a config, command line, file, work directory or data set cannot be used",
     DOES_NOT_FIT: "preflight: the program does not fit into the memory of the chips",
     DIVERGED: "training diverged: the loss or a gradient is not finite",
-    INTERRUPTED: "stopped by SIGTERM or Ctrl-C after saving; the same command resumes",
+    INTERRUPTED: "stopped by Ctrl-C, SIGTERM or SIGHUP after saving; the same command resumes",
+    HUNG_UP: "stopped by SIGHUP (a closed terminal) before there was anything to save",
     KILLED: "stopped by Ctrl-C before there was anything to save, or by a second Ctrl-C",
+    TERMINATED: "stopped by SIGTERM before there was anything to save",
 }
 
 # The sweep engines, the JobSets and scripts/*.sh all follow this; a test holds the scripts to it.
@@ -23,3 +26,7 @@ class UserError(Exception):
 
 class WorkdirError(UserError):
     """The work directory cannot be used; the message says what to do."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be read or written; the message says which one and why."""

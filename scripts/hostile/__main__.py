@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from scripts.hostile import checkpoints, intruders, messages, signals
+from scripts.hostile import checkpoints, intruders, messages, reports, signals  # noqa: F401 (reports belong to two kinds)
 from scripts.hostile.harness import ROOT, Kind, Package, Place
 
 KINDS = {module.KIND.name: module.KIND for module in (checkpoints, intruders, messages, signals)}

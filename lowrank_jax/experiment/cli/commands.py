@@ -4,22 +4,22 @@ jax and whatever needs it are imported by the command that runs, so that help an
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from lowrank_jax.experiment import interrupts
 from lowrank_jax.experiment.cli import environment
 from lowrank_jax.experiment.cli.flags import HOSTS, parser, split_overrides
 from lowrank_jax.experiment.cli.output import complain, hush, print_anything, say, written_at_the_end
 from lowrank_jax.experiment.cli.sweep import given, sweep
-from lowrank_jax.experiment.errors import BAD_INPUT, DIVERGED, DOES_NOT_FIT, DONE, FAILED, INTERRUPTED, KILLED, UserError
+from lowrank_jax.experiment.errors import BAD_INPUT, DIVERGED, DOES_NOT_FIT, DONE, FAILED, INTERRUPTED, UserError
 from lowrank_jax.text import first_line
 
 if TYPE_CHECKING:
@@ -35,11 +35,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     overrides, rest = split_overrides(arguments)
     args = parser(_COMMANDS).parse_args(rest)
     args.overrides, args.given = overrides, arguments[1:]
-    try:
-        environment.prepare()
-        sys.exit(_run(args))
-    except KeyboardInterrupt:
-        sys.exit(_failed(KILLED, "lowrank: interrupted"))
+    environment.prepare()
+    status = _run(args)
+    interrupts.too_late()
+    sys.exit(status)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -80,7 +79,7 @@ def _failed(status: int, message: str) -> int:
 
     if several():
         end_all(status, message)
-    print(message, file=sys.stderr)
+    complain(message)
     return status
 
 
@@ -196,14 +195,6 @@ def _preflight(args: argparse.Namespace) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # accelerators of this machine may be in use, and are not what is asked about
     with written_at_the_end(args.json) as output:
-
-        def end(*_: object) -> None:
-            # An exception would be lost where Python is in a callback, and would wait for the compiler.
-            output.give_up()
-            complain("lowrank: interrupted")
-            os._exit(KILLED)
-
-        signal.signal(signal.SIGINT, end)
         estimates = run(
             _networks(args),
             args.topology,
@@ -240,14 +231,15 @@ def _init_report(args: argparse.Namespace) -> int:
     settings = before_training.Settings(**given(args, ("scales", "methods", "seeds", "images", "batch_size")))
     settings.check(config)
     jax.config.update("jax_enable_compilation_cache", False)  # compilation times are part of the report
-    first = pathlib.Path(f"{args.out}.md")
-    first.parent.mkdir(parents=True, exist_ok=True)
-    first.touch()  # a path that cannot be written fails now, not after the work
-    measured = before_training.compare(config, settings, say=say)
-    print(align(before_training_page.summary(measured)))
-    command = f"lowrank init-report {shlex.join(args.given)}"
-    for path in before_training_page.write(measured, args.out, command=command, config=config, settings=settings):
-        print(path)
+    pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for suffix in before_training_page.SUFFIXES:
+            stack.enter_context(written_at_the_end(f"{args.out}.{suffix}"))
+        measured = before_training.compare(config, settings, say=say)
+        print(align(before_training_page.summary(measured)))
+        command = f"lowrank init-report {shlex.join(args.given)}"
+        paths = before_training_page.write(measured, args.out, command=command, config=config, settings=settings)
+    print("\n".join(map(str, paths)))
     return DONE
 
 

@@ -8,6 +8,9 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
+from lowrank_jax.experiment import interrupts
+from lowrank_jax.text import one_line
+
 
 def print_anything() -> None:
     """Whatever a terminal cannot show is replaced, rather than an error after the work is done."""
@@ -25,7 +28,8 @@ def hush(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece, whatever other threads print
+    printable = "\n".join(map(one_line, text.splitlines()))  # a file's name may hold a terminal's commands
+    print(f"{printable}\n", end="", file=sys.stderr, flush=True)  # in one piece, whatever other threads print
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Output:
 
     def write(self, text: str) -> None:
         if self.path:
-            self.path.write_text(text, encoding="utf-8")
+            with interrupts.held_back():
+                self.path.write_text(text, encoding="utf-8")
 
     def give_up(self) -> None:
         """Leaves the folder as it was."""
@@ -49,16 +54,19 @@ class Output:
 def written_at_the_end(name: str | None) -> Iterator[Output]:
     """A file for the result of long work: it is opened first, so that a bad path is found early, and kept as it was on failure.
 
+    A failure includes a signal.
+
     Raises:
       OSError: the file cannot be written.
     """
     output = Output(path := pathlib.Path(name) if name else None, new=path is not None and not path.exists())
     if path and path.is_fifo():
         raise OSError(errno.EINVAL, "a pipe, which nobody may ever read; name a file", name)
-    if path:
-        path.open("a").close()
-    try:
-        yield output
-    except BaseException:
-        output.give_up()
-        raise
+    with interrupts.cleaning_up(output.give_up):
+        if path:
+            path.open("a").close()
+        try:
+            yield output
+        except BaseException:
+            output.give_up()
+            raise

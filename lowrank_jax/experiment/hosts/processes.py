@@ -18,6 +18,7 @@ import jax
 from jax._src import distributed as _jax_distributed  # its client of the coordinator has no public name
 from jax._src import xla_bridge
 
+from lowrank_jax.experiment import interrupts
 from lowrank_jax.experiment.errors import BAD_INPUT, UserError
 
 _FAILURE_KEY = "lowrank/failure"
@@ -91,9 +92,10 @@ def start(options: ProcessOptions) -> None:
         _check_free(options.coordinator)
     with _deadline(options):
         _connect(options, detect)
-    # jax's own handler would keep SIGTERM from ending a process that has nothing to save yet.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # jax's own handler, which Python does not know of, would keep SIGTERM from ending a process that has nothing to save yet.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     if several():
+        interrupts.leave_by(end_all)
         if jax.default_backend() == "cpu":
             # There, programs with collectives have hung at their first steps when they came from the cache.
             jax.config.update("jax_enable_compilation_cache", False)
@@ -189,6 +191,7 @@ def _watch(over: threading.Event) -> None:
 
 def _exit(status: int, message: str = "") -> NoReturn:
     """Exits without waiting for the other processes, as a normal exit would."""
+    interrupts.clean_up()
     if message:
         _say(message)
     with contextlib.suppress(OSError):

@@ -1,6 +1,7 @@
 """The comparison of initialisations as tables, Markdown, JSON and a picture."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -12,7 +13,9 @@ import jax
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.report.before_training import Measurement, Settings
-from lowrank_jax.text import markdown_table
+from lowrank_jax.experiment.report.blocks import Block, Emphasis, Heading, Paragraph, Picture, Preformatted, Table
+from lowrank_jax.experiment.report.rendering import as_markdown
+from lowrank_jax.experiment.workdir import files
 
 
 def summary(measured: Sequence[Measurement]) -> list[list[str]]:
@@ -54,52 +57,60 @@ def _spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
 
 
+SUFFIXES = ("md", "json", "png")
+"""Of the files of a report."""
+
+
 def write(
     measured: Sequence[Measurement], prefix: str, *, command: str, config: Config, settings: Settings
 ) -> list[pathlib.Path]:
     """Writes the report as PREFIX.md, PREFIX.json and PREFIX.png, and returns their paths."""
-    page, data, picture = (pathlib.Path(f"{prefix}.{suffix}") for suffix in ("md", "json", "png"))
+    page, data, picture = (pathlib.Path(f"{prefix}.{suffix}") for suffix in SUFFIXES)
     shapes = {kernel.name: kernel.shape for kernel in configs.make_plan(config).kernels}
-    lines = [
-        f"# {config.model.name} before training",
-        "",
-        f"    {command}",
-        "",
+    drawn = _plot(measured, config.model.name)
+    blocks: list[Block] = [
+        Heading(f"{config.model.name} before training", level=1),
+        Preformatted([command]),
         *_reading_aid(config, settings),
-        "",
-        markdown_table(summary(measured)),
-        "",
-        f"![risk and logit error by scale]({picture.name})",
+        Table(summary(measured)),
+        Picture(picture.name, drawn, "risk and logit error by scale"),
     ]
     for scale in settings.scales:
-        lines += ["", f"## Relative risk of every kernel at scale {scale:g}", ""]
-        lines.append(markdown_table(kernel_table(measured, scale, shapes)))
-    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        blocks.append(Heading(f"Relative risk of every kernel at scale {scale:g}"))
+        blocks.append(Table(kernel_table(measured, scale, shapes)))
     stored = {"command": command, "arms": [dataclasses.asdict(one) for one in measured]}
-    data.write_text(json.dumps(stored, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    _plot(measured, picture, config.model.name)
+    files.write(page, as_markdown(blocks).encode())
+    files.write(data, (json.dumps(stored, indent=1, allow_nan=False) + "\n").encode())
+    files.write(picture, drawn)
     return [page, data, picture]
 
 
-def _reading_aid(config: Config, settings: Settings) -> list[str]:
+def _reading_aid(config: Config, settings: Settings) -> list[Paragraph]:
     """The machine, the seeds, and what the columns mean."""
     last, moments = config.seed + settings.seeds - 1, config.lowrank.moment_batches
     seeds = f"Seeds {config.seed} to {last}: means and ranges." if settings.seeds > 1 else f"Seed {config.seed}."
     inputs = f"inputs with the second moments captured on {moments} batches" if moments else "Gaussian inputs"
     machine = f"{jax.device_count()} {jax.devices()[0].platform} device(s), {os.cpu_count()} cores"
     return [
-        f"{machine}, jax {jax.__version__}, float32. {seeds}",
-        "",
-        f"* *Mean relative risk*: R(Y)/R(0) of a kernel under {inputs}, in closed form; the mean over the factored kernels.",
-        f"* *Logit error*: |dense - low-rank logits|²/|dense logits|² on {settings.batch_size} images of {settings.images}, "
-        "after subtracting each logit's mean over the images. BatchNorm uses batch statistics, as in the first training "
-        "step. A network with the same output for all images has error 1, an unrelated network with logits of the same size 2.",
-        "* *Seconds*: to factor all kernels with the compiled program, the minimum of up to three runs; *compile s*: to "
-        "compile that program.",
-    ]
+        Paragraph(f"{machine}, jax {jax.__version__}, float32. {seeds}"),
+        Paragraph(
+            Emphasis("Mean relative risk"),
+            f": R(Y)/R(0) of a kernel under {inputs}, in closed form; the mean over the factored kernels.",
+        ),
+        Paragraph(
+            Emphasis("Logit error"),
+            f": ‖dense - low-rank logits‖²/‖dense logits‖² on {settings.batch_size} images of {settings.images}, after "
+            "subtracting each logit's mean over the images. BatchNorm uses batch statistics, as in the first training step. "
+            "A network with the same output for all images has error 1, an unrelated network with logits of the same size 2.",
+        ),
+        Paragraph(
+            Emphasis("Seconds"), ": to factor all kernels with the compiled program, the minimum of up to three runs; ",
+            Emphasis("compile s"), ": to compile that program.",
+        ),
+    ]  # fmt: skip
 
 
-def _plot(measured: Sequence[Measurement], path: pathlib.Path, title: str) -> None:
+def _plot(measured: Sequence[Measurement], title: str) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
@@ -123,5 +134,7 @@ def _plot(measured: Sequence[Measurement], path: pathlib.Path, title: str) -> No
     if max(errors) > 10 * min(errors) > 0:
         panels[1].set(yscale="log")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.suptitle(f"{title} before training")
-    figure.savefig(path, dpi=120)
+    figure.suptitle(f"{title} before training", parse_math=False)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=120)
+    return file.getvalue()

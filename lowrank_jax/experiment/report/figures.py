@@ -3,6 +3,7 @@
 import io
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank_jax.experiment.report.arms import Arm, text
-from lowrank_jax.text import count
+from lowrank_jax.text import count, one_line
 
 # Okabe and Ito's colour-blind-safe colours; the markers distinguish the lines too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#555555")
 MARKERS = "osD^vP*Xh"
+_WIDEST, _COLUMNS = 60, 40  # characters of a label; panels side by side
 _AXES = {"params": "parameters", "macs": "multiply-adds per image", "images/s": "images per second in training (measured)"}
 
 
@@ -54,8 +56,8 @@ def _accuracy(arms: Sequence[Arm], cost: str) -> bytes:
             panel.errorbar(at, means, halves, color=style["color"], capsize=3)
     low, high = panel.get_ylim()
     panel.set(xlabel=_AXES[cost], ylabel="top-1", ylim=(max(low, 0), min(high, 1.002)))  # intervals may exceed [0, 1]
-    if cost != "images/s":
-        sizes = sorted({arm.interval(cost).mean for arm in arms})
+    sizes = sorted({arm.interval(cost).mean for arm in arms})
+    if cost != "images/s" and sizes[0] > 0:
         panel.set_xscale("log")
         panel.set_xticks(sizes, [count(round(size)) for size in sizes])
         panel.minorticks_off()
@@ -66,16 +68,19 @@ def _accuracy(arms: Sequence[Arm], cost: str) -> bytes:
 
 def _curves(arms: Sequence[Arm]) -> bytes:
     """Training loss and evaluated top-1 by step, one column per size; bands from the lowest seed to the highest."""
-    sizes = list(dict.fromkeys(arm.size for arm in arms if arm.size)) or [()]
+    found = list(dict.fromkeys(arm.size for arm in arms if arm.size)) or [()]
+    sizes = found[:_COLUMNS]
     figure = Figure(figsize=(2.2 + 3.4 * len(sizes), 6), layout="constrained")
     panels = figure.subplots(2, len(sizes), squeeze=False, sharex=True, sharey="row")
+    if len(sizes) < len(found):
+        figure.suptitle(f"the first {len(sizes)} of {len(found)} sizes")
     styles = _styles(arms)
     for column, size in enumerate(sizes):
         for arm in (arm for arm in arms if arm.size in (size, ())):
             style = {**styles[arm.label], "marker": ""}
             _curve(panels[0, column], arm, "train/loss", style)
             _curve(panels[1, column], arm, "eval/top1", style)
-        panels[0, column].set(title=", ".join(f"{key.rpartition('.')[2]} {text(value)}" for key, value in size))
+        panels[0, column].set(title=_plain(", ".join(f"{key.rpartition('.')[2]} {text(value)}" for key, value in size)))
         if panels[0, column].lines:
             panels[0, column].set_yscale("log")
         panels[1, column].set(xlabel="step")
@@ -101,10 +106,15 @@ def _curve(panel: Axes, arm: Arm, name: str, style: dict[str, Any]) -> None:
 
 
 def _plain(label: str) -> str:
-    return label.replace("$", r"\$")  # it would begin a formula
+    """A label as it is: "$" would begin a formula, and a label that begins with "_" would be left out."""
+    text = one_line(label).replace("$", r"\$")
+    text = f" {text}" if text.startswith("_") else text
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
 
 
 def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, dpi=120)
+    with warnings.catch_warnings():  # of letters that the font does not have, and of panels too small for their labels
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(file, dpi=120)
     return file.getvalue()

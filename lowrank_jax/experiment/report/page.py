@@ -1,31 +1,32 @@
 """A report as Markdown, HTML, CSV and pictures."""
 
-import base64
-import csv
-import html
-import io
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import markdown
 from etils import epath
 
 from lowrank_jax.experiment.report import arms as grouping
 from lowrank_jax.experiment.report import figures
 from lowrank_jax.experiment.report.arms import Arm, Interval, short, text
+from lowrank_jax.experiment.report.blocks import (
+    Block,
+    Code,
+    Emphasis,
+    Heading,
+    Inline,
+    Paragraph,
+    Picture,
+    Preformatted,
+    Table,
+)  # fmt: skip
+from lowrank_jax.experiment.report.rendering import as_csv, as_html, as_markdown, as_text
 from lowrank_jax.experiment.report.stored_runs import Found, StoredRun, find
+from lowrank_jax.experiment.workdir import files
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
-from lowrank_jax.text import align, count, did_you_mean, markdown_table
+from lowrank_jax.text import count, did_you_mean, one_line
 
-Table = list[list[str]]
-
-_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
-img { max-width: 100% } code { background: #f4f4f4; padding: 0 .2rem }
-pre { overflow-x: auto; background: #f4f4f4; padding: .5rem }"""
+_SHOWN = 10  # damaged runs on the console
 
 
 class Report:
@@ -38,7 +39,7 @@ class Report:
       tune: the keys whose best value on the held-out split each arm takes, in addition to those that sweeps tuned.
 
     Raises:
-      WorkdirError: there is no work directory, a sweep.json is damaged, or `rival` or `tune` names nothing known.
+      WorkdirError: there is no work directory, or `rival` or `tune` names nothing known.
     """
 
     def __init__(self, folders: Sequence[str], *, rival: str | None = None, tune: Sequence[str] = ("optim.lr",)):
@@ -69,47 +70,54 @@ class Report:
         folder = Workdir(out).path
         folder.mkdir(parents=True, exist_ok=True)
         pictures = figures.draw(self.arms) if self.arms else {}
-        body = self.markdown(list(pictures))
-        files = {
-            "report.html": _html(body, pictures).encode(),
-            "report.md": body.encode(),
+        blocks = self.blocks(pictures)
+        contents = {
+            "report.html": as_html(self.title(), blocks).encode(),
+            "report.md": as_markdown(blocks).encode(),
             "report.csv": self.csv().encode(),
             **pictures,
         }
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        return [str(folder / name) for name in files]
+        for name, content in contents.items():
+            _write(folder / name, content)
+        return [str(folder / name) for name in contents]
 
-    def markdown(self, pictures: Sequence[str] = ()) -> str:
-        """The whole page; `pictures` are files next to it."""
-        parts = [
-            f"# {_plain(self.title())}",
-            *(f"    {' '.join(command.split())}" for command in self.found.commands),
+    def markdown(self) -> str:
+        """The whole page without its pictures."""
+        return as_markdown(self.blocks({}))
+
+    def blocks(self, pictures: Mapping[str, bytes]) -> list[Block]:
+        """The whole page; `pictures` are PNG files by name."""
+        return [
+            Heading(self.title(), level=1),
+            *([Preformatted(self.found.commands)] if self.found.commands else []),
             self.reading_aid(),
-            *(_markdown(self.summary()) if self.arms else ["No run has finished."]),
-            *(f"![{name}]({name})" for name in pictures),
+            Table(self.summary()) if self.arms else Paragraph("No run has finished."),
+            *(Picture(name, content, name) for name, content in pictures.items()),
             *self.differences(),
             *self.choices(),
             *self.failures(),
             *self.common(),
         ]
-        return "\n\n".join(part for part in parts if part) + "\n"
 
     def title(self) -> str:
         kinds = {(run.settings["model.name"], run.settings["dataset.name"]) for run in self.found.runs if run.settings}
         return ", ".join(f"{model} on {dataset}" for model, dataset in sorted(kinds)) or "No run has started"
 
-    def reading_aid(self) -> str:
-        splits = " and ".join(sorted({f"`{run.settings['dataset.eval_split']}`" for run in self.found.runs if run.settings}))
+    def reading_aid(self) -> Paragraph:
+        splits = sorted({run.settings["dataset.eval_split"] for run in self.found.runs if run.settings})
         own = ", each arm at its own tuning" if any(arm.tuning for arm in self.arms) else ""
-        averaged = any(run.settings.get("optim.ema_decay") is not None for run in self.found.runs)
-        weights = ", of the averaged weights where a run keeps them (raw weights: `eval_raw` in the CSV)" if averaged else ""
-        return (
-            f"Top-1 on {splits} at the end of training{weights}. ±: half the width of the {grouping.CONFIDENCE:.0%} interval of"
-            " the mean over seeds (Student's t); none for a single seed. *Early loss*: mean training loss up to the first log"
-            f" line{self._first_window()}{own}. *Images/s*: training speed, median over the log; runs at the same time share"
-            " the machine."
-        )
+        return Paragraph(
+            "Top-1 on ", *_joined(" and ", map(Code, splits)), " at the end of training", *self._averaged(),
+            f". ±: half the width of the {grouping.CONFIDENCE:.0%} interval of the mean over seeds (Student's t); none for a"
+            " single seed. ", Emphasis("Early loss"),
+            f": mean training loss up to the first log line{self._first_window()}{own}. ", Emphasis("Images/s"),
+            ": training speed, median over the log; runs at the same time share the machine.",
+        )  # fmt: skip
+
+    def _averaged(self) -> list[Inline]:
+        if all(run.settings.get("optim.ema_decay") is None for run in self.found.runs):
+            return []
+        return [", of the averaged weights where a run keeps them (raw weights: ", Code("eval_raw"), " in the CSV)"]
 
     def _windows(self) -> list[int]:
         """The steps of the first log lines; losses over different windows are not compared."""
@@ -119,7 +127,7 @@ class Report:
         steps = ", ".join(map(str, self._windows()))
         return f" ({steps} steps)" if steps else ""
 
-    def summary(self) -> Table:
+    def summary(self) -> list[list[str]]:
         """One row per arm."""
         sizes = list(dict.fromkeys(key for arm in self.arms for key, _ in arm.size))
         tuned = list(dict.fromkeys(key for arm in self.arms for key, _ in arm.tuning))
@@ -145,7 +153,7 @@ class Report:
         twins = (other for other in self.arms if other.method == "none" and set(other.line[1:]) <= set(arm.line[1:]))
         return next(twins, arm)
 
-    def differences(self) -> list[str]:
+    def differences(self) -> list[Block]:
         """Every arm against the rival, paired by seed."""
         tops = grouping.paired(self.arms, self.rival, "eval/top1")
         losses = grouping.paired(self.arms, self.rival, "early loss")
@@ -168,18 +176,19 @@ class Report:
             f"An interval that contains 0 shows no difference. Of {len(tops)} comparisons, {by_chance:.1f} are expected to be "
             "significant by chance."
         )
-        return [f"## Paired differences from {rival}", lead, *_markdown(rows)]
+        return [Heading(f"Paired differences from {rival}"), Paragraph(lead), Table(rows)]
 
     def _early(self, interval: Interval) -> list[str]:
         return [f"{interval.mean:+.3f}", _verdict(interval, -1)] if len(self._windows()) == 1 else ["", ""]
 
-    def choices(self) -> list[str]:
+    def choices(self) -> list[Block]:
         """The candidates for every arm's tuning."""
         chosen = [arm for arm in self.arms if arm.candidates]
         if not chosen:
             tunable = [key for key in ("optim.lr",) if key in self.found.varied]
-            note = "There is no held-out split (`dataset.valid_split`), so nothing is chosen: every value is an arm of its own."
-            return ["## Tuning", note] if tunable and self.arms else []
+            missing = "There is no held-out split (", Code("dataset.valid_split")
+            note = Paragraph(*missing, "), so nothing is chosen: every value is an arm of its own.")
+            return [Heading("Tuning"), note] if tunable and self.arms else []
         rows = [["size", "arm", "chosen", "top-1 on the held-out split", "seeds", ""]]
         for arm in chosen:
             tried = "; ".join(
@@ -190,29 +199,28 @@ class Report:
             edge = "at the edge of the values tried" if arm.at_edge else ""
             rows.append([_settings(arm.size), arm.label, _settings(arm.tuning), tried, seeds, edge])
         lead = "Each arm has the tuning with the highest top-1 on the held-out split, which is neither trained on nor reported."
-        return ["## Tuning", lead, *_markdown(rows)]
+        return [Heading("Tuning"), Paragraph(lead), Table(rows)]
 
-    def failures(self) -> list[str]:
+    def failures(self) -> list[Block]:
         """Every run without a result."""
-        lost = self._lost()
-        if not lost:
-            return ["## Runs without a result", "None."]
-        return [
-            "## Runs without a result",
-            *_markdown([["run", "", ""], *([_code(run.name), run.status, run.reason] for run in lost)]),
-        ]
+        rows = [[Code(run.name), run.status, run.reason] for run in self._lost()]
+        return [Heading("Runs without a result"), Table([["run", "", ""], *rows]) if rows else Paragraph("None.")]
 
     def _lost(self) -> list[StoredRun]:
         return [run for run in self.found.runs if not run.done]
 
-    def common(self) -> list[str]:
+    def common(self) -> list[Block]:
         """Common settings of all runs, and package versions."""
         settings = next((run.settings for run in self.found.runs if run.settings), {})
         versions = next((run.result["versions"] for run in self.found.runs if run.done), {})
         same = {key: value for key, value in settings.items() if key not in self.found.varied and value not in (None, [], {})}
-        lines = [f"    {key} = {value}" for key, value in same.items() if not key.startswith(("dataset.data_dir", "mesh."))]
+        lines = [f"{key} = {value}" for key, value in same.items() if not key.startswith(("dataset.data_dir", "mesh."))]
         made = ", ".join(f"{package} {version}" for package, version in versions.items())
-        return ["## Common to all runs", "\n".join(lines), made]
+        return [
+            Heading("Common to all runs"),
+            *([Preformatted(lines)] if lines else []),
+            *([Paragraph(made)] if made else []),
+        ]
 
     def csv(self) -> str:
         """One row per run, chosen or not."""
@@ -220,23 +228,36 @@ class Report:
         figures_of = ("params", "macs", "eval/top1", "eval/top5", "eval/loss", "early loss", "images/s", "seconds")
         figures_of += ("eval_raw/top1",) if any(run.result.get("eval_raw") for run in self.found.runs) else ()
         keys = [*self.found.varied]
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["run", "status", "reason", "chosen", *keys, "valid/top1", *figures_of])
+        rows: list[list[Any]] = [["run", "status", "reason", "chosen", *keys, "valid/top1", *figures_of]]
         for run in self.found.runs:
             values = [run.figure(name) for name in figures_of] if run.done else [""] * len(figures_of)
             valid = run.result["valid"]["top1"] if run.done and run.result.get("valid") else ""
             settings = [run.settings.get(key, "") for key in keys]
-            writer.writerow([run.name, run.status, run.reason, run.name in chosen, *settings, valid, *values])
-        return file.getvalue()
+            rows.append([run.name, run.status, run.reason, run.name in chosen, *settings, valid, *values])
+        return as_csv(rows)
 
     def console(self) -> str:
-        """The table for a terminal, and a count of the runs without a result."""
+        """The table for a terminal, a count of the runs without a result, and why some cannot be used."""
         lost = self._lost()
-        lines = [align(self.summary())] if self.arms else ["no run has finished"]
+        damaged = [one_line(run.reason) for run in lost if run.status == "damaged"]
+        lines = [as_text(self.summary())] if self.arms else ["no run has finished"]
         if lost:
             lines.append(f"{len(lost)} of {len(self.found.runs)} runs without a result: {_ends(lost)}")
+        lines += damaged[:_SHOWN]
+        if damaged[_SHOWN:]:
+            lines.append(f"and {len(damaged[_SHOWN:])} more, listed in the report")
         return "\n".join(lines)
+
+
+def _write(path: Any, content: bytes) -> None:
+    if files.is_local(path):
+        files.write(path, content)
+    else:
+        path.write_bytes(content)  # not everything that fsspec reaches can rename
+
+
+def _joined(separator: str, parts: Iterable[Inline]) -> list[Inline]:
+    return [piece for part in parts for piece in (separator, part)][1:]
 
 
 def _ends(runs: Iterable[StoredRun]) -> str:
@@ -268,29 +289,4 @@ def _verdict(interval: Interval, better: int) -> str:
 
 def _cost(arm: Arm, dense: Arm, name: str) -> str:
     own, whole = arm.interval(name).mean, dense.interval(name).mean
-    return count(round(own)) + (f" ({own / whole - 1:+.0%})" if own != whole else "")
-
-
-def _markdown(rows: Table) -> list[str]:
-    return [markdown_table([[_plain(cell) for cell in row] for row in rows])]
-
-
-def _plain(cell: str) -> str:
-    """Text escaped for a Markdown table and for HTML."""
-    line = " ".join(cell.split()).replace("|", "\\|")
-    return line if line.startswith("`") else html.escape(line, quote=False)  # Markdown escapes code itself
-
-
-def _code(name: str) -> str:
-    return "`" + name.replace("`", "'") + "`"
-
-
-def _html(body: str, pictures: dict[str, bytes]) -> str:
-    """A self-contained page."""
-    page = markdown.markdown(body, extensions=["tables"])
-    for name, content in pictures.items():
-        page = page.replace(f'src="{name}"', f'src="data:image/png;base64,{base64.b64encode(content).decode()}"')
-    heading = re.search("<h1>(.*?)</h1>", page)
-    title = heading[1] if heading else "report"
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    return f"<!doctype html>\n<html><head>{head}</head><body>\n{page}\n</body></html>\n"
+    return count(round(own)) + (f" ({own / whole - 1:+.0%})" if whole and own != whole else "")

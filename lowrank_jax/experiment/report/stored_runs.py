@@ -1,19 +1,26 @@
 """Work directories as a report reads them: settings, metrics and outcome."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
+import pathlib
+import stat
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
+from lowrank_jax.experiment.report import stored_values
 from lowrank_jax.experiment.sweep.trials import meaningless_when_dense, read_record
+from lowrank_jax.experiment.workdir import files
 from lowrank_jax.experiment.workdir.identity import config_digest, differing_keys, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
 _DEPTH = 3  # of folders below a given one that are searched for work directories
+_NO_FOLDER = (errno.ENOTDIR, errno.ENOENT, errno.ELOOP)  # a file; deleted meanwhile, or a link to nothing; a link to itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +30,8 @@ class StoredRun:
     Attributes:
       name: its path below the given folder.
       settings: the config by dotted key; for a dense network without the settings of factors.
-      status: `done`, `diverged`, `failed`, `stopped` by a scheduler, `unfinished`, `not started`, `damaged`, or `repeated`:
-        the same experiment as another run, which is counted instead.
+      status: `done`, `diverged`, `failed`, `stopped` by a scheduler, `unfinished`, `not started`, `damaged`: one of its files
+        cannot be read or relied on, or `repeated`: the same experiment as another run, which is counted instead.
       reason: for the status, unless the run is done.
       result: the contents of result.json; empty unless the run is done.
       metrics: the lines of metrics.jsonl.
@@ -84,25 +91,35 @@ class Found:
 
 
 def find(folders: Sequence[str]) -> Found:
-    """Finds every work directory at or below some folders, local or remote.
+    """Finds every work directory at or below some folders, local or remote; what cannot be read is `damaged`.
 
     Raises:
-      WorkdirError: there is none, or a sweep.json is damaged.
+      WorkdirError: there is none.
     """
     runs: dict[str, StoredRun] = {}  # by path: a folder may be given twice, or inside another one
+    unusable: dict[str, StoredRun] = {}  # folders that cannot be listed, and records of sweeps
     commands, tuned = [], []
     for folder in folders:
         home = _home(folder)
-        for path in _with_file(home, "sweep.json", _DEPTH):
-            record = read_record(path)
-            commands += record["commands"]
-            tuned += record["tuned"]
-            runs |= _not_started(path, record["trials"], _label(folder, home, path, folders))
-        for path in _with_file(home, "config.json", _DEPTH):
-            runs[str(path)] = _read_or_damaged(path, _label(folder, home, path, folders))
+        for path, names, error in _walk(home, _DEPTH, set()):
+            label = _label(folder, home, path, folders)
+            if error is not None:
+                unusable[str(path)] = _damaged(label, error)
+            if "sweep.json" in names:
+                file = path / "sweep.json"
+                try:
+                    record = read_record(path)
+                    commands += record["commands"]
+                    tuned += record["tuned"]
+                    runs |= _not_started(path, record["trials"], label)
+                except (WorkdirError, OSError) as damage:
+                    unusable[str(file)] = _damaged(_label(folder, home, file, folders), damage)
+            if "config.json" in names:
+                runs[str(path)] = _read(path, label, read)
     if not runs:
-        raise WorkdirError(f"{', '.join(folders)}: no work directory found (a folder with a config.json)")
-    found = _without_repeated(sorted(runs.values(), key=lambda run: run.name))
+        nothing = f"{', '.join(folders)}: no work directory found (a folder with a config.json)"
+        raise WorkdirError("\n".join([nothing, *(run.reason for run in unusable.values())]))
+    found = _without_repeated(sorted((runs | unusable).values(), key=lambda run: run.name))
     return Found(tuple(found), tuple(_varied(found)), tuple(dict.fromkeys(tuned)), tuple(dict.fromkeys(commands)))
 
 
@@ -145,15 +162,34 @@ def _varied(runs: Sequence[StoredRun]) -> list[str]:
     ]
 
 
-def _with_file(folder: Any, name: str, depth: int) -> Iterable[Any]:
-    if (folder / name).exists():
-        yield folder
-        if name == "config.json":  # a work directory contains no others
+def _walk(folder: Any, depth: int, seen: set[Any]) -> Iterator[tuple[Any, set[str], OSError | None]]:
+    """Every folder at or below one, with the names in it, or with why they cannot be listed."""
+    try:
+        place = _place(folder)
+        if place in seen:  # a link leads back
             return
-    if depth:
-        for child in sorted(folder.iterdir(), key=str):
-            if child.is_dir():
-                yield from _with_file(child, name, depth - 1)
+        seen.add(place)
+        children = {child.name: child for child in sorted(folder.iterdir(), key=str)}
+    except OSError as error:
+        if error.errno not in _NO_FOLDER:
+            yield folder, set(), error
+        return
+    yield folder, set(children), None
+    if depth and "config.json" not in children:  # a work directory contains no others
+        for child in children.values():
+            yield from _walk(child, depth - 1, seen)
+
+
+def _place(folder: Any) -> Any:
+    """What tells folders apart that have several paths.  Raises OSError if this is none."""
+    if not files.is_local(folder):
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
+        return str(folder)
+    found = pathlib.Path(folder).stat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
+    return found.st_dev, found.st_ino
 
 
 def _label(folder: str, home: Any, path: Any, folders: Sequence[str]) -> str:
@@ -166,56 +202,71 @@ def _label(folder: str, home: Any, path: Any, folders: Sequence[str]) -> str:
 
 
 def _not_started(path: Any, trials: dict[str, Any], label: str) -> dict[str, StoredRun]:
-    missing = [name for name in trials if not (path / name / "config.json").exists()]
     prefix = "" if path.name == label or not label else f"{label}/"
-    return {
-        str(path / name): _ended(path / name, f"{prefix}{name}") or StoredRun(f"{prefix}{name}", {}, "not started", "", {}, ())
-        for name in missing
-    }
+    missing = [name for name in trials if not (path / name / "config.json").exists()]
+    return {str(path / name): _read(path / name, f"{prefix}{name}", _without_config) for name in missing}
 
 
-def _read_or_damaged(path: epath.PathLike, name: str) -> StoredRun:
+def _read(path: Any, name: str, reader: Callable[[Any, str], StoredRun]) -> StoredRun:
     try:
-        return read(path, name)
-    except (WorkdirError, OSError) as error:
-        return StoredRun(name, {}, "damaged", str(error), {}, ())
+        return reader(path, name)
+    except (WorkdirError, OSError, RecursionError) as error:
+        return _damaged(name, error)
+
+
+def _damaged(name: str, error: Exception) -> StoredRun:
+    reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    return StoredRun(name, {}, "damaged", reason, {}, ())
 
 
 def read(path: epath.PathLike, name: str) -> StoredRun:
-    """Reads one work directory.  Raises WorkdirError if one of its files is damaged."""
+    """Reads one work directory.
+
+    Raises:
+      WorkdirError: one of its files is damaged.
+      OSError: one of them cannot be read.
+    """
     folder = Workdir(path)
     settings = flatten(folder.read_config())
-    if settings.get("lowrank.method") == "none":
+    with _names_the_file(folder, "config.json"):
+        stored_values.check_settings(settings)
+    if settings["lowrank.method"] == "none":
         settings = {key: value for key, value in settings.items() if not meaningless_when_dense(key)}
     metrics = tuple(folder.metrics.read())
+    with _names_the_file(folder, "metrics.jsonl"):
+        for line in metrics:
+            stored_values.check_metrics(line)
     result = folder.read_json("result.json")
-    if result is not None:
-        if "top1" not in (result.get("eval") or {"top1": None}):
-            raise WorkdirError(f"{path}: a report compares top1, which is not among this run's objective.metrics")
-        if not _is_result(result):
-            raise WorkdirError(f"{path}/result.json is not the result of a run, or contains non-numbers")
-        return StoredRun(name, settings, "done", "", result, metrics)
-    ended = _ended(folder.path, name)
-    status, reason = (
-        (ended.status, ended.reason) if ended else ("unfinished", f"at step {metrics[-1]['step'] if metrics else 0}")
-    )
-    return StoredRun(name, settings, status, reason, {}, metrics)
+    if result is None:
+        ended = _ended(folder) or ("unfinished", f"at step {metrics[-1]['step'] if metrics else 0}")
+        return StoredRun(name, settings, *ended, {}, metrics)
+    with _names_the_file(folder, "result.json"):
+        stored_values.check_result(result)
+    if "metrics" in result:
+        folder.metrics.check(result["metrics"])
+    return StoredRun(name, settings, "done", "", result, metrics)
 
 
-def _is_result(result: dict[str, Any]) -> bool:
-    evaluated = [result.get("eval"), *([result["valid"]] if result.get("valid") else [])]
-    if not all(isinstance(metrics, dict) for metrics in evaluated) or not isinstance(result.get("versions"), dict):
-        return False
-    figures = [result.get(name) for name in ("params", "macs", "seconds")]
-    figures += [metrics.get(name) for metrics in evaluated if metrics for name in ("top1", "loss")]
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in figures)
+@contextlib.contextmanager
+def _names_the_file(folder: Workdir, name: str) -> Iterator[None]:
+    try:
+        yield
+    except stored_values.NoTop1 as error:
+        raise WorkdirError(f"{folder.path}: {error}") from None
+    except ValueError as error:
+        raise WorkdirError(f"{folder.path}/{name} is damaged: {error}") from None
 
 
-def _ended(path: Any, name: str) -> StoredRun | None:
-    """The run if it left a failure or a stop instead of a result, else None."""
-    folder = Workdir(path)
-    failure = folder.read_json("failure.json")
-    if failure is not None:
-        return StoredRun(name, {}, failure.get("status", "failed"), failure.get("reason", ""), {}, ())
-    stopped = folder.read_json("stopped.json")
-    return StoredRun(name, {}, "stopped", f"by {stopped.get('by')} at step {stopped.get('step')}", {}, ()) if stopped else None
+def _without_config(path: Any, name: str) -> StoredRun:
+    """A trial of a sweep that has not come as far as to write its config."""
+    return StoredRun(name, {}, *(_ended(Workdir(path)) or ("not started", "")), {}, ())
+
+
+def _ended(folder: Workdir) -> tuple[str, str] | None:
+    """Status and reason of a run that left a failure or a stop instead of a result, else None."""
+    for name, meaning in (("failure.json", stored_values.failure), ("stopped.json", stored_values.stop)):
+        note = folder.read_json(name)
+        if note is not None:
+            with _names_the_file(folder, name):
+                return meaning(note)
+    return None

@@ -9,12 +9,13 @@ import dataclasses
 import multiprocessing
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 from multiprocessing.connection import wait
 from typing import Any, NoReturn
 
@@ -23,12 +24,15 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from lowrank_jax.experiment import interrupts
 from lowrank_jax.experiment.errors import DIVERGED, HOPELESS
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial, known_outcome
+from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.experiment.workdir.writer import duration
 
 _TRIES = 2
+_POLL_SECONDS = 0.2
 
 PRELOADED = ("lowrank_jax.experiment.training.loop", "clu.metric_writers")
 """Modules that the fork server imports.  Text, not imports: this process does not need them, and they take seconds."""
@@ -76,26 +80,30 @@ class _Engine:
         self.board = _Board(self)
 
     def run(self) -> dict[str, Outcome]:
-        with self._signals(), self.board:
-            _start_server()
-            while self.running or (self.waiting and not self.stopping):
-                while self.waiting and len(self.running) < self.jobs and not self.stopping:
-                    self._start(*self.waiting.pop(0))
-                wait([run.process.sentinel for run in self.running], timeout=0.5)
-                for run in [run for run in self.running if not run.process.is_alive()]:
-                    self.running.remove(run)
-                    self._ended(run)
-                self.board.refresh()
+        with self._no_orphans(), self.board:
+            _start_server(self.context)  # until then there is nothing to save
+            with StopSignal() as stop:
+                self._run(stop)
         for trial, _ in self.waiting:
             self.outcomes[trial.name] = Outcome("interrupted", "not started")
         return self.outcomes
+
+    def _run(self, stop: StopSignal) -> None:
+        while self.running or (self.waiting and not self.stopping):
+            while self.waiting and len(self.running) < self.jobs and not stop.requested:
+                self._start(*self.waiting.pop(0))
+            wait([run.process.sentinel for run in self.running], timeout=_POLL_SECONDS)
+            if stop.requested and not self.stopping:
+                self._stop()
+            for run in [run for run in self.running if not run.process.is_alive()]:
+                self.running.remove(run)
+                self._ended(run)
+            self.board.refresh()
 
     def _start(self, trial: Trial, tries: int) -> None:
         arguments = (self.lowrank, list(trial.command), str(_log(trial)))
         process = self.context.Process(target=_train, args=arguments, name=trial.name)
         process.start()
-        if self.stopping:  # while it started
-            process.terminate()
         self.running.append(_Running(trial, process, tries, time.monotonic()))
 
     def _ended(self, run: _Running) -> None:
@@ -121,23 +129,23 @@ class _Engine:
         tail = f"top1 {result['eval']['top1']:.4f}" if result else outcome.reason
         self.board.say(f"[{len(self.outcomes)}/{self.total}] {outcome.status:8} {trial.name}  {tail}   eta {self.eta()}")
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        def stop(number: int, frame: Any) -> None:
-            if self.stopping and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stopping = True
-            for run in self.running:
-                run.process.terminate()  # it saves and exits
+    def _stop(self) -> None:
+        self.stopping = True
+        for run in self.running:
+            run.process.terminate()  # it saves and exits
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            for run in self.running:  # after a second Ctrl-C
-                run.process.kill()
+    @contextlib.contextmanager
+    def _no_orphans(self) -> Iterator[None]:
+        """Whatever ends the sweep ends its trials: a second Ctrl-C, or an accident."""
+        with interrupts.cleaning_up(_end_server), interrupts.cleaning_up(self._kill):
+            try:
+                yield
+            finally:
+                self._kill()
+
+    def _kill(self) -> None:
+        for run in list(self.running):
+            run.process.kill()
 
     def eta(self) -> str:
         left = len(self.waiting) + len(self.running)
@@ -152,15 +160,16 @@ class _Board:
     def __init__(self, engine: _Engine):
         self._engine, self._console = engine, Console(soft_wrap=True, highlight=False)
         self._live = Live(console=self._console, auto_refresh=False, transient=True) if self._console.is_terminal else None
+        self._shown = contextlib.ExitStack()
 
     def __enter__(self) -> "_Board":
         if self._live:
-            self._live.start()
+            self._shown.enter_context(interrupts.cleaning_up(self._live.stop))  # which brings the cursor back
+            self._shown.enter_context(self._live)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if self._live:
-            self._live.stop()
+        self._shown.close()
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
@@ -185,11 +194,21 @@ class _Board:
         return Group(table, f"{counts}, {engine.total} in total   {state}")
 
 
-def _start_server() -> None:
-    """Starts the server with Ctrl-C ignored: it would die of one that comes before it ignores it itself."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_server(context: Any) -> None:
+    """Starts the server, and waits until it has imported everything."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it would die of one that comes before it ignores it itself
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, handler)
+    nothing = context.Process(target=int)
+    nothing.start()
+    nothing.join()
+
+
+def _end_server() -> None:
+    """What multiprocessing does at the end of Python, for a process that ends at once."""
+    if pid := forkserver._forkserver._forkserver_pid:  # type: ignore[attr-defined]
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(util.get_temp_dir(), ignore_errors=True)  # of its socket
 
 
 def _train(lowrank: Lowrank, arguments: list[str], log: str) -> None:
@@ -198,6 +217,7 @@ def _train(lowrank: Lowrank, arguments: list[str], log: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(file, stream.fileno())
+    interrupts.obey()
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     lowrank(arguments)
 

@@ -61,7 +61,14 @@ def connected(address: str | None, resources: Resources) -> Iterator[None]:
 
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _check_address(address)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}  # Ray leaves its own
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def restore() -> None:
+        """Ray installs handlers of its own, and leaves them."""
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     ray.init(
         address,
         runtime_env={"env_vars": worker_environment(resources)},
@@ -69,13 +76,12 @@ def connected(address: str | None, resources: Resources) -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    restore()
     try:
         yield
     finally:
         ray.shutdown()
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        restore()
 
 
 def _check_address(address: str) -> None:

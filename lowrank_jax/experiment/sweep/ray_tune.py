@@ -17,7 +17,6 @@ import math
 import os
 import pathlib
 import platform
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 import jax
 
 from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment import temporary
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.sweep.asha import Asha, replay
 from lowrank_jax.experiment.sweep.ray_cluster import Resources, connected, fits
@@ -126,7 +126,7 @@ def _tune(
         _work(travelling[point["trial"]], folder, flag)
 
     # Trials have no checkpoints of Tune's kind: its folder is scratch space.
-    with tempfile.TemporaryDirectory(prefix="lowrank_jax_tune_") as scratch:
+    with temporary.folder("lowrank_tune_") as scratch:
         tune.run(
             trainable,
             config={"trial": tune.grid_search(list(trials))},

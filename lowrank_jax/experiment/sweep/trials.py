@@ -20,6 +20,7 @@ from lowrank_jax.text import align, count, did_you_mean
 # Settings without effect where no kernel is factored: a dense arm appears once, whatever their values.
 _OF_FACTORS = ("lowrank.", "optim.frobenius_decay", "optim.nuclear_decay")
 
+_NAME = re.compile(r"(?!\.\.?$)[\w.,=+-]+")  # of a trial's folder, as `_names` makes it
 
 # Keys that distinguish the arms of a comparison, and the seed, over which their spread is taken.
 _NOT_TUNED = ("seed", "lowrank.method", "lowrank.scale", "lowrank.rank")
@@ -299,5 +300,15 @@ def record(folder: epath.PathLike, sweep: Sweep, trials: Sequence[Trial], comman
 
 
 def read_record(folder: epath.PathLike) -> dict[str, Any]:
-    """The contents of sweep.json; empty if there is none."""
-    return Workdir(folder).read_json("sweep.json") or {"commands": [], "tuned": [], "trials": {}}
+    """The contents of sweep.json; empty if there is none.
+
+    Raises:
+      WorkdirError: it is damaged.
+    """
+    found = Workdir(folder).read_json("sweep.json") or {}
+    record = {"commands": found.get("commands", []), "tuned": found.get("tuned", []), "trials": found.get("trials", {})}
+    texts = [record["commands"], record["tuned"]]
+    well_formed = all(isinstance(listed, list) and all(isinstance(text, str) for text in listed) for listed in texts)
+    if not well_formed or not isinstance(record["trials"], dict) or not all(map(_NAME.fullmatch, record["trials"])):
+        raise WorkdirError(f"{folder}/sweep.json is damaged: it is not the record of a sweep")
+    return record

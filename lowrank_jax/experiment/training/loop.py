@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_jax.experiment import interrupts
 from lowrank_jax.experiment.config.files import to_dict
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
@@ -69,13 +70,15 @@ def train(
         with Writer(folder) as writer, _checkpoints(folder, config) as checkpoints:
             writer.say(headline(experiment))
             writer.show_settings(flatten(to_dict(config)))
-            with stop or StopSignal() as stop:
-                try:
-                    return begin(Tools(experiment, data, folder, writer, checkpoints, stop, on_evaluation), restart).run()
-                except Diverged as error:
-                    folder.note_failure(diverged=True, reason=str(error))
-                    checkpoints.wait()  # all processes come here, and what the message calls the last good one is on its way
-                    raise
+            stop = stop or StopSignal()
+            try:
+                loop = begin(Tools(experiment, data, folder, writer, checkpoints, stop, on_evaluation), restart)
+                with stop:  # until now there was nothing to save
+                    return loop.run()
+            except Diverged as error:
+                folder.note_failure(diverged=True, reason=str(error))
+                checkpoints.wait()  # all processes come here, and what the message calls the last good one is on its way
+                raise
 
 
 def _load(experiment: Experiment) -> dict[str, datasets.Split]:
@@ -337,6 +340,7 @@ class Loop:
         )
         record["metrics"] = folder.metrics.digest()
         folder.write_json("result.json", record)
+        interrupts.too_late()
         self.writer.say(f"done: {folder.path / 'result.json'}")
         return TrainResult(self.state, self.logged, self.evals, interrupted=False)
 

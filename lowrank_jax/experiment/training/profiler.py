@@ -6,7 +6,6 @@ Every process writes its own part: WORKDIR/plugins/profile/RUN/process_N.xplane.
 import contextlib
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from lowrank_jax.experiment import temporary
 from lowrank_jax.text import first_line
 
 
@@ -40,6 +40,7 @@ class StepProfiler:
         self._first, self._last = steps or (0, 0)
         self._folder, self._state, self._paused, self._say = folder, state, paused, say
         self._done: list[int] = []  # traced so far, while a trace is being taken
+        self._kept = contextlib.ExitStack()  # the folder of the trace, until it is moved
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -65,15 +66,15 @@ class StepProfiler:
 
     def __exit__(self, *exception: Any) -> None:
         """Writes what was traced when the run stops or fails within the steps."""
-        if not self._done:
-            return
-        self._stop(wait=exception[0] is None)  # what a failed step was to compute may never come
+        with self._kept:
+            if self._done:
+                self._stop(wait=exception[0] is None)  # what a failed step was to compute may never come
 
     def _start(self) -> None:
-        self._local = tempfile.TemporaryDirectory(prefix="lowrank_trace_")
+        self._local = self._kept.enter_context(temporary.folder("lowrank_trace_"))
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # an event for every call of a Python function would slow the steps down
-        jax.profiler.start_trace(self._local.name, profiler_options=options)
+        jax.profiler.start_trace(self._local, profiler_options=options)
 
     def _stop(self, *, wait: bool = True) -> None:
         if wait:
@@ -82,10 +83,10 @@ class StepProfiler:
             run = self._folder / "plugins" / "profile" / f"steps_{self._done[0]}_{self._done[-1]}"
             # Not into the work directory at once: jax's profiler knows no buckets, it names the run after the clock of each
             # process, so that the parts of one would end up in several, and two processes of a host would write one file.
-            with self._local:
+            with self._kept:
                 jax.profiler.stop_trace()
                 run.mkdir(parents=True, exist_ok=True)
-                for file in pathlib.Path(self._local.name).rglob("*.xplane.pb"):
+                for file in pathlib.Path(self._local).rglob("*.xplane.pb"):
                     (run / f"process_{jax.process_index()}.xplane.pb").write_bytes(file.read_bytes())
             self._say(f"traced steps {self._done[0]} to {self._done[-1]}: {run}")
         self._done = []

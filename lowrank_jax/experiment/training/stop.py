@@ -1,17 +1,19 @@
-"""A request to stop, from SIGTERM or Ctrl-C."""
+"""A request to stop, from SIGTERM, SIGHUP or Ctrl-C."""
 
 import signal
 import threading
 from typing import Any
 
+from lowrank_jax.experiment import interrupts
+
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours between steps; a second Ctrl-C ends without saving.
+    """Turns signals into a request that the loop honours between steps; a second Ctrl-C ends without saving.
 
     Attributes:
       requested: whether to stop; callers that hear of it in another way set it themselves.
-      chained: also call the handler that was installed before.  Off, since such a handler may end the program before the run
-        is saved, as Ray's does; a program that has to end at once turns it on for all of its runs.
+      chained: outside of a command, also call the handler that was installed before.  Off, since such a handler may end the
+        program before the run is saved, as Ray's does; a program that has to end at once turns it on for all of its runs.
     """
 
     chained = False
@@ -23,21 +25,37 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self._depth += 1  # whoever made it may have entered it before the run does
-        if self._depth == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._request) for number in (signal.SIGTERM, signal.SIGINT)}
+        if self._depth > 1:
+            return self
+        if interrupts.obeyed():
+            interrupts.start_receiving(self._take)
+        elif threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+            if self._before[signal.SIGHUP] is signal.SIG_IGN:  # nohup
+                del self._before[signal.SIGHUP]
+            for number in self._before:
+                signal.signal(number, self._request)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._depth -= 1
         if self._depth:
             return
+        if self.requested and exception[:1] in ((), (None,)):
+            interrupts.too_late()  # what was asked for has been done
+        if interrupts.obeyed():
+            interrupts.stop_receiving(self._take)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _take(self, number: int) -> bool:
+        """Takes a signal of a command, but for a second Ctrl-C."""
+        again, self.requested = self.requested, True
+        return not (again and number == signal.SIGINT)
+
     def _request(self, number: int, frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
+        if not self._take(number):
             raise KeyboardInterrupt
-        self.requested = True
         before = self._before.get(number)
         if self.chained and callable(before) and before is not signal.default_int_handler:
             before(number, frame)

@@ -8,11 +8,8 @@ Restoring compares them; a step that is not what its folder's name says, or dama
 import contextlib
 import dataclasses
 import functools
-import importlib
 import json
-import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,9 +18,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
-from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.errors import CheckpointError
 from lowrank_jax.experiment.hosts import processes
-from lowrank_jax.experiment.workdir import files
+from lowrank_jax.experiment.workdir import files, step_folders
 from lowrank_jax.experiment.workdir.checked_json import seal, unseal
 from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.experiment.workdir.orbax_logs import drop_unfinished, quiet_reads, quiet_saves
@@ -34,12 +31,6 @@ from lowrank_jax.text import first_line
 _SCORES = "scores.json"
 _GONE = "gone"
 _MANIFEST = "manifest.ocdbt"  # of the arrays
-_STEP = re.compile(r"0|[1-9]\d*", re.ASCII)
-_VANISHED = (FileNotFoundError, NotADirectoryError)  # what a run deletes while it is listed
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be read or written; the message says which one and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +91,7 @@ class Checkpoints:
         confirmed: Callable[[int], object] = lambda step: None,
         read_only: bool = False,
     ):
-        self.directory = _absolute(epath.Path(directory))  # orbax takes absolute paths only
+        self.directory = step_folders.absolute(epath.Path(directory))  # orbax takes absolute paths only
         self._experiment, self._keep, self._confirmed = experiment, keep, confirmed
         self._unconfirmed: int | None = None  # the step that is being saved
         if self.directory.exists() and not self.directory.is_dir():
@@ -119,13 +110,13 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for link in _links(self.directory):
+            for link in step_folders.links(self.directory):
                 self._move_aside(link)
         processes.barrier()
         return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=handlers())
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps()) if self._manager else _stored_steps(self.directory)
+        return sorted(self._manager.all_steps()) if self._manager else step_folders.stored(self.directory)
 
     def best(self) -> int | None:
         """The step with the highest score, the later of equals; None if none was evaluated."""
@@ -155,7 +146,11 @@ class Checkpoints:
     def _noted_scores(self) -> dict[int, float]:
         try:
             noted = unseal(files.read_json(self.directory / _SCORES))
-            return {int(step): score for step, score in noted.items() if _STEP.fullmatch(step) and files.is_number(score)}
+            return {
+                int(step): score
+                for step, score in noted.items()
+                if step_folders.NUMBER.fullmatch(step) and files.is_number(score)
+            }
         except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or damaged
             return {}
 
@@ -320,7 +315,7 @@ class Checkpoints:
             except Exception as error:  # a damaged file can make tensorstore, zstd, JSON or orbax raise nearly anything
                 reason = _reason(error)
             drop_unfinished()
-        _check_readable(folder)
+        step_folders.check_readable(folder)
         return reason if folder.exists() else _GONE
 
     def _read(self, step: int, target: Any) -> Restored:
@@ -359,39 +354,6 @@ class Checkpoints:
         step.rename(folder / (f"{step.name}-{copies}" if copies else step.name))
 
 
-def _stored_steps(directory: epath.Path) -> list[int]:
-    """The steps that are there and complete; whatever else is in the folder is none, and some may be deleted meanwhile."""
-    try:
-        folders = [path for path in directory.iterdir() if _STEP.fullmatch(path.name)]
-    except _VANISHED:
-        return []
-    return sorted(int(path.name) for path in folders if _is_complete(path))
-
-
-def _links(directory: epath.Path) -> list[epath.Path]:
-    """Symbolic links in the place of steps, which lead to another step or out of the folder."""
-    if not files.is_local(directory):
-        return []
-    return [epath.Path(path) for path in pathlib.Path(directory).iterdir() if path.is_symlink()]
-
-
-def _is_complete(folder: epath.Path) -> bool:
-    with contextlib.suppress(*_VANISHED):
-        return folder.is_dir() and ocp.utils.is_checkpoint_finalized(folder)
-    return False
-
-
-def _check_readable(folder: epath.Path) -> None:
-    """Raises CheckpointError if this user may not read all of a local step: it need not be damaged."""
-    if not files.is_local(folder):
-        return
-    refused = [
-        str(path) for path in (folder, *pathlib.Path(folder).rglob("*")) if not os.access(path, os.R_OK) and path.exists()
-    ]
-    if refused:
-        raise CheckpointError(f"{refused[0]}: this user needs permission to read it")
-
-
 def _of_another_network(stored: Mapping[str, Any], target: Any) -> str:
     """Which of its arrays a step lacks, or has beyond those of the parts that are wanted; "" if they are the same."""
     wanted = named_leaves(target)
@@ -410,17 +372,6 @@ def _unsealed(record: Any) -> dict[str, Any]:
     if not isinstance(info, dict) or not isinstance(info.get("digests"), dict):
         raise ValueError("its record has no digests")
     return info
-
-
-def _absolute(path: epath.Path) -> epath.Path:
-    if "://" not in str(path):
-        return path.resolve()
-    if str(path).startswith("gs://"):
-        try:
-            importlib.import_module("google.cloud.storage")  # orbax asks it for the kind of the bucket
-        except ImportError:
-            raise CheckpointError(f"{path}: checkpoints there need pip install 'lowrank_jax[gcs]'") from None
-    return path
 
 
 def _reason(error: Exception) -> str:

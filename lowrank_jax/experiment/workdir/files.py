@@ -8,6 +8,8 @@ import stat
 import sys
 from typing import Any, BinaryIO, NoReturn
 
+from lowrank_jax.experiment import interrupts
+
 _LARGEST_JSON = 2**26  # bytes
 _LONGEST_INT = 20  # characters
 
@@ -35,7 +37,7 @@ def read_json(path: Any) -> Any:
 def parse_json(text: str) -> Any:
     """A JSON value of finite numbers of 64 bits.  Raises ValueError, also for what is nested too deeply to be read."""
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -59,6 +61,9 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
+
+
 def read_bytes(path: Any, largest: int | None = None) -> bytes:
     """The content of a plain file; see `read_text`.  Raises ValueError if it has more bytes than `largest`."""
     if not is_local(path):
@@ -77,9 +82,10 @@ def write(path: Any, content: bytes) -> None:
         partial.replace(path)
         return
     partial.unlink(missing_ok=True)  # what a kill has left, or a link
-    with _plain(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW) as file:
-        file.write(content)
-    partial.replace(path)
+    with interrupts.cleaning_up(lambda: partial.unlink(missing_ok=True)):
+        with _plain(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW) as file:
+            file.write(content)
+        partial.replace(path)
 
 
 def append(path: Any, content: bytes) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.workdir import files
 
+_LARGEST = 2**30  # bytes; more than that is no run's
+
 Digest = dict[str, int]
 """The size of the file and a checksum of it, to be kept where nothing changes unnoticed."""
 
@@ -36,7 +38,7 @@ class Metrics:
           WorkdirError: a line is not a step and its numbers; the message says which.
         """
         try:
-            *whole, last = self._content().decode().split("\n")
+            *whole, last = self._content(_LARGEST).decode().split("\n")
             lines = [_to_line(text, number) for number, text in enumerate(whole, start=1)]
         except ValueError as error:
             raise WorkdirError(f"{self.path} is damaged: {error}") from None
@@ -103,9 +105,9 @@ class Metrics:
         self.path.rename(other)
         return other.name
 
-    def _content(self) -> bytes:
+    def _content(self, largest: int | None = None) -> bytes:
         try:
-            return files.read_bytes(self.path)
+            return files.read_bytes(self.path, largest)
         except (FileNotFoundError, NotADirectoryError):
             return b""
 

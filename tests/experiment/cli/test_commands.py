@@ -492,6 +492,18 @@ def test_init_report_refuses_what_it_cannot_do(flags, message):
     assert message in result.stderr
 
 
+@pytest.mark.slow
+def test_an_interrupted_init_report_leaves_no_files(tmp_path):
+    flags = ["--scales=0.1", "--methods=spectral", f"--out={tmp_path / 'report'}"]
+    with running.start([sys.executable, "-m", "lowrank_jax", "init-report", CONFIG, *flags]) as process:
+        while not (tmp_path / "report.png").exists():
+            assert process.poll() is None, process.stdout.read()
+        process.send_signal(signal.SIGINT)
+        output = process.stdout.read()
+    assert process.returncode == 130 and output.endswith("lowrank: interrupted\n") and "Traceback" not in output
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_stopped_by_sigterm_is_saved_and_has_its_status(tmp_path, monkeypatch, unhandled_sigterm):
     from lowrank_jax.experiment.training import loop
 

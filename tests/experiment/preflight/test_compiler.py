@@ -194,16 +194,8 @@ def test_an_interrupted_command_does_not_wait_for_the_compiler(tmp_path):
         (["--topology=v5e:4x4", "--sweep=lowrank.scael=0.1"], "lowrank.scael: unknown key; did you mean lowrank.scale?"),
     ],
 )
-def test_the_command_refuses_what_it_cannot_do(arguments, message, tmp_path, capsys, sigint):
+def test_the_command_refuses_what_it_cannot_do(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         commands.main(command(f"--json={tmp_path / 'out.json'}", *arguments)[3:])
     assert ended.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def sigint():
-    """The command takes Ctrl-C for itself."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)

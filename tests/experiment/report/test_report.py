@@ -18,25 +18,9 @@ from lowrank_jax.experiment.report.stored_runs import find
 from lowrank_jax.experiment.sweep.trials import expand
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from tests import running
+from tests.stored import make
 
 NOISE = [0.003, -0.002, 0.001, 0.0, -0.004]
-
-
-def make(home, name, *, top1=None, raw=None, valid=None, failure=None, loss=1.0, **changes):
-    """A work directory as a run leaves it; without top1, one that has not finished."""
-    folder = Workdir(home / name)
-    folder.claim(configs.to_dict(configs.read(configs.default(), running.settings(**changes))))
-    folder.metrics.append({"step": 10, "train/loss": loss, "train/images_per_second": 10.0})
-    folder.metrics.append({"step": 20, "train/loss": loss / 2, "train/images_per_second": 100.0})
-    if failure:
-        folder.note_failure(diverged=True, reason=failure)
-    if top1 is not None:
-        folder.metrics.append({"step": 20, "eval/top1": top1, "train/images_per_second": None})
-        method = changes.get("lowrank__method", "kernel_projection")
-        params = 1000 if method == "none" else int(1000 * changes.get("lowrank__scale", 0.25))
-        result = {"params": params, "macs": 2 * params, "seconds": 1.5, "versions": {"jax": "1"}}
-        evaluated = {"eval": {"top1": top1, "top5": 1.0, "loss": 0.5}, "valid": valid and {"top1": valid, "loss": 1 - valid}}
-        folder.write_json("result.json", {**result, **evaluated, "eval_raw": raw and {"top1": raw, "top5": 1.0, "loss": 0.5}})
 
 
 def comparison(home):
@@ -44,9 +28,9 @@ def comparison(home):
         make(home, f"dense{seed}", top1=0.95 + noise, seed=seed, lowrank__method="none", lowrank__scale=0.3)
         for scale in (0.1, 0.25):
             shared = {"seed": seed, "lowrank__scale": scale}
-            make(home, f"spectral{scale}{seed}", top1=0.8 + scale + noise, loss=2.0, lowrank__method="spectral", **shared)
+            make(home, f"spectral{scale}{seed}", top1=0.7 + scale + noise, loss=2.0, lowrank__method="spectral", **shared)
             gain = 0.01 + noise**2 if scale == 0.1 else noise * (-1) ** seed
-            make(home, f"projection{scale}{seed}", top1=0.8 + scale + noise + gain, loss=1.0 + noise, **shared)
+            make(home, f"projection{scale}{seed}", top1=0.7 + scale + noise + gain, loss=1.0 + noise, **shared)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +78,7 @@ def test_differences_are_paired_by_seed(shared):
     differences = {dict(d.arm.size)["lowrank.scale"]: d for d in paired(arms, ("lowrank.method", "spectral"), "eval/top1")}
     assert set(differences) == {0.1, 0.25}
     gains = [0.01 + noise**2 for noise in NOISE]
-    reference = stats.ttest_rel([0.9 + n + g for n, g in zip(NOISE, gains, strict=True)], [0.9 + n for n in NOISE])
+    reference = stats.ttest_rel([0.8 + n + g for n, g in zip(NOISE, gains, strict=True)], [0.8 + n for n in NOISE])
     interval = differences[0.1].interval
     np.testing.assert_allclose(
         [interval.mean - interval.half, interval.mean + interval.half], reference.confidence_interval(0.95), rtol=1e-6
@@ -116,7 +100,7 @@ def test_the_table_has_an_arm_a_row_and_the_dense_one_once(shared):
     ]
     spectral = rows[2]
     half = stats.t.ppf(0.975, 4) * np.std(NOISE, ddof=1) / np.sqrt(5)
-    assert spectral[4] == f"{0.9 + np.mean(NOISE):.4f} ± {half:.4f}"
+    assert spectral[4] == f"{0.8 + np.mean(NOISE):.4f} ± {half:.4f}"
     assert (
         spectral[2].startswith("100 (-90%)") and spectral[5] == "5" and spectral[7] == "100"
     )  # the first window is not counted
@@ -241,10 +225,11 @@ def test_a_damaged_run_is_listed_beside_the_others(runs, damage):
     assert f"{damage} is damaged" in report.markdown() and len(report.arms[0].runs) == 4
 
 
-def test_a_damaged_record_of_a_sweep_is_an_error(runs):
+def test_a_damaged_record_of_a_sweep_is_listed_beside_the_runs(runs):
     (runs / "sweep.json").write_text('{"a": ')
-    with pytest.raises(WorkdirError, match=r"sweep.json is damaged"):
-        Report([str(runs)])
+    report = Report([str(runs)])
+    assert [(run.name, run.status) for run in report.found.runs if not run.done] == [("sweep.json", "damaged")]
+    assert "sweep.json is damaged" in report.console() and len(report.arms) == 5
 
 
 def test_a_line_that_is_being_written_is_left_out(runs):
@@ -326,7 +311,7 @@ def test_nothing_in_the_runs_becomes_a_part_of_the_page(runs, tmp_path):
     Report([str(runs)]).write(tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<img src=x" not in page and "<b>" not in page
-    assert "<td><code>hostile'&lt;b&gt;</code></td>\n<td>diverged</td>\n<td>&lt;img src=x onerror=1&gt; | a b $x</td>" in page
+    assert "<td><code>hostile`&lt;b&gt;</code></td>\n<td>diverged</td>\n<td>&lt;img src=x onerror=1&gt; | a b $x</td>" in page
 
 
 FOREIGN = {  # a run, its file, what is in that, and what then becomes of the run
@@ -337,7 +322,7 @@ FOREIGN = {  # a run, its file, what is in that, and what then becomes of the ru
         "damaged",
     ),
     "dense2": ("config.json", "{}", "damaged"),
-    "dense3": ("metrics.jsonl", "3\n[]\n\udcff", "done"),
+    "dense3": ("metrics.jsonl", "3\n[]\n\udcff", "damaged"),
     "dense4": ("metrics.jsonl", None, "done"),
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from lowrank_jax.experiment import interrupts
 from lowrank_jax.experiment.data.arrays import Arrays, read_split
 from lowrank_jax.experiment.data.base import Dataset, Source
 from lowrank_jax.experiment.data.sources import tfds_folder
@@ -52,9 +53,10 @@ def _read_cache(path: epath.Path) -> Arrays | None:
 def _write_cache(path: epath.Path, arrays: Arrays) -> None:
     """Writes nothing if the folder is read-only."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, images=arrays.images, labels=arrays.labels)
-        partial.rename(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    with interrupts.cleaning_up(lambda: partial.unlink(missing_ok=True)):
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, images=arrays.images, labels=arrays.labels)
+            partial.rename(path)
+        except OSError:
+            partial.unlink(missing_ok=True)

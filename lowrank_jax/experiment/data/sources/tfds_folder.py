@@ -1,11 +1,13 @@
 """The folder in which TFDS keeps a data set: where it is, and whether it is complete."""
 
 import contextlib
-import tempfile
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
+
+from lowrank_jax.experiment import temporary
 
 
 class Damaged(Exception):
@@ -20,9 +22,11 @@ def folder(name: str, data_dir: str | None) -> tuple[str, epath.Path]:
     """TFDS's data folder, and the folder in it of the version that TFDS would prepare, whether it exists or not."""
     from tensorflow_datasets.core import constants
 
-    with tempfile.TemporaryDirectory() as empty:  # a builder reads data that it finds, and may fail to
-        relative = _builder(name, empty).data_path.relative_to(empty)
     root = epath.Path(data_dir or constants.DATA_DIR).expanduser()
+    if name == "digits":
+        return str(root), root / name / str(_digits().VERSION)
+    with temporary.folder("lowrank_empty_") as empty:  # a builder reads data that it finds, and may fail to
+        relative = _builder(name, empty).data_path.relative_to(empty)
     return str(root), root / relative
 
 
@@ -30,11 +34,14 @@ def _builder(name: str, data_dir: str | None) -> Any:
     """The builder of a data set of TFDS's, or of this project's own."""
     import tensorflow_datasets as tfds
 
-    if name == "digits":
-        from lowrank_jax.experiment.data.digits.digits_dataset_builder import Builder
+    make = _digits() if name == "digits" else functools.partial(tfds.builder, name)
+    return make(data_dir=data_dir, file_format="array_record")
 
-        return Builder(data_dir=data_dir, file_format="array_record")
-    return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+
+def _digits() -> Any:
+    from lowrank_jax.experiment.data.digits.digits_dataset_builder import Builder
+
+    return Builder
 
 
 def open_builder(name: str, data_dir: str | None, path: epath.Path) -> Any:

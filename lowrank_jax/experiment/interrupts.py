@@ -1,0 +1,174 @@
+"""Ctrl-C, SIGTERM and SIGHUP at any moment of a command.
+
+Python tells its main thread of a signal once that runs Python again, which a compiler can delay by minutes.  An exception
+raised there is lost where another language has called Python, and elsewhere it unwinds libraries that were not made for that.
+So a command ends without an exception, and a thread listens beside the main one: whichever is first acts.  Until then signals
+wait in a pipe, in their order, so that each goes to whoever received signals when it came.
+"""
+
+import atexit
+import contextlib
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+SIGNALS = {signal.SIGHUP: "ended by SIGHUP", signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
+"""What is said of each, once it has ended a command; the status is 128 and its number."""
+
+Receive = Callable[[int], bool]
+_PATIENCE = 20.0  # seconds, after which clean-ups that hang are given up; several processes need 15 to agree
+
+_pipe: int | None = None  # None: this process is not a command, and its signals are not handled here
+_lock = threading.Lock()  # held for good by whoever ends the process
+_receivers: list[Receive] = []
+_clean_ups: list[Callable[[], object]] = []
+_leave: list[Callable[[int, str], NoReturn]] = []
+_too_late = False
+
+
+def obey() -> None:
+    """From now on signals end this process at once, with one line; to be called in the main thread before long imports."""
+    global _pipe
+    _pipe, written = os.pipe()
+    for end in (_pipe, written):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    install()
+    threading.Thread(target=_listen, name="signals", daemon=True).start()
+    os.register_at_fork(after_in_child=_forget)
+    atexit.register(_ignore)  # the first to be registered is the last to be called
+
+
+def obeyed() -> bool:
+    """Whether `obey` was called: this process is a command, not another program that uses the package."""
+    return _pipe is not None
+
+
+def install() -> None:
+    """Takes the signals back from a library that has handlers of its own; does nothing where this process is not a command."""
+    if not obeyed() or threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _heard)
+
+
+def start_receiving(receive: Receive) -> None:
+    """From now on signals go to `receive`, which returns whether it takes them; any other still ends the command."""
+    install()
+    with _lock:
+        _deliver()  # what came before
+        _receivers.append(receive)
+
+
+def stop_receiving(receive: Receive) -> None:
+    """Signals no longer go to `receive`, but for those that have come."""
+    with _lock:
+        _deliver()
+        _receivers.remove(receive)
+
+
+@contextlib.contextmanager
+def cleaning_up(clean_up: Callable[[], object]) -> Iterator[None]:
+    """What a signal must not leave behind is removed by this, in a thread of its own, before the process ends."""
+    with _lock:
+        _clean_ups.append(clean_up)
+    try:
+        yield
+    finally:
+        with _lock:  # never, if a signal is ending the process
+            if clean_up in _clean_ups:
+                _clean_ups.remove(clean_up)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Signals wait until this short work is complete."""
+    with _lock:
+        yield
+        _deliver()
+
+
+def clean_up() -> None:
+    """What a process does that ends without leaving its contexts."""
+    while _clean_ups:
+        with contextlib.suppress(Exception):
+            _clean_ups.pop()()
+
+
+def leave_by(leave: Callable[[int, str], NoReturn]) -> None:
+    """A signal ends this process by that, given the status and the message; for processes that have to end together."""
+    _leave.append(leave)
+
+
+def too_late() -> None:
+    """The work is done, and its status stands: SIGTERM and SIGHUP no longer change it; Ctrl-C is still obeyed."""
+    global _too_late
+    with _lock:
+        _too_late = True
+
+
+def _heard(number: int, frame: Any) -> None:
+    if _lock.acquire(blocking=False):  # else another thread delivers, or this one is about to
+        try:
+            _deliver()
+        finally:
+            _lock.release()
+
+
+def _listen() -> None:
+    assert _pipe is not None
+    while True:
+        select.select([_pipe], [], [])
+        with _lock:
+            _deliver()
+
+
+def _deliver() -> None:
+    if _pipe is None:
+        return
+    try:
+        numbers = os.read(_pipe, 4096)
+    except BlockingIOError:  # another thread was first
+        return
+    for number in numbers:
+        if number in SIGNALS and not (_receivers and _receivers[-1](number)):
+            _end(number)
+
+
+def _end(number: int) -> None:
+    if _too_late and number != signal.SIGINT:
+        return
+    status, message = 128 + number, f"lowrank: {SIGNALS[signal.Signals(number)]}"
+    with contextlib.suppress(RuntimeError):  # no memory for a thread
+        timer = threading.Timer(_PATIENCE, os._exit, [status])
+        timer.daemon = True
+        timer.start()
+    clean_up()
+    for leave in _leave:
+        leave(status, message)
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode())
+    os._exit(status)
+
+
+def _ignore() -> None:
+    """At the end of Python, which would let signals kill the process while its libraries are unloaded."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _forget() -> None:
+    """In a fork, which shares the pipe: its signals are not the command's."""
+    global _pipe, _lock
+    _pipe, _lock = None, threading.Lock()
+    _receivers.clear()
+    _clean_ups.clear()
+    _leave.clear()
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        if signal.getsignal(number) is _heard:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -1,0 +1,219 @@
+"""Signals to real processes that import nothing heavy: what a command does in its worst moments."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from lowrank_jax.experiment import interrupts
+from lowrank_jax.experiment.errors import MEANINGS
+from tests import running
+
+START = """
+import os, signal, sys, threading, time
+from lowrank_jax.experiment import interrupts
+from lowrank_jax.experiment.training.stop import StopSignal
+
+def ready():
+    print("ready", flush=True)
+
+interrupts.obey()
+"""
+
+# Python's own code does not run again before the end, which is minutes away.
+IN_C = "ready(); import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+
+
+def start(code):
+    code = START + textwrap.dedent(code)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=running.ROOT, **pipes)
+
+
+def signalled(code, *numbers):
+    """Status, output and errors of a program that is sent a signal each time it says that it is ready."""
+    with start(code) as process:
+        said = ""
+        for number in numbers:
+            while (line := process.stdout.readline()) != "ready\n":
+                assert line, process.stderr.read()
+                said += line
+            process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    return process.returncode, said + out, err
+
+
+INTERRUPTED = (130, "", "lowrank: interrupted\n")
+
+
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
+def test_a_signal_ends_a_command_with_one_line_and_a_documented_status(number):
+    status, out, err = signalled("ready(); time.sleep(60)", number)
+    assert (status, out, err) == (128 + number, "", f"lowrank: {interrupts.SIGNALS[number]}\n")
+    assert status in MEANINGS
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        IN_C,
+        "import re; ready(); re.match('(a*)*b', 'a' * 40)",  # which holds the lock that all threads need
+        """
+        class Lost:
+            def __del__(self):
+                for _ in range(1000):  # an exception in here is ignored
+                    pass
+
+        ready()
+        while True:
+            Lost()
+        """,
+        """
+        def forever():
+            try:
+                while True:
+                    time.sleep(1)
+            except BaseException:
+                forever()
+
+        ready()
+        forever()
+        """,
+    ],
+    ids=["in C", "in a regular expression", "in a destructor", "where all exceptions are caught"],
+)
+def test_nothing_keeps_a_command_from_ending(code):
+    assert signalled(code, signal.SIGINT) == INTERRUPTED
+
+
+RECEIVED = """
+with StopSignal() as stop:
+    ready()
+    while not stop.requested:
+        time.sleep(0.01)
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
+def test_a_run_that_can_be_saved_takes_a_signal(number):
+    assert signalled(RECEIVED, number) == (0, "saved\n", "")
+
+
+def test_what_comes_once_a_run_is_saved_is_too_late_but_for_ctrl_c():
+    assert signalled(f"{RECEIVED}\nready(); time.sleep(0.3)", signal.SIGINT, signal.SIGTERM) == (0, "saved\n", "")
+    assert signalled(f"{RECEIVED}\nready(); time.sleep(60)", signal.SIGTERM, signal.SIGINT) == (130, "saved\n", INTERRUPTED[2])
+    code = "interrupts.too_late(); import atexit; atexit.register(lambda: (ready(), time.sleep(0.3))); sys.exit(4)"
+    assert signalled(code, signal.SIGTERM) == (4, "", "")
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_after_a_request_ends_at_once_even_in_c(first):
+    code = f"""
+    stop = StopSignal()
+    stop.__enter__()
+    ready()
+    while not stop.requested:
+        time.sleep(0.01)
+    {IN_C}  # as in a step that takes long
+    """
+    assert signalled(code, first, signal.SIGINT) == INTERRUPTED
+
+
+def test_a_request_is_heard_in_c():
+    code = f"""
+    stop = StopSignal()
+    stop.__enter__()
+    def heard():
+        while not stop.requested:
+            time.sleep(0.01)
+        print("heard", flush=True)
+        os._exit(0)
+    threading.Thread(target=heard).start()
+    {IN_C}
+    """
+    assert signalled(code, signal.SIGTERM) == (0, "heard\n", "")
+
+
+def test_what_must_not_be_left_behind_is_removed(tmp_path):
+    kept, removed = tmp_path / "kept", tmp_path / "removed"
+    code = f"""
+    import pathlib
+    from lowrank_jax.experiment import temporary
+    kept, removed = pathlib.Path({str(kept)!r}), pathlib.Path({str(removed)!r})
+    with interrupts.cleaning_up(kept.unlink):
+        kept.touch()
+    with interrupts.cleaning_up(removed.unlink), interrupts.cleaning_up(lambda: 1 / 0), temporary.folder("lowrank_") as folder:
+        removed.touch()
+        print(folder, flush=True)
+        {IN_C}
+    """
+    with start(code) as process:
+        folder = process.stdout.readline().strip()
+        assert os.path.isdir(folder) and process.stdout.readline() == "ready\n"  # noqa: PTH112
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(60), process.stderr.read()) == (130, INTERRUPTED[2])
+    assert kept.exists() and not removed.exists() and not os.path.exists(folder)  # noqa: PTH110
+
+
+def test_short_work_is_completed():
+    code = """
+    with interrupts.held_back():
+        ready()
+        time.sleep(0.3)
+        print("complete", flush=True)
+    time.sleep(60)
+    """
+    assert signalled(code, signal.SIGINT) == (130, "complete\n", INTERRUPTED[2])
+
+
+def test_processes_of_one_run_end_in_their_own_way():
+    code = """
+    interrupts.leave_by(lambda status, message: (print(status, message, flush=True), os._exit(7)))
+    ready(); time.sleep(60)
+    """
+    assert signalled(code, signal.SIGTERM) == (7, "143 lowrank: ended by SIGTERM\n", "")
+
+
+def test_signals_of_a_fork_are_its_own():
+    code = """
+    with interrupts.cleaning_up(lambda: print("cleaned", flush=True)):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        ready()
+        time.sleep(60)
+    """
+    with start(code) as process:
+        assert process.stdout.readline() == f"{-signal.SIGTERM}\n"
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate() == ("cleaned\n", INTERRUPTED[2])
+
+
+def test_nohup_is_respected():
+    code = """
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGHUP)
+    print(stop.requested)
+    """
+    code = START.replace("interrupts.obey()", "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{}") + textwrap.dedent(code)
+    for way in ("interrupts.obey()", ""):  # a command, and another program
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(way)], capture_output=True, text=True, cwd=running.ROOT, check=False
+        )
+        assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+def test_a_library_that_takes_a_signal_gives_it_back():
+    code = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)); interrupts.install(); ready(); time.sleep(60)"
+    assert signalled(code, signal.SIGTERM)[0] == 143
+    code = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)){RECEIVED}"
+    assert signalled(code, signal.SIGTERM) == (0, "saved\n", "")

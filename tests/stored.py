@@ -1,0 +1,35 @@
+"""Work directories written by hand, so that every number in them is known."""
+
+import pathlib
+from typing import Any
+
+from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.workdir.workdir import Workdir
+from tests import running
+
+
+def make(
+    home: pathlib.Path,
+    name: str,
+    *,
+    top1: float | None = None,
+    raw: float | None = None,
+    valid: float | None = None,
+    failure: str | None = None,
+    loss: float = 1.0,
+    **changes: Any,
+) -> None:
+    """A work directory as a run leaves it; without top1, one that has not finished."""
+    folder = Workdir(home / name)
+    folder.claim(configs.to_dict(configs.read(configs.default(), running.settings(**changes))))
+    folder.metrics.append({"step": 10, "train/loss": loss, "train/images_per_second": 10.0})
+    folder.metrics.append({"step": 20, "train/loss": loss / 2, "train/images_per_second": 100.0})
+    if failure:
+        folder.note_failure(diverged=True, reason=failure)
+    if top1 is not None:
+        folder.metrics.append({"step": 20, "eval/top1": top1, "train/images_per_second": None})
+        method = changes.get("lowrank__method", "kernel_projection")
+        params = 1000 if method == "none" else int(1000 * changes.get("lowrank__scale", 0.25))
+        result = {"params": params, "macs": 2 * params, "seconds": 1.5, "versions": {"jax": "1"}}
+        evaluated = {"eval": {"top1": top1, "top5": 1.0, "loss": 0.5}, "valid": valid and {"top1": valid, "loss": 1 - valid}}
+        folder.write_json("result.json", {**result, **evaluated, "eval_raw": raw and {"top1": raw, "top5": 1.0, "loss": 0.5}})
