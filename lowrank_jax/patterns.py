@@ -1,7 +1,7 @@
 """Regular expressions over names, in Python's syntax, matched in a time that the name's length bounds.
 
 Python's own matcher goes back for every choice that it made, so that `(.*)*x` takes longer than anybody waits.  This one keeps
-the set of all places that a match may have come to.  What needs to go back (lookaheads, references to groups) is refused.
+the set of all places that a match may have come to.  What cannot be matched without going back (references to groups) is refused.
 """
 
 import functools
@@ -33,9 +33,7 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
 @functools.lru_cache(maxsize=1024)
 def _compiled(pattern: str) -> Callable[[str], bool]:
     tree = _parser.parse(pattern)
-    if tree.state.flags & ~re.UNICODE:
-        raise re.error("flags such as (?i) are not supported")
-    step = _sequence(tree)
+    step = _sequence(tree, tree.state.flags)
 
     @functools.lru_cache(maxsize=2**14)
     def matches(text: str) -> bool:
@@ -44,8 +42,8 @@ def _compiled(pattern: str) -> Callable[[str], bool]:
     return matches
 
 
-def _sequence(nodes: Iterable[tuple[Any, Any]]) -> Step:
-    steps = [_step(*node) for node in nodes]
+def _sequence(nodes: Iterable[tuple[Any, Any]], flags: int) -> Step:
+    steps = [_step(kind, value, flags) for kind, value in nodes]
 
     def step(text: str, places: Places) -> Places:
         for each in steps:
@@ -55,41 +53,53 @@ def _sequence(nodes: Iterable[tuple[Any, Any]]) -> Step:
     return step
 
 
-def _step(kind: Any, value: Any) -> Step:
+def _step(kind: Any, value: Any, flags: int) -> Step:
     if kind in (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN):
-        return _character(kind, value)
+        return _character(kind, value, flags)
     if kind is _constants.AT:
-        condition = _python(kind, value)
+        condition = _python(kind, value, flags)
         return lambda text, places: frozenset(place for place in places if condition.match(text, place))
     if kind is _constants.BRANCH:
-        branches = [_sequence(branch) for branch in value[1]]
+        branches = [_sequence(branch, flags) for branch in value[1]]
         return lambda text, places: frozenset().union(*(branch(text, places) for branch in branches))
-    if kind is _constants.SUBPATTERN and not (value[1] or value[2]):
-        return _sequence(value[3])
+    if kind is _constants.SUBPATTERN:
+        return _sequence(value[3], (flags | value[1]) & ~value[2])
     if kind in (_constants.MAX_REPEAT, _constants.MIN_REPEAT):
-        return _repeat(_sequence(value[2]), *value[:2])
+        return _repeat(_sequence(value[2], flags), *value[:2])
+    if kind in (_constants.ASSERT, _constants.ASSERT_NOT):
+        return _look(_sequence(value[1], flags), ahead=value[0] > 0, wanted=kind is _constants.ASSERT)
     raise re.error(f"{_UNSUPPORTED.get(str(kind), 'a part of it')} is not supported")
 
 
 _UNSUPPORTED = {
-    "ASSERT": "a lookahead or lookbehind",
-    "ASSERT_NOT": "a lookahead or lookbehind",
     "GROUPREF": "a reference to a group",
     "GROUPREF_EXISTS": "a reference to a group",
     "ATOMIC_GROUP": "an atomic group",
     "POSSESSIVE_REPEAT": "a possessive quantifier",
-    "SUBPATTERN": "a group with flags",
 }
 
 
-def _python(kind: Any, value: Any) -> re.Pattern[str]:
+def _python(kind: Any, value: Any, flags: int) -> re.Pattern[str]:
     """One node of a pattern by itself, which Python matches without going back."""
-    return _compiler.compile(_parser.SubPattern(_parser.State(), [(kind, value)]), re.UNICODE)
+    return _compiler.compile(_parser.SubPattern(_parser.State(), [(kind, value)]), flags)
 
 
-def _character(kind: Any, value: Any) -> Step:
-    accepted = functools.lru_cache(maxsize=1024)(_python(kind, value).fullmatch)
+def _character(kind: Any, value: Any, flags: int) -> Step:
+    accepted = functools.lru_cache(maxsize=1024)(_python(kind, value, flags).fullmatch)
     return lambda text, places: frozenset(place + 1 for place in places if accepted(text[place : place + 1]))
+
+
+def _look(part: Step, *, ahead: bool, wanted: bool) -> Step:
+    """Keeps the places where a part can begin, or end, or those where it cannot."""
+
+    def step(text: str, places: Places) -> Places:
+        if ahead:
+            found = frozenset(place for place in places if part(text, frozenset({place})))
+        else:
+            found = places & part(text, frozenset(range(len(text) + 1)))
+        return found if wanted else places - found
+
+    return step
 
 
 def _repeat(once: Step, least: int, most: int) -> Step:
