@@ -1,7 +1,8 @@
 """Regular expressions over names, in Python's syntax, matched in a time that the name's length bounds.
 
 Python's own matcher goes back for every choice that it made, so that `(.*)*x` takes longer than anybody waits.  This one keeps
-the set of all places that a match may have come to.  What cannot be matched without going back (references to groups) is refused.
+the set of all places that a match may have come to.  References to groups cannot be
+matched without going back, and are refused.
 """
 
 import functools

@@ -13,7 +13,8 @@ PATTERNS = [
     ".*", "(.*/)?(kernel|embedding)(/[uv])?", "stage[0-9]+/.*", "[^/]*", r"\w+", r"\W", r"\d*", "head/kernel", "(a|b)*?",
     "a{0,3}", "^a$", r"\bkernel\b", r".*\Bernel", "(?:stage|head).*l", ".+?/.+", "[a-c_]+", "(?P<name>k).*", "a|", "",
     r"\Aa\Z", "[^a]", "a?" * 20, "(a{2}){3}", "(a{2,}){1,2}", "(a|aa)+",
-    "(?!head).*", "(?=.*kernel).*", ".*(?<!kernel)", ".*(?<=/u)", "(?:(?!conv).)*", "(?!(stage|head)).*|.*(?=/u)/.", "(?!.*(?<!l)$).*",
+    "(?!head).*", "(?=.*kernel).*", ".*(?<!kernel)", ".*(?<=/u)", "(?:(?!conv).)*", "(?!(stage|head)).*|.*(?=/u)/.",
+    "(?!.*(?<!l)$).*",
     "(?i)KERNEL", "(?i:KER)nel", "(?s).*", "(?m)^a$\n?", "(?x) a  # one letter", "(?i)[^K].*", "(?-i:a)", r"(?a)\w",
 ]  # fmt: skip
 

@@ -1,6 +1,5 @@
 """Standard streams in real processes: closed ones, and readers that leave."""
 
-import os
 import subprocess
 import sys
 
@@ -25,7 +24,8 @@ with open({str(tmp_path / "file")!r}, "w") as file:
     sys.stdin and sys.stdin.read()
     os.write({number or 1}, b"of a library")
 """
-    with program(code, preexec_fn=lambda: os.close(number)) as process:
+    shell = ["sh", "-c", f'exec {number}>&-; exec "$0" "$@"', sys.executable, "-c", START + code]
+    with subprocess.Popen(shell, cwd=running.ROOT) as process:
         assert process.wait(60) == 0
     assert (tmp_path / "file").read_text() == ""
 

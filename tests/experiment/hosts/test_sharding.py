@@ -248,7 +248,8 @@ def test_a_checkpoint_is_restored_to_another_mesh_and_other_rules(of_one_device,
     arrays, _ = of_one_device("mlp")
     saved, restored = build("mlp", (2, 2, 2), mesh__rules=RULES["mlp"]), build("mlp", (1, 8, 1))
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, lay_out(arrays, saved), {})
+        state = lay_out(arrays, saved)
+        checkpoints.save(int(state.step), state, {})
         checkpoints.wait()
         back = checkpoints.restore(restored.shapes)
     assert back is not None

@@ -144,10 +144,11 @@ def spoiled(tree, path, wrong):
 
 
 NUMBERS, TEXTS = (-1, 1.5), ("x", "\0", "\ud800")
+SETTINGS = ("x", "\0")  # a config holds no text that is not UTF-8
 RELIED_ON = {  # what may stand there of the values above; any other one damages the run
     "done/config.json": {
-        ("seed",): (-1,), ("model", "name"): TEXTS, ("dataset", "name"): TEXTS, ("dataset", "eval_split"): TEXTS,
-        ("lowrank", "method"): TEXTS, ("lowrank", "scale"): (None, *NUMBERS), ("lowrank", "rank"): (None, -1),
+        ("seed",): (-1,), ("model", "name"): SETTINGS, ("dataset", "name"): SETTINGS, ("dataset", "eval_split"): SETTINGS,
+        ("lowrank", "method"): SETTINGS, ("lowrank", "scale"): (None, *NUMBERS), ("lowrank", "rank"): (None, -1),
         ("lowrank", "rules"): ([],), ("optim", "lr"): NUMBERS, ("optim", "ema_decay"): (None, *NUMBERS),
     },
     "done/result.json": {
@@ -174,7 +175,7 @@ def test_a_value_that_is_something_else(home, file):
             found = {run.name: run for run in find([str(home / "spoiled")]).runs}
             damaged = name in found and found[name].status == "damaged"
             if path in relied_on:
-                assert damaged == (wrong not in relied_on[path]), f"{path}: {str(wrong)[:20]}"
+                assert damaged == (wrong not in relied_on[path]), f"{path}: {ascii(wrong)[:20]}"
             if not damaged:  # then it goes all the way
                 report_on(home)
 
