@@ -178,7 +178,7 @@ def test_all_problems_come_at_once_each_with_its_key():
         ({"dataset__data_dir": "''"}, "dataset.data_dir: ''; must be the name of a folder"),
         ({"model__name": "mlp", "model__kwargs__widths": "(0,)"}, "setting widths: (0,); must be at least 1"),
         ({"model__kwargs__widths": "(4, 4)"}, "settings widths and blocks: (4, 4) and (1, 1, 1); must be of one length"),
-        ({"optim__decay_rules": "(('(?=a).*', 1.0),)"}, "a lookahead or lookbehind is not supported"),
+        ({"optim__decay_rules": "(('(?>a).*', 1.0),)"}, "an atomic group is not supported"),
         ({"optim__decay_rules": "()"}, "optim.decay_rules: (); must not be empty"),
         ({"optim__decay_rules": "(('(', 1.0),)"}, "is not a regular expression"),
         ({"optim__decay_rules": "(('.*', -1),)"}, "the multiplier of '.*' must be at least 0"),

@@ -42,7 +42,7 @@ PAYLOADS = [
     "# a\n## b\n- c\n1. d\n> e\n---\n===\n*f* _g_ __h__ ~~i~~ $j$",
     "&lt;script&gt;&#60;b&#62; &amp;",
     "{{ 7 * 7 }}{% raw %}{# #}",
-    "\x1b]0;owned\x07\x1b[31m\x9b31m\x08\x7f\u202e\u2066\ud800\x00\ufeff",
+    "\x1b]0;owned\x07\x1b[31m\x9b31m\x08\x7f\u202e\u2066\x00\ufeff",
 ]
 
 TAGS = "html|head|meta|title|style|body|h1|h2|p|table|thead|tbody|tr|th|td|pre|code|em|img"
@@ -167,7 +167,7 @@ def hostile(home, payload):
     for number in range(2):
         hostile_run(home, payload, number)
     named = payload.replace("/", "_").replace("\0", "").encode(errors="replace").decode()
-    make(home, "failed", failure=payload, seed=7)
+    make(home, "failed", failure=f"{payload}\ud800", seed=7)
     make(home, "stopped", seed=8)
     Workdir(home / "stopped").write_json("stopped.json", {"by": payload, "step": 20})
     make(home, "damaged", seed=9)
