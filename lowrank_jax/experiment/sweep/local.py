@@ -213,7 +213,7 @@ def _end_server() -> None:
 
 def _train(lowrank: Lowrank, arguments: list[str], log: str) -> None:
     """In the child: runs `lowrank` with these arguments and its output in a file."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(file, stream.fileno())

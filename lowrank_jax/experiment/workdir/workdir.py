@@ -23,7 +23,7 @@ from lowrank_jax.text import first_line
 _REQUIRED = {"seed", "dataset.name", "model.name", "lowrank.method"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system without locks answers
 _EPATH = ("gs://", "s3://", "az://", "hf://")
-_FOLDERS = ("checkpoints", "damaged", "plugins")  # that training writes to
+_WRITTEN = ("checkpoints", "damaged", "plugins", "log.txt")  # by whatever would follow a link
 
 
 class Workdir:
@@ -65,7 +65,6 @@ class Workdir:
         if not self._active:
             return
         self.check_bucket()
-        self.check_path()
         self.check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -94,9 +93,9 @@ class Workdir:
             raise WorkdirError(
                 f"{whole}: no checkpoint can be saved where a folder has [...], ** or a backslash in its name; use another path"
             )
-        for name in _FOLDERS:
+        for name in _WRITTEN:
             if (link := pathlib.Path(self.path, name)).is_symlink():
-                raise WorkdirError(f"{link} is a link, and nothing is written through links; put the folder itself there")
+                raise WorkdirError(f"{link} is a link, and nothing is written through links; put what it leads to in its place")
 
     @contextlib.contextmanager
     def locked(self, seconds: float = 10.0) -> Iterator[None]:
@@ -125,7 +124,8 @@ class Workdir:
             yield
 
     def check(self, config: dict[str, Any]) -> None:
-        """Raises WorkdirError if the folder belongs to another experiment."""
+        """Raises WorkdirError if the folder belongs to another experiment, or cannot be trained in."""
+        self.check_path()
         if self.path.exists() and not self.path.is_dir():
             raise WorkdirError(f"{self.path} is a file; --workdir must name a folder")
         stored = self.path / "config.json"

@@ -175,7 +175,7 @@ def test_a_path_where_orbax_loses_checkpoints_is_refused_at_the_start(tmp_path, 
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "damaged", "plugins"])
+@pytest.mark.parametrize("name", ["checkpoints", "damaged", "plugins", "log.txt"])
 def test_nothing_is_written_through_links(folder, tmp_path, name):
     (tmp_path / "outside").mkdir()
     shutil.rmtree(folder / name, ignore_errors=True)
