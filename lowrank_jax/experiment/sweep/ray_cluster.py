@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 
 import jax
@@ -69,13 +70,16 @@ def connected(address: str | None, resources: Resources) -> Iterator[None]:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    ray.init(
-        address,
-        runtime_env={"env_vars": worker_environment(resources)},
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with warnings.catch_warnings():
+        # Its processes are forks that become other programs at once, to which JAX's threads do not matter.
+        warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called", category=RuntimeWarning)
+        ray.init(
+            address,
+            runtime_env={"env_vars": worker_environment(resources)},
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     restore()
     try:
         yield
