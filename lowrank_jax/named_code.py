@@ -1,9 +1,12 @@
 """Code that a text names: "package.module:attribute"."""
 
+import contextlib
+import contextvars
 import importlib
 import importlib.util
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from lowrank_jax.text import first_line
@@ -19,7 +22,7 @@ def import_attribute(name: str, kind: str) -> Any:
     """What "package.module:attribute" names; `kind` is what to call it in messages.
 
     Raises:
-      ValueError: it cannot be imported, or its file lies in the work directory of a run.
+      ValueError: it cannot be imported, or its file lies in a folder where nothing is looked up; see `not_in`.
     """
     if not is_code(name):
         raise ValueError(f'{kind} {name!r} cannot be imported: it must look like "package.module:attribute"')
@@ -37,17 +40,20 @@ def _imported(module: str) -> Any:
     parts = module.split(".")
     for name in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
         spec = None if name in sys.modules else importlib.util.find_spec(name)
-        if spec and spec.origin and (run := _work_directory(spec.origin)):
-            raise ImportError(f"{spec.origin} lies in {run}, the work directory of a run; code there is not looked up")
+        if spec and spec.origin and (folder := _closed.get()) in pathlib.Path(spec.origin).resolve().parents:
+            raise ImportError(f"{spec.origin} lies in {folder}, the work directory that is read; no code is looked up there")
         importlib.import_module(name)
     return sys.modules[module]
 
 
-def _work_directory(file: str) -> pathlib.Path | None:
-    """The run's folder that a file lies in; every folder below the current one is a package to Python."""
-    folders = pathlib.Path(file).resolve().parents
-    return next((folder for folder in folders if _is_run(folder)), None)
+@contextlib.contextmanager
+def not_in(folder: str) -> Iterator[None]:
+    """Nothing is imported out of this folder; Python takes every folder below the current one for a package."""
+    token = _closed.set(pathlib.Path(folder).resolve())
+    try:
+        yield
+    finally:
+        _closed.reset(token)
 
 
-def _is_run(folder: pathlib.Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+_closed: contextvars.ContextVar[pathlib.Path | None] = contextvars.ContextVar("closed", default=None)

@@ -5,7 +5,7 @@ HUNG_UP, KILLED, TERMINATED = (128 + number for number in (1, 2, 15))  # as shel
 
 MEANINGS = {
     DONE: "success",
-    FAILED: "some trials of a sweep failed",
+    FAILED: "some trials of a sweep failed, or an accident, such as memory that ran out on the way",
     BAD_INPUT: "a config, command line, file, work directory or data set cannot be used",
     DOES_NOT_FIT: "preflight: the program does not fit into the memory of the chips",
     DIVERGED: "training diverged: the loss or a gradient is not finite",

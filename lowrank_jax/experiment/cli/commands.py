@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
         end_with_the_others(FAILED)
     except Exception as error:
         if message := exhausted(error):
-            return _failed(BAD_INPUT, f"lowrank: {message}")
+            return _failed(FAILED, f"lowrank: {message}")
         if not several():
             raise
         return _failed(FAILED, _accident(error))  # the others must not wait for this process

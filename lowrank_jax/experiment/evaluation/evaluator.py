@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from lowrank_jax import named_code
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config, MeshConfig
 from lowrank_jax.experiment.config.trust import Trust, UntrustedCode, check_trust
@@ -153,7 +154,8 @@ class Evaluator:
         except UntrustedCode as error:
             self.untrusted |= dict.fromkeys(error.names)
             raise
-        return configs.parse(values, source=source, devices=None)
+        with named_code.not_in(folder.path):
+            return configs.parse(values, source=source, devices=None)
 
     def _experiment(self, config: Config, workdir: str) -> Experiment:
         key = (config.model, config.description, config.lowrank, config.objective, config.optim.ema_decay is None)

@@ -78,7 +78,7 @@ class Report:
             **pictures,
         }
         for name, content in contents.items():
-            _write(folder / name, content)
+            files.write(folder / name, content)
         return [str(folder / name) for name in contents]
 
     def markdown(self) -> str:
@@ -247,13 +247,6 @@ class Report:
         if damaged[_SHOWN:]:
             lines.append(f"and {len(damaged[_SHOWN:])} more, listed in the report")
         return "\n".join(lines)
-
-
-def _write(path: Any, content: bytes) -> None:
-    if files.is_local(path):
-        files.write(path, content)
-    else:
-        path.write_bytes(content)  # not everything that fsspec reaches can rename
 
 
 def _joined(separator: str, parts: Iterable[Inline]) -> list[Inline]:

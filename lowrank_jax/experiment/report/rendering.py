@@ -1,6 +1,7 @@
 """Pages and tables as HTML, Markdown, CSV and lines of a terminal; no text in them becomes markup, formula or control code."""
 
 import base64
+import contextlib
 import csv
 import functools
 import hashlib
@@ -91,6 +92,9 @@ def _cell(value: Any) -> Any:
     if value is None or isinstance(value, int | float):
         return value
     text = one_line(str(value))
+    with contextlib.suppress(ValueError):  # a setting
+        float(text)
+        return text
     return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠")) else text  # noqa: RUF001
 
 

@@ -66,6 +66,8 @@ class StoredRun:
         """One number of a finished run: `params`, `macs`, `images/s`, `early loss`, or a metric such as `eval/top1`."""
         if name == "images/s":
             return self.images_per_second
+        if name == "early loss" and self.metrics and self.metrics[0].keys() == {"step"}:
+            return math.nan  # the first metrics are missing
         if name == "early loss":
             curve = self.curve("train/loss")
             return curve[0][1] if curve else math.nan

@@ -96,6 +96,7 @@ def _claimed(workdir: str, config: Config) -> Workdir:
     """
     folder = Workdir(workdir, active=jax.process_index() == 0)
     _agree(to_dict(config))
+    folder.check_bucket()
     if not (folder.path / "config.json").exists():  # its checkpoints alone can tell whose it is
         with Checkpoints(folder.checkpoints, config_digest(to_dict(config)), read_only=True) as checkpoints:
             checkpoints.check_experiment()

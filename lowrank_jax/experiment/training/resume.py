@@ -87,16 +87,14 @@ def _told(count: int, say: Callable[[str], None]) -> Iterator[int]:
 
 def _begin_anew(folder: Workdir, say: Callable[[str], None], restart: bool) -> None:
     saved = folder.saved()
-    if saved is None:
-        folder.metrics.clear()  # of a process that ended before it saved anything
-        return
-    if not restart:
+    if saved is not None and not restart:
         raise WorkdirError(
             f"{folder.path}: step {saved} of this run was saved, and its checkpoints are gone. Put {folder.checkpoints} back,"
             " or begin anew with --restart, which keeps the old metrics."
         )
-    kept = folder.metrics.set_aside()
-    say(f"{folder.path} begins anew{f'; its old metrics are in {kept}' if kept else ''}")
+    folder.set_result_aside()
+    if kept := folder.metrics.set_aside():
+        say(f"{folder.path} begins anew, without a checkpoint; its old metrics are in {kept}")
 
 
 def _unfit(restored: Restored, total: int) -> str:
@@ -111,7 +109,7 @@ def _unfit(restored: Restored, total: int) -> str:
             isinstance(rows, list) and len(rows) <= step and all(_are_numbers(row, *_TRACKED) for row in rows)
         ),
         "evaluated": lambda parts: parts is None or (_has(parts, "eval") and all(map(_are_numbers, parts.values()))),
-        "metrics": lambda digest: digest is None or _are_numbers(digest, "bytes", "crc32"),
+        "metrics": lambda digest: digest is None or (_has(digest, "bytes", "crc32") and all(map(_is_count, digest.values()))),
     }
     wrong = [name for name, is_valid in valid.items() if not is_valid(info.get(name))]
     return f"its record has no valid {' and '.join(wrong)}" if wrong else ""
@@ -120,6 +118,10 @@ def _unfit(restored: Restored, total: int) -> str:
 def _are_numbers(value: Any, *names: str) -> bool:
     """Whether a value is a mapping with at least these names, of numbers; a metric of one's own need not be finite."""
     return _has(value, *names) and all(type(number) in (int, float) for number in value.values())
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _has(value: Any, *names: str) -> bool:
@@ -138,7 +140,8 @@ def _resumed(restored: Restored, total: int, folder: Workdir, say: Callable[[str
     else:
         aside = folder.metrics.cut_after(step, evaluated=evaluated is not None)
     if aside:
-        say(f"{folder.path}: metrics.jsonl is not as it was at step {step}; it is kept as {aside}, and begins anew from here")
+        folder.metrics.append({"step": step})  # where they begin now
+        say(f"{folder.path}: metrics.jsonl is not as it was at step {step}; it is kept as {aside}, and a new one begins there")
     if step == total and evaluated is not None:
         say(f"{folder.path} has finished: step {step} of {total}; nothing is left to do")
     else:

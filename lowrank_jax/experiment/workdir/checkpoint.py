@@ -94,6 +94,7 @@ class Checkpoints:
         self.directory = step_folders.absolute(epath.Path(directory))  # orbax takes absolute paths only
         self._experiment, self._keep, self._confirmed = experiment, keep, confirmed
         self._unconfirmed: int | None = None  # the step that is being saved
+        self._linked: dict[int, str] = {}  # steps that were links, and what is said of them
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a folder")
         self._options = ocp.CheckpointManagerOptions(
@@ -106,11 +107,14 @@ class Checkpoints:
         quiet_saves()
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=this_process())
         self._manager = None if read_only else self._open()
+        if self._manager:
+            self.best()  # all processes read the scores together
 
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             for link in step_folders.links(self.directory):
+                self._linked[int(link.name)] = "it is a link"
                 self._move_aside(link)
         processes.barrier()
         return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=handlers())
@@ -139,9 +143,13 @@ class Checkpoints:
 
     @functools.cached_property
     def _scores(self) -> dict[int, float]:
-        """What `note_score` wrote, and what the steps' own records say, which counts where the two differ."""
-        own = {step: info for step, info in self._records().items() if not self._other(step, info)}
-        return self._noted_scores() | {step: info["score"] for step, info in own.items() if files.is_number(info.get("score"))}
+        """What `note_score` wrote, and the steps' own records, which count where they differ; as process 0 reads both."""
+        scores = {}
+        if jax.process_index() == 0:
+            own = {step: info for step, info in self._records().items() if not self._other(step, info)}
+            recorded = {step: info["score"] for step, info in own.items() if files.is_number(info.get("score"))}
+            scores = self._noted_scores() | recorded
+        return dict(json.loads(processes.exchange(json.dumps([*scores.items()]))[0]))
 
     def _noted_scores(self) -> dict[int, float]:
         try:
@@ -190,18 +198,24 @@ class Checkpoints:
         assert self._manager
         steps = self._agreed_steps()
         kept = json.loads(processes.exchange(json.dumps(sorted(self._kept(steps))))[0])
-        for step in sorted(set(steps) - set(kept)):
-            self._manager.delete(step)
+        spare = sorted(set(steps) - set(kept))
+        if not spare:
+            return
+        if jax.process_index() == 0:
+            for step in spare:
+                (self.directory / str(step)).rmtree()
+        processes.barrier()
+        self._manager.reload()
 
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
         """Starts to write a step; returns as soon as the arrays are copied off the devices and the step before is on disk."""
+        self.wait()
         assert self._manager
         itself = {"step": step} | ({"experiment": self._experiment} if self._experiment else {})
         record = seal({**info, **itself, "digests": digests(state)})
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(record))
         with self._reporting():
             self._manager.save(step, args=items, force=True)
-            self._confirm()
         self._unconfirmed = step
 
     def wait(self) -> None:
@@ -235,12 +249,13 @@ class Checkpoints:
         """Waits for pending saves; not if this process of several has failed, of which the others do not know."""
         if exception[0] and processes.several():
             return
-        self._reader.close()
-        if self._manager is None:
-            return
-        with contextlib.suppress(Exception) if exception[0] else self._reporting():  # the failure is reported already
-            self._manager.close()
-            self._confirm()
+        try:
+            with contextlib.suppress(Exception) if exception[0] else self._reporting():  # the failure is reported already
+                if self._manager:
+                    self._manager.close()
+                    self._confirm()
+        finally:
+            self._reader.close()
 
     def restore(self, target: Any, unfit: Callable[[Restored], str] = lambda restored: "") -> Restored | None:
         """Restores the newest usable step; None if there are no steps.
@@ -260,7 +275,7 @@ class Checkpoints:
             attempt = self._attempt(step, target, unfit)
             if isinstance(attempt, Restored):
                 self._set_aside(list(damaged))
-                return dataclasses.replace(attempt, damaged=damaged)
+                return dataclasses.replace(attempt, damaged=self._linked | damaged)
             if attempt != _GONE:
                 damaged[step] = attempt
             else:  # deleted by a run that is still training: it has newer ones by now
@@ -350,8 +365,8 @@ class Checkpoints:
     def _move_aside(self, step: epath.Path) -> None:
         folder = self.directory.parent / "damaged"
         folder.mkdir(parents=True, exist_ok=True)
-        copies = sum(1 for other in folder.iterdir() if other.name.split("-")[0] == step.name)
-        step.rename(folder / (f"{step.name}-{copies}" if copies else step.name))
+        target = folder / step.name
+        step.rename(files.free_name(target) if target.exists() else target)
 
 
 def _of_another_network(stored: Mapping[str, Any], target: Any) -> str:

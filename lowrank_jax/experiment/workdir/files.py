@@ -1,6 +1,7 @@
 """Reads and writes the files of a work directory: only plain files, and never through a link that somebody left there."""
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -76,11 +77,10 @@ def read_bytes(path: Any, largest: int | None = None) -> bytes:
 
 def write(path: Any, content: bytes) -> None:
     """Writes a file completely or not at all; a link in its place is replaced, not followed."""
-    partial = path.with_name(f".{path.name}.partial")
-    if not is_local(path):
-        partial.write_bytes(content)
-        partial.replace(path)
+    if not is_local(path):  # stores of objects write whole ones
+        path.write_bytes(content)
         return
+    partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # what a kill has left, or a link
     with interrupts.cleaning_up(lambda: partial.unlink(missing_ok=True)):
         with _plain(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW) as file:
@@ -110,6 +110,12 @@ def _plain(path: Any, flags: int) -> BinaryIO:
         return os.fdopen(descriptor, "wb" if flags & os.O_WRONLY else "rb")
     os.close(descriptor)
     raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+
+
+def free_name(path: Any) -> Any:
+    """The path with the first number that makes it new: `metrics-1.jsonl` for `metrics.jsonl`."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not (name.exists() or (is_local(name) and os.path.lexists(name))))
 
 
 def is_local(path: Any) -> bool:

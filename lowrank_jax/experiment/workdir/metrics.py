@@ -1,7 +1,6 @@
 """metrics.jsonl: a step and its numbers in each line, and whether the lines are as they were written."""
 
 import contextlib
-import itertools
 import json
 import zlib
 from typing import Any
@@ -60,11 +59,6 @@ class Metrics:
         if digest != self.digest():
             raise WorkdirError(f"{self.path} has changed since the run ended")
 
-    def clear(self) -> None:
-        """Drops all lines."""
-        if self.path.exists():
-            self._write(b"")
-
     def cut_back(self, kept: Digest) -> str | None:
         """Cuts the file back to what it held when the digest was made, so that it reads as one run.
 
@@ -97,11 +91,10 @@ class Metrics:
             self._write(whole)
 
     def set_aside(self) -> str | None:
-        """Renames the file, of which nothing is lost; returns its new name, or None if there is none."""
-        if not self._active or not self.path.exists():
+        """Renames the file, of which nothing is lost; returns its new name, or None if it has no lines."""
+        if not self._active or not self._content():
             return None
-        names = (self.path.with_name(f"{self.path.stem}-{number}.jsonl") for number in itertools.count(1))
-        other = next(name for name in names if not name.exists())
+        other = files.free_name(self.path)
         self.path.rename(other)
         return other.name
 

@@ -31,7 +31,8 @@ def links(directory: epath.Path) -> list[epath.Path]:
     """Symbolic links in the place of steps, which lead to another step or out of the folder."""
     if not files.is_local(directory):
         return []
-    return [epath.Path(path) for path in pathlib.Path(directory).iterdir() if path.is_symlink()]
+    steps = (path for path in pathlib.Path(directory).iterdir() if NUMBER.fullmatch(path.name))
+    return [epath.Path(path) for path in steps if path.is_symlink()]
 
 
 def _is_complete(folder: epath.Path) -> bool:
@@ -44,11 +45,11 @@ def check_readable(folder: epath.Path) -> None:
     """Raises CheckpointError if this user may not read all of a local step: it need not be damaged."""
     if not files.is_local(folder):
         return
-    refused = [
-        str(path) for path in (folder, *pathlib.Path(folder).rglob("*")) if not os.access(path, os.R_OK) and path.exists()
-    ]
-    if refused:
-        raise CheckpointError(f"{refused[0]}: this user needs permission to read it")
+    for parent, folders, names in os.walk(folder):  # which passes over what is deleted meanwhile
+        needed = {parent: os.R_OK | os.X_OK, **{f"{parent}/{name}": os.R_OK for name in (*folders, *names)}}
+        for path, rights in needed.items():
+            if not os.access(path, rights) and os.path.lexists(path):
+                raise CheckpointError(f"{path}: this user needs permission to read it")
 
 
 def absolute(path: epath.Path) -> epath.Path:

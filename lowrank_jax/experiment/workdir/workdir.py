@@ -42,7 +42,7 @@ class Workdir:
         # Training writes where epath can; reports are also read from other places that fsspec supports.
         other = re.match(r"[a-z0-9+]+://", str(path)) and not str(path).startswith(_EPATH)
         if re.fullmatch(r"[a-z0-9+]+://+", str(path)):
-            raise WorkdirError(f"{path} names no folder")
+            raise WorkdirError(f"{path} does not name a folder")
         try:
             self.path: Any = UPath(str(path)) if other else epath.Path(path)
         except (ValueError, ImportError) as error:  # an unknown scheme, or its package is missing
@@ -201,6 +201,13 @@ class Workdir:
     def note_saved(self, step: int) -> None:
         """Records, in `saved.json`, that a checkpoint is on disk, so that it is noticed if all of them are gone one day."""
         self.write_json("saved.json", {"step": step})
+
+    def set_result_aside(self) -> None:
+        """Renames what says that the run was saved, or has finished; it begins anew."""
+        if self._active:
+            (self.path / "saved.json").unlink(missing_ok=True)
+            if (self.path / "result.json").exists():
+                (self.path / "result.json").rename(files.free_name(self.path / "result.json"))
 
     def saved(self) -> int | None:
         """The latest step that is known to have been saved; None if there is none."""

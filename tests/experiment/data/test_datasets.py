@@ -39,7 +39,7 @@ def test_the_second_reading_finds_decoded_pixels_and_survives_their_loss():
 
 
 def test_digits_are_not_made_in_a_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(DataError, match=r"dataset\.data_dir: .*/nowhere is no folder; make it, or leave the setting out"):
+    with pytest.raises(DataError, match=r"dataset\.data_dir: .*/nowhere is not a folder; make it, or leave the setting out"):
         load(describe("digits", {}), "test", str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
 

@@ -199,16 +199,33 @@ def test_what_has_no_number_of_a_step_is_none(folder, name):
             assert checkpoints.restore(TARGET).step == 2
 
 
-@pytest.mark.parametrize("target", ["1", "nowhere", "3", "..", "/tmp"])
+@pytest.mark.parametrize("target", ["1", "nowhere", "3", ".."])
 def test_a_link_is_no_step(folder, target):
     linked(folder, target, "3")
     with Checkpoints(folder, read_only=True) as checkpoints:
         assert checkpoints.restore(TARGET).step == 2
     with Checkpoints(folder) as checkpoints:
-        assert (checkpoints.restore(TARGET).step, checkpoints.steps()) == (2, [1, 2])
+        restored = checkpoints.restore(TARGET)
+        assert (restored.step, restored.damaged, checkpoints.steps()) == (2, {3: "it is a link"}, [1, 2])
         checkpoints.save(3, make_state(3), info())
     assert (folder / "3").is_dir() and not (folder / "3").is_symlink()
     assert (folder.parent / "damaged" / "3").is_symlink()
+
+
+def test_a_link_that_is_no_step_stays(folder):
+    linked(folder, "2", "latest")
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.restore(TARGET).damaged == {}
+    assert (folder / "latest").is_symlink()
+
+
+def test_what_is_set_aside_gets_a_name_that_is_free(folder):
+    for name in ("2", "2-2"):
+        (folder.parent / "damaged" / name).mkdir(parents=True)
+    emptied(data_files(folder / "2")[0])
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.restore(TARGET).step == 1
+    assert {path.name for path in (folder.parent / "damaged").iterdir()} == {"2", "2-1", "2-2"}
 
 
 def forge(folder, at, **changes):

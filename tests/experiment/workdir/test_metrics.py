@@ -35,7 +35,6 @@ def test_lines_come_back_without_one_that_a_kill_cut_short(metrics):
 def test_no_file_has_no_lines(tmp_path):
     metrics = Metrics(tmp_path / "no" / "metrics.jsonl")
     assert metrics.read() == [] and metrics.set_aside() is None
-    metrics.clear()
     metrics.drop_cut_line()
     assert not metrics.path.parent.exists()
 
@@ -127,7 +126,6 @@ def test_a_process_that_is_not_the_first_writes_nothing(metrics):
     before = metrics.path.read_bytes()
     other = Metrics(metrics.path, active=False)
     other.append({"step": 40})
-    other.clear()
     other.cut_after(10, evaluated=True)
     assert other.set_aside() is None
     assert metrics.path.read_bytes() == before

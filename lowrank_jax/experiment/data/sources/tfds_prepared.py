@@ -57,8 +57,9 @@ def open_prepared(dataset: Dataset, data_dir: str | None) -> Prepared:
     Raises:
       DataError: it is not prepared, not as array_record, or damaged.
     """
-    if not dataset.prepare and data_dir and not epath.Path(data_dir).expanduser().is_dir():
-        raise DataError(f"dataset.data_dir: {data_dir} is no folder; make it, or leave the setting out")
+    local = None if dataset.prepare or not data_dir or "://" in data_dir else epath.Path(data_dir).expanduser()
+    if local and not local.is_dir():
+        raise DataError(f"dataset.data_dir: {data_dir} is not a folder; make it, or leave the setting out")
     root, path = tfds_folder.folder(dataset.name, data_dir)
     try:
         with explained(_remedy(dataset, path, root)):
