@@ -26,7 +26,7 @@ def test_nothing_is_imported_out_of_a_work_directory(folder, name):
     run = folder / "runs_of_a_test" / "a"
     (run / "package").mkdir(parents=True)
     for file in ("payload.py", "package/__init__.py", "package/inner.py"):
-        (run / file).write_text(f"open({str(folder / 'ran')!r}, 'w')\nvalue = 5")
+        (run / file).write_text(f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\nvalue = 5")
     with (
         not_in(str(run)),
         pytest.raises(ValueError, match=r"cannot be imported: .*lies in .*a, the work directory that is read"),

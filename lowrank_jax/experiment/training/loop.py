@@ -24,7 +24,7 @@ from lowrank_jax.experiment.training.log_window import Diverged, Window
 from lowrank_jax.experiment.training.overview import describe, headline
 from lowrank_jax.experiment.training.profiler import StepProfiler
 from lowrank_jax.experiment.training.result import TrainResult, result_record
-from lowrank_jax.experiment.training.resume import Resumed, restore_or_start
+from lowrank_jax.experiment.training.resume import Resumed, jax_settings, restore_or_start
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.identity import config_digest, flatten
@@ -63,8 +63,9 @@ def train(
     experiment = build(config, source)
     check_training(experiment)
     data = _load(experiment)
-    folder = _claimed(workdir, config)
+    folder = _checked(workdir, config)
     with folder.locked():
+        _claim(folder, config)
         folder.forget_failure()
         folder.write_text("overview.txt", f"{describe(experiment)}\n")
         with Writer(folder) as writer, _checkpoints(folder, config) as checkpoints:
@@ -88,22 +89,30 @@ def _load(experiment: Experiment) -> dict[str, datasets.Split]:
     return {kind: datasets.load(experiment.dataset, split, given.data_dir) for kind, split in splits.items() if split}
 
 
-def _claimed(workdir: str, config: Config) -> Workdir:
-    """The work directory, once all processes agree that it is this experiment's.
+def _checked(workdir: str, config: Config) -> Workdir:
+    """The work directory, if it can be this experiment's.
 
     Raises:
-      WorkdirError: it is another's, cannot be written, or the processes differ.
+      WorkdirError: it is another's, or the processes have different settings.
     """
     folder = Workdir(workdir, active=jax.process_index() == 0)
     _agree(to_dict(config))
-    folder.check_bucket()
+    folder.check(to_dict(config))
     if not (folder.path / "config.json").exists():  # its checkpoints alone can tell whose it is
         with Checkpoints(folder.checkpoints, config_digest(to_dict(config)), read_only=True) as checkpoints:
             checkpoints.check_experiment()
+    return folder
+
+
+def _claim(folder: Workdir, config: Config) -> None:
+    """Writes the config; no process goes on before the folder is known to be the same for all.
+
+    Raises:
+      WorkdirError: it has become another's, or cannot be written, or the processes have different folders.
+    """
     folder.claim(to_dict(config))
     barrier()
     folder.check_shared()
-    return folder
 
 
 def _checkpoints(folder: Workdir, config: Config) -> Checkpoints:
@@ -303,6 +312,7 @@ class Loop:
             "seconds": self.seconds(),
             "window": self.window.check(self.saved),  # what is saved is good
             "metrics": self.tools.folder.metrics.digest(),
+            "jax": jax_settings(),
         }
         self.checkpoints.save(self.step, self.state.saved(), info)
         self.saved = self.step

@@ -4,6 +4,7 @@ Every process writes its own part: WORKDIR/plugins/profile/RUN/process_N.xplane.
 """
 
 import contextlib
+import errno
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import jax
 from etils import epath
 
 from lowrank_jax.experiment import temporary
+from lowrank_jax.experiment.workdir import files
 from lowrank_jax.text import first_line
 
 
@@ -85,9 +87,12 @@ class StepProfiler:
             # process, so that the parts of one would end up in several, and two processes of a host would write one file.
             with self._kept:
                 jax.profiler.stop_trace()
+                for folder in (run.parent, run):
+                    if files.is_local(folder) and pathlib.Path(folder).is_symlink():
+                        raise OSError(errno.ELOOP, "it is a link, and nothing is written through links", str(folder))
                 run.mkdir(parents=True, exist_ok=True)
                 for file in pathlib.Path(self._local).rglob("*.xplane.pb"):
-                    (run / f"process_{jax.process_index()}.xplane.pb").write_bytes(file.read_bytes())
+                    files.write(run / f"process_{jax.process_index()}.xplane.pb", file.read_bytes())
             self._say(f"traced steps {self._done[0]} to {self._done[-1]}: {run}")
         self._done = []
 

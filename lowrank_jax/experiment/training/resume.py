@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from lowrank_jax.experiment.data.pipeline import TrainBatches
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.training.build import Experiment
@@ -16,6 +18,12 @@ from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
 _TELL_SECONDS = 10.0
 _TRACKED = ("loss", "grad_norm", "lr")  # of every step
+_RANDOMNESS = ("jax_default_prng_impl", "jax_threefry_partitionable", "jax_random_seed_offset", "jax_enable_x64")
+
+
+def jax_settings() -> dict[str, Any]:
+    """The settings of jax that a run's random numbers and types depend on, besides its own."""
+    return {name: getattr(jax.config, name) for name in _RANDOMNESS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +113,9 @@ def _unfit(restored: Restored, total: int) -> str:
     valid = {
         "data": lambda data: data == {"next_index": step},
         "seconds": lambda seconds: is_number(seconds) and seconds >= 0,
-        "window": lambda rows: (
-            isinstance(rows, list) and len(rows) <= step and all(_are_numbers(row, *_TRACKED) for row in rows)
-        ),
+        "window": lambda rows: isinstance(rows, list) and len(rows) <= step and all(_is_row(row) for row in rows),
         "evaluated": lambda parts: parts is None or (_has(parts, "eval") and all(map(_are_numbers, parts.values()))),
+        "jax": lambda settings: settings is None or isinstance(settings, dict),
         "metrics": lambda digest: digest is None or (_has(digest, "bytes", "crc32") and all(map(_is_count, digest.values()))),
     }
     wrong = [name for name, is_valid in valid.items() if not is_valid(info.get(name))]
@@ -118,6 +125,11 @@ def _unfit(restored: Restored, total: int) -> str:
 def _are_numbers(value: Any, *names: str) -> bool:
     """Whether a value is a mapping with at least these names, of numbers; a metric of one's own need not be finite."""
     return _has(value, *names) and all(type(number) in (int, float) for number in value.values())
+
+
+def _is_row(value: Any) -> bool:
+    """Whether a value is the metrics of a step."""
+    return _are_numbers(value, *_TRACKED) and all(is_number(value[name]) for name in _TRACKED)
 
 
 def _is_count(value: Any) -> bool:
@@ -134,14 +146,20 @@ def _resumed(restored: Restored, total: int, folder: Workdir, say: Callable[[str
         say(f"{folder.path}: checkpoint {damaged} cannot be used ({reason}); using {step} instead")
     if not restored.names_itself:
         say(f"{folder.path}: checkpoint {step} is of an earlier version, which did not record the experiment; taken as it is")
+    ours = jax_settings()
+    other = {name: value for name, value in info.get("jax", ours).items() if ours.get(name) != value}
+    if other:
+        was = ", ".join(f"{name} was {value}, and is {ours.get(name)}" for name, value in other.items())
+        raise WorkdirError(f"{folder.path} was trained under other settings of jax: {was}. Set them as they were.")
     evaluated = info.get("evaluated")
     if info.get("metrics"):
         aside = folder.metrics.cut_back(info["metrics"])
     else:
         aside = folder.metrics.cut_after(step, evaluated=evaluated is not None)
-    if aside:
+    if aside is not None:
         folder.metrics.append({"step": step})  # where they begin now
-        say(f"{folder.path}: metrics.jsonl is not as it was at step {step}; it is kept as {aside}, and a new one begins there")
+        kept = f"it is kept as {aside}, and" if aside else "nothing is left of it, and"
+        say(f"{folder.path}: metrics.jsonl is not as it was at step {step}; {kept} a new one begins there")
     if step == total and evaluated is not None:
         say(f"{folder.path} has finished: step {step} of {total}; nothing is left to do")
     else:

@@ -62,12 +62,12 @@ class Metrics:
     def cut_back(self, kept: Digest) -> str | None:
         """Cuts the file back to what it held when the digest was made, so that it reads as one run.
 
-        If it does not begin with that any more it is set aside; see `set_aside`.
+        If it does not begin with that any more it is set aside, and its new name is returned; "" if nothing is left of it.
         """
         content = self._content()
         beginning = content[: kept["bytes"]]
         if _digest(beginning) != kept:
-            return self.set_aside()
+            return self.set_aside() or ""
         if beginning != content:
             self._write(beginning)
         return None
@@ -77,7 +77,7 @@ class Metrics:
         try:
             lines = self.read()
         except WorkdirError:
-            return self.set_aside()
+            return self.set_aside() or ""
         last = step if evaluated else step - 1  # of the evaluations that are kept
         kept = [line for line in lines if line["step"] <= (last if _is_evaluation(line) else step)]
         self._write("".join(map(_to_text, kept)).encode())

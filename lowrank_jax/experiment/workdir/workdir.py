@@ -64,11 +64,16 @@ class Workdir:
         """
         if not self._active:
             return
-        self.check_bucket()
         self.check(config)
-        try:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", config)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raises WorkdirError if the folder cannot be written."""
+        try:
+            yield
         except OSError as error:
             raise WorkdirError(f"cannot write to {self.path}: {error.strerror or error}") from None
 
@@ -94,12 +99,16 @@ class Workdir:
                 f"{whole}: no checkpoint can be saved where a folder has [...], ** or a backslash in its name; use another path"
             )
         for name in _WRITTEN:
-            if (link := pathlib.Path(self.path, name)).is_symlink():
-                raise WorkdirError(f"{link} is a link, and nothing is written through links; put what it leads to in its place")
+            self.check_own(name)
+
+    def check_own(self, name: str) -> None:
+        """Raises WorkdirError if a folder or file below this one, which need not exist, is a link; remote ones are none."""
+        if "://" not in str(self.path) and (link := pathlib.Path(self.path, name)).is_symlink():
+            raise WorkdirError(f"{link} is a link, and nothing is written through links; put what it leads to in its place")
 
     @contextlib.contextmanager
-    def locked(self, seconds: float = 10.0) -> Iterator[None]:
-        """Keeps other processes of this machine from training in the folder.
+    def locked(self, seconds: float = 10.0, *, name: str = ".lock", doing: str = "training in") -> Iterator[None]:
+        """Keeps other processes of this machine from doing the same with the folder; `doing` is what to call it.
 
         Does nothing if the folder is remote or its file system has no locks.  A process that is killed frees its lock.
 
@@ -109,12 +118,14 @@ class Workdir:
         if "://" in str(self.path) or not self._active:
             yield
             return
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
         lock = contextlib.ExitStack()
-        held = filelock.FileLock(str(self.path / ".lock"), timeout=seconds, poll_interval=0.1, fallback_to_soft=False)
+        held = filelock.FileLock(str(self.path / name), timeout=seconds, poll_interval=0.1, fallback_to_soft=False)
         try:
             lock.enter_context(held.acquire())
         except filelock.Timeout:
-            raise WorkdirError(f"another process is training in {self.path}; stop it, or use a new --workdir") from None
+            raise WorkdirError(f"another process is {doing} {self.path}; stop it, or use a new --workdir") from None
         except NotImplementedError:
             pass
         except OSError as error:
@@ -125,6 +136,7 @@ class Workdir:
 
     def check(self, config: dict[str, Any]) -> None:
         """Raises WorkdirError if the folder belongs to another experiment, or cannot be trained in."""
+        self.check_bucket()
         self.check_path()
         if self.path.exists() and not self.path.is_dir():
             raise WorkdirError(f"{self.path} is a file; --workdir must name a folder")
@@ -210,7 +222,15 @@ class Workdir:
                 (self.path / "result.json").rename(files.free_name(self.path / "result.json"))
 
     def saved(self) -> int | None:
-        """The latest step that is known to have been saved; None if there is none."""
-        record = self.read_json("saved.json") or self.read_json("result.json") or {}
-        step = record.get("step")
-        return step if isinstance(step, int) else None
+        """The latest step that is known to have been saved; None if there is none.
+
+        Raises:
+          WorkdirError: the file that says so is damaged.
+        """
+        for name in ("saved.json", "result.json"):
+            record = self.read_json(name)
+            if record is not None and type(record.get("step")) is not int:
+                raise WorkdirError(f"{self.path}/{name} is damaged: it has no step")
+            if record is not None:
+                return record["step"]
+        return None

@@ -438,7 +438,7 @@ def test_memory_that_runs_out_on_the_way_is_one_line(monkeypatch, tmp_path):
     for error in (MemoryError("Unable to allocate 2 TiB"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
         monkeypatch.setattr(loop, "build", raises(error))
         result = lowrank(*tiny(tmp_path))
-        assert result.status == 2 and len(result.stderr.splitlines()) == 1
+        assert result.status == 1 and len(result.stderr.splitlines()) == 1
         assert result.stderr.startswith(f"lowrank: out of memory: {error}; lower batch_size")
 
 

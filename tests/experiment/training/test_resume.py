@@ -144,7 +144,8 @@ def test_a_checkpoint_of_another_run_is_not_taken_for_ours(folder, whole, capsys
 
 
 RECORDS = [
-    {"data": 7}, {"data": {"next_index": 0}}, {"seconds": True}, {"window": [{"loss": 1.0}]}, {"evaluated": {"eval": {"top1": "x"}}},
+    {"data": 7}, {"data": {"next_index": 0}}, {"seconds": True}, {"window": [{"loss": 1.0}]},
+    {"evaluated": {"eval": {"top1": "x"}}},
     {"metrics": {"bytes": 1.0, "crc32": 1}},
 ]  # fmt: skip
 

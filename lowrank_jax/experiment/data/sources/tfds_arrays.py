@@ -27,7 +27,7 @@ def _read(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
     prepared = open_prepared(dataset, data_dir)
     cache = prepared.folder / f"decoded-{split}.npz"
     decoded = _read_cache(cache)
-    if decoded is None or len(decoded) != dataset.sizes[split]:
+    if decoded is None or not _fits(decoded, dataset, split):
         prepared.check_split(split)
         with explained(prepared.remedy):
             tfds_folder.check_all(prepared.builder)
@@ -48,6 +48,15 @@ def _read_cache(path: epath.Path) -> Arrays | None:
             return Arrays(arrays["images"], arrays["labels"])
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
+
+
+def _fits(decoded: Arrays, dataset: Dataset, split: str) -> bool:
+    """Whether these can be the images and labels of the split."""
+    images, labels, size = decoded.images, decoded.labels, dataset.sizes[split]
+    kinds = (images.dtype, images.shape, labels.dtype, labels.shape)
+    if kinds != (np.uint8, (size, *dataset.image_shape), np.int32, (size,)):
+        return False
+    return labels.min() >= 0 and labels.max() < dataset.num_classes
 
 
 def _write_cache(path: epath.Path, arrays: Arrays) -> None:
