@@ -75,6 +75,7 @@ class _WatchedRun:
         self.workdir, self.finished, self.failed = workdir, False, False
         self._evaluator, self._rows, self._stop, self._complain = evaluator, rows, stop, complain
         self._folder = Workdir(workdir)
+        self._folder.check_bucket()
         self._subject: Subject | None = None  # None before the folder exists
         self._done: set[int] = set()
         self._suspects: set[int] = set()  # steps that could not be read at the last poll

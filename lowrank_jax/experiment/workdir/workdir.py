@@ -161,8 +161,9 @@ class Workdir:
         """The config of the experiment; settings that were added since it was written have their defaults.
 
         Raises:
-          WorkdirError: there is none, or it does not belong to an experiment.
+          WorkdirError: there is none, it does not belong to an experiment, or it is in a bucket out of reach.
         """
+        self.check_bucket()
         config = self.read_json("config.json")
         if config is None:
             raise WorkdirError(f"{self.path} is not a work directory: it has no config.json")
