@@ -163,7 +163,8 @@ class Workdir:
         Raises:
           WorkdirError: there is none, it does not belong to an experiment, or it is in a bucket out of reach.
         """
-        self.check_bucket()
+        if str(self.path).startswith(_EPATH):  # reports also read from other places
+            self.check_bucket()
         config = self.read_json("config.json")
         if config is None:
             raise WorkdirError(f"{self.path} is not a work directory: it has no config.json")
