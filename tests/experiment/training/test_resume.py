@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 
+import jax
 import pytest
 
 from lowrank_jax.experiment.errors import WorkdirError
@@ -11,6 +12,7 @@ from lowrank_jax.experiment.report.stored_runs import read
 from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.workdir.checked_json import seal, unseal
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError
+from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 
 SMALL = {"steps": 20, "checkpoint__every": "10 steps"}
@@ -162,6 +164,57 @@ def test_a_metric_that_is_not_finite_is_no_damage(folder, whole):
     forge(folder, 20, evaluated={"eval": {**result(whole)["eval"], "own": float("nan")}})
     again(folder)
     assert result(folder)["eval"] == {**result(whole)["eval"], "own": None}
+
+
+SETTINGS = {
+    "jax_enable_x64": True,
+    "jax_random_seed_offset": 7,
+    "jax_threefry_partitionable": False,
+    "jax_default_prng_impl": "rbg",
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_does_not_go_on_under_other_settings_of_jax(folder, name):
+    before = getattr(jax.config, name)
+    jax.config.update(name, SETTINGS[name])
+    try:
+        with pytest.raises(
+            WorkdirError, match=f"other settings of jax: {name} was {before}, and is {SETTINGS[name]}. Set them"
+        ):
+            again(folder)
+    finally:
+        jax.config.update(name, before)
+
+
+@pytest.mark.parametrize("step", ['"20"', "null", "20.0", "true", "[20]"])
+def test_a_record_of_saves_that_is_damaged_is_no_reason_to_begin_anew(folder, step):
+    shutil.rmtree(halted(folder) / "checkpoints")
+    (folder / "saved.json").write_text(f'{{"step": {step}}}')
+    with pytest.raises(WorkdirError, match=r"saved.json is damaged: it has no step"):
+        again(folder)
+
+
+def test_a_restart_leaves_no_result_of_the_run_before(folder, monkeypatch):
+    shutil.rmtree(folder / "checkpoints")
+    monkeypatch.setattr("lowrank_jax.experiment.training.loop.put_batch", raising(MemoryError))
+    with pytest.raises(MemoryError):
+        again(folder, restart=True)
+    assert not (folder / "result.json").exists() and (folder / "result-1.json").exists()
+
+
+def raising(error):
+    def raise_it(*args):
+        raise error
+
+    return raise_it
+
+
+def test_a_command_that_is_refused_changes_nothing(folder):
+    config = (folder / "config.json").read_text()
+    with Workdir(folder).locked(), pytest.raises(WorkdirError, match="another process is training in"):
+        again(folder, eval__batch_size=32)
+    assert (folder / "config.json").read_text() == config
 
 
 def test_a_step_beyond_the_end_is_passed_over(folder, whole, capsys):
