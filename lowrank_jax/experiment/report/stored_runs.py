@@ -13,9 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from lowrank_jax.experiment.report import stored_values
 from lowrank_jax.experiment.sweep.trials import meaningless_when_dense, read_record
-from lowrank_jax.experiment.workdir import files
+from lowrank_jax.experiment.workdir import files, stored_values
 from lowrank_jax.experiment.workdir.identity import config_digest, differing_keys, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 

@@ -21,7 +21,7 @@ from lowrank_jax.experiment.cli import commands
 from lowrank_jax.experiment.sweep import local
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial
 from lowrank_jax.experiment.workdir.workdir import Workdir
-from tests import running
+from tests import running, stored
 
 BASE = [
     "--config.model.name=mlp",
@@ -74,7 +74,7 @@ def test_what_becomes_of_a_trial_by_the_status_of_its_process(tmp_path, capsys, 
     engine.waiting.clear()
     folder = Workdir(one.workdir)
     if status == 0:
-        folder.write_json("result.json", {"eval": {"top1": 0.75}})
+        folder.write_json("result.json", stored.result(0.75))
     if status == 4:
         folder.note_failure(diverged=True, reason="loss is nan at step 3")
     if status == 2:
@@ -100,7 +100,7 @@ def test_the_fork_server_finds_what_it_preloads():
 
 def test_what_ends_after_a_signal_is_interrupted_and_what_has_ended_is_not_run(tmp_path):
     done, diverged, stopped = (trial(tmp_path, name) for name in ("done", "diverged", "stopped"))
-    Workdir(done.workdir).write_json("result.json", {})
+    Workdir(done.workdir).write_json("result.json", stored.result())
     Workdir(diverged.workdir).note_failure(diverged=True, reason="why")
     engine = engine_of(done, diverged, stopped, jobs=2)
     assert engine.waiting == [(stopped, 1)]

@@ -21,7 +21,7 @@ from lowrank_jax.experiment.sweep.ray_cluster import Resources
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial
 from lowrank_jax.experiment.training.log_window import Diverged
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
-from tests import running
+from tests import running, stored
 
 # Starting its nodes, Ray forks this process, in which other tests may have begun to use jax; the child is replaced at once.
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
@@ -110,7 +110,7 @@ def final(trial):
 def test_asha_ends_a_poor_trial_for_good(cluster, tmp_path):
     good = trial(tmp_path, "good", eval__every="10 steps")  # ended in an earlier call
     (tmp_path / "good").mkdir()
-    (tmp_path / "good" / "result.json").write_text("{}")
+    (tmp_path / "good" / "result.json").write_text(json.dumps(stored.result()))
     lines = [json.dumps({"step": step, "eval/top1": 0.9}) for step in (10, 20, 30, 40)]
     (tmp_path / "good" / "metrics.jsonl").write_text("\n".join(lines))
     poor = trial(tmp_path, "poor", eval__every="10 steps", optim__lr=1e-6)
