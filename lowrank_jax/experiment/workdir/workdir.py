@@ -85,7 +85,7 @@ class Workdir:
             raise WorkdirError(f"there is no bucket {match[0]}, or this account has no access to it")
 
     def check_path(self) -> None:
-        """Raises WorkdirError for a path where orbax loses what it saves, and for links out of the folder."""
+        """Raises WorkdirError for a path where orbax loses what it saves, links out of the folder, and a log that is no file."""
         if "://" in str(self.path):
             return
         whole = self.path.resolve()
@@ -96,6 +96,9 @@ class Workdir:
         for name in _WRITTEN:
             if (link := pathlib.Path(self.path, name)).is_symlink():
                 raise WorkdirError(f"{link} is a link, and nothing is written through links; put what it leads to in its place")
+        log = pathlib.Path(self.path, "log.txt")
+        if log.exists() and not log.is_file():  # a pipe would block for ever
+            raise WorkdirError(f"{log} is not a plain file, and a run's log goes there; remove it")
 
     @contextlib.contextmanager
     def locked(self, seconds: float = 10.0) -> Iterator[None]:

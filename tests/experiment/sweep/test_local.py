@@ -18,7 +18,8 @@ import pytest
 from rich.console import Console
 
 from lowrank_jax.experiment.cli import commands
-from lowrank_jax.experiment.sweep import local
+from lowrank_jax.experiment.cli.output import say
+from lowrank_jax.experiment.sweep import launch, local
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running, stored
@@ -123,6 +124,29 @@ def test_the_table_says_what_runs_and_what_its_trial_says(tmp_path):
     text = console.file.getvalue()
     assert "0 done, 1 running, 0 failed, 1 waiting, 2 in total" in text and "eta ..." in text
     assert re.search(r"lr=\[0\.1\] +\d+s +\[ +10/2000\] loss 1\.5", text)
+
+
+def test_a_reason_commands_no_terminal(tmp_path, capsys):
+    one = trial(tmp_path)
+    (tmp_path / one.name / "log.txt").write_text("\x1b]0;owned\x07\n")
+    engine = engine_of(one)
+    console = Console(file=io.StringIO(), width=120)
+    engine.running.append(local._Running(one, None, 1, time.monotonic()))
+    console.print(engine.board._picture())
+    end(engine, one, 2)
+    say(launch.summary(engine.outcomes))
+    said = capsys.readouterr().out
+    for text in (said, console.file.getvalue()):
+        assert "\\x1b]0;owned\\x07" in text and "\x1b" not in text and "\x07" not in text
+    assert said.count("owned") == 2
+
+
+def test_a_log_that_becomes_a_pipe_blocks_nothing(tmp_path):
+    one = trial(tmp_path)
+    os.mkfifo(tmp_path / one.name / "log.txt")
+    assert local._last_line(one) == ""
+    with pytest.raises(OSError, match=r"log\.txt"):
+        local._train(commands.main, [], str(tmp_path / one.name / "log.txt"))
 
 
 def lowrank(arguments):

@@ -238,6 +238,12 @@ def test_a_worker_tells_how_a_trial_ended_otherwise(worker, tmp_path):
     assert log.count(f"process {os.getpid()} on ") == 5 and "loss is nan" in log and "RuntimeError: a bug" in log
 
 
+def test_a_log_that_is_a_pipe_does_not_block_a_worker(worker, tmp_path):
+    os.mkfifo(tmp_path / "log.txt")
+    with pytest.raises(OSError, match=r"log\.txt"):
+        worker(running.config(), None)
+
+
 def test_how_a_trial_of_tune_ended_is_noted_in_its_folder(tmp_path):
     """What Tune tells its callbacks, as far as they look at it."""
     trials = {name: trial(tmp_path, name) for name in ("done", "diverged", "poor", "lost")}

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -147,6 +148,14 @@ def test_a_folder_of_another_experiment_stops_the_sweep(tmp_path):
     other = expand(CONFIG, [("optim.lr", "0.7")], "seed=0:2", str(tmp_path))
     with pytest.raises(WorkdirError, match=r"seed=1 belongs to another experiment: optim.lr is 0.1 there, 0.7 here"):
         trials.check_workdirs(other.first)
+
+
+def test_a_log_that_is_a_pipe_stops_the_sweep_before_it_could_block(tmp_path):
+    sweep = expand(CONFIG, [], "seed=0:2", str(tmp_path))
+    Workdir(sweep.first[1].workdir).claim(to_dict(sweep.first[1].config))
+    os.mkfifo(tmp_path / "seed=1" / "log.txt")
+    with pytest.raises(WorkdirError, match=r"seed=1/log.txt is not a plain file"):
+        trials.check_workdirs(sweep.first)
 
 
 def test_a_second_sweep_of_a_folder_is_recorded_beside_the_first(tmp_path):
