@@ -85,7 +85,7 @@ class Workdir:
             raise WorkdirError(f"there is no bucket {match[0]}, or this account has no access to it")
 
     def check_path(self) -> None:
-        """Raises WorkdirError for a path where orbax loses what it saves, links out of the folder, and a log that is no file."""
+        """Raises WorkdirError for a path where orbax loses what it saves, links out of the folder, and a log that is none."""
         if "://" in str(self.path):
             return
         whole = self.path.resolve()

@@ -263,7 +263,7 @@ def test_metrics_that_have_changed_since_the_end(home):
 
 def test_a_result_of_other_settings(home):
     folder = Workdir(home / "spoiled" / "done")
-    result = folder.read_json("result.json")
+    result = folder.read_json("result.json") or {}
     for config, status in ((folder.read_config(), "done"), ({**folder.read_config(), "seed": 7}, "damaged")):
         folder.write_json("result.json", {**result, "config_digest": config_digest(config)})
         run = report_on(home)["done"]
@@ -273,7 +273,7 @@ def test_a_result_of_other_settings(home):
 
 def test_a_result_that_is_not_what_was_logged(home):
     folder = Workdir(home / "spoiled" / "done")
-    result = folder.read_json("result.json")
+    result = folder.read_json("result.json") or {}
     folder.metrics.append({"step": 20, **{f"eval/{name}": value for name, value in result["eval"].items()}})
     record = {**result, "step": 20, "metrics": folder.metrics.digest()}
     for top1, status in ((result["eval"]["top1"], "done"), (0.99, "damaged")):
