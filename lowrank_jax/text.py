@@ -29,6 +29,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in re.sub(r"\s+", " ", text))
 
 
+def printable(text: str) -> str:
+    """Text of several lines for a terminal, each as by `one_line`."""
+    return "\n".join(map(one_line, text.splitlines()))
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate most similar to `name`; None if there are no candidates."""
     return max(candidates, key=lambda c: difflib.SequenceMatcher(None, name, c).ratio(), default=None)

@@ -8,6 +8,12 @@ from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 
 
+def result(top1: float = 0.5, valid: dict[str, float] | None = None, params: int = 1000) -> dict[str, Any]:
+    """The contents of result.json, as far as they are compared."""
+    sizes = {"params": params, "macs": 2 * params, "seconds": 1.5, "versions": {"jax": "1"}}
+    return {**sizes, "eval": {"top1": top1, "top5": 1.0, "loss": 0.5}, "valid": valid}
+
+
 def make(
     home: pathlib.Path,
     name: str,
@@ -30,6 +36,6 @@ def make(
         folder.metrics.append({"step": 20, "eval/top1": top1, "train/images_per_second": None})
         method = changes.get("lowrank__method", "kernel_projection")
         params = 1000 if method == "none" else int(1000 * changes.get("lowrank__scale", 0.25))
-        result = {"params": params, "macs": 2 * params, "seconds": 1.5, "versions": {"jax": "1"}}
-        evaluated = {"eval": {"top1": top1, "top5": 1.0, "loss": 0.5}, "valid": valid and {"top1": valid, "loss": 1 - valid}}
-        folder.write_json("result.json", {**result, **evaluated, "eval_raw": raw and {"top1": raw, "top5": 1.0, "loss": 0.5}})
+        held_out = {"top1": valid, "loss": 1 - valid} if valid else None
+        averaged = raw and {"top1": raw, "top5": 1.0, "loss": 0.5}
+        folder.write_json("result.json", {**result(top1, held_out, params), "eval_raw": averaged})

@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from lowrank_jax.text import align, count, did_you_mean, first_line, html_table, markdown_table, nearest, with_change
+from lowrank_jax.text import align, count, did_you_mean, first_line, html_table, markdown_table, nearest, printable, with_change
 
 
 def test_did_you_mean_proposes_or_lists():
@@ -18,6 +18,10 @@ def test_did_you_mean_proposes_or_lists():
 )
 def test_of_a_long_error_the_first_line_and_of_a_silent_one_its_type(error, line):
     assert first_line(error) == line
+
+
+def test_what_is_printed_commands_no_terminal():
+    assert printable("a\n\x1b]0;b\x07\n") == "a\n\\x1b]0;b\\x07" and printable("") == ""
 
 
 def test_the_nearest_is_the_most_similar():

@@ -20,7 +20,7 @@ from lowrank_jax.experiment.cli.flags import HOSTS, parser, split_overrides
 from lowrank_jax.experiment.cli.output import complain, hush, print_anything, say, written_at_the_end
 from lowrank_jax.experiment.cli.sweep import given, sweep
 from lowrank_jax.experiment.errors import BAD_INPUT, DIVERGED, DOES_NOT_FIT, DONE, FAILED, INTERRUPTED, UserError
-from lowrank_jax.text import first_line
+from lowrank_jax.text import first_line, one_line
 
 if TYPE_CHECKING:
     from lowrank_jax.experiment.config.schema import Config
@@ -132,7 +132,7 @@ def _evaluate_now(args: argparse.Namespace, workdirs: list[str], evaluator: "Eva
         if len(workdirs) == 1:
             result = evaluator.evaluate(workdirs[0], args.step)
             if first:
-                print(result.table())
+                say(result.table())
             done, text = [result], result.json()
         else:
             done = evaluate_all(workdirs, evaluator, args.step, say=say if first else hush, complain=complain)
@@ -171,8 +171,8 @@ def _report(args: argparse.Namespace) -> int:
 
     report = Report(args.folders, rival=args.rival, tune=args.tune)
     paths = report.write(args.out or args.folders[0])
-    print(report.console())
-    print("\n".join(paths))
+    say(report.console())
+    say("\n".join(map(one_line, paths)))
     return DONE
 
 
@@ -183,7 +183,7 @@ def _overview(args: argparse.Namespace) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # not even to look: another process may hold the accelerators
     devices = args.devices or _config(args).mesh.least_devices
-    print(overview(_config(args, devices=devices), devices, args.config))
+    say(overview(_config(args, devices=devices), devices, args.config))
     return DONE
 
 
@@ -203,7 +203,7 @@ def _preflight(args: argparse.Namespace) -> int:
             cache=Cache(None if args.no_cache else environment.cache_home() / "preflight"),
             say=complain,
         )
-        print(estimates)
+        say(str(estimates))
         output.write(estimates.json())
     return DONE if estimates.fits else DOES_NOT_FIT
 
@@ -236,10 +236,10 @@ def _init_report(args: argparse.Namespace) -> int:
         for suffix in before_training_page.SUFFIXES:
             stack.enter_context(written_at_the_end(f"{args.out}.{suffix}"))
         measured = before_training.compare(config, settings, say=say)
-        print(align(before_training_page.summary(measured)))
+        say(align(before_training_page.summary(measured)))
         command = f"lowrank init-report {shlex.join(args.given)}"
         paths = before_training_page.write(measured, args.out, command=command, config=config, settings=settings)
-    print("\n".join(map(str, paths)))
+    say("\n".join(one_line(str(path)) for path in paths))
     return DONE
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from lowrank_jax.experiment import interrupts
-from lowrank_jax.text import one_line
+from lowrank_jax.text import printable
 
 
 def print_anything() -> None:
@@ -20,7 +20,7 @@ def print_anything() -> None:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    print(printable(text), flush=True)  # names and reasons out of files may hold a terminal's commands
 
 
 def hush(text: str) -> None:
@@ -28,8 +28,7 @@ def hush(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    printable = "\n".join(map(one_line, text.splitlines()))  # a file's name may hold a terminal's commands
-    print(f"{printable}\n", end="", file=sys.stderr, flush=True)  # in one piece, whatever other threads print
+    print(f"{printable(text)}\n", end="", file=sys.stderr, flush=True)  # in one piece, whatever other threads print
 
 
 @dataclasses.dataclass(frozen=True)

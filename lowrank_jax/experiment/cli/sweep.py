@@ -26,13 +26,13 @@ def sweep(args: argparse.Namespace, lowrank: Callable[[Sequence[str]], NoReturn]
     jax.config.update("jax_platforms", "cpu")  # the accelerators are for the trials
     expanded = trials.expand(args.config, args.overrides, args.sweep, args.workdir)
     if args.dry_run:
-        print(expanded.table())
+        say(expanded.table())
         return DONE
     if args.emit:
         print(_emitted(args, expanded), end="")
         return DONE
     outcomes = launch.launch(expanded, args.workdir, _engine(args, expanded, lowrank), command=_command(args))
-    print(launch.summary(outcomes))
+    say(launch.summary(outcomes))
     if launch.interrupted(outcomes):
         return INTERRUPTED
     return DONE if launch.succeeded(outcomes) else FAILED

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 
-from lowrank_jax.text import align, count
+from lowrank_jax.text import align, count, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Evaluation:
 
     def table(self) -> str:
         """Warnings, a header and the rows as aligned text."""
-        return "\n".join([*self.warnings(), align([self.header(), *self.rows()])])
+        return "\n".join([*map(one_line, self.warnings()), align([self.header(), *self.rows()])])
 
     def json(self) -> str:
         """A JSON object."""
@@ -69,7 +69,7 @@ class Rows:
 
     def __init__(self, workdirs: Sequence[str], say: Callable[[str], None]):
         self._named = len(workdirs) > 1
-        self._least, self._widths = max(map(len, workdirs)), []
+        self._least, self._widths = max(len(one_line(workdir)) for workdir in workdirs), []
         self._say, self._header = say, []
 
     def add(self, workdir: str, evaluation: Evaluation) -> None:
@@ -77,7 +77,7 @@ class Rows:
         repeated = header == self._header  # it is printed once, and again where runs have other metrics
         if not repeated:
             self._header, self._widths = header, [self._least] + [0] * (len(header) - 1)
-        table = [header, *([workdir, *row] for row in evaluation.rows())]
+        table = [header, *([one_line(workdir), *row] for row in evaluation.rows())]
         self._widths = [max(map(len, column)) for column in zip(*table, [" " * width for width in self._widths], strict=True)]
         for cells in table[repeated:]:
             self._line(cells)

@@ -120,8 +120,10 @@ def into_arms(found: Found, tune: Sequence[str]) -> list[Arm]:
     cells: dict[tuple[Values, Values], dict[Values, dict[int, StoredRun]]] = {}
     for run in found.runs:
         if run.settings and run.status != "repeated":
-            cell = _values(run, ["lowrank.method", *other]), _values(run, _SIZES)
-            cells.setdefault(cell, {}).setdefault(_values(run, tuned), {})[run.seed] = run
+            line, size, tuning = _values(run, ["lowrank.method", *other]), _values(run, _SIZES), _values(run, tuned)
+            if run.seed in cells.get((line, size), {}).get(tuning, {}):  # they differ in what looks alike, such as True and 1
+                line = (*line, ("run", run.name))
+            cells.setdefault((line, size), {}).setdefault(tuning, {})[run.seed] = run
     arms = [arm for (line, size), tunings in cells.items() for arm in _arms(line, size, tunings)]
     return sorted(arms, key=lambda arm: (arm.method != "none", str(arm.line[1:]), _order(arm)))
 

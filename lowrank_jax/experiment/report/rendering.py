@@ -81,8 +81,12 @@ def _escaped(text: str) -> str:
     return re.sub("[&<>]", lambda found: _ENTITIES[found[0]], _MEANING.sub(r"\\\g<0>", one_line(text)))
 
 
+# Before what a spreadsheet would take for a formula, in a cell or, where it splits lines at semicolons, within a text.
+_FORMULA = re.compile(r'^(?=\s*[=+\-@＝＋－＠])|(?<=;)(?=[\s"]*[=+\-@＝＋－＠])')  # noqa: RUF001
+
+
 def as_csv(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows of numbers and texts; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    """Rows of numbers and texts; what a spreadsheet would take for a formula has an apostrophe before it."""
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([[_cell(value) for value in row] for row in rows])
     return file.getvalue()
@@ -95,7 +99,7 @@ def _cell(value: Any) -> Any:
     with contextlib.suppress(ValueError):  # a setting
         float(text)
         return text
-    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠")) else text  # noqa: RUF001
+    return _FORMULA.sub("'", text)
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:

@@ -13,9 +13,8 @@ from typing import Any
 
 from etils import epath
 
-from lowrank_jax.experiment.report import stored_values
 from lowrank_jax.experiment.sweep.trials import meaningless_when_dense, read_record
-from lowrank_jax.experiment.workdir import files
+from lowrank_jax.experiment.workdir import files, stored_values
 from lowrank_jax.experiment.workdir.identity import config_digest, differing_keys, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
@@ -155,12 +154,13 @@ def _same_as(counted: dict[str, StoredRun], run: StoredRun) -> str:
 
 
 def _varied(runs: Sequence[StoredRun]) -> list[str]:
-    """The keys with more than one value among the runs that have them."""
-    settings = [run.settings for run in runs if run.settings]
+    """The keys with more than one value among the runs; to lack a key is a value too, except of factors in dense runs."""
+    settings = [{key: json.dumps(value, sort_keys=True) for key, value in run.settings.items()} for run in runs if run.settings]
+    dense = json.dumps("none")
     return [
         key
         for key in differing_keys(settings)
-        if len({json.dumps(values[key], sort_keys=True) for values in settings if key in values}) > 1
+        if len({v.get(key) for v in settings if v["lowrank.method"] != dense or not meaningless_when_dense(key)}) > 1
     ]
 
 
@@ -229,7 +229,8 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
       OSError: one of them cannot be read.
     """
     folder = Workdir(path)
-    settings = flatten(folder.read_config())
+    config = folder.read_config()
+    settings = flatten(config)
     with _names_the_file(folder, "config.json"):
         stored_values.check_settings(settings)
     if settings["lowrank.method"] == "none":
@@ -244,9 +245,25 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
         return StoredRun(name, settings, *ended, {}, metrics)
     with _names_the_file(folder, "result.json"):
         stored_values.check_result(result)
+    own = config_digest(config)
+    if result.get("config_digest", own) != own:  # earlier versions wrote none
+        raise WorkdirError(f"{folder.path}: result.json belongs to other settings than config.json")
     if "metrics" in result:
         folder.metrics.check(result["metrics"])
+        _check_agreement(folder, result, metrics)
     return StoredRun(name, settings, "done", "", result, metrics)
+
+
+def _check_agreement(folder: Workdir, result: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> None:
+    """Raises WorkdirError if metrics.jsonl ends in another evaluation: both files were written from the same numbers."""
+    evaluations = [line for line in metrics if any(key.startswith("eval/") for key in line)]
+    if not evaluations or evaluations[-1]["step"] != result.get("step"):
+        return
+    logged = {key: value for key, value in evaluations[-1].items() if key.startswith("eval/")}
+    final = {f"eval/{key}": value for key, value in result["eval"].items()}
+    for key in sorted(logged.keys() | final.keys()):
+        if key not in logged or key not in final or logged[key] != final[key]:
+            raise WorkdirError(f"{folder.path}: result.json and metrics.jsonl differ in {key}")
 
 
 @contextlib.contextmanager

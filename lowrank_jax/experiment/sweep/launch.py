@@ -7,6 +7,7 @@ from etils import epath
 
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.sweep.trials import Outcome, Sweep, Trial, check_workdirs, record
+from lowrank_jax.text import one_line
 
 Engine = Callable[[Sequence[Trial]], dict[str, Outcome]]
 
@@ -53,7 +54,7 @@ def summary(outcomes: dict[str, Outcome]) -> str:
     """Counts of the outcomes, and a line for every trial that failed or diverged."""
     counts = Counter(outcome.status for outcome in outcomes.values())
     lines = [", ".join(f"{number} {status}" for status, number in counts.items())]
-    lines += [f"{outcome.status}: {name}: {outcome.reason}" for name, outcome in outcomes.items() if _bad(outcome)]
+    lines += [one_line(f"{outcome.status}: {name}: {outcome.reason}") for name, outcome in outcomes.items() if _bad(outcome)]
     return "\n".join(lines)
 
 

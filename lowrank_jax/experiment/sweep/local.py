@@ -28,8 +28,10 @@ from lowrank_jax.experiment import interrupts
 from lowrank_jax.experiment.errors import DIVERGED, HOPELESS
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial, known_outcome
 from lowrank_jax.experiment.training.stop import StopSignal
+from lowrank_jax.experiment.workdir import files
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.experiment.workdir.writer import duration
+from lowrank_jax.text import one_line
 
 _TRIES = 2
 _POLL_SECONDS = 0.2
@@ -173,7 +175,7 @@ class _Board:
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
-        self._console.print(text, markup=False)
+        self._console.print(one_line(text), markup=False)
 
     def refresh(self) -> None:
         if self._live:
@@ -186,7 +188,7 @@ class _Board:
             table.add_column(column, no_wrap=True, overflow="ellipsis")
         for run in engine.running:
             cells = (run.trial.name, duration(time.monotonic() - run.begin), _last_line(run.trial))
-            table.add_row(*map(Text, cells))  # not markup
+            table.add_row(*(Text(one_line(cell)) for cell in cells))  # not markup
         ends = [outcome.status for outcome in engine.outcomes.values()]
         failed = sum(end in ("failed", "diverged") for end in ends)
         counts = f"{ends.count('done')} done, {len(engine.running)} running, {failed} failed, {len(engine.waiting)} waiting"
@@ -213,10 +215,10 @@ def _end_server() -> None:
 
 def _train(lowrank: Lowrank, arguments: list[str], log: str) -> None:
     """In the child: runs `lowrank` with these arguments and its output in a file."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-        os.dup2(file, stream.fileno())
+    with files.open_to_append(log) as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
     interrupts.obey()
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     lowrank(arguments)
@@ -239,12 +241,12 @@ def _log(trial: Trial) -> pathlib.Path:
 
 
 def _last_line(trial: Trial) -> str:
-    log = _log(trial)
-    if not log.exists():  # the child has not begun yet
+    try:
+        with files.open_to_read(_log(trial)) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:  # the child has not begun yet, or its log is no plain file
         return ""
-    with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
-        lines = file.read().decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 

@@ -12,6 +12,7 @@ scheduler ends cannot finish any more, and one that has finished is not ended.
 import asyncio
 import contextlib
 import dataclasses
+import io
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ from lowrank_jax.experiment.sweep.trials import Outcome, Trial, known_outcome
 from lowrank_jax.experiment.training.log_window import Diverged
 from lowrank_jax.experiment.training.loop import score, train
 from lowrank_jax.experiment.training.stop import StopSignal
+from lowrank_jax.experiment.workdir import files
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
 try:
@@ -274,7 +276,7 @@ def _logged(workdir: str) -> Iterator[None]:
         return
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
     with (
-        (pathlib.Path(workdir) / "log.txt").open("a", encoding="utf-8") as file,
+        io.TextIOWrapper(files.open_to_append(pathlib.Path(workdir) / "log.txt"), encoding="utf-8") as file,
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):

@@ -4,8 +4,8 @@ import dataclasses
 import hashlib
 import re
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.sweep import grammar
-from lowrank_jax.experiment.workdir.identity import flatten
+from lowrank_jax.experiment.workdir import stored_values
+from lowrank_jax.experiment.workdir.identity import config_digest, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.text import align, count, did_you_mean
 
@@ -45,8 +46,17 @@ class Trial:
     command: tuple[str, ...]
 
     def result(self) -> dict[str, Any] | None:
-        """The contents of result.json; None if the run has not finished."""
-        return Workdir(self.workdir).read_json("result.json")
+        """The contents of result.json; None if the run has not finished, or what is there is not its result."""
+        return _read(self, "result.json", self._checked)
+
+    def _checked(self, result: dict[str, Any]) -> dict[str, Any]:
+        stored_values.check_result(result)
+        own = config_digest(configs.to_dict(self.config))
+        if result.get("config_digest", own) != own:  # earlier versions wrote none
+            raise ValueError("it belongs to other settings")
+        if self.config.dataset.valid_split is not None and result.get("valid") is None:
+            raise ValueError("it has no valid, by which values are tuned")
+        return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +75,24 @@ class Outcome:
 
 def known_outcome(trial: Trial) -> "Outcome | None":
     """How the trial ended earlier; None if it is to be run or resumed."""
-    folder = Workdir(trial.workdir)
+    if trial.result() is not None:
+        return Outcome("done")
+    if stopped := _read(trial, "stopped.json", stored_values.stop):
+        return Outcome("stopped", stopped[1])
+    status, reason = _read(trial, "failure.json", stored_values.failure) or ("", "")
+    return Outcome("diverged", reason) if status == "diverged" else None
+
+
+_T = TypeVar("_T")
+
+
+def _read(trial: Trial, name: str, meaning: Callable[[dict[str, Any]], _T]) -> _T | None:
+    """The meaning of a file of a trial; None if it is missing or damaged, since the trial writes it again when it is run."""
     try:
-        if trial.result() is not None:
-            return Outcome("done")
-    except WorkdirError:  # the run rewrites it when it is resumed
+        found = Workdir(trial.workdir).read_json(name)
+        return None if found is None else meaning(found)
+    except (WorkdirError, ValueError):
         return None
-    if stopped := folder.read_json("stopped.json"):
-        return Outcome("stopped", f"by {stopped['by']} at step {stopped['step']}")
-    reason = folder.diverged()
-    return None if reason is None else Outcome("diverged", reason)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,7 +69,7 @@ def read_bytes(path: Any, largest: int | None = None) -> bytes:
     """The content of a plain file; see `read_text`.  Raises ValueError if it has more bytes than `largest`."""
     if not is_local(path):
         return path.read_bytes()
-    with _plain(path, os.O_RDONLY) as file:
+    with open_to_read(path) as file:
         if largest and (size := os.fstat(file.fileno()).st_size) > largest:
             raise ValueError(f"it has {size:,} bytes; at most {largest:,} are expected")
         return file.read()
@@ -94,8 +94,18 @@ def append(path: Any, content: bytes) -> None:
         with path.open("ab") as file:
             file.write(content)
         return
-    with _plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW) as file:
+    with open_to_append(path) as file:
         file.write(content)
+
+
+def open_to_read(path: Any) -> BinaryIO:
+    """Opens a local file.  Raises OSError unless it is a plain one."""
+    return _plain(path, os.O_RDONLY)
+
+
+def open_to_append(path: Any) -> BinaryIO:
+    """Opens a local file.  Raises OSError if it is a link, or no plain file."""
+    return _plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
 
 
 def _plain(path: Any, flags: int) -> BinaryIO:

@@ -90,7 +90,7 @@ class Workdir:
             raise WorkdirError(f"there is no bucket {match[0]}, or this account has no access to it")
 
     def check_path(self) -> None:
-        """Raises WorkdirError for a path where orbax loses what it saves, and for links out of the folder."""
+        """Raises WorkdirError for a path where orbax loses what it saves, links out of the folder, and a log that is none."""
         if "://" in str(self.path):
             return
         whole = self.path.resolve()
@@ -100,6 +100,9 @@ class Workdir:
             )
         for name in _WRITTEN:
             self.check_own(name)
+        log = pathlib.Path(self.path, "log.txt")
+        if log.exists() and not log.is_file():  # a pipe would block for ever
+            raise WorkdirError(f"{log} is not a plain file, and a run's log goes there; remove it")
 
     def check_own(self, name: str) -> None:
         """Raises WorkdirError if a folder or file below this one, which need not exist, is a link; remote ones are none."""

@@ -8,6 +8,7 @@ import jax
 
 from lowrank_jax.experiment.workdir.metrics import Metrics
 from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.text import printable
 
 
 class Writer:
@@ -51,9 +52,9 @@ class Writer:
             self._thread.submit(lambda board=self._board: board.result().flush())
 
     def say(self, text: str) -> None:
-        """Prints a line."""
+        """Prints a line, or several."""
         if self._active:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def __enter__(self) -> "Writer":
         return self

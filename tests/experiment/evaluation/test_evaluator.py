@@ -9,6 +9,7 @@ import pytest
 
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator, evaluate_all
+from lowrank_jax.experiment.evaluation.results import Evaluation, Rows
 from lowrank_jax.experiment.evaluation.watch import watch
 from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.workdir.workdir import Workdir
@@ -203,3 +204,14 @@ def test_a_watch_beside_training_sees_it_begin_and_end(tmp_path):
         if "eval/loss" in line and line["step"] in found:
             assert line["eval/loss"] == pytest.approx(found[line["step"]]["eval/loss"], rel=1e-5)
     assert not (folder / "damaged").exists()
+
+
+def test_a_folder_whose_name_commands_a_terminal_is_a_row_like_others():
+    said, names = [], ["a\n\x1b]0;owned\x07", "b"]
+    rows = Rows(names, said.append)
+    for name in names:
+        rows.add(name, Evaluation("test", 1, {"top1": 0.5, "loss": 1.0, "examples": 2}, None, 1, 1, {}))
+    assert [line.split("  ")[0] for line in said] == ["workdir", "a \\x1b]0;owned\\x07", "b"]
+    assert len({line.index("test") for line in said[1:]}) == 1
+    damaged = Evaluation("test", 1, {"top1": 0.5, "loss": 1.0, "examples": 2}, None, 1, 1, {2: "\x1b[2J"})
+    assert "\x1b" not in damaged.table()

@@ -13,6 +13,7 @@ import pytest
 from lowrank_jax.experiment.cli.commands import main
 from lowrank_jax.experiment.report.page import Report
 from lowrank_jax.experiment.report.stored_runs import find
+from lowrank_jax.experiment.workdir.identity import config_digest
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from tests.stored import make
 
@@ -258,6 +259,28 @@ def test_metrics_that_have_changed_since_the_end(home):
         file.write_text(changed)
         run = report_on(home)["done"]
         assert run.status == "damaged" and run.reason == f"{file} has changed since the run ended"
+
+
+def test_a_result_of_other_settings(home):
+    folder = Workdir(home / "spoiled" / "done")
+    result = folder.read_json("result.json") or {}
+    for config, status in ((folder.read_config(), "done"), ({**folder.read_config(), "seed": 7}, "damaged")):
+        folder.write_json("result.json", {**result, "config_digest": config_digest(config)})
+        run = report_on(home)["done"]
+        assert run.status == status
+    assert run.reason.endswith("result.json belongs to other settings than config.json")
+
+
+def test_a_result_that_is_not_what_was_logged(home):
+    folder = Workdir(home / "spoiled" / "done")
+    result = folder.read_json("result.json") or {}
+    folder.metrics.append({"step": 20, **{f"eval/{name}": value for name, value in result["eval"].items()}})
+    record = {**result, "step": 20, "metrics": folder.metrics.digest()}
+    for top1, status in ((result["eval"]["top1"], "done"), (0.99, "damaged")):
+        folder.write_json("result.json", {**record, "eval": {**result["eval"], "top1": top1}})
+        run = report_on(home)["done"]
+        assert run.status == status
+    assert run.reason.endswith("result.json and metrics.jsonl differ in eval/top1")
 
 
 def test_the_command_says_what_cannot_be_used_and_ends_well(home, tmp_path, capsys):

@@ -214,6 +214,7 @@ def test_no_text_is_a_formula_in_a_spreadsheet_and_every_number_is_a_number(tmp_
             assert not cell.lstrip().startswith(("=", "+", "@", "＝")) and not re.match(r"-\D|-.*\+", cell)  # noqa: RUF001
     good = next(dict(zip(rows[0], row, strict=True)) for row in rows if row[0] == "good")
     assert (good["early loss"], good["eval/top1"]) == ("-1.5", "0.25")
+    assert as_csv([["a;=1", "a; -1;b", 'a;"@x', "a=1;b-1"]]) == 'a;\'=1,a;\' -1;b,"a;\'""@x",a=1;b-1\n'
     assert as_csv([["=1", -1, -0.5, None, True, 'a"b', "a,b"]]) == '\'=1,-1,-0.5,,True,"a""b","a,b"\n'
 
 

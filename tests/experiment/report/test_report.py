@@ -217,6 +217,21 @@ def test_other_settings_make_other_lines_and_their_own_comparisons(tmp_path):
     assert differences == pytest.approx({"random, frobenius_decay 0": -0.1, "random, frobenius_decay 0.001": -0.099})
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kwargs", [[{}, {"norm": "none"}], [{"norm": True}, {"norm": 1}]], ids=["missing", "alike"])
+def test_a_setting_that_only_one_run_has_makes_two_arms(tmp_path, kwargs, seed):
+    for number, more in enumerate(kwargs):
+        make(tmp_path, f"run{number}", top1=0.5 + number / 10, seed=seed * number)
+        config = Workdir(tmp_path / f"run{number}").read_config()
+        config["model"]["kwargs"].update(more)
+        Workdir(tmp_path / f"run{number}").write_json("config.json", config)
+    arms = Report([str(tmp_path)]).arms
+    names = [run.name for arm in arms for run in arm.runs.values()]
+    assert sorted(names) == ["run0", "run1"]
+    if {} in kwargs or not seed:
+        assert len(arms) == 2
+
+
 @pytest.mark.parametrize("damage", ["config.json", "result.json"])
 def test_a_damaged_run_is_listed_beside_the_others(runs, damage):
     (runs / "dense0" / damage).write_text('{"a": ')

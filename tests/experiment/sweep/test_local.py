@@ -18,10 +18,11 @@ import pytest
 from rich.console import Console
 
 from lowrank_jax.experiment.cli import commands
-from lowrank_jax.experiment.sweep import local
+from lowrank_jax.experiment.cli.output import say
+from lowrank_jax.experiment.sweep import launch, local
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial
 from lowrank_jax.experiment.workdir.workdir import Workdir
-from tests import running
+from tests import running, stored
 
 BASE = [
     "--config.model.name=mlp",
@@ -74,7 +75,7 @@ def test_what_becomes_of_a_trial_by_the_status_of_its_process(tmp_path, capsys, 
     engine.waiting.clear()
     folder = Workdir(one.workdir)
     if status == 0:
-        folder.write_json("result.json", {"eval": {"top1": 0.75}})
+        folder.write_json("result.json", stored.result(0.75))
     if status == 4:
         folder.note_failure(diverged=True, reason="loss is nan at step 3")
     if status == 2:
@@ -100,7 +101,7 @@ def test_the_fork_server_finds_what_it_preloads():
 
 def test_what_ends_after_a_signal_is_interrupted_and_what_has_ended_is_not_run(tmp_path):
     done, diverged, stopped = (trial(tmp_path, name) for name in ("done", "diverged", "stopped"))
-    Workdir(done.workdir).write_json("result.json", {})
+    Workdir(done.workdir).write_json("result.json", stored.result())
     Workdir(diverged.workdir).note_failure(diverged=True, reason="why")
     engine = engine_of(done, diverged, stopped, jobs=2)
     assert engine.waiting == [(stopped, 1)]
@@ -123,6 +124,29 @@ def test_the_table_says_what_runs_and_what_its_trial_says(tmp_path):
     text = console.file.getvalue()
     assert "0 done, 1 running, 0 failed, 1 waiting, 2 in total" in text and "eta ..." in text
     assert re.search(r"lr=\[0\.1\] +\d+s +\[ +10/2000\] loss 1\.5", text)
+
+
+def test_a_reason_commands_no_terminal(tmp_path, capsys):
+    one = trial(tmp_path)
+    (tmp_path / one.name / "log.txt").write_text("\x1b]0;owned\x07\n")
+    engine = engine_of(one)
+    console = Console(file=io.StringIO(), width=120)
+    engine.running.append(local._Running(one, None, 1, time.monotonic()))
+    console.print(engine.board._picture())
+    end(engine, one, 2)
+    say(launch.summary(engine.outcomes))
+    said = capsys.readouterr().out
+    for text in (said, console.file.getvalue()):
+        assert "\\x1b]0;owned\\x07" in text and "\x1b" not in text and "\x07" not in text
+    assert said.count("owned") == 2
+
+
+def test_a_log_that_becomes_a_pipe_blocks_nothing(tmp_path):
+    one = trial(tmp_path)
+    os.mkfifo(tmp_path / one.name / "log.txt")
+    assert local._last_line(one) == ""
+    with pytest.raises(OSError, match=r"log\.txt"):
+        local._train(commands.main, [], str(tmp_path / one.name / "log.txt"))
 
 
 def lowrank(arguments):

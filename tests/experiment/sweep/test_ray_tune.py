@@ -21,7 +21,7 @@ from lowrank_jax.experiment.sweep.ray_cluster import Resources
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial
 from lowrank_jax.experiment.training.log_window import Diverged
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
-from tests import running
+from tests import running, stored
 
 # Starting its nodes, Ray forks this process, in which other tests may have begun to use jax; the child is replaced at once.
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
@@ -110,7 +110,7 @@ def final(trial):
 def test_asha_ends_a_poor_trial_for_good(cluster, tmp_path):
     good = trial(tmp_path, "good", eval__every="10 steps")  # ended in an earlier call
     (tmp_path / "good").mkdir()
-    (tmp_path / "good" / "result.json").write_text("{}")
+    (tmp_path / "good" / "result.json").write_text(json.dumps(stored.result()))
     lines = [json.dumps({"step": step, "eval/top1": 0.9}) for step in (10, 20, 30, 40)]
     (tmp_path / "good" / "metrics.jsonl").write_text("\n".join(lines))
     poor = trial(tmp_path, "poor", eval__every="10 steps", optim__lr=1e-6)
@@ -236,6 +236,12 @@ def test_a_worker_tells_how_a_trial_ended_otherwise(worker, tmp_path):
         worker(running.config(), raising(RuntimeError("a bug")))
     log = (tmp_path / "log.txt").read_text()
     assert log.count(f"process {os.getpid()} on ") == 5 and "loss is nan" in log and "RuntimeError: a bug" in log
+
+
+def test_a_log_that_is_a_pipe_does_not_block_a_worker(worker, tmp_path):
+    os.mkfifo(tmp_path / "log.txt")
+    with pytest.raises(OSError, match=r"log\.txt"):
+        worker(running.config(), None)
 
 
 def test_how_a_trial_of_tune_ended_is_noted_in_its_folder(tmp_path):

@@ -1,12 +1,14 @@
 import json
+import os
 
 import pytest
 
 from lowrank_jax.experiment.config.files import ConfigError, to_dict
 from lowrank_jax.experiment.sweep import trials
-from lowrank_jax.experiment.sweep.trials import expand, known_outcome, record
+from lowrank_jax.experiment.sweep.trials import Outcome, expand, known_outcome, record
+from lowrank_jax.experiment.workdir.identity import config_digest
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
-from tests import running
+from tests import running, stored
 
 CONFIG = str(running.ROOT / "configs" / "digits_resnet.py")
 HELD_OUT = [("dataset.train_split", "train[:80%]"), ("dataset.valid_split", "train[80%:]")]
@@ -77,7 +79,7 @@ def test_folders_of_hostile_values_are_plain_and_different(tmp_path):
 def finish(trial, top1, loss=0.0):
     folder = Workdir(trial.workdir)
     folder.claim(to_dict(trial.config))
-    folder.write_json("result.json", {"valid": {"top1": top1, "loss": loss}, "eval": {"top1": 0.0}})
+    folder.write_json("result.json", stored.result(0.0, {"top1": top1, "loss": loss}))
 
 
 def test_the_later_stage_takes_each_arms_best_by_validation(tmp_path):
@@ -111,11 +113,49 @@ def test_what_ended_for_good_is_known(tmp_path):
     assert known_outcome(failed) is None and known_outcome(new) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result.json", {}),
+        ("result.json", {"valid": 3}),
+        ("result.json", {"valid": {"top1": "x", "loss": 1}}),
+        ("result.json", stored.result()),  # without the held-out split
+        ("result.json", stored.result(valid={"top1": 0.5, "loss": 1.0}) | {"config_digest": None}),
+        ("result.json", []),
+        ("stopped.json", {"x": 1}),
+        ("failure.json", {"status": "diverged", "reason": 3}),
+    ],
+)
+def test_what_is_no_record_of_this_trial_does_not_end_it(tmp_path, name, content):
+    sweep = expand(CONFIG, HELD_OUT, "seed=0:2; tune(optim.lr=0.1)", str(tmp_path))
+    (trial,) = sweep.first
+    Workdir(trial.workdir).claim(to_dict(trial.config))
+    Workdir(trial.workdir).write_json(name, content)
+    assert trial.result() is None and known_outcome(trial) is None and sweep.chosen() == []
+
+
+def test_a_result_of_another_seed_does_not_end_a_trial(tmp_path):
+    own, other = expand(CONFIG, [], "seed=0:2", str(tmp_path)).first
+    for trial, done in ((own, True), (other, False)):
+        digest = config_digest(to_dict(trial.config))
+        Workdir(own.workdir).claim(to_dict(own.config))
+        Workdir(own.workdir).write_json("result.json", stored.result() | {"config_digest": digest})
+        assert (known_outcome(own) == Outcome("done")) is done
+
+
 def test_a_folder_of_another_experiment_stops_the_sweep(tmp_path):
     finish(expand(CONFIG, [], "seed=0:2", str(tmp_path)).first[1], 0.5)
     other = expand(CONFIG, [("optim.lr", "0.7")], "seed=0:2", str(tmp_path))
     with pytest.raises(WorkdirError, match=r"seed=1 belongs to another experiment: optim.lr is 0.1 there, 0.7 here"):
         trials.check_workdirs(other.first)
+
+
+def test_a_log_that_is_a_pipe_stops_the_sweep_before_it_could_block(tmp_path):
+    sweep = expand(CONFIG, [], "seed=0:2", str(tmp_path))
+    Workdir(sweep.first[1].workdir).claim(to_dict(sweep.first[1].config))
+    os.mkfifo(tmp_path / "seed=1" / "log.txt")
+    with pytest.raises(WorkdirError, match=r"seed=1/log.txt is not a plain file"):
+        trials.check_workdirs(sweep.first)
 
 
 def test_a_second_sweep_of_a_folder_is_recorded_beside_the_first(tmp_path):

@@ -75,3 +75,9 @@ def test_the_hparams_tab_shows_settings_and_final_metrics_of_every_run(tmp_path)
         _, metrics = groups[lr]
         assert metrics["eval/top1"] == pytest.approx(runs[name].evals[10]["top1"], rel=1e-6)
         assert metrics["params"] == sum(leaf.size for leaf in jax.tree.leaves(runs[name].state.params))
+
+
+def test_what_is_said_commands_no_terminal(tmp_path, capsys):
+    with Writer(Workdir(tmp_path)) as writer:
+        writer.say("two\nlines of \x1b]0;owned\x07")
+    assert capsys.readouterr().out == "two\nlines of \\x1b]0;owned\\x07\n"
