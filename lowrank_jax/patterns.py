@@ -98,15 +98,12 @@ def _look(part: Step, *, ahead: bool, wanted: bool) -> Step:
         """Where it can begin, as far as was asked: parts that look ahead inside one another would ask ever more often."""
         return {}
 
-    def begins(text: str, place: int) -> bool:
-        answers = known(text)
-        if place not in answers:
-            answers[place] = bool(part(text, frozenset({place})))
-        return answers[place]
-
     def step(text: str, places: Places) -> Places:
         if ahead:
-            found = frozenset(place for place in places if begins(text, place))
+            begins = known(text)
+            for place in places - begins.keys():
+                begins[place] = bool(part(text, frozenset({place})))
+            found = frozenset(place for place in places if begins[place])
         else:
             found = places & part(text, frozenset(range(len(text) + 1)))
         return found if wanted else places - found
