@@ -42,6 +42,8 @@ def _make_plan(config: Config) -> Plan:
         raise
     except BaseException as error:  # whatever somebody's model may raise, SystemExit too
         raise ConfigError("config", [f"model or lowrank: {line}" for line in _lines(error)]) from error
+    if not plan.dense_params:
+        raise ConfigError("config", [f"model: {config.model.name} has no parameters"])
     _check_logits(config, outputs[0])  # of the model's first call
     return plan
 
@@ -68,5 +70,6 @@ def images_like(config: Config) -> jax.ShapeDtypeStruct:
 
 def _lines(error: BaseException) -> list[str]:
     """An error in one line; our own ValueErrors have a line for each problem."""
-    ours = isinstance(error, ValueError) and str(error).startswith(("rule ", "setting "))
-    return str(error).splitlines() if ours else [first_line(error)[:300]]
+    first = first_line(error)
+    ours = isinstance(error, ValueError) and first.startswith(("rule ", "setting "))
+    return str(error).splitlines() if ours else [first[:300]]

@@ -5,6 +5,7 @@ import json
 import signal
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -243,9 +244,18 @@ class FeatureMaps(TenLogits):
         return nn.Conv(4, (3, 3))(x)
 
 
+class Constant(TenLogits):
+    """A model without parameters."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return jnp.zeros((len(x), self.num_classes))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        ("Constant", f"model: {__name__}:Constant has no parameters"),
         ("TenLogits", f"model: {__name__}:TenLogits returns 10 logits; synthetic has 7 classes"),
         (
             "FeatureMaps",
