@@ -64,7 +64,7 @@ def _step(kind: Any, value: Any, flags: int) -> Step:
         branches = [_sequence(branch, flags) for branch in value[1]]
         return lambda text, places: frozenset().union(*(branch(text, places) for branch in branches))
     if kind is _constants.SUBPATTERN:
-        return _sequence(value[3], (flags | value[1]) & ~value[2])
+        return _sequence(value[3], _compiler._combine_flags(flags, value[1], value[2]))
     if kind in (_constants.MAX_REPEAT, _constants.MIN_REPEAT):
         return _repeat(_sequence(value[2], flags), *value[:2])
     if kind in (_constants.ASSERT, _constants.ASSERT_NOT):
@@ -93,9 +93,17 @@ def _character(kind: Any, value: Any, flags: int) -> Step:
 def _look(part: Step, *, ahead: bool, wanted: bool) -> Step:
     """Keeps the places where a part can begin, or end, or those where it cannot."""
 
+    @functools.lru_cache(maxsize=1)
+    def known(text: str) -> dict[int, bool]:
+        """Where it can begin, as far as was asked: parts that look ahead inside one another would ask ever more often."""
+        return {}
+
     def step(text: str, places: Places) -> Places:
         if ahead:
-            found = frozenset(place for place in places if part(text, frozenset({place})))
+            begins = known(text)
+            for place in places - begins.keys():
+                begins[place] = bool(part(text, frozenset({place})))
+            found = frozenset(place for place in places if begins[place])
         else:
             found = places & part(text, frozenset(range(len(text) + 1)))
         return found if wanted else places - found

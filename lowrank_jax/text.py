@@ -8,7 +8,11 @@ from collections.abc import Iterable
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type if it has none."""
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+    try:
+        text = str(error)
+    except Exception:  # whatever somebody's error may raise
+        text = ""
+    return next(filter(None, map(str.strip, text.splitlines())), type(error).__name__)
 
 
 def shown(value: object) -> str:

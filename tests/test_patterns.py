@@ -8,7 +8,19 @@ from hypothesis import strategies as st
 
 from lowrank_jax.patterns import compile_pattern
 
-NAMES = ["", "a", "kernel", "head/kernel", "stage1/block1/conv1/kernel", "stage1/block1/conv1/kernel/u", "A_1", "a\n", "ä"]
+NAMES = [
+    "",
+    "a",
+    "kernel",
+    "head/kernel",
+    "stage1/block1/conv1/kernel",
+    "stage1/block1/conv1/kernel/u",
+    "A_1",
+    "a\n",
+    "ä",
+    "é",
+    "\u212a",
+]
 PATTERNS = [
     ".*", "(.*/)?(kernel|embedding)(/[uv])?", "stage[0-9]+/.*", "[^/]*", r"\w+", r"\W", r"\d*", "head/kernel", "(a|b)*?",
     "a{0,3}", "^a$", r"\bkernel\b", r".*\Bernel", "(?:stage|head).*l", ".+?/.+", "[a-c_]+", "(?P<name>k).*", "a|", "",
@@ -16,6 +28,7 @@ PATTERNS = [
     "(?!head).*", "(?=.*kernel).*", ".*(?<!kernel)", ".*(?<=/u)", "(?:(?!conv).)*", "(?!(stage|head)).*|.*(?=/u)/.",
     "(?!.*(?<!l)$).*",
     "(?i)KERNEL", "(?i:KER)nel", "(?s).*", "(?m)^a$\n?", "(?x) a  # one letter", "(?i)[^K].*", "(?-i:a)", r"(?a)\w",
+    r"(?a:\w)", r"(?a:\W)", "(?ia:k)", "(?i:k)", r"(?a:(?u:\w))",
 ]  # fmt: skip
 
 
@@ -51,6 +64,7 @@ def test_they_match_what_python_matches_whatever_they_are(pattern, text):
         "(.*)*(.*)*(.*)*x$", "(a+)+(a+)+b", ".*" * 200 + "x", "(a|a|a|.|.)*(a|.)*(.|.)*$x", "(((((((a*)*)*)*)*)*)*)*b",
         "(((.{0,1000}){0,1000}){0,1000}){0,1000}b", "(((a{1000}){1000}){1000}){1000}", "(((a?){999}){999}){999}b",
         "(?=(.*)*(.*)*(.*)*x$).*", "((?!(a*)*b)a)*b", "(?<=a)b",
+        *(f"{look * depth}x{')' * look.count('(') * depth}.*" for look in ("(?=.*", "(?=.*(?!.*(?!.*") for depth in (5, 30)),
     ],
 )  # fmt: skip
 def test_they_end(pattern):

@@ -12,9 +12,19 @@ def test_did_you_mean_proposes_or_lists():
     assert did_you_mean("zzz", ["scale", "rank"]) == "; known: scale, rank"
 
 
+class Unwritable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
-    [(OSError("no space\nleft"), "no space"), (KeyError(), "KeyError"), (ValueError("\n\n of what \n"), "of what")],
+    [
+        (OSError("no space\nleft"), "no space"),
+        (KeyError(), "KeyError"),
+        (ValueError("\n\n of what \n"), "of what"),
+        (Unwritable(), "Unwritable"),
+    ],
 )
 def test_of_a_long_error_the_first_line_and_of_a_silent_one_its_type(error, line):
     assert first_line(error) == line

@@ -135,7 +135,9 @@ def _complaint(kind: str, name: str, known: Mapping[str, PerExample], num_classe
     examples = jax.ShapeDtypeStruct((2, num_classes), jnp.float32)
     try:
         value: Any = jax.eval_shape(function, examples, examples)
-    except Exception as error:  # whatever somebody's function may raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever somebody's function may raise, SystemExit too
         return f"{name!r} fails on logits [2, {num_classes}] and targets [2, {num_classes}]: {first_line(error)}"
     if getattr(value, "shape", None) != (2,):
         shape = getattr(value, "shape", type(value).__name__)

@@ -62,10 +62,10 @@ def constructor(name: str) -> Callable[..., Any]:
 
 
 def settings(name: str) -> dict[str, Any] | None:
-    """The model's own settings and their types, for checking; None for a constructor that is not a Linen class."""
+    """The model's own settings and their types, for checking; None where they are not known, as of a function."""
     cls: Any = constructor(name)
     cls = cls.func if isinstance(cls, functools.partial) else cls
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and dataclasses.is_dataclass(cls)):  # nn.Module is none
         return None
     hidden = {"parent", "name", "num_classes", "dtype"}  # dtype is `model.dtype` in a config
     try:

@@ -38,6 +38,19 @@ def misspelt(logits, targets):
     return logits.softmax()
 
 
+def ends(logits, targets):
+    raise SystemExit(0)
+
+
+def interrupted(logits, targets):
+    raise KeyboardInterrupt
+
+
+def ends_training(logits, targets):
+    """Checked on a batch of two, where it works."""
+    return brier(logits, targets) if len(logits) == 2 else ends(logits, targets)
+
+
 OWN = {"objective__loss": f"{__name__}:brier", "objective__metrics": (f"{__name__}:confidence", "top1")}
 
 
@@ -164,12 +177,24 @@ def test_defaults_leave_the_name_of_an_experiment_as_it_was():
         ("softmax_cross_entropy", ("top1", "top1"), r"objective\.metrics: 'top1' is given 2 times"),
         ("softmax_cross_entropy", ("top1", "somewhere:loss"), r"objective\.metrics: 'loss'; the name is taken"),
         (f"{__name__}:mean_of_batch", ("top1",), r"returns \(\) for a batch of 2; it must return one value per example, \[2\]"),
+        (f"{__name__}:ends", ("top1",), r"fails on logits \[2, 10\] and targets \[2, 10\]: 0"),
         (f"{__name__}:misspelt", ("top1",), r"fails on logits \[2, 10\] and targets \[2, 10\]: .*softmax"),
     ],
 )
 def test_mistakes_are_named(loss, metrics, message):
     with pytest.raises(configs.ConfigError, match=message):
         running.config(objective__loss=loss, objective__metrics=metrics)
+
+
+def test_ctrl_c_in_a_function_stays_one():
+    with pytest.raises(KeyboardInterrupt):
+        running.config(objective__loss=f"{__name__}:interrupted")
+
+
+def test_a_function_that_ends_python_in_training_is_no_success(tmp_path, capsys):
+    arguments = running.command(tmp_path, objective__loss=f"{__name__}:ends_training")[3:]
+    assert lowrank(*arguments) == 2
+    assert "lowrank: the model, loss or metric ended Python: SystemExit(0)" in capsys.readouterr().err.splitlines()
 
 
 def test_mistakes_are_reported_with_all_others():

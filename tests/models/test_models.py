@@ -194,6 +194,11 @@ def test_models_from_elsewhere_are_found_by_path():
     assert "widths" in (models.settings("lowrank_jax.models.mlp:MLP") or {})
 
 
+def test_the_settings_of_what_is_no_class_with_fields_are_not_known():
+    assert models.settings("flax.linen:Module") is None
+    assert models.settings("lowrank_jax.models:build") is None
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

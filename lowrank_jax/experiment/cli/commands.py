@@ -20,7 +20,7 @@ from lowrank_jax.experiment.cli.flags import HOSTS, parser, split_overrides
 from lowrank_jax.experiment.cli.output import complain, hush, print_anything, say, written_at_the_end
 from lowrank_jax.experiment.cli.sweep import given, sweep
 from lowrank_jax.experiment.errors import BAD_INPUT, DIVERGED, DOES_NOT_FIT, DONE, FAILED, INTERRUPTED, UserError
-from lowrank_jax.text import first_line, one_line
+from lowrank_jax.text import first_line, one_line, shown
 
 if TYPE_CHECKING:
     from lowrank_jax.experiment.config.schema import Config
@@ -62,6 +62,10 @@ def _run(args: argparse.Namespace) -> int:
         if not several():
             raise
         return _failed(FAILED, _accident(error))  # the others must not wait for this process
+    except BaseException as error:  # of the user's code: no command raises one, and signals end it without
+        if isinstance(error, KeyboardInterrupt) and not interrupts.obeyed():
+            raise  # Ctrl-C in a program that calls this one
+        return _failed(BAD_INPUT, f"lowrank: the model, loss or metric ended Python: {shown(error)}")
 
 
 def _accident(error: Exception) -> str:
