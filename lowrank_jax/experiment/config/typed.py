@@ -78,7 +78,7 @@ def read_value(value: Any, hint: Any) -> Any:
     if hint in (dict, FrozenDict) and isinstance(value, dict | ConfigDict):
         return _frozen(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return _finite(value)
+        return _finite(_of_64_bits(value) if isinstance(value, int) else value)
     if hint is int and type(value) is int:
         return _of_64_bits(value)
     if hint is str and type(value) is str:
@@ -104,7 +104,7 @@ def _finite(value: float) -> float:
 
 def _of_64_bits(value: int) -> int:
     if not -(2**63) <= value < 2**63:
-        raise ValueError("a number of at most 64 bits")
+        raise ValueError("a whole number of at most 64 bits")
     return value
 
 

@@ -172,7 +172,7 @@ def test_all_problems_come_at_once_each_with_its_key():
         ({"dataset__crop_padding": "8"}, "dataset.crop_padding: 8; must be less than the side of an image"),
         ({"lowrank__moment_batches": "13"}, "lowrank.moment_batches: 13; an epoch has 12 batches"),
         ({"batch_size": "2**70"}, "batch_size: '2**70'; must be a whole number"),
-        ({"batch_size": str(2**70)}, f"batch_size: {2**70}; must be a number of at most 64 bits"),
+        ({"batch_size": str(2**70)}, f"batch_size: {2**70}; must be a whole number of at most 64 bits"),
         ({"eval__batch_size": "999999999999"}, "eval.batch_size: 999999999999; must be at most 2147483647"),
         ({"optim__step_at": "('1e10 steps',)"}, "optim.step_at: 10000000000 steps; more than 2^31 steps"),
         ({"dataset__data_dir": "''"}, "dataset.data_dir: ''; must be the name of a folder"),
