@@ -23,6 +23,10 @@ class StopSignal:
         self._before: dict[int, Any] = {}
         self._depth = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray pickles what holds one; the handlers of this process stay here."""
+        return {"requested": self.requested, "_before": {}, "_depth": 0}
+
     def __enter__(self) -> "StopSignal":
         self._depth += 1  # whoever made it may have entered it before the run does
         if self._depth > 1:
