@@ -1,7 +1,9 @@
 """Signals: a run's own, and those that are meant for the program around it."""
 
+import pickle
 import signal
 import sys
+import threading
 
 import pytest
 
@@ -99,3 +101,9 @@ def test_a_stop_that_was_entered_already_puts_the_handlers_back_once(unhandled_s
             signal.raise_signal(signal.SIGTERM)
         assert stop.requested and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_stop_is_pickled_without_the_handlers_of_its_process():
+    stop = StopSignal()
+    stop.requested, stop._before = True, {15: threading.Lock()}
+    assert pickle.loads(pickle.dumps(stop)).requested
