@@ -86,17 +86,10 @@ def the_newest_step_behind_a_symlink(place: Place) -> None:
     assert (place.path / "elsewhere").is_dir(), "what the link led to is gone"
 
 
-@KIND.attempts({"a file": b"x", "an empty file": b""})
-def a_step_that_is_a_file(place: Place, content: bytes) -> None:
+@KIND.attempts({"a file": lambda path: path.write_bytes(b"x"), "an empty file": Path.touch, "an empty folder": Path.mkdir})
+def a_step_that_is(place: Place, make: Callable[[Path], object]) -> None:
     run = place.copy("halted")
-    (run / "checkpoints" / "120").write_bytes(content)
-    same_end(place, run)
-
-
-@KIND.attempt
-def a_step_that_is_an_empty_folder(place: Place) -> None:
-    run = place.copy("halted")
-    (run / "checkpoints" / "120").mkdir()
+    make(run / "checkpoints" / "120")
     same_end(place, run)
 
 

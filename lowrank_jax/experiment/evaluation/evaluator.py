@@ -21,7 +21,7 @@ from lowrank_jax.experiment.training.evaluate import evaluate
 from lowrank_jax.experiment.training.fits import check_evaluation
 from lowrank_jax.experiment.training.state import evaluated_variables
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
-from lowrank_jax.experiment.workdir.identity import config_digest
+from lowrank_jax.experiment.workdir.identity import digest_of
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
 
@@ -143,9 +143,7 @@ class Evaluator:
         devices = jax.device_count()
         batch_size = -(-config.eval.batch_size // devices) * devices
         check_evaluation(experiment, batch_size)
-        return Subject(
-            folder, experiment, self._eval_step(experiment), name, examples, batch_size, config_digest(configs.to_dict(stored))
-        )
+        return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size, digest_of(stored))
 
     def _config(self, folder: Workdir, source: str) -> Config:
         values = folder.read_config()

@@ -14,7 +14,7 @@ from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.sweep import grammar
 from lowrank_jax.experiment.workdir import stored_values
-from lowrank_jax.experiment.workdir.identity import config_digest, flatten
+from lowrank_jax.experiment.workdir.identity import digest_of, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.text import align, count, did_you_mean
 
@@ -51,7 +51,7 @@ class Trial:
 
     def _checked(self, result: dict[str, Any]) -> dict[str, Any]:
         stored_values.check_result(result)
-        own = config_digest(configs.to_dict(self.config))
+        own = digest_of(self.config)
         if result.get("config_digest", own) != own:  # earlier versions wrote none
             raise ValueError("it belongs to other settings")
         if self.config.dataset.valid_split is not None and result.get("valid") is None:

@@ -27,7 +27,7 @@ from lowrank_jax.experiment.training.result import TrainResult, result_record
 from lowrank_jax.experiment.training.resume import Resumed, jax_settings, restore_or_start
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
-from lowrank_jax.experiment.workdir.identity import config_digest, flatten
+from lowrank_jax.experiment.workdir.identity import digest_of, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.experiment.workdir.writer import Writer, duration, progress_line
 
@@ -99,7 +99,7 @@ def _checked(workdir: str, config: Config) -> Workdir:
     _agree(to_dict(config))
     folder.check(to_dict(config))
     if not (folder.path / "config.json").exists():  # its checkpoints alone can tell whose it is
-        with Checkpoints(folder.checkpoints, config_digest(to_dict(config)), read_only=True) as checkpoints:
+        with Checkpoints(folder.checkpoints, digest_of(config), read_only=True) as checkpoints:
             checkpoints.check_experiment()
     return folder
 
@@ -116,9 +116,7 @@ def _claim(folder: Workdir, config: Config) -> None:
 
 
 def _checkpoints(folder: Workdir, config: Config) -> Checkpoints:
-    return Checkpoints(
-        folder.checkpoints, config_digest(to_dict(config)), keep=config.checkpoint.keep, confirmed=folder.note_saved
-    )
+    return Checkpoints(folder.checkpoints, digest_of(config), keep=config.checkpoint.keep, confirmed=folder.note_saved)
 
 
 def _agree(config: dict[str, Any]) -> None:
@@ -347,9 +345,13 @@ class Loop:
         plan = experiment.plan
         self.writer.show(self.step, {"params": plan.params, "macs": plan.macs})  # to set against top1 in the HParams tab
         record = result_record(
-            experiment, step=self.step, evaluated=self.evaluated, best_step=best_step, seconds=self.seconds()
+            experiment,
+            step=self.step,
+            evaluated=self.evaluated,
+            best_step=best_step,
+            seconds=self.seconds(),
+            metrics=folder.metrics.digest(),
         )
-        record["metrics"] = folder.metrics.digest()
         folder.write_json("result.json", record)
         interrupts.too_late()
         self.writer.say(f"done: {folder.path / 'result.json'}")

@@ -4,7 +4,6 @@ Every process writes its own part: WORKDIR/plugins/profile/RUN/process_N.xplane.
 """
 
 import contextlib
-import errno
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -88,8 +87,7 @@ class StepProfiler:
             with self._kept:
                 jax.profiler.stop_trace()
                 for folder in (run.parent, run):
-                    if files.is_local(folder) and pathlib.Path(folder).is_symlink():
-                        raise OSError(errno.ELOOP, "it is a link, and nothing is written through links", str(folder))
+                    files.refuse_link(folder)
                 run.mkdir(parents=True, exist_ok=True)
                 for file in pathlib.Path(self._local).rglob("*.xplane.pb"):
                     files.write(run / f"process_{jax.process_index()}.xplane.pb", file.read_bytes())

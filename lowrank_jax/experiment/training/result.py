@@ -6,11 +6,11 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from lowrank_jax.experiment.config.files import to_dict
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.evaluate import Evaluated
 from lowrank_jax.experiment.training.state import TrainState
-from lowrank_jax.experiment.workdir.identity import config_digest
+from lowrank_jax.experiment.workdir.identity import digest_of
+from lowrank_jax.experiment.workdir.metrics import Digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TrainResult:
 
 
 def result_record(
-    experiment: Experiment, *, step: int, evaluated: Evaluated, best_step: int | None, seconds: float
+    experiment: Experiment, *, step: int, evaluated: Evaluated, best_step: int | None, seconds: float, metrics: Digest
 ) -> dict[str, Any]:
     """The contents of result.json."""
     plan = experiment.plan
@@ -45,7 +45,8 @@ def result_record(
         "best_step": best_step,
         "seconds": seconds,
         "versions": _versions(),
-        "config_digest": config_digest(to_dict(experiment.config)),
+        "config_digest": digest_of(experiment.config),
+        "metrics": metrics,
     }
 
 

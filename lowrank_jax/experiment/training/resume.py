@@ -13,7 +13,7 @@ from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.evaluate import Evaluated
 from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
-from lowrank_jax.experiment.workdir.files import is_number
+from lowrank_jax.experiment.workdir.files import is_count, is_number
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
 _TELL_SECONDS = 10.0
@@ -116,7 +116,7 @@ def _unfit(restored: Restored, total: int) -> str:
         "window": lambda rows: isinstance(rows, list) and len(rows) <= step and all(_is_row(row) for row in rows),
         "evaluated": lambda parts: parts is None or (_has(parts, "eval") and all(map(_are_numbers, parts.values()))),
         "jax": lambda settings: settings is None or isinstance(settings, dict),
-        "metrics": lambda digest: digest is None or (_has(digest, "bytes", "crc32") and all(map(_is_count, digest.values()))),
+        "metrics": lambda digest: digest is None or (_has(digest, "bytes", "crc32") and all(map(is_count, digest.values()))),
     }
     wrong = [name for name, is_valid in valid.items() if not is_valid(info.get(name))]
     return f"its record has no valid {' and '.join(wrong)}" if wrong else ""
@@ -130,10 +130,6 @@ def _are_numbers(value: Any, *names: str) -> bool:
 def _is_row(value: Any) -> bool:
     """Whether a value is the metrics of a step."""
     return _are_numbers(value, *_TRACKED) and all(is_number(value[name]) for name in _TRACKED)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
 
 
 def _has(value: Any, *names: str) -> bool:

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,13 +96,6 @@ class Checkpoints:
         self._linked: dict[int, str] = {}  # steps that were links, and what is said of them
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a folder")
-        self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Kept(self._kept),
-            cleanup_tmp_directories=True,
-            create=False,  # orbax refuses to if the barriers are the coordinator's
-            multiprocessing_options=all_processes(),
-            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier()) if processes.several() else None,
-        )
         quiet_saves()
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=this_process())
         self._manager = None if read_only else self._open()
@@ -117,7 +109,14 @@ class Checkpoints:
                 self._linked[int(link.name)] = "it is a link"
                 self._move_aside(link)
         processes.barrier()
-        return ocp.CheckpointManager(self.directory, options=self._options, handler_registry=handlers())
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Kept(self._kept),
+            cleanup_tmp_directories=True,
+            create=False,  # orbax refuses to if the barriers are the coordinator's
+            multiprocessing_options=all_processes(),
+            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier()) if processes.several() else None,
+        )
+        return ocp.CheckpointManager(self.directory, options=options, handler_registry=handlers())
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps()) if self._manager else step_folders.stored(self.directory)
@@ -272,7 +271,9 @@ class Checkpoints:
         steps = self._agreed_steps()
         while steps:
             step = steps.pop()
-            attempt = self._attempt(step, target, unfit)
+            attempt = self._attempt(step, target)
+            if isinstance(attempt, Restored):
+                attempt = unfit(attempt) or attempt
             if isinstance(attempt, Restored):
                 self._set_aside(list(damaged))
                 return dataclasses.replace(attempt, damaged=self._linked | damaged)
@@ -304,7 +305,7 @@ class Checkpoints:
         """The steps that process 0 sees; a run that is still training may delete some at any time."""
         return json.loads(processes.exchange(json.dumps(self.steps()))[0])
 
-    def _attempt(self, step: int, target: Any, unfit: Callable[[Restored], str] = lambda restored: "") -> Restored | str:
+    def _attempt(self, step: int, target: Any) -> Restored | str:
         """The step, or why it cannot be used: `_GONE`, or what is wrong with some process's part."""
         result = self._try(step, target)
         reasons = [reason for reason in processes.exchange(result if isinstance(result, str) else "") if reason]
@@ -316,11 +317,11 @@ class Checkpoints:
         for name, digest in digests(result.state).items():
             if result.info["digests"].get(name) != digest:
                 return f"digest of {name} differs"
-        return unfit(result) or result
+        return result
 
     def _try(self, step: int, target: Any) -> Restored | str:
         folder = self.directory / str(step)
-        if files.is_local(folder) and pathlib.Path(folder).is_symlink():
+        if files.is_link(folder):
             return "it is a link"
         with quiet_reads():
             try:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import stat
 import sys
 from typing import Any, BinaryIO, NoReturn
@@ -15,21 +16,11 @@ _LARGEST_JSON = 2**26  # bytes
 _LONGEST_INT = 20  # characters
 
 
-def read_text(path: Any) -> str:
-    """The text of a plain file, local or remote.
-
-    Raises:
-      OSError: it cannot be read, or is a folder, a pipe or a device, which could block for ever.
-      ValueError: it is not UTF-8.
-    """
-    return read_bytes(path).decode()
-
-
 def read_json(path: Any) -> Any:
     """The JSON value in a file.
 
     Raises:
-      OSError: see `read_text`.
+      OSError: see `read_bytes`.
       ValueError: it is not JSON, or not within its limits; the message says what is wrong.
     """
     return parse_json(read_bytes(path, _LARGEST_JSON).decode())
@@ -66,7 +57,12 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, parse_i
 
 
 def read_bytes(path: Any, largest: int | None = None) -> bytes:
-    """The content of a plain file; see `read_text`.  Raises ValueError if it has more bytes than `largest`."""
+    """The content of a plain file, local or remote.
+
+    Raises:
+      OSError: it cannot be read, or is a folder, a pipe or a device, which could block for ever.
+      ValueError: it has more bytes than `largest`.
+    """
     if not is_local(path):
         return path.read_bytes()
     with open_to_read(path) as file:
@@ -115,7 +111,7 @@ def _plain(path: Any, flags: int) -> BinaryIO:
     except OSError as error:
         if error.errno != errno.ELOOP or not flags & os.O_NOFOLLOW:
             raise
-        raise OSError(errno.ELOOP, "it is a link, and nothing is written through links", str(path)) from None
+        raise _through_a_link(path) from None
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return os.fdopen(descriptor, "wb" if flags & os.O_WRONLY else "rb")
     os.close(descriptor)
@@ -126,6 +122,26 @@ def free_name(path: Any) -> Any:
     """The path with the first number that makes it new: `metrics-1.jsonl` for `metrics.jsonl`."""
     names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
     return next(name for name in names if not (name.exists() or (is_local(name) and os.path.lexists(name))))
+
+
+def is_link(path: Any) -> bool:
+    """Whether this is a symbolic link; buckets have none."""
+    return is_local(path) and pathlib.Path(path).is_symlink()
+
+
+def refuse_link(path: Any) -> None:
+    """Raises OSError if a folder that is to be written to, and need not exist, is a link."""
+    if is_link(path):
+        raise _through_a_link(path)
+
+
+def _through_a_link(path: Any) -> OSError:
+    return OSError(errno.ELOOP, "it is a link, and nothing is written through links", str(path))
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value that was read is a whole number of at least 0, of 63 bits."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def is_local(path: Any) -> bool:

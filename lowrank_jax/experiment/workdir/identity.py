@@ -32,6 +32,11 @@ def config_digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def digest_of(config: configs.Config) -> str:
+    """The same of a parsed config."""
+    return config_digest(configs.to_dict(config))
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """A line for each setting by which two configs are different experiments."""
     old, new = flatten(old), flatten(json.loads(json.dumps(new)))

@@ -122,16 +122,12 @@ def _to_line(text: str, number: int) -> dict[str, Any]:
         line = files.parse_json(text)
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from None
-    if not isinstance(line, dict) or not _is_step(line.get("step")):
+    if not isinstance(line, dict) or not files.is_count(line.get("step")):
         raise ValueError(f"line {number} has no step")
     for name, value in line.items():
         if value is not None and not files.is_number(value):
             raise ValueError(f"line {number}: {name} is not a number")
     return line
-
-
-def _is_step(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
 
 
 def _is_evaluation(line: dict[str, Any]) -> bool:

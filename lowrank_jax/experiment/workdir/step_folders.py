@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import os
-import pathlib
 import re
 
 import orbax.checkpoint as ocp
@@ -29,10 +28,7 @@ def stored(directory: epath.Path) -> list[int]:
 
 def links(directory: epath.Path) -> list[epath.Path]:
     """Symbolic links in the place of steps, which lead to another step or out of the folder."""
-    if not files.is_local(directory):
-        return []
-    steps = (path for path in pathlib.Path(directory).iterdir() if NUMBER.fullmatch(path.name))
-    return [epath.Path(path) for path in steps if path.is_symlink()]
+    return [path for path in directory.iterdir() if NUMBER.fullmatch(path.name) and files.is_link(path)]
 
 
 def _is_complete(folder: epath.Path) -> bool:
@@ -54,7 +50,7 @@ def check_readable(folder: epath.Path) -> None:
 
 def absolute(path: epath.Path) -> epath.Path:
     """The path as orbax takes it.  Raises CheckpointError for a bucket whose package is missing."""
-    if "://" not in str(path):
+    if files.is_local(path):
         return path.resolve()
     if str(path).startswith("gs://"):
         try:

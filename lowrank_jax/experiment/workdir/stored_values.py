@@ -8,6 +8,7 @@ from typing import Any
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.files import type_of
 from lowrank_jax.experiment.config.typed import read_value
+from lowrank_jax.experiment.workdir.files import is_count
 from lowrank_jax.experiment.workdir.identity import defaults, flatten
 
 _LARGEST = 2**127  # about what float32 holds; sums of squares of that do not overflow
@@ -115,7 +116,7 @@ def stop(note: Mapping[str, Any]) -> tuple[str, str]:
     by, step = note.get("by"), note.get("step")
     if not isinstance(by, str):
         raise _wrong("by", by, "a string")
-    if type(step) is not int or not 0 <= step < _LARGEST:
+    if not is_count(step):
         raise _wrong("step", step, "a whole number of at least 0")
     return "stopped", f"by {by} at step {step}"
 

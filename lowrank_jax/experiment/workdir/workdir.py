@@ -91,7 +91,7 @@ class Workdir:
 
     def check_path(self) -> None:
         """Raises WorkdirError for a path where orbax loses what it saves, links out of the folder, and a log that is none."""
-        if "://" in str(self.path):
+        if not files.is_local(self.path):
             return
         whole = self.path.resolve()
         if any("\\" in part or "**" in part or not fnmatch.fnmatchcase(part, part) for part in whole.parts):
@@ -106,7 +106,7 @@ class Workdir:
 
     def check_own(self, name: str) -> None:
         """Raises WorkdirError if a folder or file below this one, which need not exist, is a link; remote ones are none."""
-        if "://" not in str(self.path) and (link := pathlib.Path(self.path, name)).is_symlink():
+        if files.is_link(link := self.path / name):
             raise WorkdirError(f"{link} is a link, and nothing is written through links; put what it leads to in its place")
 
     @contextlib.contextmanager
@@ -118,7 +118,7 @@ class Workdir:
         Raises:
           WorkdirError: another process still holds the lock after so many seconds, which one that is ending may need.
         """
-        if "://" in str(self.path) or not self._active:
+        if not files.is_local(self.path) or not self._active:
             yield
             return
         with self._writing():

@@ -15,6 +15,8 @@ from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.workdir.digest import digests
 from tests import running
 
+pytestmark = pytest.mark.usefixtures("programs_are_shared")
+
 
 class Scaled(nn.Module):
     """Features over the largest singular value of a batch of them, which power iteration follows from step to step."""
@@ -50,12 +52,6 @@ SETTINGS = {
     "eval__every": "3 steps",
     "checkpoint__every": "2 steps",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_are_shared():
-    with running.shared_programs():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.paths import named_leaves
 from tests import running
 
+pytestmark = pytest.mark.usefixtures("programs_are_shared")
+
 ALL_DEVICES = 8
 
 # Beside what the tiny experiment has, averages, erasing, parts of a batch and a held-out split.
@@ -35,12 +37,6 @@ RICH = {
     "optim__lr": 0.3,
     "eval__every": "10 steps",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_are_shared():
-    with running.shared_programs():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,9 @@ from lowrank_jax.experiment.training.log_window import Diverged
 from lowrank_jax.experiment.training.loop import train
 from tests import running
 
+pytestmark = pytest.mark.usefixtures("programs_are_shared")
+
 SETTINGS = {"log__every": "1 step", "dataset__mixup": 0.0, "steps": 12}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_are_shared():
-    with running.shared_programs():
-        yield
 
 
 def events(file):

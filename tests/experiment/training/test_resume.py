@@ -15,13 +15,9 @@ from lowrank_jax.experiment.workdir.checkpoint import CheckpointError
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 
+pytestmark = pytest.mark.usefixtures("programs_are_shared")
+
 SMALL = {"steps": 20, "checkpoint__every": "10 steps"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_are_shared():
-    with running.shared_programs():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def test_nothing_is_appended_through_a_link(tmp_path, outside):
 def test_a_file_is_appended_to(tmp_path):
     files.append(tmp_path / "lines", b"1\n")
     files.append(tmp_path / "lines", b"2\n")
-    assert files.read_text(tmp_path / "lines") == "1\n2\n"
+    assert files.read_bytes(tmp_path / "lines") == b"1\n2\n"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_file_is_appended_to(tmp_path):
 def test_what_is_no_plain_file_is_not_read(tmp_path, make):
     make(tmp_path / "a")
     with pytest.raises(OSError, match="it is not a plain file"):
-        files.read_text(tmp_path / "a")
+        files.read_bytes(tmp_path / "a")
     with pytest.raises(OSError, match=r"plain file|No such device|Is a directory|a link"):  # of the system, or of ours
         files.append(tmp_path / "a", b"1")
 
@@ -53,7 +53,7 @@ def test_what_is_no_plain_file_is_not_read(tmp_path, make):
 def test_a_loop_of_links_is_an_error(tmp_path):
     (tmp_path / "a").symlink_to(tmp_path / "a")
     with pytest.raises(OSError, match="symbolic links") as caught:
-        files.read_text(tmp_path / "a")
+        files.read_bytes(tmp_path / "a")
     assert caught.value.errno == errno.ELOOP
 
 
