@@ -31,24 +31,38 @@ class Decoding:
 
 
 @dataclasses.dataclass(frozen=True)
+class Field:
+    """What every example holds under one name: an array of this shape and type."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
-    """What is known about a data set without reading it.
+    """What is known about a data set.
 
     Attributes:
       name: as in a config.
-      image_shape: `(height, width, channels)` of the images that a network gets.
-      num_classes: labels run from 0 to num_classes - 1.
+      image_shape: `(height, width, channels)` of the images that a network gets, or `(features,)` of plain vectors.
+      num_classes: labels run from 0 to num_classes - 1, whatever their shape; None if they are no classes.
       sizes: the number of examples in each split.
-      mean, std: per channel, of the training split's pixels scaled to [0, 1].
-      prepare: the command that prepares it; empty if it is made on first use.
+      mean, std: per channel, or per feature, of the training split: of pixels scaled to [0, 1], or of floating-point inputs as
+        they are.  Empty if they have not been measured.
+      prepare: the command that prepares it; empty if it is made on first use, or is the user's own.
       decoding: set if images are stored encoded and in many sizes; None if all have one size and fit into memory.
       classes: what the labels mean; a network can be evaluated on other data sets of the same classes.  Default: the name.
       partial: whether `dataset.kwargs` can state smaller sizes, of a part that was prepared on purpose.
+      image_dtype: "uint8", or "float32".
+      label: of one example: `()` and int32 for one class; another shape for a map of classes, or for numbers.
+      extras: what else every example holds, by name, for an objective of the user's.
+      class_names: of the labels, in order; empty if there are none.
+      digest: by which a change of the user's own data is noticed; empty if the data is published.
     """
 
     name: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
+    image_shape: tuple[int, ...]
+    num_classes: int | None
     sizes: dict[str, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -56,14 +70,30 @@ class Dataset:
     decoding: Decoding | None = None
     classes: str = ""
     partial: bool = False
+    image_dtype: str = "uint8"
+    label: Field = Field((), "int32")
+    extras: dict[str, Field] = FrozenDict()
+    class_names: tuple[str, ...] = ()
+    digest: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "classes", self.classes or self.name)
         object.__setattr__(self, "sizes", FrozenDict(self.sizes))  # a data set is a key of caches
+        object.__setattr__(self, "extras", FrozenDict(self.extras))
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """What a batch of examples holds, by name, each with a first axis for the examples."""
+        return {"image": Field(self.image_shape, self.image_dtype), "label": self.label, **self.extras}
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a network gives for each example, or for each place of it: a logit a class, or a number a target."""
+        return self.num_classes or (self.label.shape[-1] if self.label.shape else 1)
 
 
 class Split(Protocol):
-    """Examples by index: batches of `image` uint8 `[batch, height, width, channels]` and `label` int32 `[batch]`."""
+    """Examples by index: batches of `image`, `label` and whatever else `Dataset.fields` lists, each `[batch, ...]`."""
 
     @property
     def prefetch(self) -> int:
