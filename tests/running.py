@@ -82,9 +82,12 @@ def shared_programs() -> Iterator[None]:
         state = once("init", self, lambda: init(self, batches), self.config.seed)
         return jax.tree.map(lambda leaf: leaf.copy(), state)  # a step takes its memory
 
+    def shared_eval(self: Experiment, **options: Any) -> Any:
+        return once("eval", self, lambda: jit_eval(self, **options), options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Experiment, "lower_train_step", shared_lower)
-        patch.setattr(Experiment, "jit_eval_step", lambda self: once("eval", self, lambda: jit_eval(self)))
+        patch.setattr(Experiment, "jit_eval_step", shared_eval)
         patch.setattr(Experiment, "init", shared_init)
         yield
 

@@ -1,5 +1,7 @@
 """How a command ends: errors that the user can fix, exit statuses, and which statuses are worth a restart."""
 
+from lowrank_jax.text import shown
+
 DONE, FAILED, BAD_INPUT, DOES_NOT_FIT, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 4, 75
 HUNG_UP, KILLED, TERMINATED = (128 + number for number in (1, 2, 15))  # as shells have it
 
@@ -30,3 +32,13 @@ class WorkdirError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint cannot be read or written; the message says which one and why."""
+
+
+def of_files(error: OSError) -> str:
+    """What the system says of a file or folder: there is none, no permission, no space left."""
+    return f"{error.filename or 'input or output'}: {error.strerror or error}"
+
+
+def ended_python(error: BaseException) -> str:
+    """What is said of the user's own code that raised SystemExit, or the like."""
+    return f"the model, loss or metric ended Python: {shown(error)}"

@@ -1,12 +1,10 @@
-"""The command line: `lowrank train | evaluate | sweep | report | overview | preflight | init-report`.
+"""The command line: `lowrank train | evaluate | predict | sweep | report | overview | preflight | init-report`.
 
 jax and whatever needs it are imported by the command that runs, so that help and a mistyped flag are answered at once.
 """
 
 import argparse
 import contextlib
-import dataclasses
-import json
 import pathlib
 import shlex
 import sys
@@ -17,14 +15,25 @@ from typing import TYPE_CHECKING, NoReturn
 from lowrank_jax.experiment import interrupts
 from lowrank_jax.experiment.cli import environment
 from lowrank_jax.experiment.cli.flags import HOSTS, parser, split_overrides
-from lowrank_jax.experiment.cli.output import complain, hush, print_anything, say, written_at_the_end
+from lowrank_jax.experiment.cli.output import Output, complain, hush, print_anything, say, written_at_the_end
 from lowrank_jax.experiment.cli.sweep import given, sweep
-from lowrank_jax.experiment.errors import BAD_INPUT, DIVERGED, DOES_NOT_FIT, DONE, FAILED, INTERRUPTED, UserError
-from lowrank_jax.text import first_line, one_line, shown
+from lowrank_jax.experiment.errors import (
+    BAD_INPUT,
+    DIVERGED,
+    DOES_NOT_FIT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    UserError,
+    ended_python,
+    of_files,
+)
+from lowrank_jax.text import first_line, one_line
 
 if TYPE_CHECKING:
     from lowrank_jax.experiment.config.schema import Config
     from lowrank_jax.experiment.evaluation.evaluator import Evaluator
+    from lowrank_jax.experiment.evaluation.results import Evaluation
     from lowrank_jax.experiment.preflight.networks import Network
 
 
@@ -50,8 +59,8 @@ def _run(args: argparse.Namespace) -> int:
         return args.command(args)
     except UserError as error:
         return _failed(BAD_INPUT, str(error))
-    except OSError as error:  # no such folder, no permission, no space left
-        return _failed(BAD_INPUT, f"lowrank: {error.filename or 'input or output'}: {error.strerror or error}")
+    except OSError as error:
+        return _failed(BAD_INPUT, f"lowrank: {of_files(error)}")
     except Diverged as error:
         return _failed(DIVERGED, str(error))
     except OtherFailed:
@@ -65,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     except BaseException as error:  # of the user's code: no command raises one, and signals end it without
         if isinstance(error, KeyboardInterrupt) and not interrupts.obeyed():
             raise  # Ctrl-C in a program that calls this one
-        return _failed(BAD_INPUT, f"lowrank: the model, loss or metric ended Python: {shown(error)}")
+        return _failed(BAD_INPUT, f"lowrank: {ended_python(error)}")
 
 
 def _accident(error: Exception) -> str:
@@ -108,7 +117,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         _join(args)
     trusted = args.trust_code or []
     evaluator = Evaluator(
-        **given(args, ("split", "data_dir", "dataset", "max_undecodable")), trust_code=True in trusted or trusted
+        **given(args, ("split", "data_dir", "dataset", "max_undecodable")),
+        trust_code=True in trusted or trusted,
+        classes=bool(args.classes or args.confusion or args.json),
     )
     workdirs = list(dict.fromkeys(args.workdir))
     try:
@@ -123,27 +134,63 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _with_trust(args: argparse.Namespace, names: Iterable[str]) -> str:
     """The command again, with trust in these names."""
     flags = [f"--trust-code={name}" for name in names]
-    return f"To import it: {shlex.join(['lowrank', 'evaluate', *args.given, *flags])}"
+    return f"To import it: {shlex.join(['lowrank', args.name, *args.given, *flags])}"
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from lowrank_jax.experiment.cli.predict import predict
+    from lowrank_jax.experiment.config.trust import UntrustedCode
+
+    try:
+        return predict(args)
+    except UntrustedCode as error:
+        raise UserError(f"{error}\n{_with_trust(args, error.names)}") from None
 
 
 def _evaluate_now(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator") -> int:
     import jax
 
     from lowrank_jax.experiment.evaluation.evaluator import evaluate_all
+    from lowrank_jax.experiment.evaluation.results import as_json
 
     first = jax.process_index() == 0
+    if args.classes or args.confusion:
+        _check_classes(args, workdirs, evaluator)
     with written_at_the_end(args.json if first else None) as output:
         if len(workdirs) == 1:
-            result = evaluator.evaluate(workdirs[0], args.step)
-            if first:
-                say(result.table())
+            with written_at_the_end(args.confusion if first else None) as picture:
+                result = evaluator.evaluate(workdirs[0], args.step)
+                if first:
+                    say(result.table())
+                    _show_classes(args, result, picture)
             done, text = [result], result.json()
         else:
             done = evaluate_all(workdirs, evaluator, args.step, say=say if first else hush, complain=complain)
-            objects = [{"workdir": workdir, **dataclasses.asdict(result)} for workdir, result in done.items()]
-            text = json.dumps(objects, indent=2) + "\n"
+            text = as_json([{"workdir": workdir, **result.record()} for workdir, result in done.items()])
         output.write(text)
     return DONE if len(done) == len(workdirs) else BAD_INPUT
+
+
+def _check_classes(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator") -> None:
+    """Whether there are classes to show, before the work begins."""
+    from lowrank_jax.experiment.evaluation import classes, confusion_picture
+
+    flag = "--classes" if args.classes else "--confusion"
+    if len(workdirs) > 1:
+        raise UserError(f"{flag} shows one run; name one --workdir, or write what is counted of all of them by --json=FILE")
+    if args.confusion:
+        confusion_picture.check_name(args.confusion)
+    classes.check(evaluator.open(workdirs[0]).experiment.dataset)
+
+
+def _show_classes(args: argparse.Namespace, result: "Evaluation", picture: Output) -> None:
+    from lowrank_jax.experiment.evaluation import confusion_picture
+
+    if args.classes:
+        say(f"\n{result.tables_of_classes()}")
+    if args.confusion:
+        picture.write(confusion_picture.draw(result.counted(), pathlib.Path(args.confusion).suffix))
+        say(args.confusion)
 
 
 def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator") -> int:
@@ -154,6 +201,8 @@ def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator"
         raise ConfigError("--watch", [f"runs as a single process; remove {' '.join(f'--{flag}' for flag in flags)}"])
     if args.json or args.step != "latest":
         raise ConfigError("--watch", ["evaluates every checkpoint and writes a file of its own; remove --step and --json"])
+    if args.classes or args.confusion:
+        raise ConfigError("--watch", ["counts no classes; remove --classes and --confusion"])
     outcome = watch(workdirs, evaluator, poll=args.poll, say=say, complain=complain)
     if outcome.interrupted:
         return INTERRUPTED
@@ -256,6 +305,7 @@ def _config(args: argparse.Namespace, devices: int | None = None) -> "Config":
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
+    "predict": _predict,
     "sweep": _sweep,
     "report": _report,
     "overview": _overview,

@@ -35,7 +35,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
             allow_abbrev=False,
         )
         add_flags(command)
-        command.set_defaults(command=commands[name])
+        command.set_defaults(command=commands[name], name=name)
     return parser
 
 
@@ -81,6 +81,7 @@ def _train(command: argparse.ArgumentParser) -> None:
 _EVALUATE = f"""examples:
   lowrank evaluate --workdir=runs/digits
   lowrank evaluate --workdir=runs/digits --step=best --split=train --json=train.json
+  lowrank evaluate --workdir=runs/digits --classes --confusion=confusion.png
   lowrank evaluate --workdir runs/sweep/* --json=sweep.json
   lowrank evaluate --workdir=runs/imagenet --dataset=imagenet_v2
   lowrank evaluate --workdir=runs/digits --watch
@@ -103,12 +104,7 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
         "--workdir", required=True, type=flag_types.text, nargs="+", action="extend", metavar="DIR",
         help="work directories of runs",
     )  # fmt: skip
-    add(
-        "--step",
-        default="latest",
-        type=flag_types.text,
-        help="latest (default), best (by the first of objective.metrics), or a step number",
-    )
+    _add_step(command)
     add("--split", type=flag_types.text, help='e.g. "test" or "train[:1000]"; default: dataset.eval_split of the config')
     add("--dataset", type=flag_types.text, metavar="NAME", help="another data set with the same classes, e.g. imagenet_v2")
     add("--data-dir", type=flag_types.text, help="folder of the data on this machine; default: the one used in training")
@@ -118,14 +114,42 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="maximum number of undecodable images; default: the config's",
     )
+    _add_trust(command)
+    add("--classes", action="store_true", help="also show the top-1 of each class, and what it is most often taken for")
+    add("--confusion", type=flag_types.text, metavar="FILE.png", help="also draw the confusion matrix")
     add(
-        "--trust-code", nargs="?", action="append", type=flag_types.code, const=True, metavar="NAME",
-        help="import this model, loss or metric that a run's config names; without a NAME, import whatever it names",
+        "--json", type=flag_types.text, metavar="FILE",
+        help="also write the results to this file, with the top-1 of each class and the confusion matrix",
     )  # fmt: skip
-    add("--json", type=flag_types.text, metavar="FILE", help="also write the results to this file")
     add("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")
     add("--poll", type=flag_types.seconds, default=10.0, metavar="SECONDS", help="polling interval of --watch; default: 10")
     _add_hosts(command)
+
+
+_PREDICT = f"""examples:
+  lowrank predict --workdir=runs/photos --step=best photo.jpg other.png
+  lowrank predict --workdir=runs/photos --csv=predictions.csv folder/of/images
+  lowrank predict --workdir=runs/photos --json=predictions.json images/*
+
+Prints the five likeliest classes of each image with their probabilities, or writes them to a file. Images are decoded and
+cropped as in evaluation. Where a run's own images have one size, others are cropped at the centre and resized, and turned grey
+if its own are; that is said. In the place of a folder come the images in it and below, by
+their suffixes; hidden ones and others are passed over and counted.
+
+Images that cannot be read are named and counted, and the others are predicted; the exit status is then {BAD_INPUT}.
+
+{_STATUS}"""
+
+
+def _predict(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--workdir", required=True, type=flag_types.text, metavar="DIR", help="work directory of the run")
+    add("images", nargs="+", type=flag_types.text, metavar="IMAGES", help="image files, and folders that hold some")
+    _add_step(command)
+    add("--raw", action="store_true", help="use the weights themselves where the run keeps an average")
+    add("--csv", type=flag_types.text, metavar="FILE", help="write the predictions to this file instead of printing them")
+    add("--json", type=flag_types.text, metavar="FILE", help="the same as JSON")
+    _add_trust(command)
 
 
 _SWEEP = f"""examples:
@@ -284,6 +308,7 @@ def _init_report(command: argparse.ArgumentParser) -> None:
 _COMMANDS = {
     "train": ("Train from a config file, or resume a run.", _TRAIN, _train),
     "evaluate": ("Evaluate a checkpoint on every example of a split.", _EVALUATE, _evaluate),
+    "predict": ("Print the likeliest classes of image files.", _PREDICT, _predict),
     "sweep": ("Train many runs that differ in a few settings.", _SWEEP, _sweep),
     "report": ("Compare finished runs on one page.", _REPORT, _report),
     "overview": ("Show the rank of every kernel, or why it stays dense, and what each device holds.", _OVERVIEW, _overview),
@@ -300,6 +325,22 @@ def _add_config(command: argparse.ArgumentParser) -> None:
         metavar="FILE[:ARG]",
         help="Python file that defines get_config(); ARG is its argument",
     )
+
+
+def _add_step(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--step",
+        default="latest",
+        type=flag_types.text,
+        help="latest (default), best (by the first of objective.metrics), or a step number",
+    )
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust-code", nargs="?", action="append", type=flag_types.code, const=True, metavar="NAME",
+        help="import this model, loss or metric that a run's config names; without a NAME, import whatever it names",
+    )  # fmt: skip
 
 
 def _add_hosts(command: argparse.ArgumentParser) -> None:

@@ -38,10 +38,10 @@ class Output:
     path: pathlib.Path | None
     new: bool
 
-    def write(self, text: str) -> None:
+    def write(self, content: str | bytes) -> None:
         if self.path:
             with interrupts.held_back():
-                self.path.write_text(text, encoding="utf-8")
+                self.path.write_bytes(content.encode() if isinstance(content, str) else content)
 
     def give_up(self) -> None:
         """Leaves the folder as it was."""

@@ -31,16 +31,18 @@ def _imagenet(options: ImageNetOptions) -> Dataset:
     return dataclasses.replace(_IMAGENET, sizes={"train": options.train_size, "validation": options.validation_size})
 
 
-_DIGITS = Dataset("digits", (8, 8, 1), 10, {"train": 1437, "test": 360}, (0.305,), (0.377,))
+_DIGITS = Dataset("digits", (8, 8, 1), 10, {"train": 1437, "test": 360}, (0.305,), (0.377,), class_names=tuple("0123456789"))
 
 _FASHION_MNIST = Dataset(
     "fashion_mnist", (28, 28, 1), 10, {"train": 60_000, "test": 10_000}, (0.2860,), (0.3530,),
     prepare="scripts/prepare_fashion_mnist.sh DATA_DIR",
+    class_names=("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )  # fmt: skip
 
 _CIFAR10 = Dataset(
     "cifar10", (32, 32, 3), 10, {"train": 50_000, "test": 10_000}, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
     prepare="tfds build cifar10 --file_format=array_record --data_dir=DATA_DIR",
+    class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
 )  # fmt: skip
 
 _IMAGENET_V2 = dataclasses.replace(

@@ -6,18 +6,19 @@ from typing import Any
 
 import jax
 
-from lowrank_jax import named_code
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config, MeshConfig
-from lowrank_jax.experiment.config.trust import Trust, UntrustedCode, check_trust
+from lowrank_jax.experiment.config.trust import Trust, UntrustedCode
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.base import Dataset, Split
-from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.errors import UserError, of_files
+from lowrank_jax.experiment.evaluation import classes
+from lowrank_jax.experiment.evaluation.classes import Classes
 from lowrank_jax.experiment.evaluation.results import Evaluation, Rows
-from lowrank_jax.experiment.evaluation.selection import default_split, other_dataset, restore
+from lowrank_jax.experiment.evaluation.selection import default_split, evaluated_parts, other_dataset, read_config, restore
 from lowrank_jax.experiment.hosts.processes import several
 from lowrank_jax.experiment.training.build import Experiment, build
-from lowrank_jax.experiment.training.evaluate import evaluate
+from lowrank_jax.experiment.training.evaluate import Tally, evaluate
 from lowrank_jax.experiment.training.fits import check_evaluation
 from lowrank_jax.experiment.training.state import evaluated_variables
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
@@ -51,13 +52,11 @@ class Subject:
 
     def target(self) -> dict[str, Any]:
         """The parts of the state that evaluation needs."""
-        shapes = self.experiment.shapes
-        optional = {"ema": shapes.ema, "collections": shapes.collections}
-        kept = {name: part for name, part in optional.items() if part}
-        return {"step": shapes.step, "params": shapes.params, "batch_stats": shapes.batch_stats, **kept}
+        return evaluated_parts(self.experiment.shapes)
 
     def evaluate(self, restored: Restored, stop_requested: Callable[[], bool] = lambda: False) -> Evaluation:
         """Evaluates a checkpoint.  Raises Interrupted if `stop_requested` becomes true before it has finished."""
+        tallies: dict[str, Tally] = {}
         metrics = evaluate(
             self.eval_step,
             evaluated_variables(restored.state),
@@ -65,7 +64,10 @@ class Subject:
             batch_size=self.batch_size,
             mesh=self.experiment.mesh,
             stop_requested=stop_requested,
+            tallies=tallies,
         )
+        names = classes.names_of(self.experiment.dataset)
+        counted = {weights: Classes(names, **tally) for weights, tally in tallies.items() if tally}
         plan = self.experiment.plan
         return Evaluation(
             self.split,
@@ -75,6 +77,8 @@ class Subject:
             plan.params,
             plan.dense_params,
             restored.damaged,
+            counted.get(""),
+            counted.get("_raw"),
         )
 
 
@@ -91,6 +95,7 @@ class Evaluator:
       max_undecodable: maximum number of undecodable images; None for each run's own limit.
       trust_code: what a run's config may have imported besides this project's own models, losses and metrics: True for
         whatever it names, or the names to trust, such as "package.module:Model".
+      classes: also count what each class is taken for, where labels are classes.
 
     Attributes:
       untrusted: the names that runs were refused for.
@@ -104,9 +109,10 @@ class Evaluator:
         dataset: str | None = None,
         max_undecodable: int | None = None,
         trust_code: Trust = False,
+        classes: bool = False,
     ):
         self._split, self._data_dir, self._dataset, self._max_undecodable = split, data_dir, dataset, max_undecodable
-        self._trusted = trust_code
+        self._trusted, self._classes = trust_code, classes
         self.untrusted: dict[str, None] = {}
         self._experiments: dict[Hashable, Experiment] = {}
         self._eval_steps: dict[Hashable, Callable[..., dict[str, jax.Array]]] = {}
@@ -131,7 +137,7 @@ class Evaluator:
           UntrustedCode: its config names code that is not trusted.
         """
         folder = Workdir(workdir)
-        config = stored = self._config(folder, f"{workdir}/config.json")
+        config = stored = self._config(folder)
         if self._max_undecodable is not None:
             limited = dataclasses.replace(config.dataset, max_undecodable=self._max_undecodable)
             config = dataclasses.replace(config, dataset=limited)
@@ -145,15 +151,12 @@ class Evaluator:
         check_evaluation(experiment, batch_size)
         return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size, digest_of(stored))
 
-    def _config(self, folder: Workdir, source: str) -> Config:
-        values = folder.read_config()
+    def _config(self, folder: Workdir) -> Config:
         try:
-            check_trust(values, self._trusted, source)
+            return read_config(folder, self._trusted)
         except UntrustedCode as error:
             self.untrusted |= dict.fromkeys(error.names)
             raise
-        with named_code.not_in(folder.path):
-            return configs.parse(values, source=source, devices=None)
 
     def _experiment(self, config: Config, workdir: str) -> Experiment:
         key = (config.model, config.description, config.lowrank, config.objective, config.optim.ema_decay is None)
@@ -165,7 +168,8 @@ class Evaluator:
         """One for all plans: jit distinguishes them by their kernels, which carry ranks and execution."""
         key = (experiment.config.model, experiment.config.objective, experiment.dataset)
         if key not in self._eval_steps:
-            self._eval_steps[key] = experiment.jit_eval_step()
+            counted = classes.number_to_count(experiment.dataset) if self._classes else 0
+            self._eval_steps[key] = experiment.jit_eval_step(classes=counted)
         return self._eval_steps[key]
 
     def _read(self, dataset: Dataset, split: str, data_dir: str | None) -> Split:
@@ -204,5 +208,5 @@ def evaluate_all(
 
 def complaint(workdir: str, error: Exception) -> str:
     """What is wrong with a work directory, with its name once."""
-    text = f"{error.filename or 'input or output'}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+    text = of_files(error) if isinstance(error, OSError) else str(error)
     return text if workdir in text else f"{workdir}: {text}"

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from lowrank_jax.experiment.evaluation import selection
+from lowrank_jax.experiment.evaluation.classes import Classes
 from lowrank_jax.text import align, count, one_line
 
 
@@ -18,6 +22,7 @@ class Evaluation:
       raw_metrics: of the raw weights, if the run keeps an average; otherwise None.
       params, dense_params: the number of parameters of the network, and of the dense one.
       damaged: the reason by newer step that could not be used.
+      classes, raw_classes: of the same weights, how well each class is recognised; None where that was not counted.
     """
 
     split: str
@@ -27,6 +32,8 @@ class Evaluation:
     params: int
     dense_params: int
     damaged: dict[int, str]
+    classes: Classes | None = dataclasses.field(default=None, repr=False)
+    raw_classes: Classes | None = dataclasses.field(default=None, repr=False)
 
     def header(self) -> list[str]:
         return ["split", "examples", *self._shown(), "step", "params", "dense params"]
@@ -48,7 +55,7 @@ class Evaluation:
 
     def warnings(self) -> list[str]:
         """A line for each damaged step, and one if images could not be decoded."""
-        lines = [f"checkpoint {step} cannot be used ({reason})" for step, reason in self.damaged.items()]
+        lines = selection.warnings(self.damaged)
         skipped = self.metrics.get("undecodable", 0)
         return lines + ([f"{skipped} of {skipped + self.metrics['examples']:,} images cannot be decoded"] if skipped else [])
 
@@ -56,9 +63,34 @@ class Evaluation:
         """Warnings, a header and the rows as aligned text."""
         return "\n".join([*map(one_line, self.warnings()), align([self.header(), *self.rows()])])
 
+    def tables_of_classes(self) -> str:
+        """What was counted of each class as aligned text; of averaged and raw weights one after the other."""
+        return "\n".join(f"{title}:\n{classes.table()}" for title, classes in self.counted().items())
+
+    def counted(self) -> dict[str, Classes]:
+        """What was counted of each class, by the split and the weights."""
+        raw = self.raw_metrics is not None
+        both = {f"{self.split}, averaged" if raw else self.split: self.classes, f"{self.split}, raw": self.raw_classes}
+        return {title: classes for title, classes in both.items() if classes}
+
+    def record(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value.record() if isinstance(value, Classes) else value for name, value in fields.items()}
+
     def json(self) -> str:
         """A JSON object."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return as_json(self.record())
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def as_json(value: Any) -> str:
+    """Indented JSON, each list of numbers on one line."""
+    text = json.dumps(value, indent=2)
+    # Texts have no line breaks in JSON, and a list of numbers has no texts.
+    return re.sub(r'\[[^]["{}]*\]', lambda found: re.sub(r"\n\s*", " ", found[0]), text) + "\n"
 
 
 class Rows:

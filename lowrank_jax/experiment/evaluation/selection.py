@@ -1,12 +1,37 @@
-"""Which checkpoint of a run is evaluated, and on which examples."""
+"""What of a stored run is evaluated: its config, which checkpoint, and on which examples."""
 
 from typing import Any
 
+from lowrank_jax import named_code
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.config.trust import Trust, check_trust
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.base import Dataset
+from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints, Restored
+from lowrank_jax.experiment.workdir.workdir import Workdir
+
+
+def read_config(folder: Workdir, trusted: Trust) -> Config:
+    """The config of a run; no code is imported that is not trusted, and none out of the folder.
+
+    Raises:
+      WorkdirError, ConfigError: there is none, or it is not valid.
+      UntrustedCode: it names code that is not trusted.
+    """
+    values, source = folder.read_config(), f"{folder.path}/config.json"
+    check_trust(values, trusted, source)
+    with named_code.not_in(folder.path):
+        return configs.parse(values, source=source, devices=None)
+
+
+def evaluated_parts(shapes: TrainState) -> dict[str, Any]:
+    """The parts of a state that evaluation needs, of a state's shapes or of a state."""
+    optional = {"ema": shapes.ema, "collections": shapes.collections}
+    kept = {name: part for name, part in optional.items() if part}
+    return {"step": shapes.step, "params": shapes.params, "batch_stats": shapes.batch_stats, **kept}
 
 
 def other_dataset(config: Config, name: str) -> Dataset:
@@ -74,3 +99,8 @@ def _choose(checkpoints: Checkpoints, step: str) -> int:
     if not (step.isascii() and step.isdecimal()) or int(step) not in steps:
         raise CheckpointError(f"{checkpoints.directory} has no step {step}; choose from {steps}, latest or best")
     return int(step)
+
+
+def warnings(damaged: dict[int, str]) -> list[str]:
+    """A line for each step that could not be used, given the reasons."""
+    return [f"checkpoint {step} cannot be used ({reason})" for step, reason in damaged.items()]

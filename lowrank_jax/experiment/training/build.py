@@ -129,15 +129,25 @@ class Experiment:
     def _seed(self) -> np.uint32:
         return np.uint32(self.config.seed)
 
-    def jit_eval_step(self) -> jax.stages.Wrapped:
-        """The evaluation step `(variables, batch) -> sums`; it serves networks of other ranks too."""
-        eval_step = step.make_eval_step(self.model, self._normalizer(), objective=self.objective, gather=self._gather)
+    def jit_eval_step(self, *, classes: int = 0) -> jax.stages.Wrapped:
+        """The evaluation step `(variables, batch) -> sums`; it serves networks of other ranks too.
 
-        def step_with_word(variables: dict[str, Any], batch: dict[str, jax.Array]) -> step.Metrics:
+        Args:
+          classes: how many classes to count the predictions of; see `step.tally`.
+        """
+        eval_step = step.make_eval_step(
+            self.model, self._normalizer(), objective=self.objective, gather=self._gather, classes=classes
+        )
+
+        def step_with_word(variables: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, Any]:
             batch, word = votes.split(batch)
             return {**eval_step(variables, batch), **word}
 
         return jax.jit(step_with_word, out_shardings=replicated(self.mesh))
+
+    def jit_forward(self) -> jax.stages.Wrapped:
+        """The network as it is evaluated: `(variables, images) -> outputs`, of images as the data set has them."""
+        return jax.jit(step.make_forward(self.model, self._normalizer(), gather=self._gather))
 
     def _gather(self, params: Any) -> Any:
         """Parameters as a step computes with them: not sharded over the axes that shard a batch.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from lowrank_jax.experiment.data.base import DataError, Split
@@ -14,6 +15,10 @@ from lowrank_jax.experiment.hosts.votes import FAIL, STOP, Votes
 
 Evaluated = dict[str, dict[str, float]]
 """Metrics by name, of every set of weights or split that was evaluated."""
+
+
+Tally = dict[str, np.ndarray]
+"""What `step.tally` counts, summed over a split."""
 
 
 class Interrupted(Exception):
@@ -28,6 +33,7 @@ def evaluate(
     batch_size: int,
     mesh: Mesh,
     stop_requested: Callable[[], bool] = lambda: False,
+    tallies: dict[str, Tally] | None = None,
 ) -> Evaluated:
     """The means of the loss and the metrics over every example once, whatever the batch size.
 
@@ -40,6 +46,7 @@ def evaluate(
       batch_size: over all devices.
       mesh: the devices.
       stop_requested: called before every batch.
+      tallies: receives, for every set of variables, the sums of what the step counts in its `tally`, if it does.
 
     Raises:
       DataError: more images do not decode than `dataset.max_undecodable` allows.
@@ -49,6 +56,7 @@ def evaluate(
     batches, votes = EvalBatches(examples, batch_size, shard_of(mesh)), Votes(mesh, stop_requested)
     reader, failure = iter(batches), None
     sums: list[dict[str, dict[str, jax.Array]]] = []
+    tallied: list[dict[str, jax.Array]] = [{} for _ in variables]
     for _ in range(len(batches)):
         if votes.outcome == STOP:
             raise Interrupted
@@ -62,13 +70,21 @@ def evaluate(
             batch, failure = batches.blank(), error  # the others count on this process until they know
         placed = votes.cast(put_batch(batch, mesh), failed=failure is not None)
         results = votes.count(*(eval_step(part, placed) for part in variables.values()))
+        tallied = [_added(so_far, result.pop("tally", {})) for so_far, result in zip(tallied, results, strict=True)]
         sums.append(dict(zip(variables, results, strict=True)))
         if len(sums) > 2:  # never far ahead of the devices
             jax.block_until_ready(sums[-3])
     if votes.settle() == FAIL:
         raise failure or OtherFailed
+    if tallies is not None:
+        tallies |= dict(zip(variables, jax.device_get(tallied), strict=True))
     parts = jax.device_get(sums)
     return {name: _means([part[name] for part in parts], examples, votes.shared) for name in variables}
+
+
+def _added(sums: dict[str, jax.Array], more: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Added up on the devices: of a thousand classes, a matrix for every batch would fill them."""
+    return {name: sums[name] + value if name in sums else value for name, value in more.items()}
 
 
 def score(evaluated: Evaluated, metric: str = "top1") -> float:

@@ -120,22 +120,34 @@ def moved_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
     return optax.incremental_update(new, average, 1 - jnp.minimum(decay, young))
 
 
+def make_forward(
+    model: nn.Module, normalize: Normalize, *, gather: Gather = lambda params: params
+) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
+    """A function `(variables, images) -> outputs` in float32, as the network is evaluated; `gather` as in training."""
+
+    def forward(variables: dict[str, Any], images: jax.Array) -> jax.Array:
+        variables = {**variables, "params": gather(variables["params"])}
+        return apply(model, variables, normalize(images), train=False).astype(jnp.float32)
+
+    return forward
+
+
 def make_eval_step(
     model: nn.Module,
     normalize: Normalize,
     *,
     objective: Objective = objectives.DEFAULT,
     gather: Gather = lambda params: params,
-) -> Callable[[dict[str, Any], dict[str, jax.Array]], Metrics]:
+    classes: int = 0,
+) -> Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, Any]]:
     """A function `(variables, batch) -> sums` of the loss and of every metric over the examples whose mask is 1.
 
-    `count` says over how many; `gather` as in training.
+    `count` says over how many; `gather` as in training.  With a number of `classes`, `tally` holds what `tally` counts.
     """
+    forward = make_forward(model, normalize, gather=gather)
 
-    def eval_step(variables: dict[str, Any], batch: dict[str, jax.Array]) -> Metrics:
-        variables = {**variables, "params": gather(variables["params"])}
-        logits = apply(model, variables, normalize(batch["image"]), train=False).astype(jnp.float32)
-        mask = batch["mask"]
+    def eval_step(variables: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, Any]:
+        logits, mask = forward(variables, batch["image"]), batch["mask"]
 
         def masked_sum(values: jax.Array) -> jax.Array:
             # where, not a product: a filled-up example's NaN must not reach the sum.
@@ -143,6 +155,25 @@ def make_eval_step(
 
         measures = {"loss": objective.loss, **objective.metrics}
         sums = {name: masked_sum(measure(logits, batch["label"])) for name, measure in measures.items()}
-        return {**sums, "count": mask.sum().astype(jnp.int32)}
+        counted = {"tally": tally(logits, batch["label"], mask, classes)} if classes else {}
+        return {**sums, "count": mask.sum().astype(jnp.int32), **counted}
 
     return eval_step
+
+
+def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array, classes: int) -> dict[str, jax.Array]:
+    """How often each class was there, and how often each was taken for each, over the examples whose mask is 1.
+
+    Args:
+      logits: `[batch, classes]`; of equal ones the first is the largest, and a row with a NaN predicts nothing.
+      labels, mask: `[batch]`.
+
+    Returns:
+      `counts` int32 `[classes]`, and `confusion` int32 `[classes, classes]` by the true class and the predicted one.
+    """
+    seen = (mask > 0).astype(jnp.int32)
+    predicts = seen * ~jnp.isnan(logits).any(-1)
+    return {
+        "counts": jnp.zeros(classes, jnp.int32).at[labels].add(seen),
+        "confusion": jnp.zeros((classes, classes), jnp.int32).at[labels, logits.argmax(-1)].add(predicts),
+    }

@@ -1,0 +1,70 @@
+"""`lowrank predict`: the likeliest classes of image files."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lowrank_jax.experiment.cli.output import complain, say, written_at_the_end
+from lowrank_jax.experiment.errors import BAD_INPUT, DONE, UserError
+from lowrank_jax.text import one_line
+
+if TYPE_CHECKING:
+    from lowrank_jax.experiment.evaluation.predictions import Prediction
+
+_TOP = 5
+_SECONDS = 5.0  # between lines of progress
+_WIDEST = 60  # column of file names
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Prints a line for each file, or writes files that hold them."""
+    from lowrank_jax.experiment.data import image_files
+    from lowrank_jax.experiment.evaluation import network as networks
+    from lowrank_jax.experiment.evaluation import predictions
+    from lowrank_jax.experiment.evaluation.results import as_json
+    from lowrank_jax.experiment.workdir.writer import duration
+
+    found, others = image_files.find(args.images)
+    if not found:
+        raise UserError(f"{', '.join(args.images)}: no image files there ({', '.join(image_files.SUFFIXES)})")
+    trusted = args.trust_code or []
+    network = networks.restore(args.workdir, args.step, raw=args.raw, trust_code=True in trusted or trusted)
+    for line in network.warnings():
+        complain(f"{args.workdir}: {line}")
+    quiet = bool(args.csv or args.json)
+    width = min(_WIDEST, max(len(one_line(file)) for file in found))
+    done, began, told = [], time.monotonic(), time.monotonic()
+    with written_at_the_end(args.csv) as table, written_at_the_end(args.json) as objects:
+        for prediction in predictions.predictions(network, found, _TOP):
+            done.append(prediction)
+            if prediction.error:
+                complain(f"{prediction.file}: {prediction.error}")
+            elif not quiet:
+                say(prediction.line(width))
+            now = time.monotonic()
+            if quiet and now - told > _SECONDS:
+                told, left = now, (now - began) / len(done) * (len(found) - len(done))
+                complain(f"{len(done):,} of {len(found):,} images  eta {duration(left)}")
+        table.write(predictions.table(done, _TOP))
+        objects.write(as_json([prediction.record() for prediction in done]))
+    failed = sum(bool(prediction.error) for prediction in done)
+    for line in _notes(done, failed, others):
+        complain(line)
+    for path in filter(None, (args.csv, args.json)):
+        say(f"{len(done) - failed:,} images: {path}")
+    return BAD_INPUT if failed else DONE
+
+
+def _notes(done: "Sequence[Prediction]", failed: int, others: int) -> list[str]:
+    """What is worth knowing of the images, and was not said of each."""
+    changed = [prediction for prediction in done if prediction.changed]
+    lines = []
+    if changed:
+        example = f"{changed[0].file} was {changed[0].changed}"
+        lines.append(f"{len(changed):,} of {len(done):,} images are not as the network's own; {example}")
+    if others:
+        lines.append(f"{others:,} other files in the folders were passed over")
+    if failed:
+        lines.append(f"{failed:,} of {len(done):,} images cannot be read")
+    return lines

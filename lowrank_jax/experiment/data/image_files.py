@@ -1,0 +1,89 @@
+"""Image files as a network that was trained on a data set takes them."""
+
+import os
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from lowrank_jax.experiment.data import crops
+from lowrank_jax.experiment.data.base import Dataset
+from lowrank_jax.experiment.data.decode import Undecodable, decode_box
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_GREY = np.array([299, 587, 114])
+"""Thousandths of red, green and blue in a grey, as in ITU-R BT.601."""
+
+
+def find(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[str], int]:
+    """Files as they are given, and in the place of a folder the image files in it and below, sorted by name.
+
+    Returns:
+      The files, and how many others were passed over in folders: hidden ones, and those without an image's suffix.
+    """
+    found, others = [], 0
+    for path in map(os.fspath, paths):
+        if not pathlib.Path(path).is_dir():
+            found.append(path)
+            continue
+        for folder, below, names in os.walk(path):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            images = [name for name in sorted(names) if _is_image(name)]
+            found += [str(pathlib.Path(folder, name)) for name in images]
+            others += len(names) - len(images)
+    return found, others
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
+
+
+def why_not(dataset: Dataset) -> str | None:
+    """Why image files cannot be what a network of this data set takes; None if they can."""
+    if len(dataset.image_shape) != 3 or dataset.image_shape[2] not in (1, 3):
+        return f"its inputs are {list(dataset.image_shape)}, which no image file holds"
+    if dataset.image_dtype != "uint8":
+        return f"its inputs are {dataset.image_dtype}, and image files hold whole numbers from 0 to 255"
+    return None
+
+
+def read(dataset: Dataset, data: bytes) -> tuple[np.ndarray, str]:
+    """An encoded image as it is read in evaluation.
+
+    Where a data set has images of one size, others are cropped at the centre to its aspect ratio and resized; colours become
+    grey where it has one channel.
+
+    Returns:
+      uint8 `[height, width, channels]` as the data set has them, and what was done that is not done in evaluation; "" for nothing.
+
+    Raises:
+      Undecodable: it is no image, is truncated, or is too large.
+    """
+    height, width, channels = dataset.image_shape
+    found: list[tuple[int, int]] = []
+
+    def choose(rows: int, columns: int) -> crops.Box:
+        found.append((rows, columns))
+        if dataset.decoding:
+            return crops.central_crop(rows, columns, dataset.decoding.eval_crop)
+        return _central(rows, columns, height / width)
+
+    image = np.empty((height, width, 3), np.uint8)
+    decode_box(data, choose, image)
+    done = []
+    if not dataset.decoding and found[-1] != (height, width):
+        done.append(f"resized from {found[-1][1]}x{found[-1][0]} to {width}x{height}")
+    if channels == 1:
+        if (image != image[:, :, :1]).any():
+            done.append("turned grey")
+        image = ((image @ _GREY + 500) // 1000).astype(np.uint8)[:, :, None]
+    return image, " and ".join(done)
+
+
+def _central(rows: int, columns: int, aspect: float) -> crops.Box:
+    """The largest box at the centre whose height is so many times its width."""
+    height, width = min(rows, max(1, round(columns * aspect))), min(columns, max(1, round(rows / aspect)))
+    return crops.Box((rows - height) // 2, (columns - width) // 2, height, width)
+
+
+__all__ = ["SUFFIXES", "Undecodable", "find", "read", "why_not"]

@@ -1,0 +1,177 @@
+"""Runs from Python, as the command line has them: load a config, train, evaluate, restore.
+
+What the command line says in one line is raised as an exception with that text.
+"""
+
+import contextlib
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.config.files import Overrides
+from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.config.trust import Trust
+from lowrank_jax.experiment.errors import UserError, ended_python, of_files
+from lowrank_jax.experiment.evaluation.evaluator import Evaluator
+from lowrank_jax.experiment.evaluation.network import Network
+from lowrank_jax.experiment.evaluation.network import restore as restore_network
+from lowrank_jax.experiment.evaluation.results import Evaluation
+from lowrank_jax.experiment.memory import exhausted
+from lowrank_jax.experiment.training import loop
+from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
+from lowrank_jax.experiment.workdir.workdir import Workdir
+
+Path = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run, as `train` leaves it.
+
+    Attributes:
+      workdir: its folder.
+      interrupted: it was stopped and saved before its end; `train` on the same folder goes on from there.
+      step: how far it is.
+      metrics: of its last evaluation on `dataset.eval_split`; empty if there was none yet.
+      best_step: the step of the best checkpoint; None if none was evaluated.
+      evals, train: what this process has evaluated on `dataset.eval_split`, and logged of training, by step.
+      result: the contents of result.json; None if the run was interrupted.
+    """
+
+    workdir: str
+    interrupted: bool
+    step: int
+    metrics: dict[str, float]
+    best_step: int | None
+    evals: dict[int, dict[str, float]] = dataclasses.field(repr=False)
+    train: dict[int, dict[str, float]] = dataclasses.field(repr=False)
+    result: dict[str, Any] | None = dataclasses.field(repr=False)
+
+
+def load_config(config: Path | ConfigDict, overrides: Overrides = ()) -> Config:
+    """Loads a config, with some values replaced by dotted key, and checks all of it.
+
+    Args:
+      config: what `--config` takes, or what a config file's `get_config` returned.
+      overrides: such as `{"lowrank.scale": 0.1, "epochs": 5}`.
+
+    Raises:
+      ConfigError: with all problems.
+    """
+    with _explained():
+        return configs.read(config if isinstance(config, ConfigDict) else os.fspath(config), overrides)
+
+
+def train(config: Config, workdir: Path, *, restart: bool = False) -> Run:
+    """Trains until the end, or resumes a run that was stopped; progress is printed.
+
+    Ctrl-C, SIGTERM and SIGHUP stop it after saving, if this is called in the main thread: then it returns, with `interrupted`.
+    A second Ctrl-C is a KeyboardInterrupt, and so is one before the first step.
+
+    Args:
+      config: from `load_config`.
+      workdir: its folder, local or remote.
+      restart: begin anew if the run was saved and its checkpoints are gone.
+
+    Raises:
+      ConfigError, WorkdirError, DataError, CheckpointError: it cannot start; the message says why.
+      Diverged: the loss, or the gradient, is not finite.
+      UserError: a file cannot be read or written, memory ran out, or the user's own code ended Python.
+    """
+    workdir = os.fspath(workdir)
+    with _explained():
+        checked = configs.parse(configs.to_dict(_a_config(config)), devices=jax.device_count())
+        trained = loop.train(checked, workdir, restart=restart)
+        folder = Workdir(workdir)
+        with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+            best = checkpoints.best()
+        result = None if trained.interrupted else folder.read_json("result.json")
+    last = trained.evals[max(trained.evals)] if trained.evals else {}
+    metrics = result["eval"] if result else last
+    step = int(trained.state.step)
+    return Run(workdir, trained.interrupted, step, metrics, best, trained.evals, trained.train, result)
+
+
+def evaluate(
+    workdir: Path,
+    step: int | str = "latest",
+    *,
+    split: str | None = None,
+    data_dir: str | None = None,
+    dataset: str | None = None,
+    max_undecodable: int | None = None,
+    trust_code: Trust = False,
+) -> Evaluation:
+    """Evaluates a checkpoint on every example of a split, and counts what each class is taken for.
+
+    Args:
+      workdir: of the run.
+      step: "latest", "best" or a step's number.
+      split, data_dir, dataset, max_undecodable, trust_code: as in `Evaluator`.
+
+    Raises:
+      WorkdirError, ConfigError, DataError, CheckpointError: something that is needed cannot be used; the message says why.
+      UntrustedCode: the run's config names code that is not trusted.
+    """
+    evaluator = Evaluator(
+        split=split,
+        data_dir=data_dir,
+        dataset=dataset,
+        max_undecodable=max_undecodable,
+        trust_code=trust_code,
+        classes=True,
+    )
+    with _explained():
+        evaluation = evaluator.evaluate(os.fspath(workdir), str(step))
+    for line in evaluation.warnings():
+        warnings.warn(f"{os.fspath(workdir)}: {line}", stacklevel=2)
+    return evaluation
+
+
+def restore(workdir: Path, step: int | str = "latest", *, raw: bool = False, trust_code: Trust = False) -> Network:
+    """The network of a run, ready to be called on images.
+
+    Args:
+      workdir: of the run.
+      step: "latest", "best" or a step's number.
+      raw: the weights themselves, where the run keeps an average.
+      trust_code: what the run's config may have imported, as in `Evaluator`.
+
+    Raises:
+      WorkdirError, ConfigError, CheckpointError: the run cannot be read; the message says why.
+      UntrustedCode: the run's config names code that is not trusted.
+    """
+    with _explained():
+        network = restore_network(os.fspath(workdir), str(step), raw=raw, trust_code=trust_code)
+    for line in network.warnings():
+        warnings.warn(f"{os.fspath(workdir)}: {line}", stacklevel=2)
+    return network
+
+
+def _a_config(config: Any) -> Config:
+    if not isinstance(config, Config):
+        raise UserError(f"train takes a config from load_config, not a {type(config).__name__}")
+    return config
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """What the command line has one line for is raised as a UserError with that text; accidents are raised as they are."""
+    try:
+        yield
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except OSError as error:
+        raise UserError(of_files(error)) from error
+    except Exception as error:
+        if message := exhausted(error):
+            raise UserError(message) from error
+        raise
+    except BaseException as error:
+        raise UserError(ended_python(error)) from error
