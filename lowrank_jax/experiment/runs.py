@@ -14,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.cli import environment
 from lowrank_jax.experiment.config.files import Overrides
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.config.trust import Trust
@@ -24,6 +25,7 @@ from lowrank_jax.experiment.evaluation.network import restore as restore_network
 from lowrank_jax.experiment.evaluation.results import Evaluation
 from lowrank_jax.experiment.memory import exhausted
 from lowrank_jax.experiment.training import loop
+from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
@@ -71,8 +73,8 @@ def load_config(config: Path | ConfigDict, overrides: Overrides = ()) -> Config:
 def train(config: Config, workdir: Path, *, restart: bool = False) -> Run:
     """Trains until the end, or resumes a run that was stopped; progress is printed.
 
-    Ctrl-C, SIGTERM and SIGHUP stop it after saving, if this is called in the main thread: then it returns, with `interrupted`.
-    A second Ctrl-C is a KeyboardInterrupt, and so is one before the first step.
+    Ctrl-C, SIGTERM and SIGHUP stop it after saving, if this is called in the main thread: it returns with `interrupted`.  What
+    is being compiled is compiled first.  A second Ctrl-C is a KeyboardInterrupt, and nothing is saved.
 
     Args:
       config: from `load_config`.
@@ -85,9 +87,10 @@ def train(config: Config, workdir: Path, *, restart: bool = False) -> Run:
       UserError: a file cannot be read or written, memory ran out, or the user's own code ended Python.
     """
     workdir = os.fspath(workdir)
-    with _explained():
+    # From the beginning: a KeyboardInterrupt is lost where a library's callback happens to be running, as it does in compiling.
+    with _explained(), StopSignal() as stop:
         checked = configs.parse(configs.to_dict(_a_config(config)), devices=jax.device_count())
-        trained = loop.train(checked, workdir, restart=restart)
+        trained = loop.train(checked, workdir, restart=restart, stop=stop)
         folder = Workdir(workdir)
         with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
             best = checkpoints.best()
@@ -163,6 +166,7 @@ def _a_config(config: Any) -> Config:
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
     """What the command line has one line for is raised as a UserError with that text; accidents are raised as they are."""
+    environment.quiet()
     try:
         yield
     except (KeyboardInterrupt, GeneratorExit):

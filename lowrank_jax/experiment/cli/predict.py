@@ -61,10 +61,11 @@ def _notes(done: "Sequence[Prediction]", failed: int, others: int) -> list[str]:
     changed = [prediction for prediction in done if prediction.changed]
     lines = []
     if changed:
-        example = f"{changed[0].file} was {changed[0].changed}"
-        lines.append(f"{len(changed):,} of {len(done):,} images are not as the network's own; {example}")
+        first, were = changed[0], "was changed before it was" if len(changed) == 1 else "were changed before they were"
+        lines.append(f"{len(changed):,} of {len(done):,} images {were} predicted: {first.file} was {first.changed}")
     if others:
-        lines.append(f"{others:,} other files in the folders were passed over")
+        files = "file in the folders was" if others == 1 else "files in the folders were"
+        lines.append(f"{others:,} other {files} passed over")
     if failed:
         lines.append(f"{failed:,} of {len(done):,} images cannot be read")
     return lines

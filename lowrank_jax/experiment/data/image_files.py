@@ -54,7 +54,7 @@ def read(dataset: Dataset, data: bytes) -> tuple[np.ndarray, str]:
     grey where it has one channel.
 
     Returns:
-      uint8 `[height, width, channels]` as the data set has them, and what was done that is not done in evaluation; "" for nothing.
+      uint8 `[height, width, channels]` as the data set has them, and what was done beyond what evaluation does; "" for nothing.
 
     Raises:
       Undecodable: it is no image, is truncated, or is too large.

@@ -40,7 +40,7 @@ def draw(matrices: Mapping[str, Classes], suffix: str) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():  # of letters that the font does not have, and of panels too small for their labels
         warnings.simplefilter("ignore", UserWarning)
-        figure.savefig(file, format=suffix.lower().lstrip("."), dpi=150)
+        figure.savefig(file, format=suffix.lower().lstrip("."), dpi=150, bbox_inches="tight")
     return file.getvalue()
 
 
@@ -56,8 +56,8 @@ def _panel(panel: Any, title: str, classes: Classes) -> None:
     else:
         panel.set_xlabel(f"predicted\n\n{_mistakes(classes)}", parse_math=False)
     if len(share) <= _NUMBERED:
-        for (true, taken), often in np.ndenumerate(classes.confusion):
-            color = "white" if share[true, taken] > 0.5 else "black" if often else "#bbbbbb"
+        for true, taken in np.argwhere(classes.confusion):
+            often, color = classes.confusion[true, taken], "white" if share[true, taken] > 0.5 else "black"
             panel.text(taken, true, f"{often:,}", ha="center", va="center", color=color, fontsize=8)
 
 

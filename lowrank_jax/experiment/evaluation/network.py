@@ -71,6 +71,8 @@ class Network:
         """
         self._check(images)
         if isinstance(images, jax.Array):
+            if not len(images):  # of which models may not be able to make anything
+                return jax.tree.map(lambda array: array[:0], self(jax.numpy.zeros((1, *images.shape[1:]), images.dtype)))
             divides = len(images) % batch_shards(self._mesh) == 0
             sharding = batch_sharding(self._mesh) if divides else replicated(self._mesh)
             return self._forward(self.variables, jax.device_put(images, sharding))

@@ -37,6 +37,8 @@ class StopSignal:
             self._before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
             if self._before[signal.SIGHUP] is signal.SIG_IGN:  # nohup
                 del self._before[signal.SIGHUP]
+            # None stands for a handler that Python did not install, and cannot put back.
+            self._before = {number: handler for number, handler in self._before.items() if handler is not None}
             for number in self._before:
                 signal.signal(number, self._request)
         return self

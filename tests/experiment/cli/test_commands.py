@@ -21,7 +21,7 @@ from lowrank_jax.experiment.cli.flags import split_overrides
 from tests import running
 
 CONFIG = f"--config={running.ROOT / 'configs' / 'digits_resnet.py'}"
-NAMES = ("train", "evaluate", "sweep", "report", "overview", "preflight", "init-report")
+NAMES = ("train", "evaluate", "predict", "sweep", "report", "overview", "preflight", "init-report")
 
 
 @dataclasses.dataclass
@@ -75,6 +75,36 @@ def test_evaluate_on_other_steps_and_splits(trained):
     best = lowrank("evaluate", f"--workdir={trained}", "--step=best", "--split=train[:100]")
     assert best.status == 0, best.stderr
     assert best.stdout.splitlines()[1].split()[:2] == ["train[:100]", "100"]
+
+
+def test_evaluate_shows_draws_and_writes_what_each_class_is_taken_for(trained, tmp_path):
+    files = {"--json": tmp_path / "out.json", "--confusion": tmp_path / "matrix.svg"}
+    result = lowrank("evaluate", f"--workdir={trained}", "--classes", *(f"{flag}={path}" for flag, path in files.items()))
+    assert result.status == 0, result.stderr
+    found = json.loads(files["--json"].read_text())["classes"]
+    rows = [line.split() for line in result.stdout.splitlines()[4:-1]]
+    assert result.stdout.splitlines()[2:4] == ["", "test:"] and rows[0][:3] == ["class", "examples", "top1"]
+    columns = zip(found["names"], found["counts"], found["top1"], strict=True)
+    shown = [[name, str(count), f"{top1:.4f}"] for name, count, top1 in columns]
+    assert [row[:3] for row in rows[1:]] == shown and sum(found["counts"]) == 360
+    assert "<svg" in files["--confusion"].read_text() and result.stdout.endswith(f"{files['--confusion']}\n")
+
+
+def test_classes_are_shown_of_one_run_and_written_of_several(trained, tmp_path):
+    both = ["evaluate", "--workdir", trained, tmp_path / "nowhere"]
+    for flag in ("--classes", "--confusion=matrix.png"):
+        result = lowrank(*both, flag)
+        assert result.status == 2 and f"{flag.split('=')[0]} shows one run" in result.stderr and not result.stdout
+    lowrank(*both, f"--json={tmp_path / 'out.json'}")
+    (written,) = json.loads((tmp_path / "out.json").read_text())
+    assert sum(map(sum, written["classes"]["confusion"])) == 360
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_work(trained, tmp_path):
+    result = lowrank("evaluate", f"--workdir={trained}", f"--confusion={tmp_path / 'none' / 'matrix.png'}")
+    assert result.status == 2 and "No such file or directory" in result.stderr and not result.stdout
+    result = lowrank("evaluate", f"--workdir={trained}", "--step=7", f"--confusion={tmp_path / 'matrix.png'}")
+    assert result.status == 2 and not (tmp_path / "matrix.png").exists()
 
 
 def payload(folder, monkeypatch):
@@ -183,6 +213,8 @@ def test_a_watch_stopped_by_a_signal_has_its_status(tmp_path):
         (["--step=7"], "has no step 7; choose from ["),
         (["--step=lates"], "has no step lates"),
         (["--watch", "--step=best"], "remove --step and --json"),
+        (["--watch", "--classes"], "counts no classes; remove --classes and --confusion"),
+        (["--confusion=matrix.txt"], "--confusion: matrix.txt must end in .png, .svg, .pdf"),
         (["--watch", "--processes=2", "--process=1"], "runs as a single process; remove --processes --process"),
         (["--split=tset"], "digits has no split 'tset'; did you mean test?"),
     ],

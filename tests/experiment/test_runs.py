@@ -1,0 +1,225 @@
+"""Runs from Python: what the command line does, and the same errors as exceptions."""
+
+import ast
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+
+import lowrank_jax.experiment as lx
+from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.cli import commands
+from lowrank_jax.experiment.workdir.writer import Writer
+from tests import running
+
+CONFIG = running.ROOT / "configs" / "digits_resnet.py"
+SMALL = running.settings(
+    epochs=None,
+    lowrank__rules=(),
+    lowrank__method="spectral",
+    model__kwargs={"widths": (16,), "batch_norm": True},
+    dataset__mixup=0.0,
+    checkpoint__every="1000 steps",
+)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return lx.load_config(CONFIG, SMALL)
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    return lx.train(config, tmp_path_factory.mktemp("runs") / "a")
+
+
+def test_a_config_is_that_of_the_command_line(config):
+    pairs = [(key, str(value)) for key, value in SMALL.items()]
+    assert config == configs.read(str(CONFIG), pairs, devices=jax.device_count())
+    assert lx.load_config(str(CONFIG), {"lowrank.scale": 0.1}).lowrank.scale == 0.1
+    assert lx.load_config(configs.default(), {"epochs": 3, "seed": 7}).seed == 7
+
+
+def test_a_run_says_how_it_ended(trained, config):
+    folder = pathlib.Path(trained.workdir)
+    result = json.loads((folder / "result.json").read_text())
+    assert (trained.step, trained.interrupted, trained.best_step) == (40, False, result["best_step"])
+    assert trained.metrics == result["eval"] == trained.evals[40] and trained.result == result
+    assert sorted(trained.train) == [10, 20, 30, 40] and "train/loss" in trained.train[10]
+    assert len(repr(trained)) < 400
+
+
+def test_it_is_evaluated_as_by_the_command_line(trained, tmp_path):
+    evaluation = lx.evaluate(trained.workdir, step="best", split="test[:100]")
+    ended(["evaluate", f"--workdir={trained.workdir}", "--step=best", "--split=test[:100]", f"--json={tmp_path / 'out'}"])
+    assert json.loads((tmp_path / "out").read_text()) == json.loads(evaluation.json())
+    assert evaluation.classes.counts.sum() == 100
+
+
+def test_a_run_that_has_finished_is_not_trained_again(trained, config, capsys):
+    again = lx.train(config, trained.workdir)
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert (again.metrics, again.step, again.best_step) == (trained.metrics, 40, trained.best_step)
+
+
+def interrupt_at(words, monkeypatch, times=1):
+    """As many real SIGINTs when a run first says this."""
+    say, heard = Writer.say, []
+
+    def say_and_interrupt(self, text):
+        say(self, text)
+        if words in text and not heard:
+            heard.append(text)
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Writer, "say", say_and_interrupt)
+
+
+@pytest.mark.parametrize(("words", "steps"), [("[20/40", 20), ("compiling the training step", 0)])
+def test_ctrl_c_saves_and_gives_back_control_and_the_same_call_goes_on(trained, config, tmp_path, monkeypatch, words, steps):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    interrupt_at(words, monkeypatch)
+    run = lx.train(config, tmp_path)
+    assert (run.interrupted, run.step, run.result, run.metrics) == (True, steps, None, {})
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    run = lx.train(config, tmp_path)
+    assert (run.interrupted, run.step, run.metrics) == (False, 40, trained.metrics)  # exactly
+
+
+def test_a_second_ctrl_c_does_not_wait(config, tmp_path, monkeypatch):
+    interrupt_at("compiling the training step", monkeypatch, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        lx.train(config, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def ended(arguments):
+    """The status of a command, and what it says on stderr."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as end:
+        commands.main(list(map(str, arguments)))
+    return end.value.code, err.getvalue().rstrip("\n").removeprefix("lowrank: ")
+
+
+def flags(settings):
+    return [f"--config.{key}={value}" for key, value in settings.items()]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": -3, "lowrank.scael": 0.1},
+        {"optim.lr": "fast", "mesh.data": 3},
+        {"dataset.name": "digit"},
+        {"model.name": "no_such_module:Model"},
+    ],
+)
+def test_problems_of_a_config_are_raised_all_at_once_in_the_words_of_the_command_line(wrong, tmp_path):
+    settings = {**SMALL, **wrong}
+    status, said = ended(["train", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", *flags(settings)])
+    with pytest.raises(lx.ConfigError) as raised:
+        lx.train(lx.load_config(CONFIG, settings), tmp_path / "run")
+    assert status == 2 and isinstance(raised.value, lx.UserError)
+    # What depends on the devices is found when it is trained.
+    assert set(str(raised.value).splitlines()[1:]) <= set(said.splitlines())
+    assert len(raised.value.problems) >= len(set(wrong) - {"mesh.data"})
+
+
+def test_a_mesh_that_the_devices_do_not_fit_is_refused_when_it_is_trained(config, tmp_path):
+    odd = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=3))
+    with pytest.raises(lx.ConfigError, match="mesh"):
+        lx.train(odd, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_problems_of_a_work_directory_are_raised_in_the_words_of_the_command_line(trained, config, tmp_path):
+    other = {**SMALL, "optim.lr": 0.01}
+    status, said = ended(["train", f"--config={CONFIG}", f"--workdir={trained.workdir}", *flags(other)])
+    with pytest.raises(lx.WorkdirError) as raised:
+        lx.train(lx.load_config(CONFIG, other), trained.workdir)
+    assert (status, str(raised.value)) == (2, said)
+    for use, command in ((lx.evaluate, "evaluate"), (lx.restore, "predict")):
+        status, said = ended([command, f"--workdir={tmp_path / 'nowhere'}", *([CONFIG] if command == "predict" else [])])
+        with pytest.raises(lx.WorkdirError) as raised:
+            use(tmp_path / "nowhere")
+        assert (status, str(raised.value)) == (2, said)
+    status, said = ended(["evaluate", f"--workdir={trained.workdir}", "--split=tset"])
+    with pytest.raises(lx.ConfigError) as raised:
+        lx.evaluate(trained.workdir, split="tset")
+    assert (status, str(raised.value)) == (2, said)
+
+
+def test_what_the_system_refuses_is_raised_in_the_words_of_the_command_line(trained, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").mkdir()
+    status, said = ended(["evaluate", f"--workdir={tmp_path / 'run'}"])
+    with pytest.raises(lx.UserError) as raised:
+        lx.evaluate(tmp_path / "run")
+    assert (status, str(raised.value)) == (2, said) and said == f"{tmp_path / 'run' / 'config.json'}: it is not a plain file"
+
+
+def test_a_run_that_diverges_raises_what_the_command_line_says(tmp_path):
+    settings = {**SMALL, "optim.lr": 1e25}
+    status, said = ended(["train", f"--config={CONFIG}", f"--workdir={tmp_path / 'a'}", *flags(settings)])
+    with pytest.raises(lx.Diverged) as raised:
+        lx.train(lx.load_config(CONFIG, settings), tmp_path / "b")
+    assert (status, str(raised.value)) == (4, said)
+
+
+def test_only_a_config_is_trained(tmp_path):
+    with pytest.raises(lx.UserError, match="train takes a config from load_config, not a str"):
+        lx.train("digits_resnet", tmp_path)
+
+
+def test_names_are_loaded_when_they_are_used_and_known_to_type_checkers(repository):
+    code = (
+        "import sys, lowrank_jax.experiment as lx; print([n for n in ('jax', 'numpy', 'ml_collections') if n in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    for name in lx.__all__:
+        assert getattr(lx, name).__name__ == name
+    assert set(lx.__all__) <= set(dir(lx))
+    with pytest.raises(AttributeError, match="has no attribute 'tarin'"):
+        _ = lx.tarin
+    tree = ast.parse((repository / "lowrank_jax" / "experiment" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    typed = {alias.name: node.module for node in block.body for alias in node.names}
+    assert typed == {name: f"lowrank_jax.experiment.{home}" for name, home in lx._HOMES.items()}
+    assert sorted(typed) == sorted(lx.__all__)
+
+
+PROGRAM = """
+import sys
+import lowrank_jax.experiment as lx
+from tests import running
+
+config = lx.load_config({config!r}, {{**running.settings(epochs=None, lowrank__rules=()), "steps": 100_000}})
+run = lx.train(config, sys.argv[1])
+print("control", run.interrupted, run.step, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["compiling the training step", "[    20/"])
+def test_ctrl_c_in_a_program_of_its_own(tmp_path, words):
+    """Where a KeyboardInterrupt would be lost in a callback of the compiler's."""
+    with running.start([sys.executable, "-c", PROGRAM.format(config=str(CONFIG)), str(tmp_path / "run")]) as process:
+        seen = ""
+        while words not in seen:
+            line = process.stdout.readline()
+            assert line, seen
+            seen += line
+        process.send_signal(signal.SIGINT)
+        seen += process.stdout.read()
+    assert process.returncode == 0, seen
+    interrupted, step = re.search(r"control (\w+) (\d+)", seen).groups()
+    assert interrupted == "True" and (tmp_path / "run" / "checkpoints" / step).is_dir() and "Traceback" not in seen
