@@ -1,4 +1,4 @@
-"""The command line: `lowrank train | evaluate | sweep | report | overview | preflight | init-report`.
+"""The command line: `lowrank train | evaluate | sweep | report | overview | preflight | configs | new | init-report`.
 
 jax and whatever needs it are imported by the command that runs, so that help and a mistyped flag are answered at once.
 """
@@ -15,8 +15,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from lowrank_jax.experiment import interrupts
-from lowrank_jax.experiment.cli import environment
+from lowrank_jax.experiment.cli import configs, environment, extras, version
 from lowrank_jax.experiment.cli.flags import HOSTS, parser, split_overrides
+from lowrank_jax.experiment.cli.new import new
 from lowrank_jax.experiment.cli.output import complain, hush, print_anything, say, written_at_the_end
 from lowrank_jax.experiment.cli.sweep import given, sweep
 from lowrank_jax.experiment.errors import BAD_INPUT, DIVERGED, DOES_NOT_FIT, DONE, FAILED, INTERRUPTED, UserError
@@ -33,12 +34,43 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     print_anything()
     arguments = list(sys.argv[1:] if argv is None else argv)
     overrides, rest = split_overrides(arguments)
-    args = parser(_COMMANDS).parse_args(rest)
+    args = parser(_COMMANDS, version.show).parse_args(rest)
     args.overrides, args.given = overrides, arguments[1:]
-    environment.prepare()
-    status = _run(args)
+    status = _status(args)
     interrupts.too_late()
     sys.exit(status)
+
+
+def _status(args: argparse.Namespace) -> int:
+    """Runs a command; an extra of the package that is not installed is told in one line."""
+    if args.overrides and not hasattr(args, "config"):
+        complain(f"lowrank: --config.{args.overrides[0][0]}: this command takes no config; remove it")
+        return BAD_INPUT
+    if args.command in _LIGHT:
+        return _run_light(args)
+    try:
+        environment.prepare()
+        return _run(args)
+    except ImportError as error:
+        if not (message := extras.missing(error)):
+            raise
+        return _failed(BAD_INPUT, f"lowrank: {message}")
+
+
+def _run_light(args: argparse.Namespace) -> int:
+    """Runs a command that needs neither jax nor an extra."""
+    try:
+        return args.command(args)
+    except UserError as error:
+        complain(str(error))
+    except OSError as error:
+        complain(_told(error))
+    return BAD_INPUT
+
+
+def _told(error: OSError) -> str:
+    """No such folder, no permission, no space left."""
+    return f"lowrank: {error.filename or 'input or output'}: {error.strerror or error}"
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -50,8 +82,8 @@ def _run(args: argparse.Namespace) -> int:
         return args.command(args)
     except UserError as error:
         return _failed(BAD_INPUT, str(error))
-    except OSError as error:  # no such folder, no permission, no space left
-        return _failed(BAD_INPUT, f"lowrank: {error.filename or 'input or output'}: {error.strerror or error}")
+    except OSError as error:
+        return _failed(BAD_INPUT, _told(error))
     except Diverged as error:
         return _failed(DIVERGED, str(error))
     except OtherFailed:
@@ -59,6 +91,8 @@ def _run(args: argparse.Namespace) -> int:
     except Exception as error:
         if message := exhausted(error):
             return _failed(FAILED, f"lowrank: {message}")
+        if isinstance(error, ImportError) and (message := extras.missing(error)):
+            return _failed(BAD_INPUT, f"lowrank: {message}")
         if not several():
             raise
         return _failed(FAILED, _accident(error))  # the others must not wait for this process
@@ -253,6 +287,10 @@ def _config(args: argparse.Namespace, devices: int | None = None) -> "Config":
     return config.read(args.config, args.overrides, devices=devices)
 
 
+def _configs(args: argparse.Namespace) -> int:
+    return configs.copy(args.copy, args.folder) if args.copy else configs.list_all()
+
+
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
@@ -260,5 +298,8 @@ _COMMANDS = {
     "report": _report,
     "overview": _overview,
     "preflight": _preflight,
+    "configs": _configs,
+    "new": new,
     "init-report": _init_report,
 }
+_LIGHT = (_configs, new)
