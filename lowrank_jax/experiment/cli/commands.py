@@ -128,7 +128,7 @@ def _train(args: argparse.Namespace) -> int:
 
     _join(args)
     config = _config(args, devices=jax.device_count())
-    result = train(config, args.workdir, source=args.config, restart=args.restart)
+    result = train(config, args.workdir, source=args.config, restart=args.restart, extend=args.extend, schedule=args.schedule)
     return INTERRUPTED if result.interrupted else DONE
 
 

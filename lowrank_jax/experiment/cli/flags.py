@@ -82,6 +82,7 @@ _TRAIN = f"""examples:
   lowrank train --config=digits_resnet --config.lowrank.method=none --workdir=runs/dense
 
 The same command on the same --workdir resumes an interrupted run exactly.
+A run of 30 epochs is trained for longer by the same command with --config.epochs=60 --extend.
 {_OVERRIDES}
 
 {_STATUS}"""
@@ -93,6 +94,13 @@ def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--restart", action="store_true", help="begin anew if the run's checkpoints are gone; with checkpoints, resume as ever"
     )
+    command.add_argument(
+        "--extend", action="store_true", help="go on from the end of a run: for a larger epochs or steps than it has"
+    )
+    command.add_argument(
+        "--schedule", choices=("restart", "constant"),
+        help="with --extend: the learning rate's schedule anew over what is added (default), or its last rate",
+    )  # fmt: skip
     _add_hosts(command)
 
 
@@ -320,7 +328,8 @@ _NEW = """examples:
   lowrank new mynet
   lowrank train --config=mynet/config.py --workdir=mynet/runs/a
 
-Writes config.py, model.py, data.py and README.md into a new folder. They train as they are, in seconds, and are yours to change."""
+Writes config.py, model.py, data.py and README.md into a new folder. They train as they are, in seconds; change
+them to your own."""
 
 
 def _new(command: argparse.ArgumentParser) -> None:
