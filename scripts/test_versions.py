@@ -130,11 +130,14 @@ def journey(environment: Environment) -> None:
 
 
 def find(version: str) -> str | None:
-    """The Python of this version."""
-    found = shutil.which(f"python{version}")
-    if found is None and sys.version_info[:2] == tuple(map(int, version.split("."))):
-        return sys.executable
-    return found
+    """A Python of this version that runs: on the path, of pyenv, or this one."""
+    pyenv = pathlib.Path(os.environ.get("PYENV_ROOT", pathlib.Path.home() / ".pyenv")) / "versions"
+    candidates = [shutil.which(f"python{version}"), *sorted(map(str, pyenv.glob(f"{version}.*/bin/python"))), sys.executable]
+    code = "import sys, venv, ensurepip; print(*sys.version_info[:2], sep='.')"
+    for candidate in filter(None, candidates):
+        if subprocess.run([candidate, "-c", code], capture_output=True, text=True).stdout.strip() == version:
+            return candidate
+    return None
 
 
 def main() -> int:
