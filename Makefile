@@ -1,28 +1,30 @@
-# make setup        a virtual environment in .venv with everything that follows needs
-# make quickstart   dense, spectral and kernel projection against each other on handwritten digits, and a report
-# make test         the fast tests: minutes
-# make test-all     all tests, with real processes and signals, Ray and the TPU's compiler
-# make coverage     all tests, and how many lines of lowrank_jax/ they run
-# make check        format, lint and types
-# make bench        benchmarks; each prints a ratio against a rival measured in the same run
+# make setup          a virtual environment in .venv with everything that follows needs
+# make quickstart     dense, spectral and kernel projection against each other on handwritten digits, and a report
+# make test           the fast tests: minutes
+# make test-all       all tests, with real processes and signals, Ray and the TPU's compiler
+# make test-versions  a wheel in empty environments, with the oldest and the newest versions that PyPI has: an hour, and downloads
+# make coverage       all tests, and how many lines of lowrank_jax/ they run
+# make check          format, lint and types
+# make bench          benchmarks; each prints a ratio against a rival measured in the same run
 PYTHON ?= python3
 EXTRAS ?= train,dev
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-all coverage check bench clean
+.PHONY: setup quickstart test test-all test-versions coverage check bench clean
+.NOTPARALLEL: # one pip at a time in an environment
 
-STAMP := .venv/ready-$(EXTRAS)
+comma := ,
+# A stamp for each extra, so that the tests add to what the quickstart has installed.
+setup: $(patsubst %,.venv/ready-%,$(subst $(comma), ,$(EXTRAS)))
 
-setup: $(STAMP)
-
-$(STAMP): pyproject.toml constraints.txt
+.venv/ready-%: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lowrank_jax needs Python 3.11 or newer: make setup PYTHON=python3.x")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python scripts/install.py -c constraints.txt -e '.[$*]'
 	touch $@
 
-quickstart: setup
-	$(BIN)/lowrank sweep --config=configs/digits_resnet.py --workdir=runs/quickstart --jobs=2 \
+quickstart: .venv/ready-train
+	$(BIN)/lowrank sweep --config=digits_resnet --workdir=runs/quickstart --jobs=2 \
 	  --sweep='lowrank.scale=0.1,0.25; lowrank.method=none,spectral,kernel_projection; seed=0:2'
 	$(BIN)/lowrank report runs/quickstart
 
@@ -34,6 +36,9 @@ test: setup
 
 test-all: setup
 	$(PYTEST)
+
+test-versions:
+	$(PYTHON) scripts/test_versions.py
 
 coverage: setup
 	$(BIN)/coverage erase

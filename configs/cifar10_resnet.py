@@ -4,7 +4,7 @@ Reproduces: the recipe of He et al. (2016, arXiv 1512.03385) with Nesterov's mom
 with 1x1 convolutions on two shortcuts, where theirs have none: 272 thousand parameters.
 
     tfds build cifar10 --file_format=array_record --data_dir=DATA_DIR          # once
-    lowrank train --config=configs/cifar10_resnet.py --config.dataset.data_dir=DATA_DIR --workdir=runs/cifar10_resnet
+    lowrank train --config=cifar10_resnet --config.dataset.data_dir=DATA_DIR --workdir=runs/cifar10_resnet
 
 Hardware: one accelerator.
 Expected time: not yet measured.

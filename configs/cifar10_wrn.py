@@ -4,7 +4,7 @@ Reproduces: the recipe of Zagoruyko and Komodakis (2016, arXiv 1605.07146); `low
 `model.name=wrn_16_4` a quick one.
 
     tfds build cifar10 --file_format=array_record --data_dir=DATA_DIR          # once
-    lowrank train --config=configs/cifar10_wrn.py --config.dataset.data_dir=DATA_DIR --workdir=runs/cifar10_wrn
+    lowrank train --config=cifar10_wrn --config.dataset.data_dir=DATA_DIR --workdir=runs/cifar10_wrn
 
 Hardware: one accelerator.
 Expected time: not yet measured.

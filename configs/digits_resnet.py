@@ -2,7 +2,7 @@
 
 Reproduces: nothing published.  The smallest real experiment: its data ships with scikit-learn.
 
-    lowrank train --config=configs/digits_resnet.py --workdir=runs/digits
+    lowrank train --config=digits_resnet --workdir=runs/digits
 
 Hardware: any.
 Expected time: half a minute on two CPU cores.

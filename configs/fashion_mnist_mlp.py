@@ -3,7 +3,7 @@
 Reproduces: nothing published.  Where initialisation matters most: no normalisation repairs what it gets wrong.
 
     scripts/prepare_fashion_mnist.sh          # once
-    lowrank train --config=configs/fashion_mnist_mlp.py --workdir=runs/fashion_mlp
+    lowrank train --config=fashion_mnist_mlp --workdir=runs/fashion_mlp
 
 Hardware: any.
 Expected time: about 20 seconds on two CPU cores.

@@ -3,7 +3,7 @@
 Reproduces: nothing published.
 
     scripts/prepare_fashion_mnist.sh          # once
-    lowrank train --config=configs/fashion_mnist_resnet.py --workdir=runs/fashion_resnet
+    lowrank train --config=fashion_mnist_resnet --workdir=runs/fashion_resnet
 
 Hardware: one accelerator.
 Expected time: not yet measured; hours on two CPU cores.

@@ -5,7 +5,7 @@ Reproduces: the published TensorFlow recipe (Tan and Le 2019, arXiv 1905.11946) 
 weights with 0.9999.
 
     scripts/prepare_imagenet.sh MANUAL_DIR DATA_DIR          # once
-    lowrank train --config=configs/imagenet_efficientnet.py:b0 --config.dataset.data_dir=DATA_DIR --workdir=gs://bucket/b0
+    lowrank train --config=imagenet_efficientnet:b0 --config.dataset.data_dir=DATA_DIR --workdir=gs://bucket/b0
 
 Hardware: TPU slices; what a chip needs for B0 is in docs/results/preflight.md, and `lowrank preflight` tells it of the others.
 Larger variants take more chips, or a smaller batch (`--config.batch_size=1024`, which keeps the rate per image), or the batch

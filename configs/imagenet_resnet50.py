@@ -4,7 +4,7 @@ Reproduces: the usual recipe (Goyal et al. 2017, arXiv 1706.02677: warm-up, last
 at a batch of 1024, with Nesterov's momentum, a cosine schedule and label smoothing.
 
     scripts/prepare_imagenet.sh MANUAL_DIR DATA_DIR          # once
-    lowrank train --config=configs/imagenet_resnet50.py --config.dataset.data_dir=DATA_DIR --workdir=gs://bucket/resnet50
+    lowrank train --config=imagenet_resnet50 --config.dataset.data_dir=DATA_DIR --workdir=gs://bucket/resnet50
 
 Hardware: a TPU slice of 8 chips or more, such as v5e:4x4; the TPU compiler's estimates are in docs/results/preflight.md.
 Expected time: not yet measured; Flax's ImageNet example states 2.1 hours on TPU v3-32 for 100 epochs.

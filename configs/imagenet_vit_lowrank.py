@@ -7,7 +7,7 @@ identity, and at magnitude 10 always raises colour, contrast, brightness and sha
 0.1 because it is multiplied by the rate here, and 1e-4 there, where it is not.
 
     scripts/prepare_imagenet.sh MANUAL_DIR DATA_DIR          # once
-    lowrank train --config=configs/imagenet_vit_lowrank.py --config.dataset.data_dir=DATA_DIR --workdir=gs://bucket/vit
+    lowrank train --config=imagenet_vit_lowrank --config.dataset.data_dir=DATA_DIR --workdir=gs://bucket/vit
 
 Hardware: a TPU slice of 8 chips or more; what a chip needs is in docs/results/preflight.md.
 Expected time: not yet measured; big_vision states 6-7 hours on TPU v3-8 for the dense network.

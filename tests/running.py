@@ -67,7 +67,15 @@ def shared_programs() -> Iterator[None]:
 
     def once(kind: str, experiment: Experiment, make: Callable[[], Any], *extra: Any) -> Any:
         config = experiment.config  # without what no program depends on; the learning rate and the seed are arguments
-        parts = (config.batch_size, config.total_steps, config.dataset, config.model, config.lowrank, config.objective)
+        parts = (
+            config.batch_size,
+            config.total_steps,
+            config.extensions,
+            config.dataset,
+            config.model,
+            config.lowrank,
+            config.objective,
+        )
         optim = dataclasses.replace(config.optim, lr=1.0)
         key = repr((kind, parts, optim, config.init, config.eval.batch_size, config.mesh, extra))
         if key not in store:

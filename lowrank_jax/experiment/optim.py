@@ -21,9 +21,16 @@ SCHEDULES = ("cosine", "step", "exponential", "constant")
 
 
 def make_schedule(
-    settings: "OptimConfig", lr: Any, *, total_steps: int, in_steps: Callable[["Duration"], int]
+    settings: "OptimConfig",
+    lr: Any,
+    *,
+    total_steps: int,
+    in_steps: Callable[["Duration"], int],
+    extensions: Sequence[tuple[int, str]] = (),
 ) -> optax.Schedule:
     """The learning rate by step: a linear warm-up to `lr`, then the named schedule over the remaining steps.
+
+    What a run was extended by leaves the rates before it as they were.
 
     Args:
       settings: `schedule` is `cosine` to zero, `step` (times `step_factor` at each of `step_at`), `exponential` (times
@@ -31,10 +38,23 @@ def make_schedule(
       lr: the highest rate; it may be traced.
       total_steps: the length of training.
       in_steps: a duration in whole steps.
+      extensions: the steps that training was to have before it was extended, and how the rate goes on from each: `restart`, the
+        whole schedule anew, warm-up included, over the steps that were added; or `constant`, at the rate of the step before.
 
     Raises:
       ValueError: the schedule is unknown.
     """
+    ends = [*(step for step, _ in extensions), total_steps]
+    schedule = _make_phase(settings, lr, ends[0], in_steps)
+    for (start, how), end in zip(extensions, ends[1:], strict=True):
+        constant = how == "constant"
+        after = optax.constant_schedule(schedule(start - 1)) if constant else _make_phase(settings, lr, end - start, in_steps)
+        schedule = optax.join_schedules([schedule, after], [start])
+    return schedule
+
+
+def _make_phase(settings: "OptimConfig", lr: Any, total_steps: int, in_steps: Callable[["Duration"], int]) -> optax.Schedule:
+    """The rate of training that was not extended, or of what was added."""
     warmup, factor = in_steps(settings.warmup), settings.step_factor
     if settings.schedule == "cosine":
         after = optax.cosine_decay_schedule(lr, max(1, total_steps - warmup))

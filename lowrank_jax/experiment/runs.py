@@ -28,6 +28,7 @@ from lowrank_jax.experiment.training import loop
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.text import shown
 
 Path = str | os.PathLike[str]
 
@@ -70,7 +71,7 @@ def load_config(config: Path | ConfigDict, overrides: Overrides = ()) -> Config:
         return configs.read(config if isinstance(config, ConfigDict) else os.fspath(config), overrides)
 
 
-def train(config: Config, workdir: Path, *, restart: bool = False) -> Run:
+def train(config: Config, workdir: Path, *, restart: bool = False, extend: bool = False, schedule: str | None = None) -> Run:
     """Trains until the end, or resumes a run that was stopped; progress is printed.
 
     Ctrl-C, SIGTERM and SIGHUP stop it after saving, if this is called in the main thread: it returns with `interrupted`.  What
@@ -80,17 +81,20 @@ def train(config: Config, workdir: Path, *, restart: bool = False) -> Run:
       config: from `load_config`.
       workdir: its folder, local or remote.
       restart: begin anew if the run was saved and its checkpoints are gone.
+      extend, schedule: make a run that has finished longer, as `--extend` and `--schedule` do.
 
     Raises:
       ConfigError, WorkdirError, DataError, CheckpointError: it cannot start; the message says why.
       Diverged: the loss, or the gradient, is not finite.
       UserError: a file cannot be read or written, memory ran out, or the user's own code ended Python.
     """
+    if schedule not in (None, "restart", "constant"):
+        raise UserError(f"schedule={shown(schedule)} must be restart or constant")
     workdir = os.fspath(workdir)
     # From the beginning: a KeyboardInterrupt is lost where a library's callback happens to be running, as it does in compiling.
     with _explained(), StopSignal() as stop:
         checked = configs.parse(configs.to_dict(_a_config(config)), devices=jax.device_count())
-        trained = loop.train(checked, workdir, restart=restart, stop=stop)
+        trained = loop.train(checked, workdir, restart=restart, extend=extend, schedule=schedule, stop=stop)
         folder = Workdir(workdir)
         with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
             best = checkpoints.best()

@@ -53,6 +53,40 @@ def test_schedules_warm_up_and_come_down():
     np.testing.assert_allclose(rates("constant", [0, 99], warmup=0), 0.4, rtol=1e-6)
 
 
+def extended_rates(how, schedule="cosine", **settings):
+    """The rates of 250 steps: 100 with a warm-up of 10, and 150 by which they were extended."""
+    config = OptimConfig(schedule=schedule, warmup=Duration(10, "step"), **settings)
+    made = make_schedule(config, 0.4, total_steps=250, in_steps=lambda d: d.steps(1, 1), extensions=[(100, how)])
+    return np.asarray(jax.vmap(made)(jnp.arange(250)))
+
+
+def written_out(steps):
+    """A warm-up of 10 steps to 0.4, and half a cosine to zero over the others."""
+    t = np.arange(steps)
+    return np.where(t < 10, 0.4 * (t + 1) / 10, 0.2 * (1 + np.cos(np.pi * (t - 10) / (steps - 10))))
+
+
+def test_an_extension_begins_the_schedule_anew_and_leaves_the_rates_before():
+    found = extended_rates("restart")
+    np.testing.assert_allclose(found, [*written_out(100), *written_out(150)], rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(found[:100], rates("cosine", range(100)))
+
+
+def test_an_extension_goes_on_at_the_rate_of_the_last_step():
+    found = extended_rates("constant")
+    np.testing.assert_allclose(found[100:], written_out(100)[-1], rtol=1e-3)
+    np.testing.assert_array_equal(found[100:], found[99])
+    stepped = extended_rates("constant", "step", step_at=(Duration(50, "step"),), step_factor=0.5)
+    np.testing.assert_allclose(stepped[[49, 51, 99, 100, 249]], [0.4, 0.2, 0.2, 0.2, 0.2], rtol=1e-6)
+
+
+def test_an_extension_of_an_extension():
+    config = OptimConfig(schedule="exponential", step_every=Duration(1, "step"), step_factor=0.5)
+    extensions = [(3, "restart"), (5, "constant")]
+    made = make_schedule(config, 1.0, total_steps=8, in_steps=lambda d: d.steps(1, 1), extensions=extensions)
+    np.testing.assert_allclose([made(step) for step in range(8)], [1, 0.5, 0.25, 1, 0.5, 0.5, 0.5, 0.5])
+
+
 def test_sgd_is_the_textbooks():
     # Nesterov: v = mu v + g, and the step is along mu v + g.
     params = updated(gradient=1.0, steps=2, momentum=0.9, nesterov=True)

@@ -44,7 +44,7 @@ def trained(config, tmp_path_factory):
 def test_a_config_is_that_of_the_command_line(config):
     pairs = [(key, str(value)) for key, value in SMALL.items()]
     assert config == configs.read(str(CONFIG), pairs, devices=jax.device_count())
-    assert lx.load_config(str(CONFIG), {"lowrank.scale": 0.1}).lowrank.scale == 0.1
+    assert lx.load_config("digits_resnet", {"lowrank.scale": 0.1}) == lx.load_config(str(CONFIG), {"lowrank.scale": 0.1})
     assert lx.load_config(configs.default(), {"epochs": 3, "seed": 7}).seed == 7
 
 
@@ -165,6 +165,17 @@ def test_what_the_system_refuses_is_raised_in_the_words_of_the_command_line(trai
     with pytest.raises(lx.UserError) as raised:
         lx.evaluate(tmp_path / "run")
     assert (status, str(raised.value)) == (2, said) and said == f"{tmp_path / 'run' / 'config.json'}: it is not a plain file"
+
+
+def test_a_run_is_made_longer_as_by_the_command_line(config, tmp_path):
+    lx.train(config, tmp_path)
+    longer = lx.load_config(CONFIG, {**SMALL, "steps": 60})
+    with pytest.raises(lx.WorkdirError):
+        lx.train(longer, tmp_path)
+    with pytest.raises(lx.UserError, match="schedule='cosine' must be restart or constant"):
+        lx.train(longer, tmp_path, extend=True, schedule="cosine")
+    run = lx.train(longer, tmp_path, extend=True, schedule="constant")
+    assert run.step == 60 and lx.restore(tmp_path, 60).step == 60 and lx.restore(tmp_path, 40).step == 40
 
 
 def test_a_run_that_diverges_raises_what_the_command_line_says(tmp_path):

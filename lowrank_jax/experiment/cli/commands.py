@@ -1,4 +1,4 @@
-"""The command line: `lowrank train | evaluate | predict | sweep | report | overview | preflight | init-report`.
+"""The command line: `lowrank train | evaluate | predict | sweep | report | overview | preflight | configs | new | init-report`.
 
 jax and whatever needs it are imported by the command that runs, so that help and a mistyped flag are answered at once.
 """
@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from lowrank_jax.experiment import interrupts
-from lowrank_jax.experiment.cli import environment
+from lowrank_jax.experiment.cli import configs, environment, extras, version
 from lowrank_jax.experiment.cli.flags import HOSTS, parser, split_overrides
+from lowrank_jax.experiment.cli.new import new
 from lowrank_jax.experiment.cli.output import Output, complain, hush, print_anything, say, written_at_the_end
 from lowrank_jax.experiment.cli.sweep import given, sweep
 from lowrank_jax.experiment.errors import (
@@ -42,12 +43,38 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     print_anything()
     arguments = list(sys.argv[1:] if argv is None else argv)
     overrides, rest = split_overrides(arguments)
-    args = parser(_COMMANDS).parse_args(rest)
+    args = parser(_COMMANDS, version.show).parse_args(rest)
     args.overrides, args.given = overrides, arguments[1:]
-    environment.prepare()
-    status = _run(args)
+    status = _status(args)
     interrupts.too_late()
     sys.exit(status)
+
+
+def _status(args: argparse.Namespace) -> int:
+    """Runs a command; an extra of the package that is not installed is told in one line."""
+    if args.overrides and not hasattr(args, "config"):
+        complain(f"lowrank: --config.{args.overrides[0][0]}: this command takes no config; remove it")
+        return BAD_INPUT
+    if args.command in _LIGHT:
+        return _run_light(args)
+    try:
+        environment.prepare()
+        return _run(args)
+    except ImportError as error:
+        if not (message := extras.missing(error)):
+            raise
+        return _failed(BAD_INPUT, f"lowrank: {message}")
+
+
+def _run_light(args: argparse.Namespace) -> int:
+    """Runs a command that needs neither jax nor an extra."""
+    try:
+        return args.command(args)
+    except UserError as error:
+        complain(str(error))
+    except OSError as error:
+        complain(f"lowrank: {of_files(error)}")
+    return BAD_INPUT
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -68,6 +95,8 @@ def _run(args: argparse.Namespace) -> int:
     except Exception as error:
         if message := exhausted(error):
             return _failed(FAILED, f"lowrank: {message}")
+        if isinstance(error, ImportError) and (message := extras.missing(error)):
+            return _failed(BAD_INPUT, f"lowrank: {message}")
         if not several():
             raise
         return _failed(FAILED, _accident(error))  # the others must not wait for this process
@@ -103,7 +132,7 @@ def _train(args: argparse.Namespace) -> int:
 
     _join(args)
     config = _config(args, devices=jax.device_count())
-    result = train(config, args.workdir, source=args.config, restart=args.restart)
+    result = train(config, args.workdir, source=args.config, restart=args.restart, extend=args.extend, schedule=args.schedule)
     return INTERRUPTED if result.interrupted else DONE
 
 
@@ -134,7 +163,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _with_trust(args: argparse.Namespace, names: Iterable[str]) -> str:
     """The command again, with trust in these names."""
     flags = [f"--trust-code={name}" for name in names]
-    return f"To import it: {shlex.join(['lowrank', args.name, *args.given, *flags])}"
+    return f"To import it: {shlex.join(['lowrank', args.called, *args.given, *flags])}"
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -302,6 +331,10 @@ def _config(args: argparse.Namespace, devices: int | None = None) -> "Config":
     return config.read(args.config, args.overrides, devices=devices)
 
 
+def _configs(args: argparse.Namespace) -> int:
+    return configs.copy(args.copy, args.folder) if args.copy else configs.list_all()
+
+
 _COMMANDS = {
     "train": _train,
     "evaluate": _evaluate,
@@ -310,5 +343,8 @@ _COMMANDS = {
     "report": _report,
     "overview": _overview,
     "preflight": _preflight,
+    "configs": _configs,
+    "new": new,
     "init-report": _init_report,
 }
+_LIGHT = (_configs, new)

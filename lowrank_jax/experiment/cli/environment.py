@@ -22,8 +22,12 @@ def prepare() -> None:
 def quiet() -> None:
     """Keeps libraries from announcing themselves; all that is changed of a program that uses the package."""
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    hush_tpu_compiler()
+
+
+def hush_tpu_compiler() -> None:
+    """Without a TPU, jax still loads the TPU's compiler where that is installed, which complains of what it cannot find out."""
     if not (list(pathlib.Path("/dev").glob("accel*")) or list(pathlib.Path("/dev/vfio").glob("[0-9]*"))):
-        # Without a TPU, jax still loads the TPU's compiler where that is installed, which complains of what it cannot find out.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 

@@ -4,9 +4,10 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from lowrank_jax.experiment.cli import flag_types
-from lowrank_jax.experiment.errors import BAD_INPUT, MEANINGS
+from lowrank_jax.experiment.errors import BAD_INPUT, DONE, MEANINGS
 
 # The flags that say which of several processes this is.
 HOSTS = ("coordinator", "processes", "process", "heartbeat", "patience")
@@ -20,9 +21,26 @@ _STATUS = "\n".join(["exit status:", *(f"  {status:<3}  {meaning}" for status, m
 _OVERRIDES = "Set any config key on the command line: --config.optim.lr=0.05 --config.lowrank.scale=0.1"
 
 
-def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
-    """A parser whose result holds the chosen command's function as `command`."""
+class _Show(argparse.Action):
+    """Calls a function, and ends the command."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self.const()
+        sys.exit(DONE)
+
+
+def parser(
+    commands: Mapping[str, Callable[[argparse.Namespace], int]], show_version: Callable[[], None]
+) -> argparse.ArgumentParser:
+    """A parser whose result holds the chosen command's function as `command`, and its name as `called`."""
     parser = argparse.ArgumentParser(prog="lowrank", description="Train and evaluate low-rank neural networks.", epilog=_STATUS)
+    parser.add_argument(
+        "--version",
+        action=_Show,
+        nargs=0,
+        const=show_version,
+        help="show the versions of lowrank, jax and flax, and the devices",
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     chosen = parser.add_subparsers(title="commands", required=True, metavar="command")
     for name, (summary, epilog, add_flags) in _COMMANDS.items():
@@ -34,8 +52,8 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argpa
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        command.set_defaults(command=commands[name], called=name)
         add_flags(command)
-        command.set_defaults(command=commands[name], name=name)
     return parser
 
 
@@ -59,11 +77,12 @@ def split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 _TRAIN = f"""examples:
-  lowrank train --config=configs/digits_resnet.py --workdir=runs/digits
-  lowrank train --config=configs/digits_resnet.py --config.lowrank.method=spectral --workdir=runs/spectral
-  lowrank train --config=configs/digits_resnet.py --config.lowrank.method=none --workdir=runs/dense
+  lowrank train --config=digits_resnet --workdir=runs/digits
+  lowrank train --config=digits_resnet --config.lowrank.method=spectral --workdir=runs/spectral
+  lowrank train --config=digits_resnet --config.lowrank.method=none --workdir=runs/dense
 
 The same command on the same --workdir resumes an interrupted run exactly.
+A run of 30 epochs is trained for longer by the same command with --config.epochs=60 --extend.
 {_OVERRIDES}
 
 {_STATUS}"""
@@ -75,6 +94,13 @@ def _train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--restart", action="store_true", help="begin anew if the run's checkpoints are gone; with checkpoints, resume as ever"
     )
+    command.add_argument(
+        "--extend", action="store_true", help="go on from the end of a run: for a larger epochs or steps than it has"
+    )
+    command.add_argument(
+        "--schedule", choices=("restart", "constant"),
+        help="with --extend: the learning rate's schedule anew over what is added (default), or its last rate",
+    )  # fmt: skip
     _add_hosts(command)
 
 
@@ -153,7 +179,7 @@ def _predict(command: argparse.ArgumentParser) -> None:
 
 
 _SWEEP = f"""examples:
-  lowrank sweep --config=configs/digits_resnet.py --workdir=runs/sweep --jobs=2 \\
+  lowrank sweep --config=digits_resnet --workdir=runs/sweep --jobs=2 \\
       --sweep='lowrank.scale=0.05,0.1; lowrank.method=none,spectral,kernel_projection; seed=0:3'
   lowrank sweep ... --dry-run
   lowrank sweep ... --engine=ray --gpus=0.5 --asha-grace='5 epochs'
@@ -237,9 +263,9 @@ def _report(command: argparse.ArgumentParser) -> None:
 
 
 _OVERVIEW = f"""examples:
-  lowrank overview --config=configs/digits_resnet.py
-  lowrank overview --config=configs/fashion_mnist_resnet.py --config.lowrank.scale=0.1
-  lowrank overview --config=configs/imagenet_resnet50_lowrank.py --config.mesh.fsdp=4 --devices=16
+  lowrank overview --config=digits_resnet
+  lowrank overview --config=fashion_mnist_resnet --config.lowrank.scale=0.1
+  lowrank overview --config=imagenet_resnet50_lowrank --config.mesh.fsdp=4 --devices=16
 
 Reads no data, computes nothing and needs none of the devices.
 {_OVERRIDES}"""
@@ -253,9 +279,9 @@ def _overview(command: argparse.ArgumentParser) -> None:
 
 
 _PREFLIGHT = f"""examples:
-  lowrank preflight --config=configs/imagenet_resnet50_lowrank.py --topology=v5e:4x4
-  lowrank preflight --config=configs/imagenet_vit_lowrank.py --topology=v4:2x2x2 --sweep='lowrank.scale=0.05,0.1,0.25'
-  lowrank preflight --config=configs/imagenet_resnet50.py --topology=v6e:16x16 --config.batch_size=16384 --effort=full
+  lowrank preflight --config=imagenet_resnet50_lowrank --topology=v5e:4x4
+  lowrank preflight --config=imagenet_vit_lowrank --topology=v4:2x2x2 --sweep='lowrank.scale=0.05,0.1,0.25'
+  lowrank preflight --config=imagenet_resnet50 --topology=v6e:16x16 --config.batch_size=16384 --effort=full
 
 Compiles the training step, the evaluation and the initialisation for a TPU, and compares the memory and time per chip with
 those of the dense network (lowrank.method=none). Needs no TPU, only pip install 'lowrank_jax[tpu-preflight]'. Nothing runs: all
@@ -280,9 +306,9 @@ def _preflight(command: argparse.ArgumentParser) -> None:
 
 
 _INIT_REPORT = f"""examples:
-  lowrank init-report --config=configs/digits_resnet.py --out=runs/init_digits
-  lowrank init-report --config=configs/digits_resnet.py --images=data --seeds=3 --config.lowrank.moment_batches=2
-  lowrank init-report --config=configs/digits_resnet.py --scales=0.1 --methods=spectral,function_approximation
+  lowrank init-report --config=digits_resnet --out=runs/init_digits
+  lowrank init-report --config=digits_resnet --images=data --seeds=3 --config.lowrank.moment_batches=2
+  lowrank init-report --config=digits_resnet --scales=0.1 --methods=spectral,function_approximation
 
 Trains nothing. Writes OUT.md, OUT.json and OUT.png.
 {_OVERRIDES}"""
@@ -305,6 +331,35 @@ def _init_report(command: argparse.ArgumentParser) -> None:
     add("--batch-size", type=flag_types.count, metavar="N", help="number of those images; default: 16")
 
 
+_CONFIGS = """examples:
+  lowrank configs
+  lowrank configs copy digits_resnet .
+  lowrank train --config=digits_resnet --workdir=runs/digits
+
+Without copy, a line for each. A copy is a file to change: lowrank train --config=digits_resnet.py"""
+
+
+def _configs(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(copy=None)
+    copy = command.add_subparsers(metavar="copy").add_parser(
+        "copy", help="write one into a folder, to be changed", description="Write one into a folder, to be changed."
+    )
+    copy.add_argument("copy", metavar="NAME", type=flag_types.text, help="as lowrank configs lists it")
+    copy.add_argument("folder", metavar="DIR", nargs="?", default=".", type=flag_types.text, help="default: this folder")
+
+
+_NEW = """examples:
+  lowrank new mynet
+  lowrank train --config=mynet/config.py --workdir=mynet/runs/a
+
+Writes config.py, model.py, data.py and README.md into a new folder. They train as they are, in seconds; change
+them to your own."""
+
+
+def _new(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="DIR", type=flag_types.text, help="folder to make")
+
+
 _COMMANDS = {
     "train": ("Train from a config file, or resume a run.", _TRAIN, _train),
     "evaluate": ("Evaluate a checkpoint on every example of a split.", _EVALUATE, _evaluate),
@@ -313,6 +368,8 @@ _COMMANDS = {
     "report": ("Compare finished runs on one page.", _REPORT, _report),
     "overview": ("Show the rank of every kernel, or why it stays dense, and what each device holds.", _OVERVIEW, _overview),
     "preflight": ("Estimate the memory and time that training takes on a TPU slice, without a TPU.", _PREFLIGHT, _preflight),
+    "configs": ("List the configs that come with lowrank, or copy one.", _CONFIGS, _configs),
+    "new": ("Start a project: a config, a model, data and a README that train as they are.", _NEW, _new),
     "init-report": ("Compare initialisations of a network without training it.", _INIT_REPORT, _init_report),
 }
 
@@ -322,8 +379,8 @@ def _add_config(command: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         type=flag_types.text,
-        metavar="FILE[:ARG]",
-        help="Python file that defines get_config(); ARG is its argument",
+        metavar="CONFIG[:ARG]",
+        help="name of a config that lowrank configs lists, or Python file that defines get_config(); ARG is its argument",
     )
 
 

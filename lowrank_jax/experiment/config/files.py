@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import RequiredValueError
 
+from lowrank_jax.experiment import shipped
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.experiment.errors import UserError
@@ -74,17 +75,14 @@ def _plain(value: Any) -> Any:
 def load(path: str) -> Any:
     """Runs `get_config()` of a config file; "file.py:argument" calls it with the argument.
 
+    Args:
+      path: of the file; or the name of a config that comes with the package, such as "digits_resnet".
+
     Raises:
       ConfigError: the file does not exist, or raises an exception.
     """
     name, _, argument = path.partition(":")
-    file = pathlib.Path(name)
-    if not name or file.is_dir():
-        raise ConfigError(path or "config", ["it is a folder; name a Python file" if name else "no file is named"])
-    if not file.is_file():
-        known = [str(other) for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        problem = "it is no regular file" if file.exists() else f"there is no such file{did_you_mean(name, known)}"
-        raise ConfigError(path, [problem])
+    file = locate(name)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ConfigError(path, ["it is not a Python file"])
@@ -103,6 +101,35 @@ def load(path: str) -> Any:
     if not isinstance(config, ConfigDict):
         raise ConfigError(path, [f"get_config() must return a ConfigDict, not {type(config).__name__}"])
     return config
+
+
+def locate(name: str) -> pathlib.Path:
+    """The file of a config, which is given by its path or, where it comes with the package, by its name.
+
+    Raises:
+      ConfigError: there is no such file, or it is none.
+    """
+    file = shipped.path(name) if shipped.is_name(name) else pathlib.Path(name)
+    if file.is_file():
+        return file
+    given = pathlib.Path(name)
+    if not name or given.is_dir():
+        problem = "it is a folder; name a Python file, or a config that lowrank configs lists" if name else "no file is named"
+    elif given.exists():
+        problem = "it is not a Python file" if given.is_file() else "it is no regular file"
+    else:
+        problem = f"there is no such {'config' if shipped.is_name(name) else 'file'}{_similar(name)}"
+    raise ConfigError(name or "config", [problem])
+
+
+def _similar(name: str) -> str:
+    """The file, or the config that comes with the package, that may have been meant."""
+    folder, stem = pathlib.Path(name).parent, pathlib.Path(name).stem
+    files = {str(file): file.stem for file in sorted(folder.glob("*.py"))} if folder.is_dir() else {}
+    named = files | {other: other for other in shipped.names()}
+    if same := next((known for known, other in named.items() if other == stem), None):
+        return f"; did you mean {same}?"
+    return did_you_mean(name, named)
 
 
 def overridden(config: str | ConfigDict, overrides: Overrides = ()) -> ConfigDict:

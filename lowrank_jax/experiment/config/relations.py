@@ -67,12 +67,24 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
         problems += _overlaps(config)
     if not problems and not wrong & {"steps", "epochs", "batch_size", "optim.warmup"} and (config.steps or config.epochs):
         problems += _length_problems(config)
-        warmup = config.in_steps(config.optim.warmup)
+        problems += _phase_problems(config)
         traced = config.profile.steps
         if traced and traced[1] > config.total_steps:
             problems.append(f"profile.steps: {traced}; training ends at step {config.total_steps}")
-        if warmup > config.total_steps:
-            problems.append(f"optim.warmup: {warmup} steps; longer than training, which has {config.total_steps} steps")
+    return problems
+
+
+def _phase_problems(config: Config) -> list[str]:
+    """A warm-up longer than training, or than what an extension adds; extensions in another order than time."""
+    warmup, ends = config.in_steps(config.optim.warmup), config.phase_ends
+    problems = []
+    if warmup > ends[0]:
+        problems.append(f"optim.warmup: {warmup} steps; longer than training, which has {ends[0]} steps")
+    for start, end, (length, how) in zip(ends, ends[1:], config.extensions, strict=False):
+        if end <= start:
+            problems.append(f"extensions: {length} is step {start}; the run goes on from there only to step {end}")
+        elif how == "restart" and warmup > end - start:
+            problems.append(f"extensions: {end - start} steps from {length} on; shorter than optim.warmup, {warmup} steps")
     return problems
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -293,6 +293,9 @@ class Config:
     batch_size: int = _option(128, at_least(1, _COUNT))
     steps: int | None = _option(None, _between(1, _COUNT))
     epochs: float | None = _option(None, _between(1e-9, 1e9))
+    # The lengths that the run had before it was made longer, each with how the learning rate goes on from there: (("30 epochs",
+    # "restart"),) with epochs=60. A run that was extended is the one that has had this from its start.
+    extensions: tuple[tuple[Duration, Literal["restart", "constant"]], ...] = ()
     dataset: DatasetConfig = DatasetConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
@@ -314,8 +317,28 @@ class Config:
         return splits.split_size(self.description, self.dataset.train_split)
 
     @property
+    def length(self) -> Duration:
+        return Duration(self.steps, "step") if self.steps else Duration(self.epochs or 0, "epoch")
+
+    @property
     def total_steps(self) -> int:
-        return self.steps or max(1, self.in_steps(Duration(self.epochs or 0, "epoch")))
+        return self.phase_ends[-1]
+
+    @property
+    def phase_ends(self) -> tuple[int, ...]:
+        """The last step of every phase: where the run is extended, and its end."""
+        lengths = [*(length for length, _ in self.extensions), self.length]
+        return tuple(max(1, self.in_steps(length)) for length in lengths)
+
+    def earlier(self) -> "tuple[Config, ...]":
+        """The experiments that this one extends, the latest first."""
+        if not self.extensions:
+            return ()
+        *before, (length, _) = self.extensions
+        in_epochs = length.unit == "epoch"
+        steps, epochs = (None, length.amount) if in_epochs else (self.in_steps(length), None)
+        extended = dataclasses.replace(self, steps=steps, epochs=epochs, extensions=tuple(before))
+        return extended, *extended.earlier()
 
     @property
     def peak_lr(self) -> float:

@@ -22,7 +22,7 @@ from lowrank_jax.experiment.training.evaluate import Tally, evaluate
 from lowrank_jax.experiment.training.fits import check_evaluation
 from lowrank_jax.experiment.training.state import evaluated_variables
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
-from lowrank_jax.experiment.workdir.identity import digest_of
+from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
 
@@ -37,6 +37,7 @@ class Subject:
       split, examples: what it is evaluated on; another data set's split is called "name/split".
       batch_size: over all devices; a multiple of their number.
       identity: the digest of the run's settings, which its checkpoints carry.
+      earlier: the digests that those from before an extension carry; see `Checkpoints`.
     """
 
     folder: Workdir
@@ -46,9 +47,10 @@ class Subject:
     examples: Split
     batch_size: int
     identity: str
+    earlier: dict[str, int]
 
     def checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.folder.checkpoints, self.identity, read_only=True)
+        return Checkpoints(self.folder.checkpoints, self.identity, earlier=self.earlier, read_only=True)
 
     def target(self) -> dict[str, Any]:
         """The parts of the state that evaluation needs."""
@@ -149,7 +151,8 @@ class Evaluator:
         devices = jax.device_count()
         batch_size = -(-config.eval.batch_size // devices) * devices
         check_evaluation(experiment, batch_size)
-        return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size, digest_of(stored))
+        identity, earlier = digest_of(stored), earlier_digests(stored)
+        return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size, identity, earlier)
 
     def _config(self, folder: Workdir) -> Config:
         try:

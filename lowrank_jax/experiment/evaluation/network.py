@@ -20,7 +20,7 @@ from lowrank_jax.experiment.hosts.sharding import batch_sharding, batch_shards, 
 from lowrank_jax.experiment.training.build import build
 from lowrank_jax.experiment.training.state import evaluated_variables
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
-from lowrank_jax.experiment.workdir.identity import digest_of
+from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.linen.factorize import merge
 from lowrank_jax.planning.plans import Plan
@@ -142,7 +142,8 @@ def restore(workdir: str, step: str = "latest", *, raw: bool = False, trust_code
     folder = Workdir(workdir)
     config = selection.read_config(folder, trust_code)
     experiment = build(dataclasses.replace(config, mesh=MeshConfig()), workdir)
-    with Checkpoints(folder.checkpoints, digest_of(config), read_only=True) as checkpoints:
+    identity, earlier = digest_of(config), earlier_digests(config)
+    with Checkpoints(folder.checkpoints, identity, earlier=earlier, read_only=True) as checkpoints:
         restored = selection.restore(checkpoints, step, selection.evaluated_parts(experiment.shapes))
     weights = evaluated_variables(restored.state)
     variables = weights.get("_raw", weights[""]) if raw else weights[""]

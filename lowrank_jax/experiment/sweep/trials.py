@@ -295,7 +295,8 @@ def check_workdirs(trials: Iterable[Trial]) -> None:
     problems = []
     for trial in trials:
         try:
-            Workdir(trial.workdir).check(configs.to_dict(trial.config))
+            earlier = [configs.to_dict(config) for config in trial.config.earlier()]
+            Workdir(trial.workdir).check(configs.to_dict(trial.config), earlier)
         except WorkdirError as error:
             problems.append(str(error))
     if problems:

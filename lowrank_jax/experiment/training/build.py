@@ -207,7 +207,13 @@ def build(config: Config, source: str = "config", devices: Sequence[Any] | int |
     weights = jax.eval_shape(init)
 
     def make_optimizer(lr: Any) -> tuple[optax.Schedule, optax.GradientTransformation]:
-        schedule = optim.make_schedule(config.optim, lr, total_steps=config.total_steps, in_steps=config.in_steps)
+        schedule = optim.make_schedule(
+            config.optim,
+            lr,
+            total_steps=config.total_steps,
+            in_steps=config.in_steps,
+            extensions=[(end, how) for end, (_, how) in zip(config.phase_ends, config.extensions, strict=False)],
+        )
         return schedule, optim.make_optimizer(config.optim, schedule, weights.params)
 
     try:

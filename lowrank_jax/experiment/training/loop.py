@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lowrank_jax.experiment import interrupts
-from lowrank_jax.experiment.config.files import to_dict
+from lowrank_jax.experiment.config.files import ConfigError, to_dict
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.pipeline import Feed, TrainBatches, shard_of
@@ -19,15 +19,16 @@ from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
 from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.experiment.training.evaluate import Evaluated, Interrupted, evaluate, score
+from lowrank_jax.experiment.training.extend import extended
 from lowrank_jax.experiment.training.fits import check_training
 from lowrank_jax.experiment.training.log_window import Diverged, Window
-from lowrank_jax.experiment.training.overview import describe, headline
+from lowrank_jax.experiment.training.overview import describe, extensions, headline
 from lowrank_jax.experiment.training.profiler import StepProfiler
 from lowrank_jax.experiment.training.result import TrainResult, result_record
 from lowrank_jax.experiment.training.resume import Resumed, jax_settings, restore_or_start
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
-from lowrank_jax.experiment.workdir.identity import digest_of, flatten
+from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.experiment.workdir.writer import Writer, duration, progress_line
 
@@ -40,6 +41,8 @@ def train(
     *,
     source: str = "config",
     restart: bool = False,
+    extend: bool = False,
+    schedule: str | None = None,
     stop: StopSignal | None = None,
     on_evaluation: OnEvaluation | None = None,
 ) -> TrainResult:
@@ -52,6 +55,8 @@ def train(
       workdir: its folder, local or remote.
       source: what to call the config in messages.
       restart: begin anew if the run was saved and its checkpoints are gone.
+      extend: make a run in this work directory longer; see `extend`.
+      schedule: how its learning rate goes on; see `extend`.
       stop: what requests a stop, for callers that do not rely on signals; by default SIGTERM and Ctrl-C do.
       on_evaluation: called after every evaluation with the step and the metrics, once they are written.
 
@@ -60,6 +65,10 @@ def train(
       Diverged: the loss, or the gradient, is not finite.
       OtherFailed: another process of the run cannot.
     """
+    if extend:
+        config = extended(config, workdir, schedule, source)
+    elif schedule:
+        raise ConfigError("--schedule", ["it says how the learning rate of a longer run goes on; add --extend"])
     experiment = build(config, source)
     check_training(experiment)
     data = _load(experiment)
@@ -67,9 +76,12 @@ def train(
     with folder.locked():
         _claim(folder, config)
         folder.forget_failure()
+        folder.set_earlier_result_aside(earlier_digests(config))
         folder.write_text("overview.txt", f"{describe(experiment)}\n")
         with Writer(folder) as writer, _checkpoints(folder, config) as checkpoints:
             writer.say(headline(experiment))
+            for line in extensions(experiment):
+                writer.say(line)
             writer.show_settings(flatten(to_dict(config)))
             stop = stop or StopSignal()
             try:
@@ -97,9 +109,9 @@ def _checked(workdir: str, config: Config) -> Workdir:
     """
     folder = Workdir(workdir, active=jax.process_index() == 0)
     _agree(to_dict(config))
-    folder.check(to_dict(config))
+    folder.check(to_dict(config), _earlier(config))
     if not (folder.path / "config.json").exists():  # its checkpoints alone can tell whose it is
-        with Checkpoints(folder.checkpoints, digest_of(config), read_only=True) as checkpoints:
+        with Checkpoints(folder.checkpoints, digest_of(config), earlier=earlier_digests(config), read_only=True) as checkpoints:
             checkpoints.check_experiment()
     return folder
 
@@ -110,13 +122,23 @@ def _claim(folder: Workdir, config: Config) -> None:
     Raises:
       WorkdirError: it has become another's, or cannot be written, or the processes have different folders.
     """
-    folder.claim(to_dict(config))
+    folder.claim(to_dict(config), _earlier(config))
     barrier()
     folder.check_shared()
 
 
+def _earlier(config: Config) -> list[dict[str, Any]]:
+    return [to_dict(earlier) for earlier in config.earlier()]
+
+
 def _checkpoints(folder: Workdir, config: Config) -> Checkpoints:
-    return Checkpoints(folder.checkpoints, digest_of(config), keep=config.checkpoint.keep, confirmed=folder.note_saved)
+    return Checkpoints(
+        folder.checkpoints,
+        digest_of(config),
+        earlier=earlier_digests(config),
+        keep=config.checkpoint.keep,
+        confirmed=folder.note_saved,
+    )
 
 
 def _agree(config: dict[str, Any]) -> None:

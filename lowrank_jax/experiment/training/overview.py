@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.hosts.sharding import bytes_per_device
@@ -44,6 +45,18 @@ def headline(experiment: Experiment) -> str:
         f" {config.lowrank.method}, {count(plan.params)} of {count(plan.dense_params)} parameters;"
         f" {config.total_steps} steps on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
+
+
+def extensions(experiment: Experiment) -> list[str]:
+    """A line for each extension: from where to where, and how the learning rate goes on."""
+    config = experiment.config
+    schedule, ends = experiment.make_optimizer(config.peak_lr)[0], config.phase_ends
+    lengths = [*(length for length, _ in config.extensions), config.length]
+    lines = []
+    for i, (length, how) in enumerate(config.extensions):
+        rate = "the schedule anew" if how == "restart" else f"at a constant rate of {np.asarray(schedule(ends[i])):.3g}"
+        lines.append(f"extended from {length} to {lengths[i + 1]}, steps {ends[i]} to {ends[i + 1]}: {rate}")
+    return lines
 
 
 def _rows(params: Any) -> list[list[str]]:

@@ -6,6 +6,7 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.evaluate import Evaluated
 from lowrank_jax.experiment.training.state import TrainState
@@ -37,6 +38,7 @@ def result_record(
     plan = experiment.plan
     return {
         "step": step,
+        "phases": _phases(experiment.config),
         "params": plan.params,
         "dense_params": plan.dense_params,
         "macs": plan.macs,
@@ -48,6 +50,16 @@ def result_record(
         "config_digest": digest_of(experiment.config),
         "metrics": metrics,
     }
+
+
+def _phases(config: Config) -> list[dict[str, Any]]:
+    """The lengths that training had, each with its last step and its schedule: one, and one for each extension."""
+    lengths = [*(length for length, _ in config.extensions), config.length]
+    schedules = [config.optim.schedule, *(how for _, how in config.extensions)]
+    return [
+        {"length": str(length), "step": end, "schedule": schedule}
+        for length, end, schedule in zip(lengths, config.phase_ends, schedules, strict=True)
+    ]
 
 
 def _finite(metrics: dict[str, float] | None) -> dict[str, float | None] | None:

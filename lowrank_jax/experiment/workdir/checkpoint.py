@@ -76,6 +76,7 @@ class Checkpoints:
     Args:
       directory: where they are; created if missing.
       experiment: the digest of the settings that they belong to; None to take any.
+      earlier: the digests of the experiments that this one extends, with the last step that it shares with each.
       keep: the number of latest checkpoints to keep, besides the one with the highest score.
       confirmed: called with each step once it is on disk and can be found there.
       read_only: nothing is written or moved, as evaluation needs it.
@@ -86,12 +87,14 @@ class Checkpoints:
         directory: epath.PathLike,
         experiment: str | None = None,
         *,
+        earlier: Mapping[str, int] | None = None,
         keep: int = 2,
         confirmed: Callable[[int], object] = lambda step: None,
         read_only: bool = False,
     ):
         self.directory = step_folders.absolute(epath.Path(directory))  # orbax takes absolute paths only
         self._experiment, self._keep, self._confirmed = experiment, keep, confirmed
+        self._earlier = earlier or {}
         self._unconfirmed: int | None = None  # the step that is being saved
         self._linked: dict[int, str] = {}  # steps that were links, and what is said of them
         if self.directory.exists() and not self.directory.is_dir():
@@ -178,7 +181,8 @@ class Checkpoints:
         """Of what else a step is, by its record; "" if it is what it should be, or of a version that did not say."""
         if info.get("step", step) != step:
             return f"it is step {info['step']} under another name"
-        if self._experiment and info.get("experiment", self._experiment) != self._experiment:
+        owner = info.get("experiment", self._experiment)
+        if self._experiment and owner != self._experiment and not step <= self._earlier.get(str(owner), -1):
             return "it belongs to another experiment"
         return ""
 

@@ -6,7 +6,7 @@ import fnmatch
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import filelock
@@ -15,12 +15,13 @@ from upath import UPath
 
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.workdir import files
-from lowrank_jax.experiment.workdir.identity import defaults, differences, flatten
+from lowrank_jax.experiment.workdir.identity import defaults, differences, differing_keys, flatten
 from lowrank_jax.experiment.workdir.metrics import Metrics
 from lowrank_jax.text import first_line
 
 # Without these a config.json belongs to something else.
 _REQUIRED = {"seed", "dataset.name", "model.name", "lowrank.method"}
+_LENGTH = {"steps", "epochs", "extensions"}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system without locks answers
 _EPATH = ("gs://", "s3://", "az://", "hf://")
 _WRITTEN = ("checkpoints", "damaged", "plugins", "log.txt")  # by whatever would follow a link
@@ -56,15 +57,15 @@ class Workdir:
     def checkpoints(self) -> epath.Path:
         return self.path / "checkpoints"
 
-    def claim(self, config: dict[str, Any]) -> None:
-        """Claims the folder for this experiment.
+    def claim(self, config: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()) -> None:
+        """Claims the folder for this experiment, or for one that extends its own; see `check`.
 
         Raises:
           WorkdirError: it belongs to another experiment, or cannot be written.
         """
         if not self._active:
             return
-        self.check(config)
+        self.check(config, earlier)
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json("config.json", config)
@@ -137,19 +138,24 @@ class Workdir:
         with lock:
             yield
 
-    def check(self, config: dict[str, Any]) -> None:
-        """Raises WorkdirError if the folder belongs to another experiment, or cannot be trained in."""
+    def check(self, config: dict[str, Any], earlier: Sequence[dict[str, Any]] = ()) -> None:
+        """Raises WorkdirError if the folder belongs to another experiment, or cannot be trained in.
+
+        Args:
+          config: the experiment.
+          earlier: those that it extends, whose folder it may take over.
+        """
         self.check_bucket()
         self.check_path()
         if self.path.exists() and not self.path.is_dir():
             raise WorkdirError(f"{self.path} is a file; --workdir must name a folder")
         stored = self.path / "config.json"
         if stored.exists():
-            differing = differences(self.read_config(), config)
-            if differing:
+            found = self.read_config()
+            differing = differences(found, config)
+            if differing and all(differences(found, other) for other in earlier):
                 raise WorkdirError(
-                    f"{self.path} belongs to another experiment: {'; '.join(differing)}."
-                    " Use a new --workdir, or the old values."
+                    f"{self.path} belongs to another experiment: {'; '.join(differing)}. {_advice(found, config)}"
                 )
 
     def check_shared(self) -> None:
@@ -219,6 +225,12 @@ class Workdir:
         """Records, in `saved.json`, that a checkpoint is on disk, so that it is noticed if all of them are gone one day."""
         self.write_json("saved.json", {"step": step})
 
+    def set_earlier_result_aside(self, digests: Collection[str]) -> None:
+        """Renames the result of an experiment that this one extends, by the digests of those: it goes on."""
+        result = self.read_json("result.json") if self._active and digests else None
+        if result is not None and result.get("config_digest") in (None, *digests):  # the earliest versions wrote none
+            (self.path / "result.json").rename(files.free_name(self.path / "result.json"))
+
     def set_result_aside(self) -> None:
         """Renames what says that the run was saved, or has finished; it begins anew."""
         if self._active:
@@ -239,3 +251,11 @@ class Workdir:
             if record is not None:
                 return record["step"]
         return None
+
+
+def _advice(found: dict[str, Any], config: dict[str, Any]) -> str:
+    """What to do about a folder of another experiment."""
+    shorter = any(config[unit] and found[unit] and config[unit] < found[unit] for unit in ("steps", "epochs"))
+    if not shorter and set(differing_keys([flatten(found), flatten(json.loads(json.dumps(config)))])) <= _LENGTH:
+        return "To go on from its end, add --extend; else use a new --workdir, or the old values."
+    return "Use a new --workdir, or the old values."

@@ -1,0 +1,36 @@
+"""The configs that come with the package, by name: in a wheel beside the package's modules, in a checkout in configs/."""
+
+import ast
+import functools
+import pathlib
+
+import lowrank_jax
+
+
+@functools.cache
+def folder() -> pathlib.Path:
+    """Where they are."""
+    package = pathlib.Path(lowrank_jax.__file__).resolve().parent
+    checkout = package.parent
+    # Beside an installed package lie those of others, maybe with a "configs" of their own.
+    return checkout / "configs" if (checkout / "pyproject.toml").is_file() else package / "configs"
+
+
+def names() -> list[str]:
+    """All of them, sorted."""
+    return sorted(file.stem for file in folder().glob("*.py"))
+
+
+def is_name(text: str) -> bool:
+    """Whether a text is a config's name rather than a path: without a folder and without the suffix of a file."""
+    return bool(text) and "/" not in text and "\\" not in text and not text.endswith(".py") and text not in (".", "..")
+
+
+def path(name: str) -> pathlib.Path:
+    """The file of a shipped config, which need not exist."""
+    return folder() / f"{name}.py"
+
+
+def summary(name: str) -> str:
+    """The first line of its docstring; it is not run."""
+    return (ast.get_docstring(ast.parse(path(name).read_text(encoding="utf-8"))) or "").partition("\n")[0]
