@@ -209,7 +209,8 @@ def _check_classes(args: argparse.Namespace, workdirs: list[str], evaluator: "Ev
         raise UserError(f"{flag} shows one run; name one --workdir, or write what is counted of all of them by --json=FILE")
     if args.confusion:
         confusion_picture.check_name(args.confusion)
-    classes.check(evaluator.open(workdirs[0]).experiment.dataset)
+    experiment = evaluator.open(workdirs[0]).experiment
+    classes.check(experiment.config, experiment.dataset)
 
 
 def _show_classes(args: argparse.Namespace, result: "Evaluation", picture: Output) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.text import align, one_line
@@ -18,24 +19,32 @@ def names_of(dataset: Dataset) -> tuple[str, ...]:
     return dataset.class_names or tuple(map(str, range(dataset.num_classes or 0)))
 
 
-def number_to_count(dataset: Dataset) -> int:
+def number_to_count(config: Config, dataset: Dataset) -> int:
     """How many classes to count the predictions of; 0 where they cannot be."""
-    return 0 if why_not(dataset) else dataset.num_classes or 0
+    return 0 if why_not(config, dataset) else dataset.num_classes or 0
 
 
-def check(dataset: Dataset) -> None:
+def check(config: Config, dataset: Dataset) -> None:
     """Raises UserError if the predictions of classes cannot be counted."""
-    if reason := why_not(dataset):
+    if reason := why_not(config, dataset):
         raise UserError(f"{dataset.name}: {reason}")
 
 
-def why_not(dataset: Dataset) -> str | None:
+def why_not(config: Config, dataset: Dataset) -> str | None:
     """Why the predictions of classes cannot be counted; None if they can."""
-    if dataset.num_classes is None or dataset.label.shape:
-        return "its labels are not one class an example, so classes cannot be counted"
-    if dataset.num_classes > _MOST:
+    if reason := chooses_none(config, dataset):
+        return f"{reason}, so classes cannot be counted"
+    if (dataset.num_classes or 0) > _MOST:
         return f"a confusion matrix of {dataset.num_classes:,} classes is too large; at most {_MOST:,} are counted"
     return None
+
+
+def chooses_none(config: Config, dataset: Dataset) -> str | None:
+    """Why a run's network does not choose one class of an example; None if it does."""
+    if dataset.num_classes is None or dataset.label.shape:
+        return "the label of an example is not one class"
+    objective = getattr(config.objective, "name", "softmax")
+    return None if objective == "softmax" else f"objective.name={objective} need not choose one class"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -171,7 +171,7 @@ class Evaluator:
         """One for all plans: jit distinguishes them by their kernels, which carry ranks and execution."""
         key = (experiment.config.model, experiment.config.objective, experiment.dataset)
         if key not in self._eval_steps:
-            counted = classes.number_to_count(experiment.dataset) if self._classes else 0
+            counted = classes.number_to_count(experiment.config, experiment.dataset) if self._classes else 0
             self._eval_steps[key] = experiment.jit_eval_step(classes=counted)
         return self._eval_steps[key]
 

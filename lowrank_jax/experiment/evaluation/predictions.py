@@ -66,15 +66,9 @@ def _row(prediction: Prediction, top: int) -> list[Any]:
 
 def check(network: "Network") -> None:
     """Raises UserError if the network does not choose one class, or takes no images from files."""
-    dataset, config = network.dataset, network.config
-    objective = getattr(config.objective, "name", "softmax")
-    if objective != "softmax" or dataset.num_classes is None or dataset.label.shape:
-        raise UserError(
-            f"only networks that choose one class of an image predict classes; this one was trained on {dataset.name} with the"
-            f" objective {objective}: call restore(...)(images) in Python for its outputs"
-        )
-    if reason := image_files.why_not(dataset):
-        raise UserError(f"{dataset.name}: {reason}; call restore(...)(images) in Python")
+    dataset = network.dataset
+    if reason := classes.chooses_none(network.config, dataset) or image_files.why_not(dataset):
+        raise UserError(f"{dataset.name}: {reason}; restore(...)(inputs) in Python gives the network's outputs")
 
 
 def predictions(network: "Network", paths: Iterable[str | os.PathLike[str]], top: int = 5) -> Iterator[Prediction]:

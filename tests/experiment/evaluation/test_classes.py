@@ -179,16 +179,16 @@ def test_the_picture_has_a_panel_for_each_set_of_weights_whatever_the_names(size
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_classes": None}, "its labels are not one class an example"),
-        ({"label": Field((8, 8), "int32")}, "its labels are not one class an example"),
+        ({"num_classes": None}, "the label of an example is not one class, so classes cannot be counted"),
+        ({"label": Field((8, 8), "int32")}, "the label of an example is not one class, so classes cannot be counted"),
         ({"num_classes": 21_841}, "a confusion matrix of 21,841 classes is too large; at most 10,000"),
     ],
 )
 def test_what_has_no_classes_to_count_is_refused_by_name(changes, reason):
     dataset = dataclasses.replace(DIGITS, class_names=(), **changes)
-    assert classes.number_to_count(dataset) == 0
+    assert classes.number_to_count(running.config(), dataset) == 0
     with pytest.raises(UserError, match=f"digits: {reason}"):
-        classes.check(dataset)
+        classes.check(running.config(), dataset)
 
 
 def test_classes_without_names_are_called_by_their_numbers():

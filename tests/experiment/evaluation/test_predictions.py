@@ -147,8 +147,8 @@ def test_images_of_many_sizes_are_cropped_as_in_evaluation(small_imagenet):
         ({"image_shape": (64,)}, r"its inputs are \[64\], which no image file holds"),
         ({"image_shape": (8, 8, 5)}, r"its inputs are \[8, 8, 5\], which no image file holds"),
         ({"image_dtype": "float32"}, "its inputs are float32, and image files hold whole numbers"),
-        ({"num_classes": None}, "only networks that choose one class of an image predict classes"),
-        ({"label": Field((8, 8), "int32")}, "only networks that choose one class of an image predict classes"),
+        ({"num_classes": None}, "digits: the label of an example is not one class"),
+        ({"label": Field((8, 8), "int32")}, "digits: the label of an example is not one class"),
     ],
 )
 def test_networks_of_other_kinds_are_refused_by_name(net, tmp_path, changes, reason):
