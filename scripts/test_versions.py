@@ -121,7 +121,7 @@ def journey(environment: Environment) -> None:
     train = ("train", "--workdir=runs/a")
     environment.run(lowrank, *train, "--config=digits_resnet", short, says="done")
     environment.run(lowrank, *train, "--config=digits_resnet.py", short, says="runs/a has finished")
-    environment.run(lowrank, *train, "--config=digits_resnet", "--config.epochs=3", "--extend", says="steps 45 to 67")
+    environment.run(lowrank, *train, "--config=digits_resnet", "--config.epochs=4", "--extend", says="steps 45 to 90")
     environment.run(lowrank, "evaluate", "--workdir=runs/a", "--step=best", says="test")
     environment.run(lowrank, "report", "runs/a", says="report.html")
     environment.run(lowrank, "new", "mynet")

@@ -11,6 +11,7 @@ EXTRAS = {
     "etils": "train",
     "filelock": "train",
     "google.cloud": "gcs",
+    "google.protobuf": "train",
     "grain": "train",
     "importlib_resources": "train",
     "jinja2": "train",

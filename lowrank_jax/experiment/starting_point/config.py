@@ -10,6 +10,7 @@ def get_config():
     config.dataset.name = "data.py:splits"  # or a folder of images: "folder:PATH"
     config.model.name = "model.py:Net"
     config.model.kwargs = {"width": 32}
+    config.objective.metrics = ("top1",)
     config.optim.lr = 0.1
     config.optim.warmup = "1 epoch"
     config.lowrank.scale = 0.25  # of full rank; lowrank.method = "none" is the dense network

@@ -79,7 +79,7 @@ class JobSetSettings:
 
     Attributes:
       image: container image with `lowrank`, jax for TPUs, and the config file at the path after --config=, relative to the
-        image's working directory.
+        image's working directory; a config that comes with lowrank needs no file.
       tpu: the slice of each trial; see `parse_tpu`.
       name: of the sweep: label of its JobSets and prefix of their names.
       namespace: of Kubernetes; None: kubectl's current one.
@@ -166,7 +166,8 @@ def _header(count: int, settings: JobSetSettings) -> str:
     namespace = f" -n {settings.namespace}" if settings.namespace else ""
     return (
         f"# {count} trials of `lowrank train`, one JobSet each, on {settings.tpu}: kubectl apply -f THIS_FILE\n"
-        "# The image must contain the config file at the path after --config=; the data must be where the config says.\n"
+        "# The image must contain the config file at the path after --config=, unless it is one that comes with lowrank, by its name;\n"
+        "# the data must be where the config says.\n"
         "# A finished JobSet stays; delete it before applying its trial again.\n"
         f"# kubectl get jobsets{namespace} -l {SWEEP}={settings.name} -o custom-columns={columns}\n"
     )

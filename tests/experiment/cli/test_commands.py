@@ -21,7 +21,7 @@ from lowrank_jax.experiment.cli.flags import split_overrides
 from tests import running
 
 CONFIG = f"--config={running.ROOT / 'configs' / 'digits_resnet.py'}"
-NAMES = ("train", "evaluate", "predict", "sweep", "report", "overview", "preflight", "init-report")
+NAMES = ("train", "evaluate", "predict", "sweep", "report", "overview", "preflight", "configs", "new", "init-report")
 
 
 @dataclasses.dataclass
@@ -315,7 +315,7 @@ def test_help_has_examples(command):
     result = lowrank(*command, "--help")
     assert result.status == 0
     assert ("examples:" in result.stdout) == bool(command)
-    assert "exit status" in result.stdout or command in (["report"], ["overview"], ["init-report"])
+    assert "exit status" in result.stdout or command in (["report"], ["overview"], ["configs"], ["new"], ["init-report"])
 
 
 WRONG = [
