@@ -159,8 +159,8 @@ _PREDICT = f"""examples:
 
 Prints the five likeliest classes of each image with their probabilities, or writes them to a file. Images are decoded and
 cropped as in evaluation. Where a run's own images have one size, others are cropped at the centre and resized, and turned grey
-if its own are; that is said. In the place of a folder come the images in it and below, by
-their suffixes; hidden ones and others are passed over and counted.
+if its own are; that is said. In the place of a folder come the images in it and below, by their suffixes; hidden files and
+others are passed over and counted.
 
 Images that cannot be read are named and counted, and the others are predicted; the exit status is then {BAD_INPUT}.
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lowrank_jax.experiment.data import crops
 from lowrank_jax.experiment.data.base import Dataset
-from lowrank_jax.experiment.data.decode import Undecodable, decode_box
+from lowrank_jax.experiment.data.decode import decode_box
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _GREY = np.array([299, 587, 114])
@@ -22,7 +22,7 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[str], int]:
       The files, and how many others were passed over in folders: hidden ones, and those without an image's suffix.
     """
     found, others = [], 0
-    for path in map(os.fspath, paths):
+    for path in [os.fspath(path) for path in paths]:
         if not pathlib.Path(path).is_dir():
             found.append(path)
             continue
@@ -84,6 +84,3 @@ def _central(rows: int, columns: int, aspect: float) -> crops.Box:
     """The largest box at the centre whose height is so many times its width."""
     height, width = min(rows, max(1, round(columns * aspect))), min(columns, max(1, round(rows / aspect)))
     return crops.Box((rows - height) // 2, (columns - width) // 2, height, width)
-
-
-__all__ = ["SUFFIXES", "Undecodable", "find", "read", "why_not"]

@@ -11,6 +11,7 @@ from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.text import align, one_line
 
 _MOST = 10_000  # classes whose pairs are counted: the matrix takes 400 MB on every device
+_CHOOSING = ("softmax", "sigmoid")  # objectives whose largest output is the class
 _SHOWN, _WORST, _PAIRS = 40, 20, 10  # rows of a table; of more classes those of the lowest top-1, and pairs
 
 
@@ -43,8 +44,13 @@ def chooses_none(config: Config, dataset: Dataset) -> str | None:
     """Why a run's network does not choose one class of an example; None if it does."""
     if dataset.num_classes is None or dataset.label.shape:
         return "the label of an example is not one class"
-    objective = getattr(config.objective, "name", "softmax")
-    return None if objective == "softmax" else f"objective.name={objective} need not choose one class"
+    objective = objective_of(config)
+    return None if objective in _CHOOSING else f"objective.name={objective} need not choose one class"
+
+
+def objective_of(config: Config) -> str:
+    """The name of a run's objective."""
+    return getattr(config.objective, "name", "softmax")
 
 
 @dataclasses.dataclass(frozen=True)

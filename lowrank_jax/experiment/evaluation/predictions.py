@@ -4,13 +4,14 @@ import concurrent.futures
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import special
 
 from lowrank_jax.experiment.data import image_files
-from lowrank_jax.experiment.data.image_files import Undecodable
+from lowrank_jax.experiment.data.decode import Undecodable
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation import classes
 from lowrank_jax.experiment.report.rendering import as_csv
@@ -82,6 +83,7 @@ def predictions(network: "Network", paths: Iterable[str | os.PathLike[str]], top
 
 def _predicted(network: "Network", found: Sequence[str], top: int) -> Iterator[Prediction]:
     names = classes.names_of(network.dataset)
+    shares_of = special.expit if classes.objective_of(network.config) == "sigmoid" else special.softmax
     size = network.batch_size
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as pool:
 
@@ -94,7 +96,7 @@ def _predicted(network: "Network", found: Sequence[str], top: int) -> Iterator[P
             images = [image for image, _ in read if image is not None]
             rows = iter(network(np.stack(images)) if images else ())
             for image, prediction in read:
-                yield prediction if image is None else _ranked(prediction, next(rows), names, top)
+                yield prediction if image is None else _ranked(prediction, next(rows), shares_of, names, top)
 
 
 def _read(network: "Network", file: str) -> tuple[np.ndarray | None, Prediction]:
@@ -108,11 +110,12 @@ def _read(network: "Network", file: str) -> tuple[np.ndarray | None, Prediction]
         return None, Prediction(file, error=str(error))
 
 
-def _ranked(prediction: Prediction, logits: np.ndarray, names: Sequence[str], top: int) -> Prediction:
+def _ranked(
+    prediction: Prediction, logits: np.ndarray, shares_of: Callable[[np.ndarray], np.ndarray], names: Sequence[str], top: int
+) -> Prediction:
     if not np.isfinite(logits).all():
         return dataclasses.replace(prediction, error="the network's outputs for it are not finite")
-    shares = np.exp(logits.astype(np.float64) - logits.max())
-    shares /= shares.sum()
+    shares = shares_of(logits.astype(np.float64))
     order = np.argsort(-shares, kind="stable")[:top]
     return dataclasses.replace(
         prediction,
