@@ -5,11 +5,12 @@ import dataclasses
 import io
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from skimage.data import chelsea
 
 import lowrank_jax.experiment as lx
@@ -155,6 +156,21 @@ def test_networks_of_other_kinds_are_refused_by_name(net, tmp_path, changes, rea
     other = dataclasses.replace(net, dataset=dataclasses.replace(net.dataset, **changes))
     with pytest.raises(lx.UserError, match=reason):
         other.predict(tmp_path / "image.png")
+
+
+def with_objective(net, name):
+    return dataclasses.replace(net, config=SimpleNamespace(objective=SimpleNamespace(name=name), eval=net.config.eval))
+
+
+def test_probabilities_are_those_of_the_objective(net, images, tmp_path):
+    path = save(images[0], tmp_path / "image.png")
+    [found] = with_objective(net, "sigmoid").predict(path, top=10)
+    logits = net(images[:1])[0].astype(np.float64)
+    assert found.probabilities == pytest.approx([expit(logits[label]) for label in found.labels], rel=1e-5)
+    assert found.labels == net.predict(path, top=10)[0].labels and sum(found.probabilities) != pytest.approx(1, rel=1e-3)
+    for other in ("mse", "package.module:function"):
+        with pytest.raises(lx.UserError, match=f"digits: objective.name={other} need not choose one class"):
+            with_objective(net, other).predict(path)
 
 
 def test_outputs_that_are_no_numbers_are_an_error_of_the_image(net, images, tmp_path):
