@@ -141,7 +141,7 @@ def restore(workdir: str, step: str = "latest", *, raw: bool = False, trust_code
     """See `lowrank_jax.experiment.restore`."""
     folder = Workdir(workdir)
     config = selection.read_config(folder, trust_code)
-    experiment = build(dataclasses.replace(config, mesh=MeshConfig()), workdir)
+    experiment = build(dataclasses.replace(config, mesh=MeshConfig()), workdir, jax.local_devices())
     identity, earlier = digest_of(config), earlier_digests(config)
     with Checkpoints(folder.checkpoints, identity, earlier=earlier, read_only=True) as checkpoints:
         restored = selection.restore(checkpoints, step, selection.evaluated_parts(experiment.shapes))
