@@ -317,7 +317,7 @@ Without copy, a line for each. A copy is a file to change: lowrank train --confi
 
 def _configs(command: argparse.ArgumentParser) -> None:
     command.set_defaults(copy=None)
-    copy = command.add_subparsers(metavar="copy").add_parser(
+    copy = command.add_subparsers(metavar="[copy]").add_parser(
         "copy", help="write one into a folder, to be changed", description="Write one into a folder, to be changed."
     )
     copy.add_argument("copy", metavar="NAME", type=flag_types.text, help="as lowrank configs lists it")
