@@ -35,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     overrides, rest = split_overrides(arguments)
     args = parser(_COMMANDS).parse_args(rest)
     args.overrides, args.given = overrides, arguments[1:]
-    environment.prepare()
+    try:
+        environment.prepare()
+    except ValueError as error:  # a setting in the environment that jax does not understand
+        complain(f"lowrank: jax cannot start: {first_line(error)}")
+        sys.exit(BAD_INPUT)
     status = _run(args)
     interrupts.too_late()
     sys.exit(status)
@@ -65,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
     except BaseException as error:  # of the user's code: no command raises one, and signals end it without
         if isinstance(error, KeyboardInterrupt) and not interrupts.obeyed():
             raise  # Ctrl-C in a program that calls this one
-        return _failed(BAD_INPUT, f"lowrank: the model, loss or metric ended Python: {shown(error)}")
+        return _failed(BAD_INPUT, f"lowrank: the config, or code that it names, ended Python: {shown(error)}")
 
 
 def _accident(error: Exception) -> str:

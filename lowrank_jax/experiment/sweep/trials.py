@@ -291,11 +291,13 @@ def _size(config: Config) -> list[str]:
 
 
 def check_workdirs(trials: Iterable[Trial]) -> None:
-    """Raises WorkdirError, with all problems, if work directories belong to other experiments."""
+    """Raises WorkdirError, with all problems, if work directories belong to other experiments, or are links."""
     problems = []
     for trial in trials:
         try:
-            Workdir(trial.workdir).check(configs.to_dict(trial.config))
+            folder = Workdir(trial.workdir)
+            Workdir(folder.path.parent).check_own(folder.path.name)
+            folder.check(configs.to_dict(trial.config))
         except WorkdirError as error:
             problems.append(str(error))
     if problems:
