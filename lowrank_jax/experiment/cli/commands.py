@@ -49,12 +49,21 @@ def _status(args: argparse.Namespace) -> int:
     if args.command in _LIGHT:
         return _run_light(args)
     try:
-        environment.prepare()
-        return _run(args)
+        return _run(args) if _prepare() else BAD_INPUT
     except ImportError as error:
         if not (message := extras.missing(error)):
             raise
         return _failed(BAD_INPUT, f"lowrank: {message}")
+
+
+def _prepare() -> bool:
+    """Whether jax can be used."""
+    try:
+        environment.prepare()
+    except ValueError as error:  # a setting in the environment that jax does not understand
+        complain(f"lowrank: jax cannot start: {first_line(error)}")
+        return False
+    return True
 
 
 def _run_light(args: argparse.Namespace) -> int:
@@ -99,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
     except BaseException as error:  # of the user's code: no command raises one, and signals end it without
         if isinstance(error, KeyboardInterrupt) and not interrupts.obeyed():
             raise  # Ctrl-C in a program that calls this one
-        return _failed(BAD_INPUT, f"lowrank: the model, loss or metric ended Python: {shown(error)}")
+        return _failed(BAD_INPUT, f"lowrank: the config, or code that it names, ended Python: {shown(error)}")
 
 
 def _accident(error: Exception) -> str:
