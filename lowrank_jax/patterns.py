@@ -7,6 +7,7 @@ matched without going back, and are refused.
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from re import _compiler, _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
@@ -33,7 +34,8 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
 
 @functools.lru_cache(maxsize=1024)
 def _compiled(pattern: str) -> Callable[[str], bool]:
-    tree = _parser.parse(pattern)
+    with warnings.catch_warnings(action="ignore"):  # of what a later Python may read otherwise
+        tree = _parser.parse(pattern)
     step = _sequence(tree, tree.state.flags)
 
     @functools.lru_cache(maxsize=2**14)

@@ -87,3 +87,10 @@ def test_what_they_cannot_be_is_refused(pattern, reason):
         ValueError, match=rf"^rule .* is not a regular expression: .*{re.escape(reason) if reason != '.' else ''}"
     ):
         compile_pattern(pattern)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_a_later_python_may_read_otherwise_is_taken_as_this_one_reads_it():
+    matches, same = compile_pattern("[[:alpha:]/]*kernel"), re.compile(r"[a\[:lph]/\]*kernel")
+    for name in ("a/]]kernel", "a/kernel", ":/]kernel", "akernel", "z/kernel"):
+        assert matches(name) == bool(same.fullmatch(name))

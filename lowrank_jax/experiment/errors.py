@@ -41,4 +41,4 @@ def of_files(error: OSError) -> str:
 
 def ended_python(error: BaseException) -> str:
     """What is said of the user's own code that raised SystemExit, or the like."""
-    return f"the model, loss or metric ended Python: {shown(error)}"
+    return f"the config, or code that it names, ended Python: {shown(error)}"

@@ -11,9 +11,8 @@ import lowrank_jax
 def folder() -> pathlib.Path:
     """Where they are."""
     package = pathlib.Path(lowrank_jax.__file__).resolve().parent
-    checkout = package.parent
-    # Beside an installed package lie those of others, maybe with a "configs" of their own.
-    return checkout / "configs" if (checkout / "pyproject.toml").is_file() else package / "configs"
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def names() -> list[str]:

@@ -58,12 +58,21 @@ def _status(args: argparse.Namespace) -> int:
     if args.command in _LIGHT:
         return _run_light(args)
     try:
-        environment.prepare()
-        return _run(args)
+        return _run(args) if _prepare() else BAD_INPUT
     except ImportError as error:
         if not (message := extras.missing(error)):
             raise
         return _failed(BAD_INPUT, f"lowrank: {message}")
+
+
+def _prepare() -> bool:
+    """Whether jax can be used."""
+    try:
+        environment.prepare()
+    except ValueError as error:  # a setting in the environment that jax does not understand
+        complain(f"lowrank: jax cannot start: {first_line(error)}")
+        return False
+    return True
 
 
 def _run_light(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 
 def prepare() -> None:
@@ -17,6 +18,18 @@ def prepare() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    if folder and "://" not in folder and not _can_write(pathlib.Path(folder)):
+        jax.config.update("jax_compilation_cache_dir", None)
+        print(f"lowrank: {folder} cannot be written, so compiled programs are not kept", file=sys.stderr)
+
+
+def _can_write(folder: pathlib.Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def quiet() -> None:

@@ -204,7 +204,7 @@ resumes a stopped sweep and does not repeat finished trials. A trial that crashe
 def _sweep(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     add = command.add_argument
-    add("--sweep", required=True, metavar="TEXT", help="what to vary; see below")
+    add("--sweep", type=flag_types.text, required=True, metavar="TEXT", help="what to vary; see below")
     add("--workdir", required=True, type=flag_types.text, help="folder of the sweep, which holds a folder for each trial")
     add("--dry-run", action="store_true", help="print the table of trials and start nothing")
     add(
@@ -221,7 +221,12 @@ def _sweep(command: argparse.ArgumentParser) -> None:
 
 def _add_ray(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("with --engine=ray").add_argument
-    add("--ray-address", metavar="ADDRESS", help="auto or HOST:PORT; default: RAY_ADDRESS, else a cluster on this machine")
+    add(
+        "--ray-address",
+        type=flag_types.text,
+        metavar="ADDRESS",
+        help="auto or HOST:PORT; default: RAY_ADDRESS, else a cluster on this machine",
+    )
     add("--cpus", type=float, metavar="N", help="CPU cores per trial; default: 1")
     add("--gpus", type=float, metavar="N", help="GPUs per trial; a fraction shares one; default: 0")
     add("--tpus", type=int, metavar="N", help="TPU chips per trial; default: 0")
@@ -234,12 +239,17 @@ def _add_ray(command: argparse.ArgumentParser) -> None:
 
 def _add_jobset(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("with --emit=jobset").add_argument
-    add("--tpu", metavar="TYPE", help="TPU slice per trial, e.g. v5e:4x4")
-    add("--image", help="container image with lowrank and the config file")
-    add("--name", help="name of the sweep in Kubernetes; default: lowrank")
-    add("--namespace", help="Kubernetes namespace; default: the one kubectl is set to")
-    add("--queue", help="LocalQueue of Kueue")
-    add("--service-account", metavar="NAME", help="service account that may read and write the work directories")
+    add("--tpu", type=flag_types.text, metavar="TYPE", help="TPU slice per trial, e.g. v5e:4x4")
+    add("--image", type=flag_types.text, help="container image with lowrank and the config file")
+    add("--name", type=flag_types.text, help="name of the sweep in Kubernetes; default: lowrank")
+    add("--namespace", type=flag_types.text, help="Kubernetes namespace; default: the one kubectl is set to")
+    add("--queue", type=flag_types.text, help="LocalQueue of Kueue")
+    add(
+        "--service-account",
+        type=flag_types.text,
+        metavar="NAME",
+        help="service account that may read and write the work directories",
+    )
     add("--spot", action="store_true", default=None, help="use spot nodes")
     add("--max-restarts", type=int, metavar="N", help="maximum number of restarts per trial; default: 20")
     add("--grace", type=flag_types.count, metavar="SECONDS", help="seconds between SIGTERM and SIGKILL; default: 300")
@@ -254,8 +264,13 @@ _REPORT = """examples:
 def _report(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("folders", nargs="+", metavar="DIR", type=flag_types.text, help="folder of a sweep or a run, local or a URL")
-    add("--out", metavar="DIR", help="folder to write to; default: the first DIR")
-    add("--rival", metavar="METHOD|KEY=VALUE", help="arm that the others are compared with; default: spectral")
+    add("--out", metavar="DIR", type=flag_types.text, help="folder to write to; default: the first DIR")
+    add(
+        "--rival",
+        type=flag_types.text,
+        metavar="METHOD|KEY=VALUE",
+        help="arm that the others are compared with; default: spectral",
+    )
     add(
         "--tune", type=flag_types.names, default=("optim.lr",), metavar="KEY,...",
         help="settings to show at their best value on the validation split; default: optim.lr",
@@ -298,8 +313,13 @@ program. full takes minutes per program.
 def _preflight(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     add = command.add_argument
-    add("--topology", required=True, metavar="SLICE", help="TPU slice, e.g. v5e:4x4 or v4:2x2x2")
-    add("--sweep", metavar="TEXT", help="compare arms that differ in a few settings; see lowrank sweep --help")
+    add("--topology", type=flag_types.text, required=True, metavar="SLICE", help="TPU slice, e.g. v5e:4x4 or v4:2x2x2")
+    add(
+        "--sweep",
+        type=flag_types.text,
+        metavar="TEXT",
+        help="compare arms that differ in a few settings; see lowrank sweep --help",
+    )
     add("--effort", choices=("fast", "full"), default="fast", help="effort of the compiler; default: fast")
     add("--json", type=flag_types.text, metavar="FILE", help="also write the results to this file")
     add("--no-cache", action="store_true", help="recompile programs whose estimates are in the cache")
@@ -327,7 +347,7 @@ def _init_report(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--methods", type=flag_types.names, metavar="A,B,...", help="methods to compare; default: the fast ones")
     add("--seeds", type=flag_types.count, metavar="N", help="number of networks to draw, from config.seed on; default: 1")
-    add("--images", metavar="KIND", help="images to compute logits of: noise (default) or data")
+    add("--images", type=flag_types.text, metavar="KIND", help="images to compute logits of: noise (default) or data")
     add("--batch-size", type=flag_types.count, metavar="N", help="number of those images; default: 16")
 
 
@@ -341,7 +361,7 @@ Without copy, a line for each. A copy is a file to change: lowrank train --confi
 
 def _configs(command: argparse.ArgumentParser) -> None:
     command.set_defaults(copy=None)
-    copy = command.add_subparsers(metavar="copy").add_parser(
+    copy = command.add_subparsers(metavar="[copy]").add_parser(
         "copy", help="write one into a folder, to be changed", description="Write one into a folder, to be changed."
     )
     copy.add_argument("copy", metavar="NAME", type=flag_types.text, help="as lowrank configs lists it")
@@ -405,7 +425,9 @@ def _add_hosts(command: argparse.ArgumentParser) -> None:
         "several hosts",
         "Run the same command on every host. TPU slices, GKE, Slurm and Open MPI are detected and need no flags.",
     ).add_argument
-    add("--coordinator", metavar="HOST:PORT", help="address of process 0, as the other processes reach it")
+    add(
+        "--coordinator", type=flag_types.text, metavar="HOST:PORT", help="address of process 0, as the other processes reach it"
+    )
     add("--processes", type=flag_types.count, metavar="N", help="number of processes; 1: run alone, whatever is detected")
     add("--process", type=flag_types.whole, metavar="I", help="index of this process, from 0")
     add(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 from lowrank_jax.experiment import interrupts
+from lowrank_jax.experiment.workdir.files import named_in_errors
 from lowrank_jax.text import printable
 
 
@@ -40,7 +41,7 @@ class Output:
 
     def write(self, content: str | bytes) -> None:
         if self.path:
-            with interrupts.held_back():
+            with interrupts.held_back(), named_in_errors(self.path):
                 self.path.write_bytes(content.encode() if isinstance(content, str) else content)
 
     def give_up(self) -> None:

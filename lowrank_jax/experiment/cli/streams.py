@@ -33,6 +33,9 @@ def _kept(stream: Any, number: int) -> io.TextIOWrapper:
     )
 
 
+_STDERR = 2
+
+
 class _Raw(io.FileIO):
     """Drops what it is given once the reader of the pipe, or the terminal, has gone: the work that says it goes on."""
 
@@ -40,7 +43,8 @@ class _Raw(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
+            # What cannot be complained of is dropped too, so that the status still says what was wrong.
+            if error.errno not in (errno.EPIPE, errno.EIO) and self.fileno() != _STDERR:
                 raise
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())

@@ -34,6 +34,6 @@ def _devices() -> str:
         import jax
 
         kinds = Counter(device.device_kind for device in jax.devices())
-    except (ImportError, RuntimeError) as error:  # another process may hold them
+    except (ImportError, RuntimeError, ValueError) as error:  # another process may hold them; a setting is not understood
         return f"none can be used: {first_line(error)}"
     return ", ".join(f"{count} {kind}" for kind, count in kinds.items())

@@ -1,12 +1,15 @@
 """Config files: loads one, overrides keys by dotted name, and turns a config back into plain values."""
 
 import ast
+import contextlib
 import copy
 import dataclasses
 import importlib.util
 import inspect
+import os
 import pathlib
 import typing
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -81,17 +84,18 @@ def load(path: str) -> Any:
     Raises:
       ConfigError: the file does not exist, or raises an exception.
     """
-    name, _, argument = path.partition(":")
+    name, argument = _file_and_argument(path)
     file = locate(name)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ConfigError(path, ["it is not a Python file"])
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        if argument and not inspect.signature(module.get_config).parameters:
-            raise ConfigError(path, [f"{name} takes no argument; remove :{argument}"])
-        config = module.get_config(argument) if argument else module.get_config()
+        with _folder_kept():
+            spec.loader.exec_module(module)
+            if argument and not inspect.signature(module.get_config).parameters:
+                raise ConfigError(path, [f"{name} takes no argument; remove :{argument}"])
+            config = module.get_config(argument) if argument else module.get_config()
     except ConfigError as error:  # of a config that this one changes
         raise ConfigError(path, error.problems) from error
     except KeyboardInterrupt:
@@ -130,6 +134,27 @@ def _similar(name: str) -> str:
     if same := next((known for known, other in named.items() if other == stem), None):
         return f"; did you mean {same}?"
     return did_you_mean(name, named)
+
+
+def _file_and_argument(path: str) -> tuple[str, str]:
+    """The parts of "file.py:argument"; a folder's name may have a colon too."""
+    if pathlib.Path(path).is_file():
+        return path, ""
+    name, suffix, argument = path.rpartition(".py:")
+    if suffix:
+        return f"{name}.py", argument
+    name, _, argument = path.partition(":")
+    return name, argument
+
+
+@contextlib.contextmanager
+def _folder_kept() -> Iterator[None]:
+    """Whatever a config file does to the current folder, the paths of the command line mean what they meant."""
+    folder = pathlib.Path.cwd()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
 
 
 def overridden(config: str | ConfigDict, overrides: Overrides = ()) -> ConfigDict:
@@ -199,7 +224,8 @@ def _literal(text: str) -> Any:
     if text.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[text.lower()]
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings(action="ignore"):  # of text that looks odd as Python, and need not be
+            return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation.classes import Classes
+from lowrank_jax.experiment.report.drawing import default_style
 from lowrank_jax.text import one_line
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -31,6 +32,11 @@ def draw(matrices: Mapping[str, Classes], suffix: str) -> bytes:
 
     Of more classes than have names on the axes, the most frequent mistakes are listed below.
     """
+    with default_style():
+        return _drawn(matrices, suffix)
+
+
+def _drawn(matrices: Mapping[str, Classes], suffix: str) -> bytes:
     size = len(next(iter(matrices.values())).names)
     side = min(12.0, 4.5 + 0.22 * min(size, _NAMED))
     figure = Figure(figsize=(side * len(matrices), side + (1.5 if size > _NAMED else 0)), layout="constrained")

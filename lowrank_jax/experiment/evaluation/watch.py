@@ -106,7 +106,7 @@ class _WatchedRun:
     def _open(self) -> Subject:
         self._subject = subject = self._evaluator.open(self.workdir)
         part = f"watch_{urllib.parse.quote(subject.split, safe='')}"
-        self._folder.check_own(part)
+        self._folder.check_folder(part)
         self._stack.enter_context(self._folder.locked(1.0, name=f".{part}.lock", doing=f"watching {subject.split} of"))
         metrics = Metrics(self._folder.path / f"{part}.jsonl")
         metrics.drop_cut_line()

@@ -14,6 +14,7 @@ from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.report.before_training import Measurement, Settings
 from lowrank_jax.experiment.report.blocks import Block, Emphasis, Heading, Paragraph, Picture, Preformatted, Table
+from lowrank_jax.experiment.report.drawing import default_style
 from lowrank_jax.experiment.report.rendering import as_markdown
 from lowrank_jax.experiment.workdir import files
 
@@ -67,7 +68,8 @@ def write(
     """Writes the report as PREFIX.md, PREFIX.json and PREFIX.png, and returns their paths."""
     page, data, picture = (pathlib.Path(f"{prefix}.{suffix}") for suffix in SUFFIXES)
     shapes = {kernel.name: kernel.shape for kernel in configs.make_plan(config).kernels}
-    drawn = _plot(measured, config.model.name)
+    with default_style():
+        drawn = _plot(measured, config.model.name)
     blocks: list[Block] = [
         Heading(f"{config.model.name} before training", level=1),
         Preformatted([command]),

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank_jax.experiment.report.arms import Arm, text
+from lowrank_jax.experiment.report.drawing import default_style
 from lowrank_jax.text import count, one_line
 
 # Okabe and Ito's colour-blind-safe colours; the markers distinguish the lines too.
@@ -22,8 +23,9 @@ _AXES = {"params": "parameters", "macs": "multiply-adds per image", "images/s": 
 
 def draw(arms: Sequence[Arm]) -> dict[str, bytes]:
     """Accuracy against each cost, and the training curves."""
-    pictures = {f"top1_{_file(cost)}.png": _accuracy(arms, cost) for cost in _AXES}
-    return {**pictures, "curves.png": _curves(arms)}
+    with default_style():
+        pictures = {f"top1_{_file(cost)}.png": _accuracy(arms, cost) for cost in _AXES}
+        return {**pictures, "curves.png": _curves(arms)}
 
 
 def _file(cost: str) -> str:

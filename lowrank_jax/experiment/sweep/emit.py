@@ -166,7 +166,7 @@ def _header(count: int, settings: JobSetSettings) -> str:
     namespace = f" -n {settings.namespace}" if settings.namespace else ""
     return (
         f"# {count} trials of `lowrank train`, one JobSet each, on {settings.tpu}: kubectl apply -f THIS_FILE\n"
-        "# The image must contain the config file at the path after --config=, unless it is one that comes with lowrank, by its name;\n"
+        "# The image must contain the config file at the path after --config=, or have it by its name;\n"
         "# the data must be where the config says.\n"
         "# A finished JobSet stays; delete it before applying its trial again.\n"
         f"# kubectl get jobsets{namespace} -l {SWEEP}={settings.name} -o custom-columns={columns}\n"

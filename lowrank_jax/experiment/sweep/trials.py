@@ -291,12 +291,14 @@ def _size(config: Config) -> list[str]:
 
 
 def check_workdirs(trials: Iterable[Trial]) -> None:
-    """Raises WorkdirError, with all problems, if work directories belong to other experiments."""
+    """Raises WorkdirError, with all problems, if work directories belong to other experiments, or are links."""
     problems = []
     for trial in trials:
         try:
+            folder = Workdir(trial.workdir)
+            Workdir(folder.path.parent).check_own(folder.path.name)
             earlier = [configs.to_dict(config) for config in trial.config.earlier()]
-            Workdir(trial.workdir).check(configs.to_dict(trial.config), earlier)
+            folder.check(configs.to_dict(trial.config), earlier)
         except WorkdirError as error:
             problems.append(str(error))
     if problems:

@@ -15,6 +15,7 @@ from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
 from lowrank_jax.experiment.workdir.files import is_count, is_number
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
+from lowrank_jax.text import one_line
 
 _TELL_SECONDS = 10.0
 _TRACKED = ("loss", "grad_norm", "lr")  # of every step
@@ -73,7 +74,8 @@ def restore_or_start(
       ConfigError: see `Start.state`.
     """
     total = experiment.config.total_steps
-    restored = checkpoints.restore(experiment.shapes, lambda restored: _unfit(restored, total))
+    deciding = experiment.objective.deciding
+    restored = checkpoints.restore(experiment.shapes, lambda restored: _unfit(restored, total, deciding))
     if restored is None:
         _begin_anew(folder, say, restart)
         count = experiment.config.lowrank.moment_batches
@@ -105,7 +107,7 @@ def _begin_anew(folder: Workdir, say: Callable[[str], None], restart: bool) -> N
         say(f"{folder.path} begins anew, without a checkpoint; its old metrics are in {kept}")
 
 
-def _unfit(restored: Restored, total: int) -> str:
+def _unfit(restored: Restored, total: int, deciding: str) -> str:
     """Why training cannot go on from a checkpoint that is as it was saved; "" if it can."""
     step, info = restored.step, restored.info
     if step > total:
@@ -113,9 +115,9 @@ def _unfit(restored: Restored, total: int) -> str:
     valid = {
         "data": lambda data: data == {"next_index": step},
         "seconds": lambda seconds: is_number(seconds) and seconds >= 0,
-        "window": lambda rows: isinstance(rows, list) and len(rows) <= step and all(_is_row(row) for row in rows),
-        "evaluated": lambda parts: parts is None or (_has(parts, "eval") and all(map(_are_numbers, parts.values()))),
-        "jax": lambda settings: settings is None or isinstance(settings, dict),
+        "window": lambda rows: isinstance(rows, list) and len(rows) <= step and _are_rows(rows, {*_TRACKED, deciding}),
+        "evaluated": lambda parts: parts is None or _are_evaluations(parts, deciding),
+        "jax": lambda settings: settings is None or (isinstance(settings, dict) and settings.keys() <= {*_RANDOMNESS}),
         "metrics": lambda digest: digest is None or (_has(digest, "bytes", "crc32") and all(map(is_count, digest.values()))),
     }
     wrong = [name for name, is_valid in valid.items() if not is_valid(info.get(name))]
@@ -127,9 +129,19 @@ def _are_numbers(value: Any, *names: str) -> bool:
     return _has(value, *names) and all(type(number) in (int, float) for number in value.values())
 
 
-def _is_row(value: Any) -> bool:
-    """Whether a value is the metrics of a step."""
-    return _are_numbers(value, *_TRACKED) and all(is_number(value[name]) for name in _TRACKED)
+def _are_rows(rows: list[Any], names: set[str]) -> bool:
+    """Whether each value is the metrics of a step."""
+    return all(
+        _are_numbers(row, *names) and row.keys() == names and all(is_number(row[name]) for name in _TRACKED) for row in rows
+    )
+
+
+def _are_evaluations(parts: Any, deciding: str) -> bool:
+    """Whether a value is what the loop evaluated, and found finite."""
+    if not _has(parts, "eval"):
+        return False
+    decisive = ("loss", deciding)
+    return all(_are_numbers(part, *decisive) and all(is_number(part[name]) for name in decisive) for part in parts.values())
 
 
 def _has(value: Any, *names: str) -> bool:
@@ -143,9 +155,9 @@ def _resumed(restored: Restored, total: int, folder: Workdir, say: Callable[[str
     if not restored.names_itself:
         say(f"{folder.path}: checkpoint {step} is of an earlier version, which did not record the experiment; taken as it is")
     ours = jax_settings()
-    other = {name: value for name, value in info.get("jax", ours).items() if ours.get(name) != value}
+    other = {name: value for name, value in (info.get("jax") or ours).items() if ours.get(name) != value}
     if other:
-        was = ", ".join(f"{name} was {value}, and is {ours.get(name)}" for name, value in other.items())
+        was = ", ".join(f"{name} was {one_line(str(value))[:100]}, and is {ours.get(name)}" for name, value in other.items())
         raise WorkdirError(f"{folder.path} was trained under other settings of jax: {was}. Set them as they were.")
     evaluated = info.get("evaluated")
     if info.get("metrics"):

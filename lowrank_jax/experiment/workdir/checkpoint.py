@@ -96,7 +96,7 @@ class Checkpoints:
         self._experiment, self._keep, self._confirmed = experiment, keep, confirmed
         self._earlier = earlier or {}
         self._unconfirmed: int | None = None  # the step that is being saved
-        self._linked: dict[int, str] = {}  # steps that were links, and what is said of them
+        self._strange: dict[int, str] = {}  # steps that orbax must not see, and what is said of them
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a folder")
         quiet_saves()
@@ -108,9 +108,10 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for link in step_folders.links(self.directory):
-                self._linked[int(link.name)] = "it is a link"
-                self._move_aside(link)
+            for path, reason in step_folders.strangers(self.directory).items():
+                if step_folders.NUMBER.fullmatch(path.name):
+                    self._strange[int(path.name)] = reason
+                self._move_aside(path)
         processes.barrier()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Kept(self._kept),
@@ -170,6 +171,8 @@ class Checkpoints:
         return {step: info for step, info in records.items() if info is not None}
 
     def _read_record(self, step: int) -> dict[str, Any] | None:
+        if step_folders.unreadable(self.directory / str(step)):
+            return None
         with quiet_reads():
             try:
                 return _unsealed(self._read_items(step, info=ocp.args.JsonRestore()).info)
@@ -280,7 +283,7 @@ class Checkpoints:
                 attempt = unfit(attempt) or attempt
             if isinstance(attempt, Restored):
                 self._set_aside(list(damaged))
-                return dataclasses.replace(attempt, damaged=self._linked | damaged)
+                return dataclasses.replace(attempt, damaged=self._strange | damaged)
             if attempt != _GONE:
                 damaged[step] = attempt
             else:  # deleted by a run that is still training: it has newer ones by now
@@ -325,8 +328,8 @@ class Checkpoints:
 
     def _try(self, step: int, target: Any) -> Restored | str:
         folder = self.directory / str(step)
-        if files.is_link(folder):
-            return "it is a link"
+        if reason := "it is a link" if files.is_link(folder) else step_folders.unreadable(folder):
+            return reason
         with quiet_reads():
             try:
                 return self._read(step, target)
@@ -371,7 +374,7 @@ class Checkpoints:
         folder = self.directory.parent / "damaged"
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / step.name
-        step.rename(files.free_name(target) if target.exists() else target)
+        step.rename(files.free_name(target) if files.is_there(target) else target)
 
 
 def _of_another_network(stored: Mapping[str, Any], target: Any) -> str:

@@ -1,5 +1,6 @@
 """Reads and writes the files of a work directory: only plain files, and never through a link that somebody left there."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import pathlib
 import stat
 import sys
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
 
 from lowrank_jax.experiment import interrupts
@@ -79,9 +81,13 @@ def write(path: Any, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # what a kill has left, or a link
     with interrupts.cleaning_up(lambda: partial.unlink(missing_ok=True)):
-        with _plain(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW) as file:
-            file.write(content)
-        partial.replace(path)
+        try:
+            with named_in_errors(path), _plain(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW) as file:
+                file.write(content)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def append(path: Any, content: bytes) -> None:
@@ -90,8 +96,19 @@ def append(path: Any, content: bytes) -> None:
         with path.open("ab") as file:
             file.write(content)
         return
-    with open_to_append(path) as file:
+    with named_in_errors(path), open_to_append(path) as file:
         file.write(content)
+
+
+@contextlib.contextmanager
+def named_in_errors(path: Any) -> Iterator[None]:
+    """Gives an OSError the name of the file: where writing fails, as on a full disk, Python leaves it out."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def open_to_read(path: Any) -> BinaryIO:
@@ -100,8 +117,18 @@ def open_to_read(path: Any) -> BinaryIO:
 
 
 def open_to_append(path: Any) -> BinaryIO:
-    """Opens a local file.  Raises OSError if it is a link, or no plain file."""
-    return _plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
+    """Opens a local file; one with a second name, as in a backup of links, becomes a copy first, and the other stays as it is.
+
+    Raises:
+      OSError: it is a link, or no plain file.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    file = _plain(path, flags)
+    if os.fstat(file.fileno()).st_nlink > 1:
+        file.close()
+        write(path, read_bytes(path))
+        file = _plain(path, flags)
+    return file
 
 
 def _plain(path: Any, flags: int) -> BinaryIO:
@@ -121,7 +148,12 @@ def _plain(path: Any, flags: int) -> BinaryIO:
 def free_name(path: Any) -> Any:
     """The path with the first number that makes it new: `metrics-1.jsonl` for `metrics.jsonl`."""
     names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
-    return next(name for name in names if not (name.exists() or (is_local(name) and os.path.lexists(name))))
+    return next(name for name in names if not is_there(name))
+
+
+def is_there(path: Any) -> bool:
+    """Whether there is anything by this name, a link that leads nowhere included."""
+    return path.exists() or is_link(path)
 
 
 def is_link(path: Any) -> bool:

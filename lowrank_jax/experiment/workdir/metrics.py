@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pathlib
 import zlib
 from typing import Any
 
@@ -24,11 +25,32 @@ class Metrics:
 
     def __init__(self, path: Any, *, active: bool = True):
         self.path, self._active = path, active
+        self._size: int | None = None  # as this process has left it
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Adds a line: `step` and numbers by name, None for those that are not finite."""
-        if self._active:
-            files.append(self.path, _to_text(line).encode())
+    def append(self, line: dict[str, Any]) -> str | None:
+        """Adds a line: `step` and numbers by name, None for those that are not finite.
+
+        If another has changed the file since the last line it is set aside, and a new one begins with the step alone.
+
+        Returns:
+          None; of a file that has changed its new name, or "" if nothing was left of it.
+        """
+        if not self._active:
+            return None
+        aside = (self.set_aside() or "") if self._size not in (None, self._found()) else None
+        begin = "" if aside is None else _to_text({"step": line["step"]})
+        files.append(self.path, (begin + _to_text(line)).encode())
+        self._size = self._found()
+        return aside
+
+    def _found(self) -> int | None:
+        """The size of a local file; asking a bucket after every line would take too long."""
+        if not files.is_local(self.path):
+            return None
+        try:
+            return pathlib.Path(self.path).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def read(self) -> list[dict[str, Any]]:
         """The lines, without a last one that a kill cut short; none if there is no file.

@@ -110,6 +110,12 @@ class Workdir:
         if files.is_link(link := self.path / name):
             raise WorkdirError(f"{link} is a link, and nothing is written through links; put what it leads to in its place")
 
+    def check_folder(self, name: str) -> None:
+        """The same of a folder, which may not be a file either."""
+        self.check_own(name)
+        if files.is_local(self.path) and (path := pathlib.Path(self.path, name)).exists() and not path.is_dir():
+            raise WorkdirError(f"{path} is a file in the place of a folder; remove it")
+
     @contextlib.contextmanager
     def locked(self, seconds: float = 10.0, *, name: str = ".lock", doing: str = "training in") -> Iterator[None]:
         """Keeps other processes of this machine from doing the same with the folder; `doing` is what to call it.

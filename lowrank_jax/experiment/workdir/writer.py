@@ -32,7 +32,10 @@ class Writer:
             return
         # JSON has no NaN; readers expect null in its place.
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._metrics.append({"step": step, **values})
+        aside = self._metrics.append({"step": step, **values})
+        if aside is not None:
+            kept = f"it is kept as {aside}" if aside else "nothing is left of it"
+            self.say(f"{self._metrics.path}: another has changed it; {kept}, and a new one begins at step {step}")
         self.show(step, scalars)
 
     def show_settings(self, settings: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import sys
 import threading
 
 import jax
+import matplotlib
 import pytest
 
 from lowrank_jax.experiment.cli import commands, environment
@@ -398,6 +399,52 @@ def test_empty_flags_are_refused(trained, flag):
     assert result.status == 2 and f"argument {flag}: must not be empty" in result.stderr
 
 
+TEXTS = {
+    "sweep": ["sweep", "ray-address", "tpu", "image", "name", "namespace", "queue", "service-account", "workdir", "config"],
+    "report": ["out", "rival"],
+    "preflight": ["topology", "sweep", "json", "config"],
+    "init-report": ["images", "out", "config"],
+    "train": ["coordinator", "workdir", "config"],
+}
+
+
+@pytest.mark.parametrize(("command", "flag"), [(command, flag) for command, flags in TEXTS.items() for flag in flags])
+def test_no_flag_that_takes_a_text_takes_none(command, flag):
+    result = lowrank(command, f"--{flag}=")
+    assert result.status == 2 and f"argument --{flag}: must not be empty" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["JAX_ENABLE_X64", "JAX_DEFAULT_PRNG_IMPL", "JAX_NUM_CPU_DEVICES"])
+def test_a_setting_that_jax_does_not_understand_is_one_line(name):
+    command = [sys.executable, "-m", "lowrank_jax", "overview", CONFIG]
+    done = subprocess.run(command, env={**os.environ, name: "bogus"}, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("lowrank: jax cannot start: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_the_status_is_right_where_nobody_can_be_told(tmp_path):
+    command = [sys.executable, "-m", "lowrank_jax", "overview", CONFIG, "--config.optim.lr"]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        assert subprocess.run(command, stderr=full, cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"])
+def test_a_cache_that_cannot_be_written_is_one_line(variable, monkeypatch, capsys):
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv(variable, "/dev/null/cache")
+    if variable.startswith("JAX"):
+        jax.config.update("jax_compilation_cache_dir", "/dev/null/cache")  # as jax reads it when it is imported
+    try:
+        environment.prepare()
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+    told = capsys.readouterr().err
+    assert told.startswith("lowrank: /dev/null/cache") and "cannot be written" in told and len(told.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
@@ -498,6 +545,14 @@ def test_report_prints_the_table_and_where_the_page_is(trained, tmp_path):
     assert str(tmp_path / "out" / "report.html") in result.stdout.splitlines()
     missing = lowrank("report", tmp_path / "nowhere")
     assert missing.status == 2 and "nowhere is not a folder" in missing.stderr
+
+
+def test_pictures_are_drawn_without_the_latex_of_a_matplotlibrc(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    monkeypatch.setenv("PATH", "")
+    result = lowrank("report", trained, f"--out={tmp_path / 'out'}")
+    assert result.status == 0, result.stderr
+    assert matplotlib.rcParams["text.usetex"]
 
 
 def test_init_report_prints_a_table_and_writes_three_files(tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import platform
 import re
 import subprocess
@@ -9,11 +10,15 @@ import sys
 import tomllib
 
 import jax
+import numpy as np
 import pytest
 
 import lowrank_jax
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment import shipped
 from lowrank_jax.experiment.cli import commands, extras
+from lowrank_jax.experiment.starting_point import data, model
+from tests import running
 from tests.running import ROOT
 
 
@@ -80,6 +85,36 @@ def test_a_new_project_is_a_folder_of_four_files(lowrank, tmp_path):
     assert readme.startswith("# a net\n") and len(readme.splitlines()) <= 12 and "NAME" not in readme
     for name in ("config", "data", "model"):
         assert ast.get_docstring(ast.parse((folder / f"{name}.py").read_text()))
+
+
+def test_the_model_and_the_data_of_a_new_project_fit_each_other():
+    splits = data.splits()
+    for (images, labels), count in zip((splits["train"], splits["test"]), (600, 150), strict=True):
+        assert images.shape == (count, data.SIDE, data.SIDE, 3) and images.dtype == np.uint8
+        assert sorted(set(labels)) == [0, 1, 2] and min(np.bincount(labels)) > count / 5
+    again = data.splits()["train"]
+    assert all(np.array_equal(*pair) for pair in zip(splits["train"], again, strict=True))
+    net, some = model.Net(num_classes=len(data.SHAPES)), splits["train"][0][:4] / np.float32(255)
+    variables = net.init(jax.random.key(0), some)
+    assert net.apply(variables, some).shape == (4, 3)
+    logits, updated = net.apply(variables, some, train=True, mutable=["batch_stats"])
+    assert logits.shape == (4, 3) and updated["batch_stats"].keys() == variables["batch_stats"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("code_dir" not in configs.legal_keys(), reason="code beside a config is not looked up")
+def test_a_new_project_trains_as_it_is(tmp_path):
+    folder = tmp_path / "mynet"
+    command = [sys.executable, "-m", "lowrank_jax"]
+    running.run([*command, "new", "mynet"], cwd=tmp_path)
+    trained = running.run([*command, "train", "--config=mynet/config.py", "--workdir=mynet/runs/a"], cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    again = running.run([*command, "train", "--config=config.py", "--workdir=runs/a"], cwd=folder)
+    assert "runs/a has finished" in again.stdout
+    result = json.loads((folder / "runs" / "a" / "result.json").read_text())
+    assert result["eval"]["top1"] > 0.9  # a third by chance
+    evaluated = running.run([*command, "evaluate", "--workdir=runs/a", "--step=best", "--trust-code"], cwd=folder)
+    assert evaluated.returncode == 0 and "test   150" in evaluated.stdout
 
 
 @pytest.mark.parametrize("there", ["folder", "file", "link"])

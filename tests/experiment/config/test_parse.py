@@ -334,6 +334,35 @@ def test_what_is_no_python_file_is_refused(repository):
         configs.load(str(repository / "README.md"))
 
 
+def test_a_config_file_does_not_move_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moving.py").write_text(
+        "import os\nfrom lowrank_jax import config\ndef get_config():\n    os.chdir('/')\n    return config.default()\n"
+    )
+    configs.load("moving.py")
+    assert os.getcwd() == str(tmp_path)  # noqa: PTH109
+
+
+def test_a_folder_may_have_a_colon_in_its_name(tmp_path, repository):
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    (folder / "c.py").write_text(
+        "from lowrank_jax import config\ndef get_config(arg='1'):\n"
+        "    changed = config.default()\n    changed.seed = int(arg)\n    return changed\n"
+    )
+    assert configs.load(f"{folder}/c.py").seed == 1
+    assert configs.load(f"{folder}/c.py:7").seed == 7
+
+
+@pytest.mark.filterwarnings("error")
+def test_text_that_python_would_warn_of_is_quietly_text():
+    config = default()
+    override(config, "seed", "1if True else 2")
+    assert config.seed == "1if True else 2"
+    override(config, "lowrank.rules", r"[{'path': 'a\.b'}]")
+    assert config.lowrank.rules == [{"path": r"a\.b"}]
+
+
 def test_config_files_take_an_argument_and_near_misses_are_proposed(tmp_path):
     (tmp_path / "config.py").write_text(
         "from lowrank_jax.config import default\n"

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -166,7 +167,8 @@ def test_few_classes_are_all_in_the_table_and_of_many_the_worst_with_the_most_fr
 
 
 @pytest.mark.parametrize("size", [3, 60])
-def test_the_picture_has_a_panel_for_each_set_of_weights_whatever_the_names(size):
+def test_the_picture_has_a_panel_for_each_set_of_weights_whatever_the_names(size, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)  # of a matplotlibrc
     draw = np.random.default_rng(0)
     true, predicted = draw.integers(0, size, (2, 500))
     found = counted(true, predicted, size, tuple(f"_$\\frac{{{i}$ 犬 \x1b" + "long " * 9 for i in range(size)))

@@ -126,6 +126,21 @@ def test_a_watch_of_another_split_has_a_file_of_its_own(run):
     assert [line["eval/examples"] for line in watched(run, "watch_train%5B%3A100%5D.jsonl")] == [100, 100]
 
 
+def test_a_watch_whose_folder_is_taken_says_so(run, evaluator):
+    (run / "watch_test").touch()
+    said = []
+    outcome = watch([str(run)], evaluator, poll=0.1, say=silent, complain=said.append)
+    assert outcome.failed and said == [f"{run}/watch_test is a file in the place of a folder; remove it"]
+
+
+def test_a_watch_leaves_the_other_name_of_its_file_as_it_was(run, tmp_path, evaluator):
+    (tmp_path / "outside").write_text('{"step": 20}\n')
+    (run / "watch_test.jsonl").hardlink_to(tmp_path / "outside")
+    watch([str(run)], evaluator, poll=0.1, say=silent, complain=silent)
+    assert [line["step"] for line in watched(run)] == [*STEPS]
+    assert (tmp_path / "outside").read_text() == '{"step": 20}\n'
+
+
 def test_a_watch_reports_damage_at_the_second_look_and_goes_on(run, tmp_path, evaluator):
     damage(run / "checkpoints" / "20")
     (tmp_path / "file").write_text("")

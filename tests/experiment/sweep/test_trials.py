@@ -158,6 +158,15 @@ def test_a_log_that_is_a_pipe_stops_the_sweep_before_it_could_block(tmp_path):
         trials.check_workdirs(sweep.first)
 
 
+def test_a_trial_that_is_a_link_stops_the_sweep_before_it_could_write_elsewhere(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "seed=1").symlink_to(tmp_path / "outside")
+    sweep = expand(CONFIG, [], "seed=0:2", str(tmp_path / "sweep"))
+    with pytest.raises(WorkdirError, match=r"seed=1 is a link, and nothing is written through links"):
+        trials.check_workdirs(sweep.first)
+
+
 def test_a_second_sweep_of_a_folder_is_recorded_beside_the_first(tmp_path):
     for text in ("seed=0:2", "seed=1:3"):
         sweep = expand(CONFIG, [], text, str(tmp_path))

@@ -10,6 +10,7 @@ from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config import ConfigError
 from lowrank_jax.experiment.errors import CheckpointError, WorkdirError
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator
+from lowrank_jax.experiment.report.page import Report
 from lowrank_jax.experiment.report.stored_runs import read
 from lowrank_jax.experiment.training.build import build
 from lowrank_jax.experiment.training.extend import extended
@@ -126,6 +127,25 @@ def test_checkpoints_from_before_are_evaluated_too(folder):
     train(config(40), str(folder), extend=True)
     assert Evaluator().evaluate(str(folder), "10").metrics == before
     assert Evaluator().evaluate(str(folder), "best").step == result(folder)["best_step"]
+
+
+def test_runs_of_two_lengths_are_compared_by_their_extensions(folder, short, tmp_path):
+    train(config(40), str(folder), extend=True)
+    report = Report([str(short), str(folder)])
+    report.write(str(tmp_path / "report"))
+    assert "extensions" in report.console() and "extensions" in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_processes_extend_a_run_together(tmp_path):
+    command = running.command(tmp_path / "run", **{**SMALL, "steps": 20})
+    first = running.run(command)
+    assert first.returncode == 0, first.stderr
+    longer = [part.replace("--config.steps=20", "--config.steps=40") for part in command]
+    processes = running.start_all([*longer, "--extend"], 2)
+    said = running.wait_all(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert [phase["step"] for phase in result(tmp_path / "run")["phases"]] == [20, 40]
 
 
 def refusal(folder, wanted, **flags):

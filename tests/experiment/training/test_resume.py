@@ -143,7 +143,10 @@ def test_a_checkpoint_of_another_run_is_not_taken_for_ours(folder, whole, capsys
 
 RECORDS = [
     {"data": 7}, {"data": {"next_index": 0}}, {"seconds": True}, {"window": [{"loss": 1.0}]},
-    {"evaluated": {"eval": {"top1": "x"}}},
+    {"window": [{"loss": 1.0, "grad_norm": 1.0, "lr": 1.0}]},
+    {"window": [{"loss": 1.0, "grad_norm": 1.0, "lr": 1.0, "top1": 1.0, "more": 1.0}]},
+    {"evaluated": {"eval": {"top1": "x"}}}, {"evaluated": {"eval": {}}}, {"evaluated": {"eval": {"loss": 1.0}}},
+    {"evaluated": {"eval": {"loss": 1.0, "top1": float("nan")}}},
     {"metrics": {"bytes": 1.0, "crc32": 1}},
 ]  # fmt: skip
 

@@ -212,6 +212,57 @@ def test_a_link_is_no_step(folder, target):
     assert (folder.parent / "damaged" / "3").is_symlink()
 
 
+@pytest.mark.parametrize("name", ["3\n", "3 ", "03"])
+def test_what_orbax_alone_takes_for_a_step_is_out_of_its_way(folder, name):
+    copied(folder, "2", name)
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        assert checkpoints.restore(TARGET).step == 2
+        checkpoints.save(3, make_state(3), info())
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.restore(TARGET).step == 3
+
+
+def test_a_link_in_the_place_of_an_unfinished_step_is_out_of_the_way(folder, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (folder / "3.orbax-checkpoint-tmp").symlink_to(tmp_path / "outside")
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(3, make_state(3), info())
+    assert (folder / "3").is_dir() and (tmp_path / "outside").is_dir()
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+@pytest.mark.parametrize("file", ["info/metadata", "state/manifest.ocdbt", "_CHECKPOINT_METADATA"])
+def test_a_step_with_a_pipe_in_it_is_not_waited_for(folder, file, read_only):
+    (folder / "2" / file).unlink()
+    os.mkfifo(folder / "2" / file)
+    with Checkpoints(folder, read_only=read_only) as checkpoints:
+        restored = checkpoints.restore(TARGET)
+    assert (restored.step, restored.damaged) == (1, {2: f"{file.split('/')[-1]} is no plain file"})
+
+
+def test_a_record_without_end_is_not_read(folder):
+    os.truncate(folder / "2" / "info" / "metadata", 2**32)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        restored = checkpoints.restore(TARGET)
+    assert (restored.step, restored.damaged) == (1, {2: "metadata has 4,294,967,296 bytes"})
+
+
+METADATA = [
+    "[1]", "3", '"a"', '{"item_handlers": 3}', '{"item_handlers": {"state": 4}}', '{"metrics": 4}',
+    '{"init_timestamp_nsecs": "a"}', '{"commit_timestamp_nsecs": []}', '{"custom_metadata": []}', '{"performance_metrics": 1}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", METADATA)
+def test_damage_that_stops_orbax_from_listing_steps_costs_one_step(folder, content):
+    (folder / "1" / "_CHECKPOINT_METADATA").write_text(content)
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.steps() == [2]
+        assert checkpoints.restore(TARGET).step == 2
+    assert (folder.parent / "damaged" / "1").is_dir()
+
+
 def test_a_link_that_is_no_step_stays(folder):
     linked(folder, "2", "latest")
     with Checkpoints(folder) as checkpoints:
@@ -222,10 +273,11 @@ def test_a_link_that_is_no_step_stays(folder):
 def test_what_is_set_aside_gets_a_name_that_is_free(folder):
     for name in ("2", "2-2"):
         (folder.parent / "damaged" / name).mkdir(parents=True)
+    (folder.parent / "damaged" / "2-1").symlink_to("nowhere")
     emptied(data_files(folder / "2")[0])
     with Checkpoints(folder) as checkpoints:
         assert checkpoints.restore(TARGET).step == 1
-    assert {path.name for path in (folder.parent / "damaged").iterdir()} == {"2", "2-1", "2-2"}
+    assert {path.name for path in (folder.parent / "damaged").iterdir()} == {"2", "2-1", "2-2", "2-3"}
 
 
 def forge(folder, at, **changes):

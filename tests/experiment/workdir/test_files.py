@@ -2,6 +2,8 @@
 
 import errno
 import os
+import resource
+import signal
 
 import pytest
 
@@ -31,6 +33,27 @@ def test_nothing_is_appended_through_a_link(tmp_path, outside):
     with pytest.raises(OSError, match="it is a link") as caught:
         files.append(tmp_path / "lines", b"ours")
     assert caught.value.filename == str(tmp_path / "lines")
+
+
+def test_the_other_name_of_a_file_keeps_what_it_had(tmp_path, outside):
+    (tmp_path / "lines").hardlink_to(outside)
+    files.append(tmp_path / "lines", b"ours")
+    assert files.read_bytes(tmp_path / "lines") == b"preciousours"
+
+
+@pytest.mark.parametrize("write", [files.write, files.append])
+def test_a_write_that_fails_names_its_file_and_leaves_nothing(tmp_path, write):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write(tmp_path / "a", bytes(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert caught.value.filename == str(tmp_path / "a")
+    assert not (tmp_path / ".a.partial").exists()
 
 
 def test_a_file_is_appended_to(tmp_path):

@@ -32,6 +32,16 @@ def test_lines_come_back_without_one_that_a_kill_cut_short(metrics):
     assert steps(metrics) == [*whole, (40, False)]
 
 
+@pytest.mark.parametrize("change", [b"", None, b'{"step": 1}\n'])
+def test_what_another_does_to_the_file_meanwhile_is_noticed(metrics, change):
+    metrics.path.unlink()
+    if change is not None:
+        metrics.path.write_bytes(change)
+    assert metrics.append({"step": 40, "train/loss": 1.0}) == ("metrics-1.jsonl" if change else "")
+    assert metrics.read() == [{"step": 40}, {"step": 40, "train/loss": 1.0}]
+    assert metrics.append({"step": 50}) is None
+
+
 def test_no_file_has_no_lines(tmp_path):
     metrics = Metrics(tmp_path / "no" / "metrics.jsonl")
     assert metrics.read() == [] and metrics.set_aside() is None
