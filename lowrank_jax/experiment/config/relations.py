@@ -1,19 +1,19 @@
 """Checks between the values of a config, and against its data set, model and devices."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 
-from lowrank_jax import models
-from lowrank_jax.experiment import objective
+from lowrank_jax.experiment.config import objectives
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.plan import images_like, make_plan
 from lowrank_jax.experiment.config.schema import Config, DatasetConfig, rate
 from lowrank_jax.experiment.config.typed import read_section, read_value
 from lowrank_jax.experiment.data import datasets, splits
 from lowrank_jax.experiment.hosts.sharding import AXES, read_rules, rule_problems
-from lowrank_jax.text import did_you_mean, first_line, shown
+from lowrank_jax.text import first_line, shown
 
 
 def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> list[str]:
@@ -30,12 +30,14 @@ def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> l
     if config.batch_size % config.optim.accumulate and not wrong & {"batch_size", "optim.accumulate"}:
         problems.append(f"optim.accumulate: {config.optim.accumulate}; batch_size {config.batch_size} is not a multiple of it")
     parts = [] if wrong & {"dataset.name"} else _dataset_problems(config, wrong)
-    if not any(key.startswith("objective") for key in wrong):
-        known = not parts and not any(key.startswith("dataset") for key in wrong)
-        num_classes = config.description.num_classes if known else None
-        problems += objective.problems(config.objective.loss, config.objective.metrics, num_classes)
+    known = not parts and not any(key.startswith("dataset") for key in wrong)
+    if not any(key.startswith(("objective", "eval.best", "code_dir")) for key in wrong):
+        objective = objectives.problems(config, config.description if known else None)
+        problems += objective
+    else:
+        objective = ["of its own"]
     parts += _model_problems(config) + _rule_problems(config, wrong)
-    if not parts and not any(key.startswith(("dataset.", "model.", "lowrank.")) for key in wrong):
+    if not parts and not objective and not any(key.startswith(("dataset.", "model.", "lowrank.")) for key in wrong):
         parts = _plan_problems(config)
     problems += parts
     mesh = _mesh_problems(config, devices) if devices else []
@@ -102,6 +104,8 @@ def _image_problems(config: Config) -> list[str]:
     given, dataset, name = config.dataset, config.description, config.dataset.name
     if "train" not in dataset.sizes:
         return [f"dataset.name: {name!r}; for evaluation only, as in lowrank evaluate --dataset={name}"]
+    if len(dataset.image_shape) != 3:
+        return _vector_problems(config)
     height, width, channels = dataset.image_shape
     stored = f"{name} images are {height}x{width} and are not resized; remove this setting"
     layers, problems = given.randaugment_layers, []
@@ -123,6 +127,19 @@ def _image_problems(config: Config) -> list[str]:
     return problems
 
 
+_OF_IMAGES = ("flip", "crop_padding", "randaugment_layers", "random_erasing", "cutmix")
+
+
+def _vector_problems(config: Config) -> list[str]:
+    """Settings of images, where the inputs are none."""
+    given, usual, shape = config.dataset, DatasetConfig(), list(config.description.image_shape)
+    return [
+        f"dataset.{key}: {getattr(given, key)!r}; {given.name} has inputs {shape}, no images; remove this setting"
+        for key in (*_OF_IMAGES, *_DECODING_KEYS)
+        if getattr(given, key) != getattr(usual, key)
+    ]
+
+
 def _overlaps(config: Config) -> list[str]:
     """A choice by examples that are trained on is biased; a result on examples that were chosen by is, too."""
     held_out = config.dataset.valid_split or ""
@@ -134,19 +151,14 @@ def _overlaps(config: Config) -> list[str]:
 
 
 def _model_problems(config: Config) -> list[str]:
-    try:
-        settings = models.settings(config.model.name)
-    except ValueError as error:
-        return [f"model.name: {error}"]
-    if settings is None:
-        return []
-    problems = []
-    for key, value in config.model.kwargs.items():
-        if key not in settings:
-            problems.append(f"model.kwargs.{key}: {config.model.name} has no such setting{did_you_mean(key, settings)}")
-            continue
+    given, constructor = config.model, config.constructor
+    problems = constructor.problems(given.kwargs, given.dtype)
+    if problems:
+        return problems
+    types = constructor.types() or {}
+    for key, value in given.kwargs.items():
         try:
-            read_value(value, settings[key])
+            read_value(value, types.get(key, Any))
         except ValueError as error:
             problems.append(f"model.kwargs.{key}: {shown(value)}; must be {error}")
     return problems
@@ -182,8 +194,8 @@ def _mesh_rule_problems(config: Config, devices: int | None) -> list[str]:
     rules, problems = read_rules(config.mesh.rules)
     sizes = config.mesh.sizes(devices) if devices else {axis: getattr(config.mesh, axis) for axis in AXES}
     known = {axis: size for axis, size in sizes.items() if size != -1}
-    model = config.build_model()
-    variables = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images_like(config))
+    network = config.build_network()
+    variables = jax.eval_shape(lambda images: network.init(jax.random.key(0), images), images_like(config))
     problems += rule_problems(rules, nn.meta.unbox(variables["params"]), known)
     return [f"mesh.rules: {problem}" for problem in problems]
 

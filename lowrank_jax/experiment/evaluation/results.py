@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 
+from lowrank_jax.experiment.best import measured
 from lowrank_jax.text import align, count, one_line
 
 
@@ -29,11 +30,7 @@ class Evaluation:
     damaged: dict[int, str]
 
     def header(self) -> list[str]:
-        return ["split", "examples", *self._shown(), "step", "params", "dense params"]
-
-    def _shown(self) -> list[str]:
-        """The objective's metrics by name, then its loss."""
-        return [*(name for name in self.metrics if name not in ("loss", "examples", "undecodable")), "loss"]
+        return ["split", "examples", *measured(self.metrics), "step", "params", "dense params"]
 
     def rows(self) -> list[list[str]]:
         """Rows of a table: one, or one each for averaged and raw weights."""
@@ -42,7 +39,7 @@ class Evaluation:
         return [self._row(f"{self.split}, averaged", self.metrics), self._row(f"{self.split}, raw", self.raw_metrics)]
 
     def _row(self, split: str, metrics: dict[str, float]) -> list[str]:
-        scores = [f"{metrics[name]:.4f}" for name in self._shown()]
+        scores = [f"{metrics[name]:.4f}" for name in measured(self.metrics)]
         examples = f"{metrics['examples']:,}"
         return [split, examples, *scores, str(self.step), count(self.params), count(self.dense_params)]
 

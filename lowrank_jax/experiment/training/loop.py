@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lowrank_jax.experiment import interrupts
+from lowrank_jax.experiment.best import measured
 from lowrank_jax.experiment.config.files import to_dict
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
@@ -251,7 +252,7 @@ class Loop:
             return
         self.check_finite(evaluated)
         self.evaluated, self.evals[self.step] = evaluated, evaluated["eval"]
-        current, best = score(evaluated, self.objective.deciding), self.checkpoints.best()
+        current, best = score(evaluated, self.objective.best), self.checkpoints.best()
         self.improved = best is None or current > self.checkpoints.best_score()
         self.checkpoints.note_score(self.step, current)
         self.write_evaluation(evaluated)
@@ -273,7 +274,7 @@ class Loop:
         )
 
     def check_finite(self, evaluated: Evaluated) -> None:
-        for name in ("loss", self.objective.deciding):
+        for name in dict.fromkeys(("loss", self.objective.best.metric)):
             for metrics in evaluated.values():
                 if not np.isfinite(metrics[name]):
                     advice = "Lower optim.lr or set optim.clip_norm." if name == "loss" else "Checkpoints are chosen by it."
@@ -284,7 +285,7 @@ class Loop:
             self.step, {f"{kind}/{name}": value for kind, metrics in evaluated.items() for name, value in metrics.items()}
         )
         for kind, metrics in evaluated.items():
-            figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in (*self.objective.metrics, "loss"))
+            figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in measured(metrics))
             raw = " the raw weights" if kind.endswith("_raw") else ""
             held_out = " on the held-out split" if kind.startswith("valid") else ""
             self.writer.say(f"evaluated{raw}{held_out} at step {self.step}: {figures}")
@@ -306,7 +307,7 @@ class Loop:
         info = {
             "data": self.feed.get_state(),
             "evaluated": self.evaluated,
-            "score": score(self.evaluated, self.objective.deciding) if self.evaluated else None,
+            "score": score(self.evaluated, self.objective.best) if self.evaluated else None,
             "seconds": self.seconds(),
             "window": self.window.check(self.saved),  # what is saved is good
             "metrics": self.tools.folder.metrics.digest(),
@@ -332,8 +333,7 @@ class Loop:
         scalars = self.window.summary(self.saved) | ({"train/undecodable": undecodable} if undecodable else {})
         self.logged[self.step] = scalars
         self.writer.write(self.step, scalars)
-        metric, batch_size = self.objective.deciding, self.config.batch_size
-        self.writer.say(progress_line(self.step, self.total, scalars, metric=metric, batch_size=batch_size, saved=self.saved))
+        self.writer.say(progress_line(self.step, self.total, scalars, batch_size=self.config.batch_size, saved=self.saved))
 
     def finish(self) -> TrainResult:
         self.checkpoints.wait()
