@@ -52,9 +52,17 @@ class Best:
         given = settings.get("eval.best")
         return cls.read(given) if given else cls.usual(settings.get("objective.name", "softmax"), settings["objective.metrics"])
 
+    def __str__(self) -> str:
+        return f"-{self.metric}" if self.lower else self.metric
+
     def score(self, value: float) -> float:
         """The value, or its negative: larger is better."""
         return -value if self.lower else value
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether values are known to lie between 0 and 1."""
+        return self.metric in _SHOWN
 
     @property
     def title(self) -> str:
@@ -68,7 +76,10 @@ def measured(metrics: Mapping[str, Any], prefix: str = "") -> list[str]:
     return [*(name for name in names if name not in TAKEN), LOSS]
 
 
-TAKEN = (LOSS, "count", "examples", "undecodable", "grad_norm", "lr", "images_per_second", "vote", "step")
+TAKEN = (
+    LOSS, "count", "examples", "undecodable", "grad_norm", "lr", "images_per_second", "vote",
+    "step", "training_iteration", "status", "reason", "done",
+)  # fmt: skip
 """What else the logs and results hold under such names."""
 
 NAME = r"[A-Za-z_][\w.@-]*"

@@ -107,7 +107,7 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
         "--step",
         default="latest",
         type=flag_types.text,
-        help="latest (default), best (by the first of objective.metrics), or a step number",
+        help="latest (default), best (by eval.best), or a step number",
     )
     add("--split", type=flag_types.text, help='e.g. "test" or "train[:1000]"; default: dataset.eval_split of the config')
     add("--dataset", type=flag_types.text, metavar="NAME", help="another data set with the same classes, e.g. imagenet_v2")

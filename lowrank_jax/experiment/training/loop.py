@@ -19,6 +19,7 @@ from lowrank_jax.experiment.hosts.processes import OtherFailed, barrier, exchang
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
 from lowrank_jax.experiment.training.build import Experiment, build
+from lowrank_jax.experiment.training.class_weights import with_class_weights
 from lowrank_jax.experiment.training.evaluate import Evaluated, Interrupted, evaluate, score
 from lowrank_jax.experiment.training.fits import check_training
 from lowrank_jax.experiment.training.log_window import Diverged, Window
@@ -64,6 +65,7 @@ def train(
     experiment = build(config, source)
     check_training(experiment)
     data = _load(experiment)
+    experiment = with_class_weights(experiment, data["train"])
     folder = _checked(workdir, config)
     with folder.locked():
         _claim(folder, config)
@@ -72,6 +74,8 @@ def train(
         with Writer(folder) as writer, _checkpoints(folder, config) as checkpoints:
             writer.say(headline(experiment))
             writer.show_settings(flatten(to_dict(config)))
+            if experiment.class_weights:
+                writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in experiment.class_weights)}")
             stop = stop or StopSignal()
             try:
                 loop = begin(Tools(experiment, data, folder, writer, checkpoints, stop, on_evaluation), restart)

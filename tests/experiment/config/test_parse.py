@@ -199,7 +199,7 @@ def test_all_problems_come_at_once_each_with_its_key():
         ({"model__name": "vit_s16", "model__kwargs__heads": "0"}, "setting heads: 0; must be at least 1"),
         ({"model__name": "efficientnet_b0", "model__kwargs__depth": "0"}, "setting depth: 0; must be above 0"),
         ({"model__name": ".foo:bar"}, "model.name: model '.foo:bar' cannot be imported"),
-        ({"model__name": "math:floor"}, "model or lowrank: "),
+        ({"model__name": "math:floor"}, 'model.outputs_argument: "auto", but math:floor takes no num_classes, num_outputs or'),
     ],
 )
 def test_each_problem_has_one_clear_line(overrides, message):

@@ -52,7 +52,7 @@ def test_a_step_is_gradient_descent_on_the_smoothed_loss():
     np.testing.assert_allclose(metrics["loss"], -(targets * log_p).sum(-1).mean(), rtol=1e-5)
 
     def loss(params):
-        return -(targets * jax.nn.log_softmax(apply(model, {"params": params}, x))).sum(-1).mean()
+        return -(targets * jax.nn.log_softmax(apply(model.module, {"params": params}, x))).sum(-1).mean()
 
     grads = jax.jit(jax.grad(loss))(before.params)
     expected = jax.tree.map(lambda p, g: np.asarray(p) - 0.1 * np.asarray(g), before.params, grads)
