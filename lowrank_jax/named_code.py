@@ -87,9 +87,9 @@ def _is_found(name: str, folder: pathlib.Path | None) -> bool:
 
 
 def _find(module: str) -> Any:
-    """The module's specification, by the places that Python knows without our folders."""
-    kept = sys.path[:]
-    sys.path[:] = [place for place in kept if place not in map(str, _folders)]
+    """The module's specification, by the places that Python knows without our folders and the current one."""
+    kept, own = sys.path[:], {pathlib.Path().resolve(), *_folders}
+    sys.path[:] = [place for place in kept if pathlib.Path(place).resolve() not in own]
     try:
         return importlib.util.find_spec(module)
     finally:

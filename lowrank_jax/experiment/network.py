@@ -55,7 +55,7 @@ class Network:
 
         As it is called without being told anything; where it has to be told, it does not train.
         """
-        flags: Any = {} if self._has_default() else self.flags(train=False)
+        flags: Any = {} if self._knows_itself() else self.flags(train=False)
         return in_named_axes(lambda: self.module.init(rngs, inputs, **flags))
 
     def apply(self, variables: Any, inputs: jax.Array, *, train: bool, **options: Any) -> Any:
@@ -112,10 +112,10 @@ class Network:
         training, after = _traced("in training", self.step, carried, two, jax.random.key(0))
         return Traced(params, training, evaluation, tuple(_changes(carried, after)))
 
-    def _has_default(self) -> bool:
-        """Whether the argument may be left out."""
+    def _knows_itself(self) -> bool:
+        """Whether it need not be told whether it trains."""
         parameters = inspect.signature(type(self.module).__call__).parameters
-        return all(name not in parameters or parameters[name].default is not _EMPTY for name in self.flags(train=False))
+        return all(name in parameters and isinstance(parameters[name].default, bool) for name in self.flags(train=False))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ def in_named_axes(run: Callable[..., Any], use: Callable[[Callable[..., Any]], A
       use: what to do with it, such as to trace it; by default it is called.
 
     Raises:
+      ValueError: it exchanges within groups along such an axis.
       Exception: whatever `run` raises.
     """
     axes: list[str] = []
@@ -34,6 +35,13 @@ def in_named_axes(run: Callable[..., Any], use: Callable[[Callable[..., Any]], A
             if unbound is None or unbound[1] in axes:
                 raise
             axes.append(unbound[1])
+        except NotImplementedError as error:
+            if not axes:
+                raise
+            axis, advice = axes[-1], "leave out axis_index_groups, or the axis"
+            raise ValueError(
+                f"the named axis {axis!r} has no groups: a batch is one array over all devices here; {advice}"
+            ) from error
 
 
 def _in_axis(run: Callable[..., Any], axis: str) -> Callable[..., Any]:

@@ -124,9 +124,13 @@ def overridden(config: str | ConfigDict, overrides: Overrides = ()) -> ConfigDic
 
 def _set_code_dir(config: ConfigDict, folders: Sequence[pathlib.Path]) -> None:
     """Sets where code is looked up, if nobody has and the config names code that is not found without."""
-    if config.get("code_dir") is not None:
+    try:
+        values = config.to_dict()
+    except TypeError:  # a key is not text, which `parse` says
         return
-    named = [name for names in code_names(config).values() for name in names]
+    if values.get("code_dir") is not None:
+        return
+    named = [name for names in code_names(values).values() for name in names]
     if (folder := folder_of(named, folders)) is not None:
         with config.unlocked():
             config.code_dir = folder

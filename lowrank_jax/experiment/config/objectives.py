@@ -118,12 +118,6 @@ def _label_problems(config: Config, dataset: Dataset) -> list[str]:
     found = _class_weight_problems(config, dataset, classes)
     if config.mixes:
         found += _mixing_problems(config, dataset)
-    if len(label.shape) > 1:
-        found += [
-            f"dataset.{key}: {getattr(config.dataset, key)!r}; it would move images and leave their labels, {list(label.shape)}"
-            for key in ("flip", "crop_padding", "randaugment_layers")
-            if getattr(config.dataset, key)
-        ]
     taken = [name for name in dataset.extras if name in ("image", "label", "weight", "mask", "place")]
     return found + [f"dataset.name: {dataset.name} has a field {name!r}, which is taken" for name in taken]
 

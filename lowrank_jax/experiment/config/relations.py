@@ -105,7 +105,7 @@ def _image_problems(config: Config) -> list[str]:
     if "train" not in dataset.sizes:
         return [f"dataset.name: {name!r}; for evaluation only, as in lowrank evaluate --dataset={name}"]
     if len(dataset.image_shape) != 3:
-        return _vector_problems(config)
+        return []
     height, width, channels = dataset.image_shape
     stored = f"{name} images are {height}x{width} and are not resized; remove this setting"
     layers, problems = given.randaugment_layers, []
@@ -125,19 +125,6 @@ def _image_problems(config: Config) -> list[str]:
     if layers and channels != 3:
         problems.append(f"dataset.randaugment_layers: {layers}; RandAugment needs RGB images; {name} is grey-scale")
     return problems
-
-
-_OF_IMAGES = ("flip", "crop_padding", "randaugment_layers", "random_erasing", "cutmix")
-
-
-def _vector_problems(config: Config) -> list[str]:
-    """Settings of images, where the inputs are none."""
-    given, usual, shape = config.dataset, DatasetConfig(), list(config.description.image_shape)
-    return [
-        f"dataset.{key}: {getattr(given, key)!r}; {given.name} has inputs {shape}, no images; remove this setting"
-        for key in (*_OF_IMAGES, *_DECODING_KEYS)
-        if getattr(given, key) != getattr(usual, key)
-    ]
 
 
 def _overlaps(config: Config) -> list[str]:

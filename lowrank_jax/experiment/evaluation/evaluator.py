@@ -156,14 +156,14 @@ class Evaluator:
             return configs.parse(values, source=source, devices=None)
 
     def _experiment(self, config: Config, workdir: str) -> Experiment:
-        key = (config.model, config.description, config.lowrank, config.objective, config.optim.ema_decay is None)
+        key = (_code(config), config.description, config.lowrank, config.optim.ema_decay is None)
         if key not in self._experiments:
             self._experiments[key] = build(dataclasses.replace(config, mesh=MeshConfig()), workdir)
         return self._experiments[key]
 
     def _eval_step(self, experiment: Experiment) -> Callable[..., dict[str, jax.Array]]:
         """One for all plans: jit distinguishes them by their kernels, which carry ranks and execution."""
-        key = (experiment.config.model, experiment.config.objective, experiment.dataset)
+        key = (_code(experiment.config), experiment.dataset)
         if key not in self._eval_steps:
             self._eval_steps[key] = experiment.jit_eval_step()
         return self._eval_steps[key]
@@ -176,6 +176,11 @@ class Evaluator:
             except ValueError as error:
                 raise configs.ConfigError("--split", [str(error)]) from None
         return self._splits[key]
+
+
+def _code(config: Config) -> Hashable:
+    """What decides which model and which objective a config names."""
+    return config.model, config.objective, config.code_dir
 
 
 def evaluate_all(

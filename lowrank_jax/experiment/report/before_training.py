@@ -183,7 +183,10 @@ class _Programs:
 
     def _forward(self, variables: Any, images: jax.Array, key: jax.Array) -> jax.Array:
         # BatchNorm has no useful running statistics before training: run the network as in its first training step.
-        logits, _ = self.network.step(variables, images, key)
+        outputs, _ = self.network.step(variables, images, key)
+        # Of several heads or maps, all numbers that there are for an example.
+        leaves = [leaf.reshape(len(images), -1).astype(jnp.float32) for leaf in jax.tree.leaves(outputs)]
+        logits = leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=1)
         return logits - logits.mean(axis=0)  # the mean is for the bias to learn, and would dominate the error
 
 

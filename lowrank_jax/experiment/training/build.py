@@ -97,7 +97,9 @@ class Experiment:
 
         Raises:
           TooLarge: it does not fit into memory.
+          ConfigError: the inputs' mean and deviation are not known.
         """
+        self._check_measured()
         compiled, settings = self.lower_train_step().compile(), self._settings()
         check_program(compiled, "a training step")
         return lambda state, batch: compiled(state, batch, *settings)
@@ -138,7 +140,21 @@ class Experiment:
         return np.uint32(self.config.seed)
 
     def jit_eval_step(self) -> jax.stages.Wrapped:
-        """The evaluation step `(variables, batch) -> sums`; it serves networks of other ranks too."""
+        """The evaluation step `(variables, batch) -> sums`; it serves networks of other ranks too.
+
+        Raises:
+          ConfigError: the inputs' mean and deviation are not known.
+        """
+        self._check_measured()
+        return self._jit_eval_step()
+
+    def _check_measured(self) -> None:
+        """Shapes do not depend on what the normaliser subtracts; what a network learns and computes does."""
+        dataset = self.dataset
+        if not (dataset.mean and dataset.std):
+            raise ConfigError("config", [f"dataset.name: the mean and the deviation of {dataset.name} have not been measured"])
+
+    def _jit_eval_step(self) -> jax.stages.Wrapped:
         eval_step = step.make_eval_step(self.network, self._normalizer(), objective=self.objective, gather=self._gather)
 
         def step_with_word(variables: dict[str, Any], batch: dict[str, jax.Array]) -> step.Metrics:
@@ -162,7 +178,7 @@ class Experiment:
         """The evaluation step of training, not compiled; the devices of the mesh need not exist."""
         batch = self._batch_shapes(self.config.eval.batch_size)
         batch["mask"] = jax.ShapeDtypeStruct(batch["label"].shape[:1], jnp.float32, sharding=batch["label"].sharding)
-        return self.jit_eval_step().lower(self.shapes.variables()[""], batch)
+        return self._jit_eval_step().lower(self.shapes.variables()[""], batch)
 
     def _normalizer(self):
         return mixing.normalizer(self.dataset.mean, self.dataset.std)

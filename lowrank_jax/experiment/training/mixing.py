@@ -108,9 +108,7 @@ def mix(
     kept = jax.random.beta(share, alpha, alpha)
 
     if images.ndim != 4:
-        return kept * images + (1 - kept) * jnp.roll(images, 1, axis=0), kept * targets + (1 - kept) * jnp.roll(
-            targets, 1, axis=0
-        )
+        return _blend(kept, images), _blend(kept, targets)
     _, height, width, _ = images.shape
     size = jnp.array([height, width])
     cut = jnp.round(size * jnp.sqrt(1 - kept))
