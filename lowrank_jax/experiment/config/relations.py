@@ -46,13 +46,13 @@ def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> l
 
 
 def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
-    options = datasets.find(config.dataset.name).options
+    source = datasets.find(config.dataset.name)
     problems: list[str] = []
-    if options:
-        read_section(options, config.dataset.kwargs, "dataset.kwargs.", problems)
-    else:
+    if source.options:
+        read_section(source.options, config.dataset.kwargs, "dataset.kwargs.", problems)
+    elif not source.free_options:
         problems += [f"dataset.kwargs.{key}: {config.dataset.name} has no settings" for key in config.dataset.kwargs]
-    problems = problems or _image_problems(config)
+    problems = problems or _data_problems(config) or _image_problems(config)
     if problems:
         return problems
     for key in ("train_split", "eval_split", "valid_split"):
@@ -76,6 +76,16 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
     return problems
 
 
+def _data_problems(config: Config) -> list[str]:
+    """Data of the user's own that cannot be used."""
+    try:
+        _ = config.description
+    except datasets.DataError as error:
+        said = first_line(error)
+        return [said if said.startswith("dataset.") else f"dataset.name: {said}"]
+    return []
+
+
 def _length_problems(config: Config) -> list[str]:
     """Lengths that steps cannot count, and more batches for the initialisation than an epoch has."""
     problems, optim = [], config.optim
@@ -94,33 +104,101 @@ def _length_problems(config: Config) -> list[str]:
     return problems
 
 
-_DECODING_KEYS = ("image_size", "crop_area", "eval_crop", "max_undecodable")
+_CROPPING_KEYS = ("image_size", "crop_area", "eval_crop")
 
 
 def _image_problems(config: Config) -> list[str]:
     """Settings that these images do not take."""
-    given, dataset, name = config.dataset, config.description, config.dataset.name
+    dataset, name = config.description, config.dataset.name
     if "train" not in dataset.sizes:
-        return [f"dataset.name: {name!r}; for evaluation only, as in lowrank evaluate --dataset={name}"]
-    height, width, channels = dataset.image_shape
-    stored = f"{name} images are {height}x{width} and are not resized; remove this setting"
-    layers, problems = given.randaugment_layers, []
-    if dataset.decoding is None:
+        known = "" if name in datasets.NAMES else f"; it has no split train, only {', '.join(dataset.sizes)}"
+        return [f"dataset.name: {name!r}; for evaluation only, as in lowrank evaluate --dataset={name}{known}"]
+    return [
+        *_crop_problems(config, dataset),
+        *_augmentation_problems(config.dataset, dataset),
+        *_statistics_problems(config.dataset, dataset),
+    ]
+
+
+def _crop_problems(config: Config, dataset: datasets.Dataset) -> list[str]:
+    """Settings of crops that are not for images of this kind."""
+    given, name = config.dataset, config.dataset.name
+    problems = []
+    if not dataset.cropped:
+        stored = f"{name} {_inputs(dataset)} and are not resized; remove this setting"
+        keys = _CROPPING_KEYS if dataset.decoding else (*_CROPPING_KEYS, "max_undecodable")
         problems += [
             f"dataset.{key}: {getattr(given, key)!r}; {stored}"
-            for key in _DECODING_KEYS
+            for key in keys
             if getattr(given, key) != getattr(DatasetConfig(), key)
         ]
     elif given.crop_padding:
         problems.append(f"dataset.crop_padding: {given.crop_padding}; {name} uses dataset.crop_area; remove this setting")
-    if given.crop_padding >= min(height, width):
+    if given.crop_padding and len(dataset.image_shape) == 1:
+        problems.append(f"dataset.crop_padding: {given.crop_padding}; {name} has plain vectors, which have no sides")
+    elif given.crop_padding >= min(dataset.image_shape[:2]) and len(dataset.image_shape) > 1:
         problems.append(
             f"dataset.crop_padding: {given.crop_padding}; must be less than the side of an image, or crops may miss it;"
-            f" {name} images are {height}x{width}"
+            f" {name} {_inputs(dataset)}"
         )
-    if layers and channels != 3:
-        problems.append(f"dataset.randaugment_layers: {layers}; RandAugment needs RGB images; {name} is grey-scale")
     return problems
+
+
+def _inputs(dataset: datasets.Dataset) -> str:
+    """What a data set holds, after its name."""
+    if len(dataset.image_shape) == 1:
+        return f"inputs are vectors of {dataset.image_shape[0]}"
+    height, width, _ = dataset.image_shape
+    return f"images are {height}x{width}"
+
+
+def _augmentation_problems(given: DatasetConfig, dataset: datasets.Dataset) -> list[str]:
+    """Augmentations that make no sense of these images or labels."""
+    problems, name = [], given.name
+    is_vector, maps = len(dataset.image_shape) == 1, _maps(dataset)
+    if is_vector and given.flip:
+        problems.append(f"dataset.flip: True; {name} has plain vectors, which have no left and right")
+    moved = {"flip": given.flip, "crop_padding": given.crop_padding, "randaugment_layers": given.randaugment_layers}
+    problems += [
+        f"dataset.{key}: {value!r}; would move the image, but not its {maps[0]}"
+        for key, value in moved.items()
+        if value and maps
+    ]
+    if dataset.cropped and maps:
+        problems.append(
+            f"dataset.name: {name!r}; its images have many sizes, and crops would not move its {maps[0]}; give all one size"
+        )
+    layers = given.randaugment_layers
+    if layers and (is_vector or dataset.image_dtype != "uint8"):
+        problems.append(f"dataset.randaugment_layers: {layers}; RandAugment needs uint8 images; {name} has {_kind(dataset)}")
+    elif layers and dataset.image_shape[-1] != 3:
+        channels = dataset.image_shape[-1]
+        has = "is grey-scale" if channels == 1 else f"has {channels} channels"
+        problems.append(f"dataset.randaugment_layers: {layers}; RandAugment needs RGB images; {name} {has}")
+    return problems
+
+
+def _kind(dataset: datasets.Dataset) -> str:
+    return "plain vectors" if len(dataset.image_shape) == 1 else f"{dataset.image_dtype} images"
+
+
+def _maps(dataset: datasets.Dataset) -> list[str]:
+    """The fields besides the image that have its height and width, so that they would have to move with it."""
+    sides = dataset.image_shape[:2]
+    return [
+        name for name, field in dataset.fields.items() if name != "image" and len(field.shape) > 1 and field.shape[:2] == sides
+    ]
+
+
+def _statistics_problems(given: DatasetConfig, dataset: datasets.Dataset) -> list[str]:
+    """Means and deviations that are not one for each channel."""
+    needed = dataset.image_shape[-1]
+    what = "channels" if len(dataset.image_shape) > 1 else "features"
+    return [
+        f"dataset.{key}: {len(values)} numbers; {given.name} has {needed} {what}"
+        for key, values in (("mean", given.mean), ("std", given.std))
+        if values is not None and len(values) != needed
+    ]
 
 
 def _overlaps(config: Config) -> list[str]:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from lowrank_jax.experiment.data.arrays import Arrays, read_split
-from lowrank_jax.experiment.data.base import Dataset, Source, positive
+from lowrank_jax.experiment.data.base import Dataset, Request, Source, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class SyntheticOptions:
     test_size: int = positive(1024)
 
 
-def _describe(options: SyntheticOptions) -> Dataset:
+def _describe(options: SyntheticOptions, request: Request) -> Dataset:
+    del request
     height, width, channels = options.image_shape
     sizes = {"train": options.train_size, "test": options.test_size}
     mean, std = (0.5,) * channels, (0.25,) * channels

@@ -16,7 +16,7 @@ from lowrank_jax.experiment.data.sources.tfds_prepared import explained, open_pr
 
 def source(dataset: Dataset) -> Source:
     """A data set of TFDS's by its description, whose name is TFDS's."""
-    return Source(lambda options: dataset, _load)
+    return Source(lambda options, request: dataset, _load)
 
 
 def _load(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:

@@ -10,14 +10,16 @@ from lowrank_jax.experiment.data.splits import split_parts
 
 def source(dataset: Dataset, options: type[Any] | None = None, describe: Callable[[Any], Dataset] | None = None) -> Source:
     """A data set of TFDS's by its description, whose name is TFDS's; `describe` applies its options, if it takes any."""
-    return Source(describe or (lambda options: dataset), _load, options)
+    described = describe or (lambda options: dataset)
+    return Source(lambda options, request: described(options), _load, options)
 
 
 def _load(dataset: Dataset, split: str, data_dir: str | None) -> Split:
     """Makes sure that the split is there, and reads nothing of it."""
     import tensorflow_datasets as tfds
 
-    from lowrank_jax.experiment.data.tf_examples import Records
+    from lowrank_jax.experiment.data.encoded import EncodedImages
+    from lowrank_jax.experiment.data.tf_examples import TFExamples
 
     parts = split_parts(dataset, split)
     prepared = open_prepared(dataset, data_dir)
@@ -26,4 +28,6 @@ def _load(dataset: Dataset, split: str, data_dir: str | None) -> Split:
         prepared.check_split(name)
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     stored: dict[str, Any] = {name: prepared.builder.as_data_source(name, deserialize_method=raw) for name in names}
-    return Records(dataset, split, [(stored[name].data_source, start, stop) for name, start, stop in parts], prepared.remedy)
+    records = [(stored[name].data_source, start, stop) for name, start, stop in parts]
+    examples = TFExamples(f"{dataset.name}/{split}", records, prepared.remedy)
+    return EncodedImages(dataset, split, examples, f"prepare the data again: {prepared.remedy}")
