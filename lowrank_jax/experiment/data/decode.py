@@ -10,6 +10,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from lowrank_jax.experiment.data.base import Decoding
 from lowrank_jax.experiment.data.crops import Box
 from lowrank_jax.experiment.data.orientation import UPRIGHT, Orientation, orientation
 from lowrank_jax.text import first_line
@@ -54,6 +55,17 @@ def decode_box(
     stored = np.empty((*turned.size(*out.shape[:2]), out.shape[2]), np.uint8)
     _decode_stored(data, _of_stored(choose, turned), stored, fast, alpha)
     out[...] = turned.upright(stored)
+
+
+def decode_whole(data: bytes, channels: int, decoding: Decoding) -> np.ndarray:
+    """A whole image at its own size, uint8 `[height, width, channels]`.  Raises Undecodable as `decode_box` does."""
+    turned = orientation(data) if decoding.exif else UPRIGHT
+
+    def whole(height: int, width: int) -> Box:
+        return Box(0, 0, height, width)
+
+    _, _, image = _decode(data, whole, (1 << 30, 1 << 30, channels), False, decoding.alpha)
+    return np.ascontiguousarray(turned.upright(image))
 
 
 def _of_stored(choose: Choose, turned: Orientation) -> Choose:

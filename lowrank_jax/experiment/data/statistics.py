@@ -1,11 +1,13 @@
 """What is measured over a split: means, deviations and how often each class occurs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from lowrank_jax.experiment.data.base import DataError, Dataset, Split
 from lowrank_jax.experiment.data.progress import Progress, to_stderr
+from lowrank_jax.text import one_line
 
 _PART = 512  # examples that are read at a time
 
@@ -49,6 +51,24 @@ def mean_and_std(
 
 def _floats(values: np.ndarray) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
+
+
+def one_sided(present: Mapping[str, Collection[Any]], classes: Sequence[Any], names: Sequence[str]) -> list[str]:
+    """A line for each split that lacks classes.
+
+    Args:
+      present: the classes in each split.
+      classes, names: all of them, and what to call each.
+    """
+    lines = []
+    for split, found in present.items():
+        if missing := [name for one, name in zip(classes, names, strict=True) if one not in found]:
+            rest = f" and {len(missing) - _SHOWN:,} more" if len(missing) > _SHOWN else ""
+            lines.append(f"no examples of {', '.join(map(one_line, missing[:_SHOWN]))}{rest} in the split {split}")
+    return lines
+
+
+_SHOWN = 3
 
 
 def label_counts(split: Split, num_classes: int) -> np.ndarray:

@@ -21,8 +21,8 @@ from lowrank_jax.text import count
 DEFAULT_SIZE = 224
 """The side at which images of many sizes are read, unless `dataset.image_size` says otherwise."""
 
-_SMALL_SIDE = 96  # pixels; larger images are seldom all of one size by nature
-_SMALL_TOTAL = 2 * 2**30  # bytes of all images; the same on every machine, as what a run does must not depend on it
+SMALL_SIDE = 96  # pixels; larger images are seldom all of one size by nature
+SMALL_TOTAL = 2 * 2**30  # bytes of all images; the same on every machine, as what a run does must not depend on it
 
 
 def _share(default: float) -> float:
@@ -153,7 +153,7 @@ def _find_one_size(root: str, options: FolderOptions, digest: str) -> tuple[int,
                 " images that are kept in memory must have one size"
             )
         height, width = size
-        large = max(size) > _SMALL_SIDE or len(paths) * height * width * options.channels > _SMALL_TOTAL
+        large = max(size) > SMALL_SIDE or len(paths) * height * width * options.channels > SMALL_TOTAL
         if size != first[0] or (large and not options.in_memory):
             return None
     return first and first[0]

@@ -10,6 +10,7 @@ import numpy as np
 
 from lowrank_jax.experiment.data.base import DataError
 from lowrank_jax.experiment.data.progress import Progress
+from lowrank_jax.experiment.data.statistics import one_sided
 from lowrank_jax.text import one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -99,7 +100,8 @@ def scan(root: str, follow_links: bool, shares: tuple[tuple[str, float], ...]) -
     if len(names) == 1:
         raise DataError(f"{root} holds one class, {names[0]!r}; a network needs two to tell apart")
     splits = {split: _ordered(found, names) for split, found in sorted(files.items(), key=_train_first)}
-    notes = (*_one_sided(files, names), *walk.notes())
+    present = {split: {file.kind for file in found} for split, found in files.items()}
+    notes = (*one_sided(present, names, names), *walk.notes())
     skipped = {reason: tuple(left) for reason, left in walk.skipped.items()}
     return Scan(root, names, splits, layered, skipped, _digest(files), notes, walk.times)
 
@@ -140,16 +142,6 @@ def _ordered(files: Sequence[_File], names: Sequence[str]) -> Files:
 def _digest(files: dict[str, list[_File]]) -> str:
     lines = sorted(b"%s\0%s\0%d\n" % (split.encode(), os.fsencode(f.path), f.size) for split, fs in files.items() for f in fs)
     return hashlib.blake2b(b"".join(lines), digest_size=16).hexdigest()
-
-
-def _one_sided(files: dict[str, list[_File]], names: Sequence[str]) -> list[str]:
-    """Classes that not all splits have."""
-    present = {split: {file.kind for file in found} for split, found in files.items()}
-    lines = []
-    for split, kinds in present.items():
-        if missing := [name for name in names if name not in kinds]:
-            lines.append(f"no images of {_listed(missing)} in the split {split}")
-    return lines
 
 
 def _listed(names: Sequence[str]) -> str:

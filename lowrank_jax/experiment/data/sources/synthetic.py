@@ -33,9 +33,10 @@ def _load(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
 
 def _draw(dataset: Dataset, split: str) -> Arrays:
     """A fixed random pattern for each class, plus noise."""
-    patterns = np.random.default_rng(0).integers(0, 256, (dataset.num_classes, *dataset.image_shape))
+    num_classes = dataset.outputs
+    patterns = np.random.default_rng(0).integers(0, 256, (num_classes, *dataset.image_shape))
     draw = np.random.default_rng([1, split == "train"])
-    labels = draw.integers(0, dataset.num_classes, dataset.sizes[split]).astype(np.int32)
+    labels = draw.integers(0, num_classes, dataset.sizes[split]).astype(np.int32)
     noise = draw.integers(0, 256, (len(labels), *dataset.image_shape))
     return Arrays(((patterns[labels] + noise) // 2).astype(np.uint8), labels)
 
