@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.linen.interception import intercept
 from lowrank_jax.linen.plan import plan as plan_model
 from lowrank_jax.paths import named_leaves
@@ -22,11 +23,12 @@ def make_plan(config: Config) -> Plan:
     Raises:
       ConfigError: the model cannot be built on these images, or a rule does not fit it.
     """
-    return _make_plan(Config(model=config.model, dataset=config.dataset, lowrank=config.lowrank))  # all that it depends on
+    config = Config(model=config.model, dataset=config.dataset, lowrank=config.lowrank)
+    return _make_plan(config, config.description)  # all that it depends on: data of the user's own may have changed
 
 
 @functools.cache
-def _make_plan(config: Config) -> Plan:
+def _make_plan(config: Config, dataset: Dataset) -> Plan:
     outputs: list[Any] = []
     params: dict[str, Any] = {}
 
@@ -39,7 +41,7 @@ def _make_plan(config: Config) -> Plan:
         return output
 
     # Two images, and the one stream of randomness that training has: what fails in a batch is found here.
-    images = jax.ShapeDtypeStruct((2, *config.description.image_shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((2, *dataset.image_shape), jnp.float32)
     rngs = {"dropout": jax.random.key(0)}
 
     try:

@@ -125,10 +125,10 @@ def describe(
     given = options if source.free_options else source.options(**options) if source.options else None
     try:
         dataset = source.describe(given, Request(data_dir, code_dir, image_size))
-    except DataError:
+    except DataError as error:
         if name not in _REMEMBERED:
             raise
-        return _REMEMBERED[name]
+        return dataclasses.replace(_REMEMBERED[name], origin=_Missing(str(error)))
     if dataset.decoding is None:
         return dataset
     if decoding:
@@ -138,6 +138,13 @@ def describe(
         return dataset
     height, width, channels = dataset.image_shape
     return dataclasses.replace(dataset, image_shape=(image_size or height, image_size or width, channels))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Missing:
+    """The origin of data that is known from an earlier run alone, and why it cannot be read."""
+
+    reason: str
 
 
 _REMEMBERED: dict[str, Dataset] = {}
@@ -155,4 +162,6 @@ def load(dataset: Dataset, split: str, data_dir: str | None) -> Split:
       DataError: the data set is not prepared, damaged, or of other sizes or classes than expected.
       ValueError: there is no such split.
     """
+    if isinstance(dataset.origin, _Missing):
+        raise DataError(dataset.origin.reason)
     return find(dataset.name).load(dataset, split, data_dir)

@@ -9,10 +9,10 @@ import jax
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.base import Dataset, Split
-from lowrank_jax.experiment.data.record import changes, from_record, to_record
 from lowrank_jax.experiment.data.statistics import mean_and_std
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.hosts.processes import exchange
+from lowrank_jax.experiment.workdir.dataset_record import changes, from_record, to_record
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
 NAME = "dataset.json"

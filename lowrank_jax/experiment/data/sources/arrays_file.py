@@ -12,6 +12,7 @@ from lowrank_jax.experiment.data.base import DataError, Dataset, Request, Source
 from lowrank_jax.experiment.data.kept import Kept
 from lowrank_jax.experiment.data.own import Data
 from lowrank_jax.experiment.data.sources.code import check_data, describe_found, load_found
+from lowrank_jax.experiment.data.sources.folder import refuse_remote
 from lowrank_jax.text import first_line
 
 
@@ -20,6 +21,7 @@ def source(path: str, name: str) -> Source:
 
     def describe(options: Any, request: Request) -> Dataset:
         del options
+        refuse_remote(path, request)
         file = str(pathlib.Path(request.data_dir or "").expanduser() / pathlib.Path(path).expanduser())
         return describe_found(name, _Origin(name, file), _kept(name, file).found, None)
 

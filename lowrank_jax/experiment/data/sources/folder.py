@@ -60,11 +60,19 @@ def source(path: str, name: str) -> Source:
     """The images in a folder; `name` is what the config calls them."""
 
     def describe(options: FolderOptions, request: Request) -> Dataset:
+        refuse_remote(path, request)
         return _describe(
             name, str(pathlib.Path(request.data_dir or "").expanduser() / pathlib.Path(path).expanduser()), options, request
         )
 
     return Source(describe, _load, FolderOptions)
+
+
+def refuse_remote(path: str, request: Request) -> None:
+    """Raises DataError for a path in a bucket."""
+    for place in (path, request.data_dir or ""):
+        if "://" in place:
+            raise DataError(f"{place} is not on this machine; copy it, or mount it")
 
 
 _scan = Kept(scan, changed)
@@ -76,8 +84,6 @@ def _found(root: str, options: FolderOptions) -> Scan:
 
 
 def _describe(name: str, root: str, options: FolderOptions, request: Request) -> Dataset:
-    if "://" in root:
-        raise DataError(f"{root} is not on this machine; copy it, or mount it")
     if options.test_share + options.valid_share >= 1:
         raise DataError(
             "dataset.kwargs.test_share and valid_share leave nothing to train on; together they must be less than 1"

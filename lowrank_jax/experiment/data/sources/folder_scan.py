@@ -201,7 +201,8 @@ class _Walk:
                 self._leave_out("not in a class folder", f"{base}/{entry.name}" if base else entry.name)
                 continue
             before = self._seen
-            yield from self._images_of(entry.name, base, entry.name, (_identity(entry),))
+            kind = os.fsencode(entry.name).decode(errors="backslashreplace")
+            yield from self._images_of(kind, base, entry.name, (_identity(entry),))
             if self._seen == before:
                 self._leave_out("class folders without images", f"{base}/{entry.name}" if base else entry.name)
 

@@ -140,7 +140,9 @@ def test_in_memory_too_an_undecodable_image_is_named_and_replaced(small, capfd):
     for i in (1, 7, 9, 11):
         file = small / "train" / "red" / f"{i}.png"
         file.write_bytes(b"not an image")
-    with pytest.raises(DataError, match=r"[45] images cannot be decoded, more than dataset\.max_undecodable=3: .*mend or remove"):
+    with pytest.raises(
+        DataError, match=r"[45] images cannot be decoded, more than dataset\.max_undecodable=3: .*mend or remove"
+    ):
         datasets.load(described(small), "train", None)
 
 
