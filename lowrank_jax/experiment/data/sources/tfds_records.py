@@ -16,6 +16,7 @@ def source(dataset: Dataset, options: type[Any] | None = None, describe: Callabl
 
 
 def _load(dataset: Dataset, split: str, data_dir: str | None) -> Split:
+    split_parts(dataset, split)  # a split that is none is named first
     return open_records(open_prepared(dataset, data_dir), split)
 
 
