@@ -127,16 +127,10 @@ def _crop_problems(config: Config, dataset: datasets.Dataset) -> list[str]:
     if not dataset.cropped:
         stored = f"{name} {_inputs(dataset)} and are not resized; remove this setting"
         keys = _CROPPING_KEYS if dataset.decoding else (*_CROPPING_KEYS, "max_undecodable")
-        problems += [
-            f"dataset.{key}: {getattr(given, key)!r}; {stored}"
-            for key in keys
-            if getattr(given, key) != getattr(DatasetConfig(), key)
-        ]
+        problems += [f"dataset.{key}: {getattr(given, key)!r}; {stored}" for key in keys if _is_set(given, key)]
     elif given.crop_padding:
         problems.append(f"dataset.crop_padding: {given.crop_padding}; {name} uses dataset.crop_area; remove this setting")
-    if given.crop_padding and len(dataset.image_shape) == 1:
-        problems.append(f"dataset.crop_padding: {given.crop_padding}; {name} has plain vectors, which have no sides")
-    elif given.crop_padding >= min(dataset.image_shape[:2]) and len(dataset.image_shape) > 1:
+    if dataset.is_images and given.crop_padding >= min(dataset.image_shape[:2]):
         problems.append(
             f"dataset.crop_padding: {given.crop_padding}; must be less than the side of an image, or crops may miss it;"
             f" {name} {_inputs(dataset)}"
@@ -144,42 +138,43 @@ def _crop_problems(config: Config, dataset: datasets.Dataset) -> list[str]:
     return problems
 
 
+def _is_set(given: DatasetConfig, key: str) -> bool:
+    """Whether a setting differs from its default."""
+    return getattr(given, key) != getattr(DatasetConfig(), key)
+
+
 def _inputs(dataset: datasets.Dataset) -> str:
     """What a data set holds, after its name."""
-    if len(dataset.image_shape) == 1:
+    if not dataset.is_images:
         return f"inputs are vectors of {dataset.image_shape[0]}"
     height, width, _ = dataset.image_shape
     return f"images are {height}x{width}"
 
 
+_OF_IMAGES = ("flip", "crop_padding", "randaugment_layers", "random_erasing", "cutmix")
+
+
 def _augmentation_problems(given: DatasetConfig, dataset: datasets.Dataset) -> list[str]:
-    """Augmentations that make no sense of these images or labels."""
-    problems, name = [], given.name
-    is_vector, maps = len(dataset.image_shape) == 1, _maps(dataset)
-    if is_vector and given.flip:
-        problems.append(f"dataset.flip: True; {name} has plain vectors, which have no left and right")
-    moved = {"flip": given.flip, "crop_padding": given.crop_padding, "randaugment_layers": given.randaugment_layers}
-    problems += [
-        f"dataset.{key}: {value!r}; would move the image, but not its {maps[0]}"
-        for key, value in moved.items()
-        if value and maps
-    ]
-    if dataset.cropped and maps:
+    """Augmentations that make no sense of these inputs or labels."""
+    name, layers = given.name, given.randaugment_layers
+    if not dataset.is_images:
+        wrong = [key for key in _OF_IMAGES if _is_set(given, key)]
+        return [f"dataset.{key}: {getattr(given, key)!r}; {name} has vectors, no images; remove this setting" for key in wrong]
+    problems = []
+    for field in _maps(dataset):
+        moving = [key for key in ("flip", "crop_padding", "randaugment_layers") if _is_set(given, key)]
+        problems += [f"dataset.{key}: {getattr(given, key)!r}; would move the image, but not its {field}" for key in moving]
+        if dataset.cropped:
+            problems.append(f"dataset.name: {name!r}; crops would move its images, but not their {field}; give all one size")
+    if layers and dataset.image_dtype != "uint8":
         problems.append(
-            f"dataset.name: {name!r}; its images have many sizes, and crops would not move its {maps[0]}; give all one size"
+            f"dataset.randaugment_layers: {layers}; RandAugment needs uint8 images; {name} has {dataset.image_dtype}"
         )
-    layers = given.randaugment_layers
-    if layers and (is_vector or dataset.image_dtype != "uint8"):
-        problems.append(f"dataset.randaugment_layers: {layers}; RandAugment needs uint8 images; {name} has {_kind(dataset)}")
     elif layers and dataset.image_shape[-1] != 3:
         channels = dataset.image_shape[-1]
         has = "is grey-scale" if channels == 1 else f"has {channels} channels"
         problems.append(f"dataset.randaugment_layers: {layers}; RandAugment needs RGB images; {name} {has}")
     return problems
-
-
-def _kind(dataset: datasets.Dataset) -> str:
-    return "plain vectors" if len(dataset.image_shape) == 1 else f"{dataset.image_dtype} images"
 
 
 def _maps(dataset: datasets.Dataset) -> list[str]:
@@ -193,7 +188,7 @@ def _maps(dataset: datasets.Dataset) -> list[str]:
 def _statistics_problems(given: DatasetConfig, dataset: datasets.Dataset) -> list[str]:
     """Means and deviations that are not one for each channel."""
     needed = dataset.image_shape[-1]
-    what = "channels" if len(dataset.image_shape) > 1 else "features"
+    what = "channels" if dataset.is_images else "features"
     return [
         f"dataset.{key}: {len(values)} numbers; {given.name} has {needed} {what}"
         for key, values in (("mean", given.mean), ("std", given.std))

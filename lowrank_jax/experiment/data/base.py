@@ -105,6 +105,11 @@ class Dataset:
         return self.decoding is not None and not self.whole
 
     @property
+    def is_images(self) -> bool:
+        """Whether the inputs are images; otherwise they are plain vectors."""
+        return len(self.image_shape) == 3
+
+    @property
     def outputs(self) -> int:
         """How many numbers a network gives for each example, or for each place of it: a logit a class, or a number a target."""
         return self.num_classes or (self.label.shape[-1] if self.label.shape else 1)

@@ -90,9 +90,12 @@ def test_data_that_is_not_there_is_a_problem_in_one_line(name, message):
 @pytest.mark.parametrize(
     ("function", "changes", "message"),
     [
-        ("vectors", {"dataset__flip": True}, "dataset.flip: True; {} has plain vectors, which have no left and right"),
-        ("vectors", {"dataset__crop_padding": 1}, "dataset.crop_padding: 1; {} has plain vectors, which have no sides"),
-        ("vectors", {"dataset__randaugment_layers": 2}, "RandAugment needs uint8 images; {} has plain vectors"),
+        ("vectors", {"dataset__flip": True}, "dataset.flip: True; {} has vectors, no images; remove this setting"),
+        ("vectors", {"dataset__crop_padding": 1}, "dataset.crop_padding: 1; {} has vectors, no images"),
+        ("vectors", {"dataset__randaugment_layers": 2}, "dataset.randaugment_layers: 2; {} has vectors, no images"),
+        ("vectors", {"dataset__random_erasing": 0.5}, "dataset.random_erasing: 0.5; {} has vectors, no images"),
+        ("vectors", {"dataset__cutmix": 1.0}, "dataset.cutmix: 1.0; {} has vectors, no images"),
+        ("floats", {"dataset__randaugment_layers": 2}, "RandAugment needs uint8 images; {} has float32"),
         ("vectors", {"dataset__image_size": 8}, "dataset.image_size: 8; {} inputs are vectors of 7 and are not resized"),
         ("vectors", {"dataset__mean": (0, 1)}, "dataset.mean: 2 numbers; {} has 7 features"),
         ("arrays", {"dataset__randaugment_layers": 2}, "RandAugment needs RGB images; {} has 2 channels"),

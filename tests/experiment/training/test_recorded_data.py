@@ -70,7 +70,10 @@ def test_a_run_that_was_stopped_ends_where_an_undisturbed_one_does(pictures, tra
     stop = running.Stop()
     with running.shared_programs():
         half = train(
-            config(pictures, eval__every="15 steps"), str(tmp_path / "run"), stop=stop, on_evaluation=lambda *_: setattr(stop, "requested", True)
+            config(pictures, eval__every="15 steps"),
+            str(tmp_path / "run"),
+            stop=stop,
+            on_evaluation=lambda *_: setattr(stop, "requested", True),
         )
         assert half.interrupted
         whole = train(config(pictures, eval__every="15 steps"), str(tmp_path / "run"))

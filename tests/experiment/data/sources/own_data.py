@@ -23,6 +23,10 @@ def vectors():
     return {split: (draw.normal(3, 2, (20, 7)), np.arange(20) % 4) for split in ("train", "test")}
 
 
+def floats():
+    return {split: (np.ones((8, 4, 4, 3), np.float64), np.arange(8) % 2) for split in ("train", "test")}
+
+
 def targets():
     """Numbers to predict, and a field of one's own."""
     images, _ = _draw(12, 4, 4, 3)
