@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.objectives import output_problems
 from lowrank_jax.experiment.config.schema import Config, EvalConfig, OptimConfig
+from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.linen.plan import plan as plan_model
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import Plan
@@ -22,23 +23,22 @@ def make_plan(config: Config) -> Plan:
       ConfigError: the model cannot be built, trained or evaluated on these inputs, its outputs are not what the objective
         takes, or a rule does not fit it.
     """
-    return _make_plan(
-        Config(
-            model=config.model,
-            dataset=config.dataset,
-            lowrank=config.lowrank,
-            objective=config.objective,
-            optim=OptimConfig(label_smoothing=config.optim.label_smoothing),
-            eval=EvalConfig(best=config.eval.best),
-            code_dir=config.code_dir,
-        )
-    )  # all that it depends on
+    relevant = Config(
+        model=config.model,
+        dataset=config.dataset,
+        lowrank=config.lowrank,
+        objective=config.objective,
+        optim=OptimConfig(label_smoothing=config.optim.label_smoothing),
+        eval=EvalConfig(best=config.eval.best),
+        code_dir=config.code_dir,
+    )
+    return _make_plan(relevant, config.description)  # all that it depends on: data of the user's own may have changed
 
 
 @functools.cache
-def _make_plan(config: Config) -> Plan:
+def _make_plan(config: Config, dataset: Dataset) -> Plan:
     # Two examples, and the one stream of randomness that training has: what fails in a batch is found here.
-    two = jax.ShapeDtypeStruct((2, *config.description.image_shape), jnp.float32)
+    two = jax.ShapeDtypeStruct((2, *dataset.image_shape), jnp.float32)
     rngs = {"dropout": jax.random.key(0)}
     try:
         network = config.build_network()

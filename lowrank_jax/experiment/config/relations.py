@@ -48,13 +48,13 @@ def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> l
 
 
 def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
-    options = datasets.find(config.dataset.name).options
+    source = datasets.find(config.dataset.name)
     problems: list[str] = []
-    if options:
-        read_section(options, config.dataset.kwargs, "dataset.kwargs.", problems)
-    else:
+    if source.options:
+        read_section(source.options, config.dataset.kwargs, "dataset.kwargs.", problems)
+    elif not source.free_options:
         problems += [f"dataset.kwargs.{key}: {config.dataset.name} has no settings" for key in config.dataset.kwargs]
-    problems = problems or _image_problems(config)
+    problems = problems or _data_problems(config) or _image_problems(config)
     if problems:
         return problems
     for key in ("train_split", "eval_split", "valid_split"):
@@ -78,6 +78,16 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
     return problems
 
 
+def _data_problems(config: Config) -> list[str]:
+    """Data of the user's own that cannot be used."""
+    try:
+        _ = config.description
+    except datasets.DataError as error:
+        said = first_line(error)
+        return [said if said.startswith("dataset.") else f"dataset.name: {said}"]
+    return []
+
+
 def _length_problems(config: Config) -> list[str]:
     """Lengths that steps cannot count, and more batches for the initialisation than an epoch has."""
     problems, optim = [], config.optim
@@ -96,35 +106,96 @@ def _length_problems(config: Config) -> list[str]:
     return problems
 
 
-_DECODING_KEYS = ("image_size", "crop_area", "eval_crop", "max_undecodable")
+_CROPPING_KEYS = ("image_size", "crop_area", "eval_crop")
 
 
 def _image_problems(config: Config) -> list[str]:
     """Settings that these images do not take."""
-    given, dataset, name = config.dataset, config.description, config.dataset.name
+    dataset, name = config.description, config.dataset.name
     if "train" not in dataset.sizes:
-        return [f"dataset.name: {name!r}; for evaluation only, as in lowrank evaluate --dataset={name}"]
-    if len(dataset.image_shape) != 3:
-        return []
-    height, width, channels = dataset.image_shape
-    stored = f"{name} images are {height}x{width} and are not resized; remove this setting"
-    layers, problems = given.randaugment_layers, []
-    if dataset.decoding is None:
-        problems += [
-            f"dataset.{key}: {getattr(given, key)!r}; {stored}"
-            for key in _DECODING_KEYS
-            if getattr(given, key) != getattr(DatasetConfig(), key)
-        ]
+        known = "" if name in datasets.NAMES else f"; it has no split train, only {', '.join(dataset.sizes)}"
+        return [f"dataset.name: {name!r}; for evaluation only, as in lowrank evaluate --dataset={name}{known}"]
+    return [
+        *_crop_problems(config, dataset),
+        *_augmentation_problems(config.dataset, dataset),
+        *_statistics_problems(config.dataset, dataset),
+    ]
+
+
+def _crop_problems(config: Config, dataset: datasets.Dataset) -> list[str]:
+    """Settings of crops that are not for images of this kind."""
+    given, name = config.dataset, config.dataset.name
+    problems = []
+    if not dataset.cropped:
+        stored = f"{name} {_inputs(dataset)} and are not resized; remove this setting"
+        keys = _CROPPING_KEYS if dataset.decoding else (*_CROPPING_KEYS, "max_undecodable")
+        problems += [f"dataset.{key}: {getattr(given, key)!r}; {stored}" for key in keys if _is_set(given, key)]
     elif given.crop_padding:
         problems.append(f"dataset.crop_padding: {given.crop_padding}; {name} uses dataset.crop_area; remove this setting")
-    if given.crop_padding >= min(height, width):
+    if dataset.is_images and given.crop_padding >= min(dataset.image_shape[:2]):
         problems.append(
             f"dataset.crop_padding: {given.crop_padding}; must be less than the side of an image, or crops may miss it;"
-            f" {name} images are {height}x{width}"
+            f" {name} {_inputs(dataset)}"
         )
-    if layers and channels != 3:
-        problems.append(f"dataset.randaugment_layers: {layers}; RandAugment needs RGB images; {name} is grey-scale")
     return problems
+
+
+def _is_set(given: DatasetConfig, key: str) -> bool:
+    """Whether a setting differs from its default."""
+    return getattr(given, key) != getattr(DatasetConfig(), key)
+
+
+def _inputs(dataset: datasets.Dataset) -> str:
+    """What a data set holds, after its name."""
+    if not dataset.is_images:
+        return f"inputs are vectors of {dataset.image_shape[0]}"
+    height, width, _ = dataset.image_shape
+    return f"images are {height}x{width}"
+
+
+_OF_IMAGES = ("flip", "crop_padding", "randaugment_layers", "random_erasing", "cutmix")
+
+
+def _augmentation_problems(given: DatasetConfig, dataset: datasets.Dataset) -> list[str]:
+    """Augmentations that make no sense of these inputs or labels."""
+    name, layers = given.name, given.randaugment_layers
+    if not dataset.is_images:
+        wrong = [key for key in _OF_IMAGES if _is_set(given, key)]
+        return [f"dataset.{key}: {getattr(given, key)!r}; {name} has vectors, no images; remove this setting" for key in wrong]
+    problems = []
+    for field in _maps(dataset):
+        moving = [key for key in ("flip", "crop_padding", "randaugment_layers") if _is_set(given, key)]
+        problems += [f"dataset.{key}: {getattr(given, key)!r}; would move the image, but not its {field}" for key in moving]
+        if dataset.cropped:
+            problems.append(f"dataset.name: {name!r}; crops would move its images, but not their {field}; give all one size")
+    if layers and dataset.image_dtype != "uint8":
+        problems.append(
+            f"dataset.randaugment_layers: {layers}; RandAugment needs uint8 images; {name} has {dataset.image_dtype}"
+        )
+    elif layers and dataset.image_shape[-1] != 3:
+        channels = dataset.image_shape[-1]
+        has = "is grey-scale" if channels == 1 else f"has {channels} channels"
+        problems.append(f"dataset.randaugment_layers: {layers}; RandAugment needs RGB images; {name} {has}")
+    return problems
+
+
+def _maps(dataset: datasets.Dataset) -> list[str]:
+    """The fields besides the image that have its height and width, so that they would have to move with it."""
+    sides = dataset.image_shape[:2]
+    return [
+        name for name, field in dataset.fields.items() if name != "image" and len(field.shape) > 1 and field.shape[:2] == sides
+    ]
+
+
+def _statistics_problems(given: DatasetConfig, dataset: datasets.Dataset) -> list[str]:
+    """Means and deviations that are not one for each channel."""
+    needed = dataset.image_shape[-1]
+    what = "channels" if dataset.is_images else "features"
+    return [
+        f"dataset.{key}: {len(values)} numbers; {given.name} has {needed} {what}"
+        for key, values in (("mean", given.mean), ("std", given.std))
+        if values is not None and len(values) != needed
+    ]
 
 
 def _overlaps(config: Config) -> list[str]:

@@ -66,6 +66,10 @@ def _fraction(value: float) -> str | None:
     return None if 0 < value <= 1 else "must be in (0, 1]"
 
 
+def _deviations(values: tuple[float, ...]) -> str | None:
+    return None if all(rate(value) is None for value in values) else "must be above 0"
+
+
 def _area(value: tuple[float, float]) -> str | None:
     return None if 0 < value[0] <= value[1] <= 1 else "must be two fractions in (0, 1], the smaller one first"
 
@@ -112,9 +116,13 @@ class DatasetConfig(_Hashable):
     randaugment_layers: int = _option(0, at_least(0, 100))
     randaugment_magnitude: float = _option(9.0, _between(0, 10))
     random_erasing: float = _option(0.0, _between(0, 1))  # probability that a rectangle of an image is replaced by noise
+    # Of the inputs, by channel or feature (pixels scaled to [0, 1]); None for the data set's own, or for those of the training
+    # split, which are then computed once.
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = _option(None, lambda values: _deviations(values))
     mixup: float = _option(0.0, at_least(0, 1000))  # alpha of the Beta distribution of mixing weights; 0: off
     cutmix: float = _option(0.0, at_least(0, 1000))  # the same; with both, each batch uses one of them
-    kwargs: FrozenDict = FrozenDict()  # of `synthetic` and `imagenet2012`
+    kwargs: FrozenDict = FrozenDict()  # the data set's own settings
 
     def to_augmentation(self) -> Augmentation:
         """Augmentation of training images; which crop applies depends on the data set."""
@@ -365,9 +373,24 @@ class Config:
 
     @property
     def description(self) -> datasets.Dataset:
-        """The data set's description, which needs no data."""
+        """The data set's description; the user's own data is looked at for it, once in a process.
+
+        Raises:
+          DataError: the user's own data cannot be used.
+        """
         given = self.dataset
-        return datasets.describe(given.name, given.kwargs, image_size=given.image_size, decoding=self.decoding)
+        dataset = datasets.describe(
+            given.name,
+            given.kwargs,
+            image_size=given.image_size,
+            decoding=self.decoding,
+            data_dir=given.data_dir,
+            code_dir=getattr(self, "code_dir", None),
+        )
+        mean, std = given.mean, given.std
+        return dataclasses.replace(
+            dataset, mean=dataset.mean if mean is None else mean, std=dataset.std if std is None else std
+        )
 
     @property
     def decoding(self) -> datasets.Decoding:

@@ -16,6 +16,7 @@ from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation.results import Evaluation, Rows
 from lowrank_jax.experiment.evaluation.selection import default_split, other_dataset, restore
 from lowrank_jax.experiment.hosts.processes import several
+from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.experiment.training.evaluate import evaluate
 from lowrank_jax.experiment.training.fits import check_evaluation
@@ -131,12 +132,13 @@ class Evaluator:
           UntrustedCode: its config names code that is not trusted.
         """
         folder = Workdir(workdir)
-        config = stored = self._config(folder, f"{workdir}/config.json")
+        stored = self._config(folder, f"{workdir}/config.json")
+        config = recorded_data.as_trained(stored, folder)
         if self._max_undecodable is not None:
             limited = dataclasses.replace(config.dataset, max_undecodable=self._max_undecodable)
             config = dataclasses.replace(config, dataset=limited)
         experiment = self._experiment(config, workdir)
-        other = other_dataset(config, self._dataset) if self._dataset else config.description
+        other = other_dataset(config, self._dataset, self._data_dir) if self._dataset else config.description
         split = self._split or default_split(config, other)
         examples = self._read(other, split, self._data_dir or config.dataset.data_dir)
         name = split if other.name == config.dataset.name else f"{other.name}/{split}"
@@ -147,11 +149,14 @@ class Evaluator:
 
     def _config(self, folder: Workdir, source: str) -> Config:
         values = folder.read_config()
+        if self._data_dir:
+            values["dataset"] = {**values["dataset"], "data_dir": self._data_dir}
         try:
             check_trust(values, self._trusted, source)
         except UntrustedCode as error:
             self.untrusted |= dict.fromkeys(error.names)
             raise
+        recorded_data.remember(folder)
         with named_code.not_in(folder.path):
             return configs.parse(values, source=source, devices=None)
 

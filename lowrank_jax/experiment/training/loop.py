@@ -18,6 +18,7 @@ from lowrank_jax.experiment.data.pipeline import Feed, TrainBatches, shard_of
 from lowrank_jax.experiment.hosts.processes import OtherFailed, barrier, exchange
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
+from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.experiment.training.class_weights import with_class_weights
 from lowrank_jax.experiment.training.evaluate import Evaluated, Interrupted, evaluate, score
@@ -73,6 +74,10 @@ def train(
         folder.write_text("overview.txt", f"{describe(experiment)}\n")
         with Writer(folder) as writer, _checkpoints(folder, config) as checkpoints:
             writer.say(headline(experiment))
+            for note in experiment.dataset.notes:
+                writer.say(f"{experiment.dataset.name}: {note}")
+            dataset = recorded_data.settle(folder, experiment.dataset, data["train"], writer.say)
+            experiment = dataclasses.replace(experiment, dataset=dataset)
             writer.show_settings(flatten(to_dict(config)))
             if experiment.class_weights:
                 writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in experiment.class_weights)}")
