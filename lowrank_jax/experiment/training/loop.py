@@ -126,7 +126,7 @@ def _checkpoints(folder: Workdir, config: Config) -> Checkpoints:
 
 def _agree(config: dict[str, Any]) -> None:
     """Raises WorkdirError unless all processes have the same settings."""
-    ours = {key: value for key, value in flatten(config).items() if key != "dataset.data_dir"}
+    ours = {key: value for key, value in flatten(config).items() if key not in ("code_dir", "dataset.data_dir")}
     first, *others = [json.loads(text) for text in exchange(json.dumps(ours))]
     for process, theirs in enumerate(others, start=1):
         different = [f"{key} is {theirs.get(key)}, not {first[key]}" for key in first if theirs.get(key) != first[key]]
