@@ -65,7 +65,6 @@ def train(
     experiment = build(config, source)
     check_training(experiment)
     data = _load(experiment)
-    experiment = with_class_weights(experiment, data["train"])
     folder = _checked(workdir, config)
     with folder.locked():
         _claim(folder, config)
@@ -74,6 +73,7 @@ def train(
         with Writer(folder) as writer, _checkpoints(folder, config) as checkpoints:
             writer.say(headline(experiment))
             writer.show_settings(flatten(to_dict(config)))
+            experiment = with_class_weights(experiment, data["train"])
             if experiment.class_weights:
                 writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in experiment.class_weights)}")
             stop = stop or StopSignal()
