@@ -103,7 +103,7 @@ def test_a_module_of_the_same_name_in_another_folder_is_refused_rather_than_conf
 
 def test_a_file_in_a_work_directory_is_not_imported(folders):
     for name, folder in (("beside_a_test.py:value", folders / "one"), ("other_of_a_test:value", folders / "one")):
-        with not_in(str(folders)), pytest.raises(ValueError, match="lies in .*, the work directory that is read"):
+        with not_in(str(folders)), pytest.raises(ValueError, match=r"lies in .*, the work directory that is read"):
             import_attribute(name, "model", str(folder))
     assert "other_of_a_test" not in sys.modules
 

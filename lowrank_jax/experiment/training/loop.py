@@ -66,7 +66,6 @@ def train(
     experiment = build(config, source)
     check_training(experiment)
     data = _load(experiment)
-    experiment = with_class_weights(experiment, data["train"])
     folder = _checked(workdir, config)
     with folder.locked():
         _claim(folder, config)
@@ -79,6 +78,7 @@ def train(
             dataset = recorded_data.settle(folder, experiment.dataset, data["train"], writer.say)
             experiment = dataclasses.replace(experiment, dataset=dataset)
             writer.show_settings(flatten(to_dict(config)))
+            experiment = with_class_weights(experiment, data["train"])
             if experiment.class_weights:
                 writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in experiment.class_weights)}")
             stop = stop or StopSignal()
@@ -131,7 +131,7 @@ def _checkpoints(folder: Workdir, config: Config) -> Checkpoints:
 
 def _agree(config: dict[str, Any]) -> None:
     """Raises WorkdirError unless all processes have the same settings."""
-    ours = {key: value for key, value in flatten(config).items() if key != "dataset.data_dir"}
+    ours = {key: value for key, value in flatten(config).items() if key not in ("code_dir", "dataset.data_dir")}
     first, *others = [json.loads(text) for text in exchange(json.dumps(ours))]
     for process, theirs in enumerate(others, start=1):
         different = [f"{key} is {theirs.get(key)}, not {first[key]}" for key in first if theirs.get(key) != first[key]]
