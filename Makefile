@@ -58,6 +58,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.learning
 	$(BIN)/python -m benchmarks.sweep_overhead
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.folder
 	$(BIN)/python -m benchmarks.execution
 
 clean:

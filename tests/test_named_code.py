@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from lowrank_jax.named_code import import_attribute, is_code, not_in
+from lowrank_jax import named_code
+from lowrank_jax.named_code import folder_of, import_attribute, is_code, not_in
 
 
 @pytest.fixture
@@ -49,8 +50,70 @@ def test_ctrl_c_stays_one(folder):
         import_attribute("mine_of_a_test:value", "model")
 
 
-@pytest.mark.parametrize("name", ["a", "a:", ":b", ".a:b", "a..b:c", "a:b.c", "a/b:c", "a:b:c", "os:path.join", "a :b"])
+@pytest.mark.parametrize(
+    "name", ["a", "a:", ":b", ".a:b", "a..b:c", "a:b.c", "a/b:c", "a:b:c", ".py:c", "a.py:", "a.py:b.c", "os:path.join", "a :b"]
+)
 def test_other_forms_are_no_code(name):
     assert not is_code(name)
     with pytest.raises(ValueError, match="cannot be imported: it must look like"):
         import_attribute(name, "model")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Two folders of a user's, each with a module `beside_a_test` that imports another one."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(named_code, "_folders", [])
+    before = set(sys.modules)
+    for value, name in enumerate(("one", "two")):
+        (tmp_path / name / "inside_a_test").mkdir(parents=True)
+        (tmp_path / name / "inside_a_test" / "deep.py").write_text(f"value = {value + 10}")
+        (tmp_path / name / "beside_a_test.py").write_text("from other_of_a_test import value")
+        (tmp_path / name / "other_of_a_test.py").write_text(f"value = {value}")
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if "_of_a_test" in name or "_a_test" in name:
+            del sys.modules[name]
+
+
+def test_modules_of_a_folder_are_found_with_what_they_import(folders):
+    one = str(folders / "one")
+    assert import_attribute("beside_a_test:value", "model", one) == 0
+    assert import_attribute("inside_a_test.deep:value", "model", one) == 10
+    with pytest.raises(ValueError, match=rf"No module named 'nothing_of_a_test', neither among .* nor in {one}"):
+        import_attribute("nothing_of_a_test:value", "model", one)
+    with pytest.raises(ValueError, match="No module named 'nothing_of_a_test', and no code_dir is set"):
+        import_attribute("nothing_of_a_test:value", "model")
+
+
+def test_files_are_found_from_the_folder_or_by_their_whole_path(folders):
+    assert import_attribute("one/beside_a_test.py:value", "model", str(folders)) == 0
+    assert import_attribute(f"{folders}/one/beside_a_test.py:value", "model") == 0
+    with pytest.raises(ValueError, match=r"there is no file .*one/missing\.py"):
+        import_attribute("one/missing.py:value", "model", str(folders))
+
+
+def test_a_module_of_the_same_name_in_another_folder_is_refused_rather_than_confused(folders):
+    assert import_attribute("other_of_a_test:value", "model", str(folders / "one")) == 0
+    for name in ("other_of_a_test:value", "beside_a_test.py:value"):  # the second one would import the first one's
+        with pytest.raises(ValueError, match=r"cannot be told from the 'other_of_a_test' that was imported from .*one; rename"):
+            import_attribute(name, "model", str(folders / "two"))
+    assert import_attribute("other_of_a_test:value", "model", str(folders / "one")) == 0
+
+
+def test_a_file_in_a_work_directory_is_not_imported(folders):
+    for name, folder in (("beside_a_test.py:value", folders / "one"), ("other_of_a_test:value", folders / "one")):
+        with not_in(str(folders)), pytest.raises(ValueError, match=r"lies in .*, the work directory that is read"):
+            import_attribute(name, "model", str(folder))
+    assert "other_of_a_test" not in sys.modules
+
+
+def test_a_folder_is_needed_only_by_what_is_found_nowhere_else(folders):
+    one, two = folders / "one", folders / "two"
+    (two / "only_of_a_test.py").write_text("")
+    assert folder_of(["json:loads", "lowrank_jax.models:MLP", f"{one}/beside_a_test.py:value", "top1"], [one, two]) is None
+    assert folder_of(["beside_a_test:value", "json:loads"], [one, two]) == str(one)
+    assert folder_of(["beside_a_test:value", "only_of_a_test.py:value"], [one, two]) == str(two)
+    assert folder_of(["nothing_of_a_test:value"], [one, two]) == str(one)  # for the message
+    import_attribute("beside_a_test:value", "model", str(one))
+    assert folder_of(["beside_a_test:value"], [two]) == str(two)  # what one folder has is not known to the next

@@ -1,11 +1,22 @@
-"""What training minimises and what evaluation measures: the loss and the metrics, by name.
+"""What training minimises and what evaluation measures, by name.
 
-A function of your own is given as "package.module:function".  Losses and metrics have one signature:
+`softmax` is for classes, one of them right, and takes its loss and its metrics by name; `sigmoid` for classes of which any
+number are right; `mse` for numbers.  An objective of your own is "package.module:function":
+
+    def fn(outputs, batch, train):  # -> (loss [batch], {name: metric})
+
+`outputs` is what the model returns, its floating-point arrays as float32.  `batch` holds by name what the data set gives, among
+it `image` as the network gets it and `label`, and `weight` `[batch]`: in training what the example counts, in evaluation 0
+where a batch is filled up and 1 elsewhere.  A metric is one value per example, `[batch]`, or a pair of such, numerators and
+denominators, and what is reported is the sum of the ones over the sum of the others.  What it returns with `train=True` is
+logged in training; with `train=False` it may return more.
+
+A loss or a metric of your own for `softmax` has one signature:
 
     def fn(logits, targets): ...  # float32 [batch, classes], float32 [batch, classes] -> [batch]
 
-They return one value per example.  Every row of `targets` sums to one: in training after label smoothing, mixup and cutmix; in
-evaluation it is one-hot.
+Every row of `targets` sums to one: in training after label smoothing, mixup and cutmix; in evaluation it is one-hot.  Where
+labels are maps of classes, every place is a row.
 """
 
 import dataclasses
@@ -17,10 +28,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_jax.named_code import import_attribute
-from lowrank_jax.text import did_you_mean, first_line
+from lowrank_jax.experiment.best import Best, metric_name
+from lowrank_jax.named_code import import_attribute, is_code
+from lowrank_jax.text import did_you_mean
 
 PerExample = Callable[[jax.Array, jax.Array], jax.Array]
+Metric = jax.Array | tuple[jax.Array, jax.Array]
+Measure = Callable[[Any, dict[str, Any], bool], tuple[jax.Array, Mapping[str, Metric]]]
+
+SOFTMAX, SIGMOID, MSE = NAMES = ("softmax", "sigmoid", "mse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,31 +44,163 @@ class Objective:
     """A loss and metrics.
 
     Attributes:
-      loss: called as `loss(logits, targets)`, with targets `[batch, classes]` in training and labels `[batch]` in evaluation.
-      metrics: by name, called in the same way.  The first one, of which larger is better, decides which checkpoint is best.
+      measure: `(outputs, batch, train) -> (loss, metrics)`, per example; of `softmax`, for each of its places if it has many.
+      best: the metric that checkpoints are chosen by.
+      class_weights: what the loss of each class counts in training; empty if all count 1.
     """
 
-    loss: PerExample
-    metrics: Mapping[str, PerExample]
+    measure: Measure
+    best: Best = Best()
+    class_weights: tuple[float, ...] = ()
 
-    @property
-    def deciding(self) -> str:
-        """The name of the metric that checkpoints are chosen by."""
-        return next(iter(self.metrics))
+    def __call__(self, outputs: Any, batch: dict[str, Any], *, train: bool) -> tuple[jax.Array, dict[str, Metric]]:
+        """The loss, `[batch]`, and every metric: `[batch]`, or a pair of such.
+
+        Args:
+          outputs: of the model.
+          batch: `label`, `[batch, ...]`, whatever else the data set gives, and in evaluation `weight`, `[batch]`.
+          train: whether it is for training, where `label` may be distributions over classes.
+        """
+        outputs = jax.tree.map(_to_float32, outputs)
+        weights = None
+        if train:
+            weights = _weights_of(self.class_weights, batch["label"]) if self.class_weights else None
+            ones = jnp.ones(len(batch["label"]), jnp.float32)
+            batch = {**batch, "weight": ones if weights is None else _mean(weights)}
+        loss, metrics = self.measure(outputs, batch, train)
+        loss = _mean(loss if weights is None else loss * weights)
+        return loss, {name: _per_example(value) for name, value in metrics.items()}
 
 
-def make_objective(loss: str, metrics: Sequence[str]) -> Objective:
-    """The functions that a config names.
+def _to_float32(leaf: Any) -> Any:
+    return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def _weights_of(class_weights: tuple[float, ...], labels: jax.Array) -> jax.Array:
+    """What each label counts, `[batch, ...]`: classes, or distributions over classes `[batch, ..., classes]`."""
+    weights = jnp.asarray(class_weights, jnp.float32)
+    return weights[labels] if jnp.issubdtype(labels.dtype, jnp.integer) else labels @ weights
+
+
+def _mean(values: jax.Array) -> jax.Array:
+    """Over all axes but the first."""
+    return values if values.ndim < 2 else values.mean(range(1, values.ndim))
+
+
+def _sum(values: jax.Array) -> jax.Array:
+    return values if values.ndim < 2 else values.sum(range(1, values.ndim))
+
+
+def _per_example(value: Metric) -> Metric:
+    """A metric of every place as one of every example."""
+    return (_sum(value[0]), _sum(value[1])) if isinstance(value, tuple) else _mean(value)
+
+
+def make_objective(
+    name: str = SOFTMAX,
+    loss: str = "softmax_cross_entropy",
+    metrics: Sequence[str] = ("top1", "top5"),
+    *,
+    best: Best | None = None,
+    one_class: bool = True,
+    class_weights: Sequence[float] = (),
+    folder: str | None = None,
+) -> Objective:
+    """The objective that a config names.
+
+    Args:
+      name: one of `NAMES`, or code.
+      loss, metrics: of `softmax`; the metrics also of `sigmoid` if a label is one class.
+      best: the metric that checkpoints are chosen by; None for the usual one.
+      one_class: whether a label is one class, rather than any number of them.
+      class_weights: what the loss of each class counts in training.
+      folder: where code is looked up besides the installed packages.
 
     Raises:
       ValueError: there is no such function.
     """
-    return Objective(_find(loss, LOSSES, "loss"), {metric_name(name): _find(name, METRICS, "metric") for name in metrics})
+    best = best or Best.usual(name, metrics)
+    if name not in NAMES:
+        return Objective(find_objective(name, folder), best, tuple(class_weights))
+    measured = {metric_name(other): find(other, METRICS, "metric", folder) for other in metrics}
+    known: dict[str, Measure] = {
+        SOFTMAX: functools.partial(_softmax, find(loss, LOSSES, "loss", folder), measured, best.metric),
+        SIGMOID: functools.partial(_one_sigmoid, measured, best.metric) if one_class else _many_sigmoids,
+        MSE: _mse,
+    }
+    return Objective(known[name], best, tuple(class_weights))
 
 
-def metric_name(name: str) -> str:
-    """What a metric is called in logs and tables: "package.module:calibration" is "calibration"."""
-    return name.rpartition(":")[2]
+def find_objective(name: str, folder: str | None) -> Measure:
+    """An objective of the user's.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    if not is_code(name):
+        raise ValueError(f"unknown objective {name!r}{did_you_mean(name, NAMES)}")
+    function: Measure = import_attribute(name, "objective", folder)
+    if not callable(function):
+        raise ValueError(f"objective {name!r} is not a function")
+    return function
+
+
+def takes_mixed_targets(name: str, folder: str | None) -> bool:
+    """Whether an objective takes labels after mixup, cutmix and label smoothing.  One of your own says so by an attribute."""
+    return name in NAMES or getattr(find_objective(name, folder), "mixed_targets", False) is True
+
+
+def _softmax(
+    loss: PerExample, metrics: Mapping[str, PerExample], deciding: str, logits: jax.Array, batch: Mapping[str, Any], train: bool
+) -> tuple[jax.Array, dict[str, Metric]]:
+    label = batch["label"]
+    return _at_places(loss, logits, label), {
+        name: _at_places(metric, logits, label) for name, metric in _measured(metrics, deciding, train).items()
+    }
+
+
+def _measured(metrics: Mapping[str, PerExample], deciding: str, train: bool) -> Mapping[str, PerExample]:
+    """In training the metric that decides; the first one where the loss does."""
+    chosen = deciding if deciding in metrics else next(iter(metrics))
+    return {chosen: metrics[chosen]} if train else metrics
+
+
+def _at_places(function: PerExample, logits: jax.Array, targets: jax.Array) -> Any:
+    """A function of rows at every place of a map: `[batch, ..., classes] -> [batch, ...]`."""
+    if logits.ndim == 2:
+        return function(logits, targets)
+    places = logits.shape[:-1]
+    flat = targets.reshape(-1, *targets.shape[len(places) :])
+    return jax.tree.map(lambda values: values.reshape(places), function(logits.reshape(-1, logits.shape[-1]), flat))
+
+
+def _one_sigmoid(
+    metrics: Mapping[str, PerExample], deciding: str, logits: jax.Array, batch: Mapping[str, Any], train: bool
+) -> tuple[jax.Array, dict[str, Metric]]:
+    """Of labels that are one class, `[batch]`, or distributions, `[batch, classes]`."""
+    label = batch["label"]
+    targets = label if label.ndim == 2 else jax.nn.one_hot(label, logits.shape[-1], dtype=jnp.float32)
+    return optax.sigmoid_binary_cross_entropy(logits, targets).mean(-1), {
+        name: metric(logits, label) for name, metric in _measured(metrics, deciding, train).items()
+    }
+
+
+def _many_sigmoids(logits: jax.Array, batch: Mapping[str, Any], train: bool) -> tuple[jax.Array, dict[str, Metric]]:
+    """Of labels that say of each class whether it is there, `[batch, ..., classes]`."""
+    del train
+    label = batch["label"].astype(jnp.float32)
+    said, true = logits > 0, label > 0.5
+    both = _sum((said & true).astype(jnp.float32))
+    either = _sum(said.astype(jnp.float32)) + _sum(true.astype(jnp.float32))
+    exact = (said == true).reshape(len(label), -1).all(-1)
+    return _mean(optax.sigmoid_binary_cross_entropy(logits, label)), {"f1": (2 * both, either), "exact_match": exact}
+
+
+def _mse(outputs: jax.Array, batch: Mapping[str, Any], train: bool) -> tuple[jax.Array, dict[str, Metric]]:
+    """Of labels that are numbers, `[batch, ...]`; for one number the outputs may be `[batch, 1]`."""
+    del train
+    error = outputs.reshape(batch["label"].shape) - batch["label"].astype(jnp.float32)
+    return _mean(error**2), {"mae": _mean(jnp.abs(error))}
 
 
 def softmax_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -84,18 +232,19 @@ def rank_of_label(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 LOSSES: dict[str, PerExample] = {"softmax_cross_entropy": softmax_cross_entropy}
 METRICS: dict[str, PerExample] = {"top1": top1, "top5": top5}
-DEFAULT = Objective(softmax_cross_entropy, METRICS)
-
-# What else the logs and results hold under such names.
-_TAKEN = ("loss", "count", "examples", "undecodable", "grad_norm", "lr", "images_per_second", "vote")
 
 
-def _find(name: str, known: Mapping[str, PerExample], kind: str) -> PerExample:
+def find(name: str, known: Mapping[str, PerExample], kind: str, folder: str | None = None) -> PerExample:
+    """A loss or a metric of `softmax`.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
     if name in known:
         return known[name]
-    if ":" not in name:
+    if not is_code(name):
         raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, known)}")
-    function: PerExample = import_attribute(name, kind)
+    function: PerExample = import_attribute(name, kind, folder)
     if not callable(function):
         raise ValueError(f"{kind} {name!r} is not a function")
     return functools.partial(_on_distributions, function)
@@ -108,40 +257,4 @@ def _on_distributions(function: PerExample, logits: jax.Array, targets: jax.Arra
     return function(logits, targets)
 
 
-def problems(loss: str, metrics: Sequence[str], num_classes: int | None) -> list[str]:
-    """What is wrong with the names in a config, or with what the functions return for so many classes; each with its key."""
-    found = [] if metrics else ["objective.metrics: empty; checkpoints are chosen by the first metric"]
-    names = [metric_name(name) for name in metrics]
-    for name in dict.fromkeys(names):
-        if name in _TAKEN:
-            found.append(f"objective.metrics: {name!r}; the name is taken, call the function something else")
-        if names.count(name) > 1:
-            found.append(f"objective.metrics: {name!r} is given {names.count(name)} times")
-    entries = [("loss", loss, LOSSES), *(("metric", name, METRICS) for name in metrics)]
-    for kind, name, known in entries:
-        complaint = _complaint(kind, name, known, num_classes)
-        if complaint:
-            found.append(f"objective.{'loss' if kind == 'loss' else 'metrics'}: {complaint}")
-    return found
-
-
-def _complaint(kind: str, name: str, known: Mapping[str, PerExample], num_classes: int | None) -> str | None:
-    try:
-        function = _find(name, known, kind)
-    except ValueError as error:
-        return str(error)
-    if name in known or num_classes is None:
-        return None
-    examples = jax.ShapeDtypeStruct((2, num_classes), jnp.float32)
-    try:
-        value: Any = jax.eval_shape(function, examples, examples)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever somebody's function may raise, SystemExit too
-        return f"{name!r} fails on logits [2, {num_classes}] and targets [2, {num_classes}]: {first_line(error)}"
-    if getattr(value, "shape", None) != (2,):
-        shape = getattr(value, "shape", type(value).__name__)
-        return f"{name!r} returns {shape} for a batch of 2; it must return one value per example, [2]"
-    if kind == "loss" and not jnp.issubdtype(value.dtype, jnp.floating):
-        return f"{name!r} returns {value.dtype}; a loss must return floating-point numbers"
-    return None
+DEFAULT = make_objective()

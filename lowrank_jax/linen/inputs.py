@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lowrank_jax.linen.interception import observe, unseen
 from lowrank_jax.linen.known import find, first_argument, is_built_in
 from lowrank_jax.linen.layers import apply
+from lowrank_jax.linen.named_axes import in_named_axes
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import FactoredKernel, Plan
 
@@ -46,7 +47,7 @@ def capture(
     mutable = [COLLECTION, *(name for name in variables if name != "params")]
     args = batch if isinstance(batch, tuple) else (batch,)
     with observe(watch):
-        _, written = apply(model, variables, *args, **kwargs, mutable=mutable, rngs=rngs)
+        _, written = in_named_axes(lambda: apply(model, variables, *args, **kwargs, mutable=mutable, rngs=rngs))
     sown = named_leaves(written.get(COLLECTION, {}), is_leaf=lambda node: isinstance(node, tuple))
     by_place = {name: f"{name.rpartition('/')[0]}/{_sown(name)}".lstrip("/") for name in planned}
     found = {name: sown[place] for name, place in by_place.items() if place in sown and name not in watch.missed}

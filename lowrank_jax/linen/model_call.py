@@ -1,7 +1,6 @@
 """A Linen model and what it is called on, traced on shapes."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,7 @@ from flax.core import DenyList
 
 from lowrank_jax.linen.interception import intercept, unseen
 from lowrank_jax.linen.layers import call_model, with_keywords
-
-_UNBOUND = re.compile(r"unbound axis name:? '?(\w+)")
+from lowrank_jax.linen.named_axes import in_named_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +55,7 @@ class ModelCall:
             own = {name: value for name, value in kwargs.items() if name not in ("method", "mutable")}
             return self.model.init(rngs, *args, method=with_keywords(kwargs.get("method"), own))
 
-        return jax.eval_shape(init, self.arrays)
+        return jax.eval_shape(lambda arrays: in_named_axes(lambda: init(arrays)), self.arrays)
 
     def trace(self, make_variables: Callable[..., Any], interceptor: Any, *shapes: Any) -> Any:
         """The program of `model.apply`, whose first inputs are the leaves of `shapes`.
@@ -80,7 +78,7 @@ class ModelCall:
                 with unseen(), intercept(interceptor):
                     return call_model(self.model, make_variables(*shapes), *args, **options)
 
-            return _traced_in_axes(run, shapes, self.arrays)
+            return in_named_axes(run, lambda mapped: jax.make_jaxpr(mapped)(shapes, self.arrays))
 
         try:
             return program([name for name in variables if name != "params"])
@@ -99,19 +97,3 @@ class ModelCall:
 
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-
-
-def _traced_in_axes(run: Callable[..., Any], *args: Any) -> Any:
-    """`jax.make_jaxpr(run)(*args)`, in the named axes that it asks for, such as those of a BatchNorm over devices."""
-    axes: list[str] = []
-    while True:
-        mapped = run
-        for axis in axes:
-            mapped = jax.vmap(mapped, in_axes=None, axis_name=axis, axis_size=1)  # type: ignore[arg-type]
-        try:
-            return jax.make_jaxpr(mapped)(*args)
-        except NameError as error:
-            unbound = _UNBOUND.search(str(error))
-            if unbound is None or unbound[1] in axes:
-                raise
-            axes.append(unbound[1])

@@ -45,8 +45,12 @@ def build(name: str, *, num_classes: int, **kwargs: Any) -> nn.Module:
     return model
 
 
-def constructor(name: str) -> Callable[..., Any]:
+def constructor(name: str, folder: str | None = None) -> Callable[..., Any]:
     """What `build` will call.
+
+    Args:
+      name: as for `build`.
+      folder: where code is looked up besides the installed packages.
 
     Raises:
       ValueError: no such model.
@@ -55,19 +59,19 @@ def constructor(name: str) -> Callable[..., Any]:
         return MODELS[name]
     if ":" not in name:
         raise ValueError(f"unknown model {name!r}{did_you_mean(name, MODELS)}")
-    found = import_attribute(name, "model")
+    found = import_attribute(name, "model", folder)
     if not callable(found):
         raise ValueError(f"model {name!r} is {found!r}; it must be a Linen module class, or a function that makes one")
     return found
 
 
-def settings(name: str) -> dict[str, Any] | None:
-    """The model's own settings and their types, for checking; None where they are not known, as of a function."""
-    cls: Any = constructor(name)
+def settings(name: str, folder: str | None = None) -> dict[str, Any] | None:
+    """The settings of a model and their types, for checking; None where they are not known, as of a function."""
+    cls: Any = constructor(name, folder)
     cls = cls.func if isinstance(cls, functools.partial) else cls
     if not (isinstance(cls, type) and issubclass(cls, nn.Module) and dataclasses.is_dataclass(cls)):  # nn.Module is none
         return None
-    hidden = {"parent", "name", "num_classes", "dtype"}  # dtype is `model.dtype` in a config
+    hidden = {"parent", "name"}
     try:
         hints = typing.get_type_hints(cls)
     except Exception:  # names that are there for type checkers alone

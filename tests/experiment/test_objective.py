@@ -136,19 +136,21 @@ def test_it_is_evaluated_and_reported(own, capsys):
     assert lowrank("report", str(folder), f"--out={folder / 'report'}") == 0
 
 
-def test_a_report_and_a_sweep_compare_top1_and_say_so(own, tmp_path, repository):
+def test_what_a_result_lacks_it_cannot_be_compared_by(own, tmp_path):
     shutil.copytree(own[0], tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    del result["eval"]["top1"]
+    del result["eval"]["confidence"], result["metrics"]
     (tmp_path / "run" / "result.json").write_text(json.dumps(result))
     [run] = stored_runs.find([str(tmp_path)]).runs
-    assert "a report compares top1, which is not among this run's objective.metrics" in run.reason
+    assert "its result has no confidence, by which its checkpoints were chosen" in run.reason
 
-    settings = [("objective.metrics", repr(OWN["objective__metrics"]))]
-    with pytest.raises(
-        configs.ConfigError, match=r"objective\.metrics: a sweep compares its trials by top1, which must come first"
-    ):
-        trials.expand(str(repository / "configs" / "digits_resnet.py"), settings, "seed=0:2", str(tmp_path / "sweep"))
+
+def test_the_trials_of_a_sweep_are_compared_by_one_metric(tmp_path, repository):
+    source, text = str(repository / "configs" / "digits_resnet.py"), "eval.best=top5,-loss"
+    with pytest.raises(configs.ConfigError, match=r"eval\.best: a sweep compares its trials by one metric, .*top5 .*-loss"):
+        trials.expand(source, [], text, str(tmp_path / "sweep"))
+    [trial] = trials.expand(source, [("eval.best", "-loss")], "seed=0", str(tmp_path / "sweep")).first
+    assert (trial.config.best.metric, trial.config.best.lower) == ("loss", True)
 
 
 def lowrank(*arguments):

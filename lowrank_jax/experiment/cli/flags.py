@@ -409,7 +409,7 @@ def _add_step(command: argparse.ArgumentParser) -> None:
         "--step",
         default="latest",
         type=flag_types.text,
-        help="latest (default), best (by the first of objective.metrics), or a step number",
+        help="latest (default), best (by eval.best), or a step number",
     )
 
 

@@ -17,9 +17,11 @@ from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import RequiredValueError
 
 from lowrank_jax.experiment import shipped
+from lowrank_jax.experiment.config.code import code_names
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.named_code import folder_of
 from lowrank_jax.text import did_you_mean, first_line, shown
 
 Overrides = Mapping[str, Any] | Sequence[tuple[str, Any]]
@@ -158,13 +160,32 @@ def _folder_kept() -> Iterator[None]:
 
 
 def overridden(config: str | ConfigDict, overrides: Overrides = ()) -> ConfigDict:
-    """The values of a config file, or a copy of values at hand, with some of them replaced by dotted key."""
+    """The values of a config file, or a copy of values at hand, with some of them replaced by dotted key.
+
+    `code_dir` is set if they name code that only the file's own folder, or the current one, has.
+    """
     loaded, source = (load(config), config) if isinstance(config, str) else (config, "config")
     pairs = list(overrides if isinstance(overrides, Sequence) else overrides.items())
     given = _resolved(loaded, dict(pairs), source)
     for key, value in pairs:
         override(given, key, str(value))
+    folders = [pathlib.Path(config.partition(":")[0]).parent] if isinstance(config, str) else []
+    _set_code_dir(given, [*folders, pathlib.Path()])
     return given
+
+
+def _set_code_dir(config: ConfigDict, folders: Sequence[pathlib.Path]) -> None:
+    """Sets where code is looked up, if nobody has and the config names code that is not found without."""
+    try:
+        values = config.to_dict()
+    except TypeError:  # a key is not text, which `parse` says
+        return
+    if values.get("code_dir") is not None:
+        return
+    named = [name for names in code_names(values).values() for name in names]
+    if (folder := folder_of(named, folders)) is not None:
+        with config.unlocked():
+            config.code_dir = folder
 
 
 def _resolved(config: ConfigDict, overrides: Mapping[str, Any], source: str) -> ConfigDict:

@@ -12,6 +12,7 @@ from lowrank_jax.experiment.config.files import ConfigError, Overrides, overridd
 from lowrank_jax.experiment.config.relations import relation_problems
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.config.typed import read_section
+from lowrank_jax.experiment.data.kept import look_again
 
 
 def read(config: str | ConfigDict, overrides: Overrides = (), *, source: str = "", devices: int | None = None) -> Config:
@@ -42,6 +43,7 @@ def parse(config: ConfigDict | dict[str, Any], *, source: str = "config", device
       ConfigError: with all problems.
     """
     problems: list[str] = []
+    look_again()
     try:
         values = config.to_dict() if isinstance(config, ConfigDict) else config
     except TypeError:  # it sorts its keys

@@ -1,19 +1,19 @@
 """Checks between the values of a config, and against its data set, model and devices."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 
-from lowrank_jax import models
-from lowrank_jax.experiment import objective
+from lowrank_jax.experiment.config import objectives
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.plan import images_like, make_plan
 from lowrank_jax.experiment.config.schema import Config, DatasetConfig, rate
 from lowrank_jax.experiment.config.typed import read_section, read_value
 from lowrank_jax.experiment.data import datasets, splits
 from lowrank_jax.experiment.hosts.sharding import AXES, read_rules, rule_problems
-from lowrank_jax.text import did_you_mean, first_line, shown
+from lowrank_jax.text import first_line, shown
 
 
 def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> list[str]:
@@ -30,12 +30,14 @@ def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> l
     if config.batch_size % config.optim.accumulate and not wrong & {"batch_size", "optim.accumulate"}:
         problems.append(f"optim.accumulate: {config.optim.accumulate}; batch_size {config.batch_size} is not a multiple of it")
     parts = [] if wrong & {"dataset.name"} else _dataset_problems(config, wrong)
-    if not any(key.startswith("objective") for key in wrong):
-        known = not parts and not any(key.startswith("dataset") for key in wrong)
-        num_classes = config.description.num_classes if known else None
-        problems += objective.problems(config.objective.loss, config.objective.metrics, num_classes)
+    known = not parts and not any(key.startswith("dataset") for key in wrong)
+    if not any(key.startswith(("objective", "eval.best", "code_dir")) for key in wrong):
+        objective = objectives.problems(config, config.description if known else None)
+        problems += objective
+    else:
+        objective = ["of its own"]
     parts += _model_problems(config) + _rule_problems(config, wrong)
-    if not parts and not any(key.startswith(("dataset.", "model.", "lowrank.")) for key in wrong):
+    if not parts and not objective and not any(key.startswith(("dataset.", "model.", "lowrank.")) for key in wrong):
         parts = _plan_problems(config)
     problems += parts
     mesh = _mesh_problems(config, devices) if devices else []
@@ -46,13 +48,13 @@ def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> l
 
 
 def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
-    options = datasets.find(config.dataset.name).options
+    source = datasets.find(config.dataset.name)
     problems: list[str] = []
-    if options:
-        read_section(options, config.dataset.kwargs, "dataset.kwargs.", problems)
-    else:
+    if source.options:
+        read_section(source.options, config.dataset.kwargs, "dataset.kwargs.", problems)
+    elif not source.free_options:
         problems += [f"dataset.kwargs.{key}: {config.dataset.name} has no settings" for key in config.dataset.kwargs]
-    problems = problems or _image_problems(config)
+    problems = problems or _data_problems(config) or _image_problems(config)
     if problems:
         return problems
     for key in ("train_split", "eval_split", "valid_split"):
@@ -88,6 +90,16 @@ def _phase_problems(config: Config) -> list[str]:
     return problems
 
 
+def _data_problems(config: Config) -> list[str]:
+    """Data of the user's own that cannot be used."""
+    try:
+        _ = config.description
+    except datasets.DataError as error:
+        said = first_line(error)
+        return [said if said.startswith("dataset.") else f"dataset.name: {said}"]
+    return []
+
+
 def _length_problems(config: Config) -> list[str]:
     """Lengths that steps cannot count, and more batches for the initialisation than an epoch has."""
     problems, optim = [], config.optim
@@ -106,33 +118,96 @@ def _length_problems(config: Config) -> list[str]:
     return problems
 
 
-_DECODING_KEYS = ("image_size", "crop_area", "eval_crop", "max_undecodable")
+_CROPPING_KEYS = ("image_size", "crop_area", "eval_crop")
 
 
 def _image_problems(config: Config) -> list[str]:
     """Settings that these images do not take."""
-    given, dataset, name = config.dataset, config.description, config.dataset.name
+    dataset, name = config.description, config.dataset.name
     if "train" not in dataset.sizes:
-        return [f"dataset.name: {name!r}; for evaluation only, as in lowrank evaluate --dataset={name}"]
-    height, width, channels = dataset.image_shape
-    stored = f"{name} images are {height}x{width} and are not resized; remove this setting"
-    layers, problems = given.randaugment_layers, []
-    if dataset.decoding is None:
-        problems += [
-            f"dataset.{key}: {getattr(given, key)!r}; {stored}"
-            for key in _DECODING_KEYS
-            if getattr(given, key) != getattr(DatasetConfig(), key)
-        ]
+        known = "" if name in datasets.NAMES else f"; it has no split train, only {', '.join(dataset.sizes)}"
+        return [f"dataset.name: {name!r}; for evaluation only, as in lowrank evaluate --dataset={name}{known}"]
+    return [
+        *_crop_problems(config, dataset),
+        *_augmentation_problems(config.dataset, dataset),
+        *_statistics_problems(config.dataset, dataset),
+    ]
+
+
+def _crop_problems(config: Config, dataset: datasets.Dataset) -> list[str]:
+    """Settings of crops that are not for images of this kind."""
+    given, name = config.dataset, config.dataset.name
+    problems = []
+    if not dataset.cropped:
+        stored = f"{name} {_inputs(dataset)} and are not resized; remove this setting"
+        keys = _CROPPING_KEYS if dataset.decoding else (*_CROPPING_KEYS, "max_undecodable")
+        problems += [f"dataset.{key}: {getattr(given, key)!r}; {stored}" for key in keys if _is_set(given, key)]
     elif given.crop_padding:
         problems.append(f"dataset.crop_padding: {given.crop_padding}; {name} uses dataset.crop_area; remove this setting")
-    if given.crop_padding >= min(height, width):
+    if dataset.is_images and given.crop_padding >= min(dataset.image_shape[:2]):
         problems.append(
             f"dataset.crop_padding: {given.crop_padding}; must be less than the side of an image, or crops may miss it;"
-            f" {name} images are {height}x{width}"
+            f" {name} {_inputs(dataset)}"
         )
-    if layers and channels != 3:
-        problems.append(f"dataset.randaugment_layers: {layers}; RandAugment needs RGB images; {name} is grey-scale")
     return problems
+
+
+def _is_set(given: DatasetConfig, key: str) -> bool:
+    """Whether a setting differs from its default."""
+    return getattr(given, key) != getattr(DatasetConfig(), key)
+
+
+def _inputs(dataset: datasets.Dataset) -> str:
+    """What a data set holds, after its name."""
+    if not dataset.is_images:
+        return f"inputs are vectors of {dataset.image_shape[0]}"
+    height, width, _ = dataset.image_shape
+    return f"images are {height}x{width}"
+
+
+_OF_IMAGES = ("flip", "crop_padding", "randaugment_layers", "random_erasing", "cutmix")
+
+
+def _augmentation_problems(given: DatasetConfig, dataset: datasets.Dataset) -> list[str]:
+    """Augmentations that make no sense of these inputs or labels."""
+    name, layers = given.name, given.randaugment_layers
+    if not dataset.is_images:
+        wrong = [key for key in _OF_IMAGES if _is_set(given, key)]
+        return [f"dataset.{key}: {getattr(given, key)!r}; {name} has vectors, no images; remove this setting" for key in wrong]
+    problems = []
+    for field in _maps(dataset):
+        moving = [key for key in ("flip", "crop_padding", "randaugment_layers") if _is_set(given, key)]
+        problems += [f"dataset.{key}: {getattr(given, key)!r}; would move the image, but not its {field}" for key in moving]
+        if dataset.cropped:
+            problems.append(f"dataset.name: {name!r}; crops would move its images, but not their {field}; give all one size")
+    if layers and dataset.image_dtype != "uint8":
+        problems.append(
+            f"dataset.randaugment_layers: {layers}; RandAugment needs uint8 images; {name} has {dataset.image_dtype}"
+        )
+    elif layers and dataset.image_shape[-1] != 3:
+        channels = dataset.image_shape[-1]
+        has = "is grey-scale" if channels == 1 else f"has {channels} channels"
+        problems.append(f"dataset.randaugment_layers: {layers}; RandAugment needs RGB images; {name} {has}")
+    return problems
+
+
+def _maps(dataset: datasets.Dataset) -> list[str]:
+    """The fields besides the image that have its height and width, so that they would have to move with it."""
+    sides = dataset.image_shape[:2]
+    return [
+        name for name, field in dataset.fields.items() if name != "image" and len(field.shape) > 1 and field.shape[:2] == sides
+    ]
+
+
+def _statistics_problems(given: DatasetConfig, dataset: datasets.Dataset) -> list[str]:
+    """Means and deviations that are not one for each channel."""
+    needed = dataset.image_shape[-1]
+    what = "channels" if dataset.is_images else "features"
+    return [
+        f"dataset.{key}: {len(values)} numbers; {given.name} has {needed} {what}"
+        for key, values in (("mean", given.mean), ("std", given.std))
+        if values is not None and len(values) != needed
+    ]
 
 
 def _overlaps(config: Config) -> list[str]:
@@ -146,19 +221,14 @@ def _overlaps(config: Config) -> list[str]:
 
 
 def _model_problems(config: Config) -> list[str]:
-    try:
-        settings = models.settings(config.model.name)
-    except ValueError as error:
-        return [f"model.name: {error}"]
-    if settings is None:
-        return []
-    problems = []
-    for key, value in config.model.kwargs.items():
-        if key not in settings:
-            problems.append(f"model.kwargs.{key}: {config.model.name} has no such setting{did_you_mean(key, settings)}")
-            continue
+    given, constructor = config.model, config.constructor
+    problems = constructor.problems(given.kwargs, given.dtype)
+    if problems:
+        return problems
+    types = constructor.types() or {}
+    for key, value in given.kwargs.items():
         try:
-            read_value(value, settings[key])
+            read_value(value, types.get(key, Any))
         except ValueError as error:
             problems.append(f"model.kwargs.{key}: {shown(value)}; must be {error}")
     return problems
@@ -194,8 +264,8 @@ def _mesh_rule_problems(config: Config, devices: int | None) -> list[str]:
     rules, problems = read_rules(config.mesh.rules)
     sizes = config.mesh.sizes(devices) if devices else {axis: getattr(config.mesh, axis) for axis in AXES}
     known = {axis: size for axis, size in sizes.items() if size != -1}
-    model = config.build_model()
-    variables = jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images_like(config))
+    network = config.build_network()
+    variables = jax.eval_shape(lambda images: network.init(jax.random.key(0), images), images_like(config))
     problems += rule_problems(rules, nn.meta.unbox(variables["params"]), known)
     return [f"mesh.rules: {problem}" for problem in problems]
 

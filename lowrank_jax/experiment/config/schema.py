@@ -5,16 +5,19 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax.numpy as jnp
 
-from lowrank_jax import models
 from lowrank_jax.checks import above, at_least, below_one
 from lowrank_jax.experiment import optim
+from lowrank_jax.experiment.best import Best
 from lowrank_jax.experiment.data import datasets, splits
 from lowrank_jax.experiment.data.augment import Augmentation
 from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.experiment.frozen import FrozenDict, freeze, thaw
 from lowrank_jax.experiment.hosts.sharding import AXES, ShardingRule, mesh_sizes, read_rules
+from lowrank_jax.experiment.network import AUTO, Constructor, Network, outputs_argument_problem, train_argument_problem
+from lowrank_jax.experiment.objective import MSE, NAMES, SIGMOID, SOFTMAX, Objective, make_objective
 from lowrank_jax.patterns import compile_pattern
 from lowrank_jax.planning.rules import Rule
 from lowrank_jax.projection.methods import METHODS
@@ -63,6 +66,10 @@ def _fraction(value: float) -> str | None:
     return None if 0 < value <= 1 else "must be in (0, 1]"
 
 
+def _deviations(values: tuple[float, ...]) -> str | None:
+    return None if all(rate(value) is None for value in values) else "must be above 0"
+
+
 def _area(value: tuple[float, float]) -> str | None:
     return None if 0 < value[0] <= value[1] <= 1 else "must be two fractions in (0, 1], the smaller one first"
 
@@ -109,9 +116,13 @@ class DatasetConfig(_Hashable):
     randaugment_layers: int = _option(0, at_least(0, 100))
     randaugment_magnitude: float = _option(9.0, _between(0, 10))
     random_erasing: float = _option(0.0, _between(0, 1))  # probability that a rectangle of an image is replaced by noise
+    # Of the inputs, by channel or feature (pixels scaled to [0, 1]); None for the data set's own, or for those of the training
+    # split, which are then computed once.
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = _option(None, lambda values: _deviations(values))
     mixup: float = _option(0.0, at_least(0, 1000))  # alpha of the Beta distribution of mixing weights; 0: off
     cutmix: float = _option(0.0, at_least(0, 1000))  # the same; with both, each batch uses one of them
-    kwargs: FrozenDict = FrozenDict()  # of `synthetic` and `imagenet2012`
+    kwargs: FrozenDict = FrozenDict()  # the data set's own settings
 
     def to_augmentation(self) -> Augmentation:
         """Augmentation of training images; which crop applies depends on the data set."""
@@ -121,11 +132,15 @@ class DatasetConfig(_Hashable):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(_Hashable):
-    """A name that `models.build` knows, or "package.module:attribute", and the model's own settings."""
+    """A name that `lowrank_jax.models` knows, or code as "package.module:Class", and the model's own settings."""
 
     name: str = "resnet8"
     dtype: str = _option("float32", _one_of("float32", "bfloat16"))  # of the computation; parameters stay float32
     kwargs: FrozenDict = FrozenDict()
+    # How it is told whether it trains and how many outputs to have: the names of its arguments.  auto: read from its signature;
+    # none: it takes none; "not deterministic": an argument that says the opposite.
+    train_argument: str = _option(AUTO, train_argument_problem)
+    outputs_argument: str = _option(AUTO, outputs_argument_problem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,12 +172,31 @@ class OptimConfig:
     ema_decay: float | None = _option(None, below_one)  # of the average of the weights, which then is what is evaluated
 
 
+def _objective(name: str) -> str | None:
+    return None if name in NAMES or ":" in name else f"unknown{did_you_mean(name, NAMES)}"
+
+
+def _class_weights(value: tuple[float, ...] | str) -> str | None:
+    if isinstance(value, str):
+        return None if value == BALANCED else f'must be numbers, or "{BALANCED}"'
+    if any(_weight(weight) for weight in value):
+        return f"every one {next(filter(None, map(_weight, value)))}"
+    return "must not all be 0" if value and not any(value) else None
+
+
+BALANCED = "balanced"
+
+
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Loss and metrics by name, or functions of your own as "package.module:function" (see `objective`)."""
+    """What is minimised and measured: a name, or a function of your own as "package.module:function" (see `objective`)."""
 
+    name: str = _option(SOFTMAX, _objective)
+    # Of softmax: its loss and its metrics by name, or functions of your own.
     loss: str = "softmax_cross_entropy"
-    metrics: tuple[str, ...] = ("top1", "top5")  # the first decides which checkpoint is best; larger is better
+    metrics: tuple[str, ...] = ("top1", "top5")
+    # What the loss of each class counts in training: a number for each class, or "balanced": all classes count the same.
+    class_weights: tuple[float, ...] | str = _option((), _class_weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,12 +263,23 @@ class InitConfig:
     svd: str = _option("device", _one_of("device", "host"))
 
 
+def _best(text: str) -> str | None:
+    try:
+        Best.read(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluation during training, on `dataset.eval_split`; the final state is always evaluated."""
 
     every: Duration = _option(Duration(1, "epoch"), lambda d: _positive(d))
     batch_size: int = _option(512, at_least(1, _COUNT))
+    # The metric that checkpoints and learning rates are chosen by: "top1", or "-loss" if lower is better.  None: the first of
+    # objective.metrics, and "-loss" if another objective than softmax is set.
+    best: str | None = _option(None, _best)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,6 +341,9 @@ class Config:
     # The lengths that the run had before it was made longer, each with how the learning rate goes on from there: (("30 epochs",
     # "restart"),) with epochs=60. A run that was extended is the one that has had this from its start.
     extensions: tuple[tuple[Duration, Literal["restart", "constant"]], ...] = ()
+    # Where modules and relative paths of the code that is named here are looked up, besides the installed packages.  Reading a
+    # config file sets it to the file's folder, or to the current one, if that is needed.
+    code_dir: str | None = _option(None, _path)
     dataset: DatasetConfig = DatasetConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
@@ -348,15 +396,97 @@ class Config:
 
     @property
     def description(self) -> datasets.Dataset:
-        """The data set's description, which needs no data."""
+        """The data set's description; the user's own data is looked at for it, once in a process.
+
+        Raises:
+          DataError: the user's own data cannot be used.
+        """
         given = self.dataset
-        return datasets.describe(given.name, given.kwargs, image_size=given.image_size, decoding=self.decoding)
+        dataset = datasets.describe(
+            given.name,
+            given.kwargs,
+            image_size=given.image_size,
+            decoding=self.decoding,
+            data_dir=given.data_dir,
+            code_dir=getattr(self, "code_dir", None),
+        )
+        mean, std = given.mean, given.std
+        return dataclasses.replace(
+            dataset, mean=dataset.mean if mean is None else mean, std=dataset.std if std is None else std
+        )
 
     @property
     def decoding(self) -> datasets.Decoding:
         """How images of many sizes are decoded."""
         return datasets.Decoding(self.dataset.eval_crop, self.dataset.max_undecodable)
 
-    def build_model(self):
+    @property
+    def best(self) -> Best:
+        """The metric that checkpoints and learning rates are chosen by."""
+        return Best.read(self.eval.best) if self.eval.best else Best.usual(self.objective.name, self.objective.metrics)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether labels of several examples or classes are mixed in training."""
+        return bool(self.dataset.mixup or self.dataset.cutmix or self.optim.label_smoothing)
+
+    @property
+    def one_class(self) -> bool:
+        """Whether the label of an example is one class."""
+        dataset = self.description
+        return dataset.num_classes is not None and not dataset.label.shape
+
+    @property
+    def target_classes(self) -> int | None:
+        """The number of classes if labels become distributions over classes for training; None if they stay as they are."""
+        dataset, name = self.description, self.objective.name
+        if dataset.num_classes is None or name == MSE or (name == SIGMOID and not self.one_class):
+            return None
+        return dataset.num_classes if self.mixes or (self.one_class and name in NAMES) else None
+
+    @property
+    def num_outputs(self) -> int:
+        """How many numbers the network gives for each example, or each place of it."""
+        dataset, name = self.description, self.objective.name
+        if name == MSE or (name == SIGMOID and not self.one_class):
+            return dataset.label.shape[-1] if dataset.label.shape else 1
+        return dataset.outputs
+
+    def build_objective(self, class_weights: tuple[float, ...] = ()) -> Objective:
+        """What is minimised and measured.
+
+        Args:
+          class_weights: where they are to be counted, what was found.
+
+        Raises:
+          ValueError: it names code that cannot be imported.
+        """
+        given = self.objective
+        weights = class_weights if given.class_weights == BALANCED else given.class_weights
+        return make_objective(
+            given.name,
+            given.loss,
+            given.metrics,
+            best=self.best,
+            one_class=self.one_class,
+            class_weights=() if isinstance(weights, str) else weights,
+            folder=self.code_dir,
+        )
+
+    @property
+    def constructor(self) -> Constructor:
+        """What makes the model."""
+        return Constructor(self.model.name, self.model.outputs_argument, self.code_dir)
+
+    def build_model(self) -> nn.Module:
+        """The Linen module, not initialised.
+
+        Raises:
+          ValueError, TypeError: it cannot be made; the message says why.
+        """
         dtype = {} if self.model.dtype == "float32" else {"dtype": jnp.dtype(self.model.dtype)}
-        return models.build(self.model.name, num_classes=self.description.num_classes, **dtype, **thaw(self.model.kwargs))
+        return self.constructor.make(self.num_outputs, {**dtype, **thaw(self.model.kwargs)})
+
+    def build_network(self) -> Network:
+        """The same, as it is called."""
+        return Network(self.build_model(), self.model.train_argument)

@@ -1,7 +1,7 @@
 """Which code a stored config may have imported.
 
-A config.json names code: its model, its loss, its metrics.  Whoever wrote it must not decide what runs here, so a name that is
-not this project's own is imported only if the user trusts it.
+A config.json names code: its model, its objective, its data set.  Whoever wrote it must not decide what runs here, so a name
+that is not this project's own is imported only if the user trusts it.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,12 +9,12 @@ from typing import Any
 
 from lowrank_jax import models
 from lowrank_jax.experiment import objective
+from lowrank_jax.experiment.config.code import code_names
 from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.text import shown
 
 Trust = bool | Collection[str]
 """True for every name, or the names that may be imported."""
-
-_KEYS = (("model", "name"), ("objective", "loss"), ("objective", "metrics"))
 
 
 class UntrustedCode(UserError):
@@ -24,11 +24,12 @@ class UntrustedCode(UserError):
       names: that code, as "package.module:attribute".
     """
 
-    def __init__(self, source: str, named: Mapping[str, list[str]]):
+    def __init__(self, source: str, named: Mapping[str, list[str]], folder: Any = None):
         self.names = tuple(dict.fromkeys(name for names in named.values() for name in names))
         listed = ", ".join(f"{key} {name!r}" for key, names in named.items() for name in names)
+        place = f" (looked up in {shown(folder)} too)" if folder is not None else ""
         super().__init__(
-            f"{source} names code that is not lowrank_jax's own: {listed}. Nothing was imported."
+            f"{source} names code that is not lowrank_jax's own: {listed}{place}. Nothing was imported."
             " Whoever wrote that code can do whatever you can; read it before you trust it."
         )
 
@@ -47,20 +48,9 @@ def check_trust(values: Mapping[str, Any], trusted: Trust, source: str) -> None:
     if trusted is True:
         return
     allowed = own_names() | set(trusted or ())
-    named = {key: [name for name in names if name not in allowed] for key, names in _imports(values).items()}
+    named = {key: [name for name in names if name not in allowed] for key, names in code_names(values).items()}
     if untrusted := {key: names for key, names in named.items() if names}:
-        raise UntrustedCode(source, untrusted)
-
-
-def _imports(values: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The names that a config would have imported, by key."""
-    found = {}
-    for section, key in _KEYS:
-        part = values.get(section)
-        value = part.get(key) if isinstance(part, Mapping) else None
-        names = value if isinstance(value, list | tuple) else [value]
-        found[f"{section}.{key}"] = [name for name in names if isinstance(name, str) and ":" in name]
-    return found
+        raise UntrustedCode(source, untrusted, values.get("code_dir"))
 
 
 def own_names() -> set[str]:

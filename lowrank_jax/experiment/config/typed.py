@@ -66,7 +66,7 @@ def read_value(value: Any, hint: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return read_value(value, next(arg for arg in args if arg is not type(None)))
+        return _read_any(value, [arg for arg in args if arg is not type(None)])
     if origin is typing.Literal:
         if value not in args:
             raise ValueError("one of " + ", ".join(map(repr, args)))
@@ -90,6 +90,17 @@ def read_value(value: Any, hint: Any) -> Any:
     if hint not in _KINDS:  # some other model's own type, which only it can judge
         return value
     raise ValueError(_KINDS[hint])
+
+
+def _read_any(value: Any, hints: Sequence[Any]) -> Any:
+    """The value as one of several types."""
+    expected = []
+    for hint in hints:
+        try:
+            return read_value(value, hint)
+        except ValueError as error:
+            expected.append(str(error))
+    raise ValueError(", or ".join(expected))
 
 
 def _finite(value: float) -> float:

@@ -1,8 +1,8 @@
-"""A split whose images all fit into memory; `tf_examples` reads those that do not."""
+"""A split whose examples all fit into memory; `encoded` reads those that do not."""
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -14,27 +14,50 @@ from lowrank_jax.experiment.memory import TooLarge, beyond_machine
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """A split in memory: `images` uint8 `[size, height, width, channels]`, `labels` int32 `[size]`."""
+    """A split in memory.
+
+    Attributes:
+      images: uint8 or float32 `[size, height, width, channels]`, or vectors `[size, features]`.
+      labels: `[size, ...]`, int32 for classes.
+      extras: other arrays `[size, ...]` by name.
+      undecodable: names of the images that could not be decoded, by index; those are zeros.
+    """
 
     images: np.ndarray
     labels: np.ndarray
+    extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    undecodable: dict[int, str] = dataclasses.field(default_factory=dict)
 
     # Indexing memory takes less time than handing a batch from one thread to another.
     prefetch = 0
 
-    @property
-    def undecodable(self) -> dict[int, str]:
-        return {}
-
     def __len__(self) -> int:
         return len(self.labels)
 
+    def all_labels(self) -> np.ndarray:
+        """The labels of all examples, `[size, ...]`."""
+        return self.labels
+
     def augmented(self, index: np.ndarray, bits: np.ndarray, augmentation: Augmentation) -> Batch:
-        return {"image": augment(self.images[index], bits, augmentation), "label": self.labels[index]}
+        """Training examples; in place of an undecodable image the next one that is none."""
+        batch = self._at(self._decodable(index))
+        return {**batch, "image": augment(batch["image"], bits, augmentation)}
 
     def plain(self, index: np.ndarray) -> Batch:
-        mask = np.ones(len(index), np.float32)
-        return {"image": self.images[index], "label": self.labels[index], "mask": mask}
+        """Evaluation examples, with a `mask` that is 0 where an image is undecodable."""
+        return {**self._at(index), "mask": 1 - self._is_undecodable(index).astype(np.float32)}
+
+    def _at(self, index: np.ndarray) -> Batch:
+        others = {name: array[index] for name, array in self.extras.items()}
+        return {"image": self.images[index], "label": self.labels[index], **others}
+
+    def _is_undecodable(self, index: np.ndarray) -> np.ndarray:
+        return np.isin(index, list(self.undecodable)) if self.undecodable else np.zeros(len(index), bool)
+
+    def _decodable(self, index: np.ndarray) -> np.ndarray:
+        while (missing := self._is_undecodable(index)).any():
+            index = np.where(missing, (index + 1) % len(self), index)
+        return index
 
 
 def read_split(dataset: Dataset, split: str, read: Callable[[str], Arrays]) -> Arrays:
@@ -45,11 +68,24 @@ def read_split(dataset: Dataset, split: str, read: Callable[[str], Arrays]) -> A
     """
     parts = []
     for name, start, stop in split_parts(dataset, split):
-        size = dataset.sizes[name] * math.prod(dataset.image_shape)
-        if problems := beyond_machine(f"the {dataset.sizes[name]:,} images of {dataset.name}/{name}", size):
-            raise TooLarge(problems)
+        check_memory(dataset, f"{dataset.name}/{name}", dataset.sizes[name])
         whole = read(name)
-        parts.append(Arrays(whole.images[start:stop], whole.labels[start:stop]))
+        extras = {key: array[start:stop] for key, array in whole.extras.items()}
+        parts.append(Arrays(whole.images[start:stop], whole.labels[start:stop], extras))
+    return joined(parts)
+
+
+def joined(parts: Sequence[Arrays]) -> Arrays:
+    """Splits one after the other; of images that can all be decoded."""
     if len(parts) == 1:
         return parts[0]
-    return Arrays(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
+    extras = {name: np.concatenate([part.extras[name] for part in parts]) for name in parts[0].extras}
+    images, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels"))
+    return Arrays(images, labels, extras)
+
+
+def check_memory(dataset: Dataset, name: str, size: int) -> None:
+    """Raises TooLarge if so many images do not fit into this machine's memory."""
+    number = np.dtype(dataset.image_dtype).itemsize
+    if problems := beyond_machine(f"the {size:,} images of {name}", size * math.prod(dataset.image_shape) * number):
+        raise TooLarge(problems)

@@ -1,16 +1,20 @@
 """The data sets that a config can name: a name, what is known about the data set, and the source that reads it.
 
-A data set of a known kind is an entry of `DATASETS`; a new kind of source is a module in `sources`.
+A data set of a known kind is an entry of `DATASETS`; a new kind of source is a module in `sources`.  The user's own data has a
+prefix that says how it is stored, or is code, "package.module:attribute".
 """
 
 import dataclasses
+import importlib
+from collections.abc import Mapping
 from typing import Any
 
-from lowrank_jax.experiment.data.base import DataError, Dataset, Decoding, Source, Split, positive
+from lowrank_jax.experiment.data import sources
+from lowrank_jax.experiment.data.base import DataError, Dataset, Decoding, Request, Source, Split, positive
 from lowrank_jax.experiment.data.sources import synthetic, tfds_arrays, tfds_records
 from lowrank_jax.text import did_you_mean
 
-__all__ = ["DATASETS", "NAMES", "DataError", "Dataset", "Decoding", "Split", "describe", "find", "load", "problem"]
+__all__ = ["DATASETS", "NAMES", "DataError", "Dataset", "Decoding", "Split", "describe", "find", "is_code", "load", "problem"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,36 +66,95 @@ DATASETS: dict[str, Source] = {
 NAMES = (*DATASETS,)
 
 
+_PREFIXES = {
+    "folder": ("folder", "a folder of images: folder:PATH"),
+    "tfds": ("tfds_builder", "a data set of TFDS: tfds:NAME, or tfds:NAME/CONFIG"),
+    "arrays": ("arrays_file", "a file of NumPy arrays: arrays:FILE.npz"),
+}
+"""The user's own data by the prefix of its name: the module in `sources`, imported when it is needed, and how it is named."""
+
+
+def is_code(name: str) -> bool:
+    """Whether a name is of the user's own code, which would be imported."""
+    return ":" in name and name.partition(":")[0] not in _PREFIXES
+
+
 def find(name: str) -> Source:
     """The source of a data set; here and in `problem` alone a name becomes a source.
 
     Raises:
       ValueError: there is no such data set; the message proposes a name.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown {name!r}{did_you_mean(name, NAMES)}")
-    return DATASETS[name]
+    if complaint := problem(name):
+        raise ValueError(f"{complaint.replace('unknown', f'unknown {name!r}', 1)}")
+    if name in DATASETS:
+        return DATASETS[name]
+    prefix, _, rest = name.partition(":")
+    module, argument = (_PREFIXES[prefix][0], rest) if prefix in _PREFIXES else ("code", name)
+    return importlib.import_module(f"{sources.__name__}.{module}").source(argument, name)
 
 
 def problem(name: str) -> str | None:
-    """What is wrong with a name; None if `find` knows it."""
-    return None if name in DATASETS else f"unknown{did_you_mean(name, NAMES)}"
+    """What is wrong with a name; None if `find` knows it.  Code is not imported for that."""
+    prefix, colon, rest = name.partition(":")
+    if not colon:
+        return None if name in DATASETS else f"unknown{did_you_mean(name, NAMES)}"
+    if prefix in _PREFIXES:
+        return None if rest.strip() else f"unknown; {_PREFIXES[prefix][1]}"
+    return None
 
 
-def describe(name: str, options: dict[str, Any], *, image_size: int | None = None, decoding: Decoding | None = None) -> Dataset:
-    """What is known about a data set without reading it.
+def describe(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    image_size: int | None = None,
+    decoding: Decoding | None = None,
+    data_dir: str | None = None,
+    code_dir: str | None = None,
+) -> Dataset:
+    """What is known about a data set; the user's own data is looked at, once in a process.
 
     Args:
       options: its `dataset.kwargs`, already checked.
       image_size, decoding: how to read images of many sizes; None for the data set's own.  Ignored if all have one size.
+      data_dir, code_dir: see `Request`.
+
+    Raises:
+      DataError: it is the user's own, and cannot be used.
     """
     source = find(name)
-    dataset = source.describe(source.options(**options) if source.options else None)
+    given = options if source.free_options else source.options(**options) if source.options else None
+    try:
+        dataset = source.describe(given, Request(data_dir, code_dir, image_size))
+    except DataError as error:
+        if name not in _REMEMBERED:
+            raise
+        return dataclasses.replace(_REMEMBERED[name], origin=_Missing(str(error)))
     if dataset.decoding is None:
         return dataset
+    if decoding:
+        limits = {"eval_crop": decoding.eval_crop, "max_undecodable": decoding.max_undecodable}
+        dataset = dataclasses.replace(dataset, decoding=dataclasses.replace(dataset.decoding, **limits))
+    if dataset.whole:
+        return dataset
     height, width, channels = dataset.image_shape
-    shape = (image_size or height, image_size or width, channels)
-    return dataclasses.replace(dataset, image_shape=shape, decoding=decoding or dataset.decoding)
+    return dataclasses.replace(dataset, image_shape=(image_size or height, image_size or width, channels))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Missing:
+    """The origin of data that is known from an earlier run alone, and why it cannot be read."""
+
+    reason: str
+
+
+_REMEMBERED: dict[str, Dataset] = {}
+
+
+def remember(dataset: Dataset) -> None:
+    """A description to fall back on where the data set cannot be looked at; what is read of it then says so."""
+    _REMEMBERED[dataset.name] = dataset
 
 
 def load(dataset: Dataset, split: str, data_dir: str | None) -> Split:
@@ -101,4 +164,6 @@ def load(dataset: Dataset, split: str, data_dir: str | None) -> Split:
       DataError: the data set is not prepared, damaged, or of other sizes or classes than expected.
       ValueError: there is no such split.
     """
+    if isinstance(dataset.origin, _Missing):
+        raise DataError(dataset.origin.reason)
     return find(dataset.name).load(dataset, split, data_dir)

@@ -10,7 +10,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from lowrank_jax.experiment.data.base import Decoding
 from lowrank_jax.experiment.data.crops import Box
+from lowrank_jax.experiment.data.orientation import UPRIGHT, Orientation, orientation
 from lowrank_jax.text import first_line
 
 # Batches are decoded by one thread per core; OpenCV's own threads would only compete with them.
@@ -28,43 +30,85 @@ class Undecodable(Exception):
     """
 
 
-def decode_box(data: bytes, choose: Choose, out: np.ndarray, *, fast: bool = False) -> None:
+def decode_box(
+    data: bytes | np.ndarray, choose: Choose, out: np.ndarray, *, fast: bool = False, exif: bool = False, alpha: str = "drop"
+) -> None:
     """Decodes one box of an image and resizes it.
 
     A JPEG is decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 of its size at which the box still has the pixels of `out`, and
     only down to the lower edge of the box.
 
     Args:
-      data: the encoded image.
+      data: the encoded image; or its pixels, uint8 `[height, width, channels]` with the channels of `out`.
       choose: the box, from the image's height and width.
-      out: receives the pixels, uint8 `[height, width, 3]`; contiguous.
+      out: receives the pixels, uint8 `[height, width, channels]` of one or three channels; contiguous.
       fast: saves a twelfth of the time, for colours that may be off by a level or two.
+      exif, alpha: see `Decoding`.
 
     Raises:
       Undecodable: it is not an image, is truncated, or is too large.
     """
-    box, factor, image = _decode(data, choose, out.shape[:2], fast)
+    turned = orientation(data) if exif and isinstance(data, bytes) else UPRIGHT
+    if turned == UPRIGHT:
+        _decode_stored(data, choose, out, fast, alpha)
+        return
+    stored = np.empty((*turned.size(*out.shape[:2]), out.shape[2]), np.uint8)
+    _decode_stored(data, _of_stored(choose, turned), stored, fast, alpha)
+    out[...] = turned.upright(stored)
+
+
+def decode_whole(data: bytes, channels: int, decoding: Decoding) -> np.ndarray:
+    """A whole image at its own size, uint8 `[height, width, channels]`.  Raises Undecodable as `decode_box` does."""
+    turned = orientation(data) if decoding.exif else UPRIGHT
+
+    def whole(height: int, width: int) -> Box:
+        return Box(0, 0, height, width)
+
+    _, _, image = _decode(data, whole, (1 << 30, 1 << 30, channels), False, decoding.alpha)
+    return np.ascontiguousarray(turned.upright(image))
+
+
+def _of_stored(choose: Choose, turned: Orientation) -> Choose:
+    """The choice as a box of the image as it is stored."""
+
+    def choose_stored(height: int, width: int) -> Box:
+        upright = turned.size(height, width)
+        return turned.stored(choose(*upright), *upright)
+
+    return choose_stored
+
+
+def _decode_stored(data: bytes | np.ndarray, choose: Choose, out: np.ndarray, fast: bool, alpha: str) -> None:
+    """The same for an image as it is stored."""
+    if isinstance(data, np.ndarray):
+        box, factor, image = choose(*data.shape[:2]), 1, data
+    else:
+        box, factor, image = _decode(data, choose, out.shape, fast, alpha)
     resample(image, [side / factor for side in (box.top, box.left, box.height, box.width)], out)
 
 
-def _decode(data: bytes, choose: Choose, size: tuple[int, int], fast: bool) -> tuple[Box, int, np.ndarray]:
+def _decode(data: bytes, choose: Choose, shape: tuple[int, ...], fast: bool, alpha: str) -> tuple[Box, int, np.ndarray]:
     """The box, the factor by which the image is reduced, and its pixels from the top at least to the end of the box."""
     try:
         height, width, colours, _ = _header(data)
         _check_size(height, width)
         if colours not in ("CMYK", "YCCK"):
             box = choose(height, width)
-            factor = _reduction(box, size)
+            factor = _reduction(box, shape[:2])
             above, rows = _cut(data, height, box.top + box.height)
             least = {"min_height": -(-rows // factor), "min_width": -(-width // factor)} if factor > 1 else {}
             # A strict decoder would take the missing rows for damage.
-            strict = rows == height
-            return box, factor, simplejpeg.decode_jpeg(above, fastdct=fast, fastupsample=fast, strict=strict, **least)
+            settings = {"fastdct": fast, "fastupsample": fast, "strict": rows == height, **least}
+            return box, factor, simplejpeg.decode_jpeg(above, _COLOURS[shape[2]], **settings)
     except ValueError as error:  # not a JPEG, or a damaged one
         if _ENDS_EARLY in str(error):  # Pillow would fill the rest with zeros
             raise Undecodable("image file is truncated") from None
-    image = _decode_slowly(data)
+    image = _decode_slowly(data, shape[2], alpha)
     return choose(*image.shape[:2]), 1, image
+
+
+_REMEDY = "store 8 or 16 bits without a sign"
+_COLOURS = {1: "GRAY", 3: "RGB"}  # by the number of channels, as simplejpeg calls them
 
 
 def _header(data: bytes) -> Any:
@@ -72,7 +116,7 @@ def _header(data: bytes) -> Any:
     return simplejpeg.decode_jpeg_header(data)
 
 
-def _reduction(box: Box, size: tuple[int, int]) -> int:
+def _reduction(box: Box, size: Sequence[int]) -> int:
     """The factor by which a JPEG is reduced while it is decoded; other factors than powers of two take longer than none."""
     least = min(box.height / size[0], box.width / size[1])
     return 2 ** min(3, int(math.log2(least))) if least >= 2 else 1
@@ -111,21 +155,42 @@ def _frame_header(data: bytes) -> int | None:
     return None
 
 
-def _decode_slowly(data: bytes) -> np.ndarray:
+def _decode_slowly(data: bytes, channels: int, alpha: str) -> np.ndarray:
     """Decodes whatever Pillow reads: other formats and colours, and JPEGs with flaws that leave the image complete."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(image.height, image.width)
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
-                grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
-            return np.asarray(image.convert("RGB"))
+            return pixels(image, channels, alpha)
     except Undecodable:
         raise
     except UnidentifiedImageError:  # its message shows the address of an object
-        raise Undecodable("not an image") from None
+        tiff = data[:4] in (b"II*\0", b"MM\0*")
+        raise Undecodable(f"a TIFF of a kind that Pillow cannot read; {_REMEDY}" if tiff else "not an image") from None
     except Exception as error:  # every format has its own errors
         raise Undecodable(first_line(error)) from None
+
+
+def pixels(image: Image.Image, channels: int, alpha: str = "drop") -> np.ndarray:
+    """The pixels of Pillow's image, uint8 `[height, width, channels]` of one (luma) or three (RGB) channels.
+
+    16 bits become 8 by their upper byte; of several frames it is the current one.
+
+    Args:
+      alpha: see `Decoding`.
+
+    Raises:
+      Undecodable: its pixels have no fixed range.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        raise Undecodable(f"its pixels are floating-point, signed or of 32 bits, which have no fixed range; {_REMEDY}")
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], channels, axis=2)
+    if alpha != "drop" and image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, alpha)
+        image = Image.alpha_composite(opaque, image.convert("RGBA"))
+    values = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    return values.reshape(*values.shape[:2], channels)
 
 
 def _check_size(height: int, width: int) -> None:
@@ -134,7 +199,7 @@ def _check_size(height: int, width: int) -> None:
 
 
 def resample(image: np.ndarray, box: Sequence[float], out: np.ndarray) -> None:
-    """Resizes a box of an image to the size of `out`, both uint8 `[height, width, 3]`, without aliasing.
+    """Resizes a box of an image to the size of `out`, both uint8 `[height, width, channels]`, without aliasing.
 
     The antialiased bilinear resizing of Pillow and jax averages with a triangle as wide as two output pixels, whose variance
     is f²/6 when shrinking f times.  Plain linear interpolation has a variance of 1/6; a 3-tap filter before it adds the rest.

@@ -1,18 +1,18 @@
 """Image files as a network that was trained on a data set takes them."""
 
+import io
 import os
 import pathlib
 from collections.abc import Iterable
 
 import numpy as np
+from PIL import Image
 
 from lowrank_jax.experiment.data import crops
-from lowrank_jax.experiment.data.base import Dataset
+from lowrank_jax.experiment.data.base import Dataset, Decoding
 from lowrank_jax.experiment.data.decode import decode_box
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_GREY = np.array([299, 587, 114])
-"""Thousandths of red, green and blue in a grey, as in ITU-R BT.601."""
 
 
 def find(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[str], int]:
@@ -60,24 +60,29 @@ def read(dataset: Dataset, data: bytes) -> tuple[np.ndarray, str]:
       Undecodable: it is no image, is truncated, or is too large.
     """
     height, width, channels = dataset.image_shape
+    decoding = dataset.decoding or Decoding(exif=True)
     found: list[tuple[int, int]] = []
 
     def choose(rows: int, columns: int) -> crops.Box:
         found.append((rows, columns))
-        if dataset.decoding:
-            return crops.central_crop(rows, columns, dataset.decoding.eval_crop)
+        if dataset.cropped:
+            return crops.central_crop(rows, columns, decoding.eval_crop)
         return _central(rows, columns, height / width)
 
-    image = np.empty((height, width, 3), np.uint8)
-    decode_box(data, choose, image)
+    image = np.empty(dataset.image_shape, np.uint8)
+    decode_box(data, choose, image, exif=decoding.exif, alpha=decoding.alpha)
     done = []
-    if not dataset.decoding and found[-1] != (height, width):
+    if not dataset.cropped and found[-1] != (height, width):
         done.append(f"resized from {found[-1][1]}x{found[-1][0]} to {width}x{height}")
-    if channels == 1:
-        if (image != image[:, :, :1]).any():
-            done.append("turned grey")
-        image = ((image @ _GREY + 500) // 1000).astype(np.uint8)[:, :, None]
+    if channels == 1 and not dataset.decoding and _has_colours(data):
+        done.append("turned grey")
     return image, " and ".join(done)
+
+
+def _has_colours(data: bytes) -> bool:
+    """Whether an image that could be decoded is not stored in grey."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;")
 
 
 def _central(rows: int, columns: int, aspect: float) -> crops.Box:

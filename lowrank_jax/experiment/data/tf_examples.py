@@ -1,118 +1,66 @@
-"""A split of TensorFlow Examples with encoded images, which are read and decoded when they are needed."""
+"""Images that are stored as TensorFlow Examples."""
 
 import bisect
-import concurrent.futures
 import functools
 import itertools
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from lowrank_jax.experiment.data import augment, crops
-from lowrank_jax.experiment.data.augment import Augmentation
-from lowrank_jax.experiment.data.base import Batch, DataError, Dataset
-from lowrank_jax.experiment.data.decode import Choose, Undecodable, decode_box
-from lowrank_jax.experiment.data.random import uniforms
+from lowrank_jax.experiment.data.base import DataError
+from lowrank_jax.experiment.data.encoded import Example
 from lowrank_jax.text import first_line
 
-_CHUNK = 4  # examples that a thread takes at a time; small, so that all threads end at about the same time
+_FILE_NAMES = ("file_name", "filename", "image/filename", "image/file_name")
 
 
-class Records:
-    """Encoded images on disk, each a TensorFlow Example of `image`, `label` and `file_name`.
-
-    An image that cannot be decoded is reported once, with its file's name, and skipped: in training the next example takes
-    its place, in evaluation its `mask` is 0.  Too many of them in one process end the run with a DataError.
+class TFExamples:
+    """Records on disk, each a TensorFlow Example of an encoded image, a label and, if it has one, the file's name.
 
     Args:
-      dataset: the data set; its `decoding` must be set.
-      split: its name in messages.
+      name: of the split, for messages.
       parts: stored records as `(source, start, stop)`, in order; `source[i]` are the bytes of a record.
       remedy: what to do about a record that cannot be read, for messages.
+      image_key, label_key: what the records call the two.
     """
 
-    prefetch = 2
-    """The number of batches to prefetch, each on a thread of its own."""
-
-    def __init__(self, dataset: Dataset, split: str, parts: Sequence[tuple[Sequence[bytes], int, int]], remedy: str):
-        if dataset.decoding is None:
-            raise ValueError(f"the images of {dataset.name} have one size and need no decoding")
-        self._dataset, self._decoding, self._name = dataset, dataset.decoding, f"{dataset.name}/{split}"
-        self._parts, self._remedy = list(parts), remedy
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[tuple[Sequence[bytes], int, int]],
+        remedy: str,
+        *,
+        image_key: str = "image",
+        label_key: str = "label",
+    ):
+        self._name, self._parts, self._remedy = name, list(parts), remedy
+        self._image_key, self._label_key = image_key, label_key
         self._ends = list(itertools.accumulate(stop - start for _, start, stop in parts))
-        self._undecodable: dict[int, str] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    @property
-    def undecodable(self) -> dict[int, str]:
-        """Names of the images that this process could not decode so far, by index."""
-        return dict(self._undecodable)
+    def __getitem__(self, index: int) -> Example:
+        features = self._features(index)
+        names = (features[key].bytes_list.value for key in _FILE_NAMES if key in features)
+        name = next((value[0].decode(errors="replace") for value in names if value), f"record {index}")
+        label = {"label": self._label(features)}
+        return Example(features[self._image_key].bytes_list.value[0], label, name)
 
-    def augmented(self, index: np.ndarray, bits: np.ndarray, augmentation: Augmentation) -> Batch:
-        """Training images at `index`, each cropped and augmented with its own 64 random bits, and their labels."""
-        images, labels = self._empty(len(index))
-        choose = self._crops(bits, augmentation)
+    def labels(self) -> np.ndarray:
+        """Of all records, which are read for that; `[size]`."""
+        return np.array([self._label(self._features(index)) for index in range(len(self))])
 
-        def make(i: int) -> None:
-            labels[i] = self._decode_or_next(int(index[i]), choose[i], images[i])
-            images[i] = augment.augment_cropped(images[i], bits[i], augmentation)
+    def _label(self, features: Any) -> int | float:
+        label = _number(features[self._label_key])
+        if label < 0 and isinstance(label, int):
+            raise DataError(
+                f"{self._name}: an example has the label {label}, as those without a class have; choose another split"
+            )
+        return label
 
-        _in_parallel(make, len(index))
-        return {"image": images, "label": labels}
-
-    def plain(self, index: np.ndarray) -> Batch:
-        """Evaluation images at `index`, centrally cropped, their labels, and a `mask` that is 0 where one cannot be decoded."""
-        images, labels = self._empty(len(index))
-        mask = np.ones(len(index), np.float32)
-
-        def make(i: int) -> None:
-            label = self._decode(int(index[i]), self._central_crop, images[i])
-            if label is None:
-                images[i], labels[i], mask[i] = 0, 0, 0
-            else:
-                labels[i] = label
-
-        _in_parallel(make, len(index))
-        return {"image": images, "label": labels, "mask": mask}
-
-    def _empty(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.empty((size, *self._dataset.image_shape), np.uint8), np.empty(size, np.int32)
-
-    def _crops(self, bits: np.ndarray, augmentation: Augmentation) -> list[Choose]:
-        if augmentation.crop_area is None:
-            return [self._central_crop] * len(bits)
-        draws = uniforms(bits, crops.DRAWS)
-        return [functools.partial(crops.random_crop, area=augmentation.crop_area, draws=row) for row in draws]
-
-    def _central_crop(self, height: int, width: int) -> crops.Box:
-        return crops.central_crop(height, width, self._decoding.eval_crop)
-
-    def _decode_or_next(self, index: int, choose: Choose, out: np.ndarray) -> int:
-        """Decodes the example, or the first one after it that can be decoded, whatever the process; returns its label."""
-        for other in range(index, index + len(self)):
-            label = self._decode(other % len(self), choose, out, fast=True)
-            if label is not None:
-                return label
-        raise DataError(f"{self._name}: none of the {len(self)} images can be decoded")
-
-    def _decode(self, index: int, choose: Choose, out: np.ndarray, *, fast: bool = False) -> int | None:
-        """Fills `out` and returns the label; None if the image cannot be decoded."""
-        features = self._read(index)
-        try:
-            decode_box(features["image"].bytes_list.value[0], choose, out, fast=fast)
-        except Undecodable as error:
-            self._note(index, features["file_name"].bytes_list.value[0].decode(), error)
-            return None
-        return features["label"].int64_list.value[0]
-
-    def _read(self, index: int) -> Any:
+    def _features(self, index: int) -> Any:
         """The features of an example by name."""
         part = bisect.bisect_right(self._ends, index)
         source, _, stop = self._parts[part]
@@ -123,24 +71,10 @@ class Records:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise DataError(f"{self._name}: record {index} cannot be read ({reason}); {self._remedy}") from error
 
-    def _note(self, index: int, name: str, error: Undecodable) -> None:
-        with self._lock:
-            if index in self._undecodable:
-                return
-            self._undecodable[index] = name
-            count, limit = len(self._undecodable), self._decoding.max_undecodable
-            print(
-                f"{self._name}: {name} cannot be decoded ({error}); {count} of at most {limit} so far",
-                file=sys.stderr,
-                flush=True,
-            )
-            names = ", ".join(self._undecodable.values())
-        if count > limit:
-            raise DataError(
-                f"{self._name}: {count} images cannot be decoded, more than dataset.max_undecodable={limit}: {names}."
-                f" Raise the limit (lowrank evaluate: --max-undecodable) to continue without them,"
-                f" or prepare the data again: {self._remedy}"
-            )
+
+def _number(feature: Any) -> int | float:
+    values = feature.int64_list.value or feature.float_list.value
+    return values[0]
 
 
 @functools.cache
@@ -149,21 +83,3 @@ def _example_type() -> Any:
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _pool() -> concurrent.futures.ThreadPoolExecutor:
-    """One pool for all splits; created on first use, so that the process can fork before."""
-    return concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
-
-
-def _in_parallel(make: Callable[[int], None], count: int) -> None:
-    """Calls `make` for every number below `count`; an exception in one of the calls is raised here."""
-
-    def make_all(numbers: Iterable[int]) -> None:
-        for number in numbers:
-            make(number)
-
-    chunks = (range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
-    for _ in _pool().map(make_all, chunks):
-        pass

@@ -17,6 +17,7 @@ from lowrank_jax.experiment.evaluation.classes import Classes
 from lowrank_jax.experiment.evaluation.results import Evaluation, Rows
 from lowrank_jax.experiment.evaluation.selection import default_split, evaluated_parts, other_dataset, read_config, restore
 from lowrank_jax.experiment.hosts.processes import several
+from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.experiment.training.evaluate import Tally, evaluate
 from lowrank_jax.experiment.training.fits import check_evaluation
@@ -139,12 +140,13 @@ class Evaluator:
           UntrustedCode: its config names code that is not trusted.
         """
         folder = Workdir(workdir)
-        config = stored = self._config(folder)
+        stored = self._config(folder)
+        config = recorded_data.as_trained(stored, folder)
         if self._max_undecodable is not None:
             limited = dataclasses.replace(config.dataset, max_undecodable=self._max_undecodable)
             config = dataclasses.replace(config, dataset=limited)
         experiment = self._experiment(config, workdir)
-        other = other_dataset(config, self._dataset) if self._dataset else config.description
+        other = other_dataset(config, self._dataset, self._data_dir) if self._dataset else config.description
         split = self._split or default_split(config, other)
         examples = self._read(other, split, self._data_dir or config.dataset.data_dir)
         name = split if other.name == config.dataset.name else f"{other.name}/{split}"
@@ -156,20 +158,20 @@ class Evaluator:
 
     def _config(self, folder: Workdir) -> Config:
         try:
-            return read_config(folder, self._trusted)
+            return read_config(folder, self._trusted, self._data_dir)
         except UntrustedCode as error:
             self.untrusted |= dict.fromkeys(error.names)
             raise
 
     def _experiment(self, config: Config, workdir: str) -> Experiment:
-        key = (config.model, config.description, config.lowrank, config.objective, config.optim.ema_decay is None)
+        key = (_code(config), config.description, config.lowrank, config.optim.ema_decay is None)
         if key not in self._experiments:
             self._experiments[key] = build(dataclasses.replace(config, mesh=MeshConfig()), workdir)
         return self._experiments[key]
 
     def _eval_step(self, experiment: Experiment) -> Callable[..., dict[str, jax.Array]]:
         """One for all plans: jit distinguishes them by their kernels, which carry ranks and execution."""
-        key = (experiment.config.model, experiment.config.objective, experiment.dataset)
+        key = (_code(experiment.config), experiment.dataset)
         if key not in self._eval_steps:
             counted = classes.number_to_count(experiment.config, experiment.dataset) if self._classes else 0
             self._eval_steps[key] = experiment.jit_eval_step(classes=counted)
@@ -183,6 +185,11 @@ class Evaluator:
             except ValueError as error:
                 raise configs.ConfigError("--split", [str(error)]) from None
         return self._splits[key]
+
+
+def _code(config: Config) -> Hashable:
+    """What decides which model and which objective a config names."""
+    return config.model, config.objective, config.code_dir
 
 
 def evaluate_all(

@@ -17,6 +17,7 @@ from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation import classes, selection
 from lowrank_jax.experiment.evaluation.predictions import Prediction, predictions
 from lowrank_jax.experiment.hosts.sharding import batch_sharding, batch_shards, put_batch, replicated
+from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.build import build
 from lowrank_jax.experiment.training.state import evaluated_variables
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
@@ -140,9 +141,10 @@ class Network:
 def restore(workdir: str, step: str = "latest", *, raw: bool = False, trust_code: Trust = False) -> Network:
     """See `lowrank_jax.experiment.restore`."""
     folder = Workdir(workdir)
-    config = selection.read_config(folder, trust_code)
+    stored = selection.read_config(folder, trust_code)
+    config = recorded_data.as_trained(stored, folder)
     experiment = build(dataclasses.replace(config, mesh=MeshConfig()), workdir, jax.local_devices())
-    identity, earlier = digest_of(config), earlier_digests(config)
+    identity, earlier = digest_of(stored), earlier_digests(stored)
     with Checkpoints(folder.checkpoints, identity, earlier=earlier, read_only=True) as checkpoints:
         restored = selection.restore(checkpoints, step, selection.evaluated_parts(experiment.shapes))
     weights = evaluated_variables(restored.state)

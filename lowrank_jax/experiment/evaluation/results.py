@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lowrank_jax.experiment.best import measured
 from lowrank_jax.experiment.evaluation import selection
 from lowrank_jax.experiment.evaluation.classes import Classes
 from lowrank_jax.text import align, count, one_line
@@ -36,11 +37,7 @@ class Evaluation:
     raw_classes: Classes | None = dataclasses.field(default=None, repr=False)
 
     def header(self) -> list[str]:
-        return ["split", "examples", *self._shown(), "step", "params", "dense params"]
-
-    def _shown(self) -> list[str]:
-        """The objective's metrics by name, then its loss."""
-        return [*(name for name in self.metrics if name not in ("loss", "examples", "undecodable")), "loss"]
+        return ["split", "examples", *measured(self.metrics), "step", "params", "dense params"]
 
     def rows(self) -> list[list[str]]:
         """Rows of a table: one, or one each for averaged and raw weights."""
@@ -49,7 +46,7 @@ class Evaluation:
         return [self._row(f"{self.split}, averaged", self.metrics), self._row(f"{self.split}, raw", self.raw_metrics)]
 
     def _row(self, split: str, metrics: dict[str, float]) -> list[str]:
-        scores = [f"{metrics[name]:.4f}" for name in self._shown()]
+        scores = [f"{metrics[name]:.4f}" for name in measured(self.metrics)]
         examples = f"{metrics['examples']:,}"
         return [split, examples, *scores, str(self.step), count(self.params), count(self.dense_params)]
 

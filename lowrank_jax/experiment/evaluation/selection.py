@@ -8,21 +8,30 @@ from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.config.trust import Trust, check_trust
 from lowrank_jax.experiment.data import datasets
-from lowrank_jax.experiment.data.base import Dataset
+from lowrank_jax.experiment.data.base import DataError, Dataset
+from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints, Restored
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
 
-def read_config(folder: Workdir, trusted: Trust) -> Config:
+def read_config(folder: Workdir, trusted: Trust, data_dir: str | None = None) -> Config:
     """The config of a run; no code is imported that is not trusted, and none out of the folder.
+
+    Args:
+      folder: the run's.
+      trusted: what of the code that it names may be imported.
+      data_dir: where the data is; None for where it was in training.
 
     Raises:
       WorkdirError, ConfigError: there is none, or it is not valid.
       UntrustedCode: it names code that is not trusted.
     """
     values, source = folder.read_config(), f"{folder.path}/config.json"
+    if data_dir:
+        values["dataset"] = {**values["dataset"], "data_dir": data_dir}
     check_trust(values, trusted, source)
+    recorded_data.remember(folder)
     with named_code.not_in(folder.path):
         return configs.parse(values, source=source, devices=None)
 
@@ -34,28 +43,28 @@ def evaluated_parts(shapes: TrainState) -> dict[str, Any]:
     return {"step": shapes.step, "params": shapes.params, "batch_stats": shapes.batch_stats, **kept}
 
 
-def other_dataset(config: Config, name: str) -> Dataset:
+def other_dataset(config: Config, name: str, data_dir: str | None = None) -> Dataset:
     """Another data set, read as the run would read it.
 
     Raises:
       ConfigError: it is unknown, or its images or classes do not fit the run's network.
     """
-    try:
-        datasets.find(name)
-    except ValueError as error:
-        raise ConfigError("--dataset", [str(error)]) from None
     if name == config.dataset.name:
         return config.description
     ours, size = config.description, config.description.image_shape[0]
-    other = datasets.describe(name, {}, image_size=size, decoding=config.decoding)
+    where = {"data_dir": data_dir or config.dataset.data_dir, "code_dir": getattr(config, "code_dir", None)}
+    try:
+        other = datasets.describe(name, {}, image_size=size, decoding=config.decoding, **where)
+    except (ValueError, DataError) as error:
+        raise ConfigError("--dataset", [str(error)]) from None
     if (other.classes, other.image_shape) != (ours.classes, ours.image_shape):
         raise ConfigError("--dataset", [f"{name} has {_kind(other)}; the run was trained on {ours.name}, {_kind(ours)}"])
     return other
 
 
 def _kind(dataset: Dataset) -> str:
-    height, width, channels = dataset.image_shape
-    return f"{height}x{width}x{channels} images of {dataset.num_classes} classes ({dataset.classes})"
+    shape = "x".join(map(str, dataset.image_shape))
+    return f"{shape} images of {dataset.num_classes} classes ({dataset.classes})"
 
 
 def default_split(config: Config, dataset: Dataset) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 from scipy import stats
 
+from lowrank_jax.experiment.best import Best
 from lowrank_jax.experiment.report.stored_runs import Found, StoredRun
-from lowrank_jax.experiment.sweep.trials import Merit, merit
+from lowrank_jax.experiment.sweep.trials import merit
 
 CONFIDENCE = 0.95
 _SIZES = ("lowrank.scale", "lowrank.rank")
@@ -41,7 +42,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One tuning of an arm, with its mean top-1 on the held-out split over `seeds`, or why it cannot be chosen."""
+    """One tuning of an arm, with its metric's mean on the held-out split over `seeds`, or why it cannot be chosen."""
 
     values: Values
     seeds: tuple[int, ...]
@@ -124,17 +125,17 @@ def into_arms(found: Found, tune: Sequence[str]) -> list[Arm]:
             if run.seed in cells.get((line, size), {}).get(tuning, {}):  # they differ in what looks alike, such as True and 1
                 line = (*line, ("run", run.name))
             cells.setdefault((line, size), {}).setdefault(tuning, {})[run.seed] = run
-    arms = [arm for (line, size), tunings in cells.items() for arm in _arms(line, size, tunings)]
+    arms = [arm for (line, size), tunings in cells.items() for arm in _arms(line, size, tunings, found.best)]
     return sorted(arms, key=lambda arm: (arm.method != "none", str(arm.line[1:]), _order(arm)))
 
 
-def _arms(line: Values, size: Values, tunings: dict[Values, dict[int, StoredRun]]) -> list[Arm]:
+def _arms(line: Values, size: Values, tunings: dict[Values, dict[int, StoredRun]], best: Best) -> list[Arm]:
     """The arm at its best tuning if all runs have a held-out split; otherwise one arm per tuning."""
     finished = [run for runs in tunings.values() for run in runs.values() if run.done]
     if not finished:
         return []
     if list(tunings) != [()] and all(run.result.get("valid") for run in finished):
-        return [_chosen(line, size, tunings)]
+        return [_chosen(line, size, tunings, best)]
     return [
         Arm((*line, *values), size, (), done, len(runs) - len(done))
         for values, runs in tunings.items()
@@ -159,7 +160,7 @@ def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list) else str(value) if isinstance(value, dict) else value
 
 
-def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, StoredRun]]) -> Arm:
+def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, StoredRun]], best: Best) -> Arm:
     """The arm at the tuning with the highest `merit`, over the seeds that every tuning with an ended run has ended.
 
     A tuning that diverged, failed or was stopped at one of these seeds is only chosen if there is no other.
@@ -171,17 +172,18 @@ def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, StoredRu
     shared = set.intersection(*map(set, whole.values()))
     common = sorted(shared & seeds or shared)
     scores = {
-        values: merit([done[seed].result for seed in common or done], [value for _, value in values])
+        values: merit([done[seed].result for seed in common or done], [value for _, value in values], best)
         for values, done in whole.items()
     }
-    best = max(scores, key=lambda values: scores[values])
-    candidates = tuple(_candidate(values, tunings[values], common, scores.get(values)) for values in sorted(tunings, key=str))
-    return Arm(line, size, best, finished[best], len(tunings[best]) - len(finished[best]), candidates)
+    chosen = max(scores, key=lambda values: scores[values])
+    means = {values: best.score(score) for values, (score, *_) in scores.items()}
+    candidates = tuple(_candidate(values, tunings[values], common, means.get(values)) for values in sorted(tunings, key=str))
+    return Arm(line, size, chosen, finished[chosen], len(tunings[chosen]) - len(finished[chosen]), candidates)
 
 
-def _candidate(values: Values, runs: dict[int, StoredRun], seeds: list[int], merits: Merit | None) -> Candidate:
-    if merits is not None:
-        return Candidate(values, tuple(seeds), merits[0])
+def _candidate(values: Values, runs: dict[int, StoredRun], seeds: list[int], mean: float | None) -> Candidate:
+    if mean is not None:
+        return Candidate(values, tuple(seeds), mean)
     ends = dict.fromkeys(run.status for run in runs.values() if not run.done)
     return Candidate(values, tuple(seeds), None, ", ".join(ends))
 

@@ -160,8 +160,8 @@ class _Programs:
     """The programs, each compiled once for all seeds."""
 
     def __init__(self, config: Config):
-        self._config, self.model = config, config.build_model()
-        self.init = jax.jit(functools.partial(start.init_dense, self.model, blank_images(config.description)))
+        self._config, self.network = config, config.build_network()
+        self.init = jax.jit(functools.partial(start.init_dense, self.network, blank_images(config.description)))
         self.forward = jax.jit(self._forward)
         self.merge = jax.jit(merge)
         self._factorizers: dict[Plan, _Factorizer] = {}
@@ -183,8 +183,10 @@ class _Programs:
 
     def _forward(self, variables: Any, images: jax.Array, key: jax.Array) -> jax.Array:
         # BatchNorm has no useful running statistics before training: run the network as in its first training step.
-        others = [name for name in variables if name != "params"]
-        logits, _ = self.model.apply(variables, images, train=True, mutable=others, rngs={"dropout": key})
+        outputs, _ = self.network.step(variables, images, key)
+        # Of several heads or maps, all numbers that there are for an example.
+        leaves = [leaf.reshape(len(images), -1).astype(jnp.float32) for leaf in jax.tree.leaves(outputs)]
+        logits = leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=1)
         return logits - logits.mean(axis=0)  # the mean is for the bias to learn, and would dominate the error
 
 
@@ -217,7 +219,12 @@ class _Network:
         kernels = tuple((kernel.name, kernel.view) for kernel in plan.captured)  # independent of method and rank
         if kernels not in self._known_moments:
             self._known_moments[kernels] = inputs.second_moments(
-                self.programs.model, self.variables, self.captured, plan, rngs={"dropout": self.dropout}, train=True
+                self.programs.network.module,
+                self.variables,
+                self.captured,
+                plan,
+                rngs={"dropout": self.dropout},
+                **self.programs.network.flags(train=True),
             )
         return self._known_moments[kernels]
 

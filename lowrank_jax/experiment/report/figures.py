@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lowrank_jax.experiment.best import Best
 from lowrank_jax.experiment.report.arms import Arm, text
 from lowrank_jax.experiment.report.drawing import default_style
 from lowrank_jax.text import count, one_line
@@ -21,11 +22,11 @@ _WIDEST, _COLUMNS = 60, 40  # characters of a label; panels side by side
 _AXES = {"params": "parameters", "macs": "multiply-adds per image", "images/s": "images per second in training (measured)"}
 
 
-def draw(arms: Sequence[Arm]) -> dict[str, bytes]:
-    """Accuracy against each cost, and the training curves."""
+def draw(arms: Sequence[Arm], best: Best) -> dict[str, bytes]:
+    """The metric that runs were judged by against each cost, and the training curves."""
     with default_style():
-        pictures = {f"top1_{_file(cost)}.png": _accuracy(arms, cost) for cost in _AXES}
-        return {**pictures, "curves.png": _curves(arms)}
+        pictures = {f"{best.metric}_{_file(cost)}.png": _against(arms, cost, best) for cost in _AXES}
+        return {**pictures, "curves.png": _curves(arms, best)}
 
 
 def _file(cost: str) -> str:
@@ -42,13 +43,13 @@ def _styles(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     return {**{label: {"color": "black", "marker": "_", "ls": ":"} for label in dense}, **styles}
 
 
-def _accuracy(arms: Sequence[Arm], cost: str) -> bytes:
-    """Top-1 against a cost: one line per arm over its sizes, with the intervals over seeds as a band."""
+def _against(arms: Sequence[Arm], cost: str, best: Best) -> bytes:
+    """The metric against a cost: one line per arm over its sizes, with the intervals over seeds as a band."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     panel = figure.subplots()
     for label, style in _styles(arms).items():
         points = sorted((arm for arm in arms if arm.label == label), key=lambda arm: arm.interval(cost).mean)
-        at, tops = [arm.interval(cost).mean for arm in points], [arm.interval("eval/top1") for arm in points]
+        at, tops = [arm.interval(cost).mean for arm in points], [arm.interval(f"eval/{best.metric}") for arm in points]
         means, halves = [top.mean for top in tops], [0 if math.isnan(top.half) else top.half for top in tops]
         panel.plot(at, means, label=_plain(label), **style)
         low, high = [m - h for m, h in zip(means, halves, strict=True)], [m + h for m, h in zip(means, halves, strict=True)]
@@ -57,7 +58,9 @@ def _accuracy(arms: Sequence[Arm], cost: str) -> bytes:
         else:
             panel.errorbar(at, means, halves, color=style["color"], capsize=3)
     low, high = panel.get_ylim()
-    panel.set(xlabel=_AXES[cost], ylabel="top-1", ylim=(max(low, 0), min(high, 1.002)))  # intervals may exceed [0, 1]
+    panel.set(xlabel=_AXES[cost], ylabel=best.title)
+    if best.is_fraction:  # intervals may exceed [0, 1]
+        panel.set_ylim(max(low, 0), min(high, 1.002))
     sizes = sorted({arm.interval(cost).mean for arm in arms})
     if cost != "images/s" and sizes[0] > 0:
         panel.set_xscale("log")
@@ -68,8 +71,8 @@ def _accuracy(arms: Sequence[Arm], cost: str) -> bytes:
     return _png(figure)
 
 
-def _curves(arms: Sequence[Arm]) -> bytes:
-    """Training loss and evaluated top-1 by step, one column per size; bands from the lowest seed to the highest."""
+def _curves(arms: Sequence[Arm], best: Best) -> bytes:
+    """Training loss and the evaluated metric by step, one column per size; bands from the lowest seed to the highest."""
     found = list(dict.fromkeys(arm.size for arm in arms if arm.size)) or [()]
     sizes = found[:_COLUMNS]
     figure = Figure(figsize=(2.2 + 3.4 * len(sizes), 6), layout="constrained")
@@ -81,13 +84,13 @@ def _curves(arms: Sequence[Arm]) -> bytes:
         for arm in (arm for arm in arms if arm.size in (size, ())):
             style = {**styles[arm.label], "marker": ""}
             _curve(panels[0, column], arm, "train/loss", style)
-            _curve(panels[1, column], arm, "eval/top1", style)
+            _curve(panels[1, column], arm, f"eval/{best.metric}", style)
         panels[0, column].set(title=_plain(", ".join(f"{key.rpartition('.')[2]} {text(value)}" for key, value in size)))
         if panels[0, column].lines:
             panels[0, column].set_yscale("log")
         panels[1, column].set(xlabel="step")
     panels[0, 0].set(ylabel="training loss")
-    panels[1, 0].set(ylabel="top-1")
+    panels[1, 0].set(ylabel=best.title)
     handles = {label: line for panel in panels.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     return _png(figure)

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from lowrank_jax.experiment.best import LOSS, measured
 from lowrank_jax.experiment.report import arms as grouping
 from lowrank_jax.experiment.report import figures
 from lowrank_jax.experiment.report.arms import Arm, Interval, short, text
@@ -51,6 +52,20 @@ class Report:
         self.arms: list[Arm] = grouping.into_arms(self.found, list(dict.fromkeys([*tune, *self.found.tuned])))
         self.rival: tuple[str, str] = self._rival(rival)
 
+    @property
+    def metric(self) -> str:
+        """What the runs are compared by, as tables call it."""
+        return self.found.best.title
+
+    @property
+    def _evaluated(self) -> str:
+        return f"eval/{self.found.best.metric}"
+
+    def _subject(self) -> str:
+        """The metric at the beginning of a sentence."""
+        lower = ", of which lower is better," if self.found.best.lower else ""
+        return f"{self.metric[:1].upper()}{self.metric[1:]}{lower}"
+
     def _rival(self, given: str | None) -> tuple[str, str]:
         low_rank = [arm for arm in self.arms if arm.size]
         methods = dict.fromkeys(arm.method for arm in low_rank)
@@ -69,7 +84,7 @@ class Report:
         """Writes report.md, report.html, report.csv and the pictures to a folder; returns their paths, the page first."""
         folder = Workdir(out).path
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = figures.draw(self.arms) if self.arms else {}
+        pictures = figures.draw(self.arms, self.found.best) if self.arms else {}
         blocks = self.blocks(pictures)
         contents = {
             "report.html": as_html(self.title(), blocks).encode(),
@@ -107,7 +122,7 @@ class Report:
         splits = sorted({run.settings["dataset.eval_split"] for run in self.found.runs if run.settings})
         own = ", each arm at its own tuning" if any(arm.tuning for arm in self.arms) else ""
         return Paragraph(
-            "Top-1 on ", *_joined(" and ", map(Code, splits)), " at the end of training", *self._averaged(),
+            self._subject(), " on ", *_joined(" and ", map(Code, splits)), " at the end of training", *self._averaged(),
             f". ±: half the width of the {grouping.CONFIDENCE:.0%} interval of the mean over seeds (Student's t); none for a"
             " single seed. ", Emphasis("Early loss"),
             f": mean training loss up to the first log line{self._first_window()}{own}. ", Emphasis("Images/s"),
@@ -131,8 +146,8 @@ class Report:
         """One row per arm."""
         sizes = list(dict.fromkeys(key for arm in self.arms for key, _ in arm.size))
         tuned = list(dict.fromkeys(key for arm in self.arms for key, _ in arm.tuning))
-        header = [*map(short, sizes), "arm", "params", "MACs", "top-1", "seeds", "early loss", "images/s", *map(short, tuned)]
-        rows = [header]
+        figures_of = ["params", "MACs", self.metric, "seeds", "early loss", "images/s"]
+        rows = [[*map(short, sizes), "arm", *figures_of, *map(short, tuned)]]
         for arm in self.arms:
             whole = self._dense_twin(arm)
             rows.append([
@@ -140,7 +155,7 @@ class Report:
                 arm.label,
                 _cost(arm, whole, "params"),
                 _cost(arm, whole, "macs"),
-                _plus_minus(arm.interval("eval/top1")),
+                _plus_minus(arm.interval(self._evaluated)),
                 f"{len(arm.runs)}" + (f" ({arm.missing} missing)" if arm.missing else ""),
                 f"{arm.interval('early loss').mean:.3f}" if len(self._windows()) == 1 else "",
                 f"{arm.interval('images/s').mean:,.0f}",
@@ -155,11 +170,11 @@ class Report:
 
     def differences(self) -> list[Block]:
         """Every arm against the rival, paired by seed."""
-        tops = grouping.paired(self.arms, self.rival, "eval/top1")
+        tops = grouping.paired(self.arms, self.rival, self._evaluated)
         losses = grouping.paired(self.arms, self.rival, "early loss")
         if not tops:
             return []
-        rows = [["size", "arm", "top-1 minus rival", "interval", "seeds", "", "early loss minus rival", ""]]
+        rows = [["size", "arm", f"{self.metric} minus rival", "interval", "seeds", "", "early loss minus rival", ""]]
         for top, loss in zip(tops, losses, strict=True):
             row = [
                 _settings(top.arm.size),
@@ -168,7 +183,7 @@ class Report:
                 _bounds(top.interval),
                 str(top.interval.n),
             ]
-            rows.append([*row, _verdict(top.interval, 1), *self._early(loss.interval)])
+            rows.append([*row, _verdict(top.interval, -1 if self.found.best.lower else 1), *self._early(loss.interval)])
         rival = " ".join(self.rival) if self.rival[0] != "lowrank.method" else self.rival[1]
         by_chance = len(tops) * (1 - grouping.CONFIDENCE)
         lead = (
@@ -189,7 +204,7 @@ class Report:
             missing = "There is no held-out split (", Code("dataset.valid_split")
             note = Paragraph(*missing, "), so nothing is chosen: every value is an arm of its own.")
             return [Heading("Tuning"), note] if tunable and self.arms else []
-        rows = [["size", "arm", "chosen", "top-1 on the held-out split", "seeds", ""]]
+        rows = [["size", "arm", "chosen", f"{self.metric} on the held-out split", "seeds", ""]]
         for arm in chosen:
             tried = "; ".join(
                 f"{_settings(candidate.values)}: {candidate.why if candidate.valid is None else f'{candidate.valid:.4f}'}"
@@ -198,7 +213,11 @@ class Report:
             seeds = ", ".join(map(str, arm.candidates[0].seeds))
             edge = "at the edge of the values tried" if arm.at_edge else ""
             rows.append([_settings(arm.size), arm.label, _settings(arm.tuning), tried, seeds, edge])
-        lead = "Each arm has the tuning with the highest top-1 on the held-out split, which is neither trained on nor reported."
+        most = "lowest" if self.found.best.lower else "highest"
+        lead = (
+            f"Each arm has the tuning with the {most} {self.metric} on the held-out split, which is neither trained on nor"
+            " reported."
+        )
         return [Heading("Tuning"), Paragraph(lead), Table(rows)]
 
     def failures(self) -> list[Block]:
@@ -225,13 +244,16 @@ class Report:
     def csv(self) -> str:
         """One row per run, chosen or not."""
         chosen = {run.name for arm in self.arms for run in arm.runs.values()}
-        figures_of = ("params", "macs", "eval/top1", "eval/top5", "eval/loss", "early loss", "images/s", "seconds")
-        figures_of += ("eval_raw/top1",) if any(run.result.get("eval_raw") for run in self.found.runs) else ()
+        best = self.found.best.metric
+        evaluated = {name: None for run in self.found.runs for name in measured(run.result.get("eval") or {})}
+        names = dict.fromkeys([*(name for name in (best, *evaluated) if name != LOSS), LOSS])
+        figures_of = ("params", "macs", *(f"eval/{name}" for name in names), "early loss", "images/s", "seconds")
+        figures_of += (f"eval_raw/{best}",) if any(run.result.get("eval_raw") for run in self.found.runs) else ()
         keys = [*self.found.varied]
-        rows: list[list[Any]] = [["run", "status", "reason", "chosen", *keys, "valid/top1", *figures_of]]
+        rows: list[list[Any]] = [["run", "status", "reason", "chosen", *keys, f"valid/{best}", *figures_of]]
         for run in self.found.runs:
             values = [run.figure(name) for name in figures_of] if run.done else [""] * len(figures_of)
-            valid = run.result["valid"]["top1"] if run.done and run.result.get("valid") else ""
+            valid = run.result["valid"][best] if run.done and run.result.get("valid") else ""
             settings = [run.settings.get(key, "") for key in keys]
             rows.append([run.name, run.status, run.reason, run.name in chosen, *settings, valid, *values])
         return as_csv(rows)

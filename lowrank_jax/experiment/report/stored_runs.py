@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from lowrank_jax.experiment.best import Best
 from lowrank_jax.experiment.sweep.trials import meaningless_when_dense, read_record
 from lowrank_jax.experiment.workdir import files, stored_values
 from lowrank_jax.experiment.workdir.identity import config_digest, differing_keys, flatten
@@ -30,7 +31,8 @@ class StoredRun:
       name: its path below the given folder.
       settings: the config by dotted key; for a dense network without the settings of factors.
       status: `done`, `diverged`, `failed`, `stopped` by a scheduler, `unfinished`, `not started`, `damaged`: one of its files
-        cannot be read or relied on, or `repeated`: the same experiment as another run, which is counted instead.
+        cannot be read or relied on, `repeated`: the same experiment as another run, which is counted instead, or `apart`: it
+        was judged by another metric than most of the others.
       reason: for the status, unless the run is done.
       result: the contents of result.json; empty unless the run is done.
       metrics: the lines of metrics.jsonl.
@@ -46,6 +48,11 @@ class StoredRun:
     @property
     def done(self) -> bool:
         return self.status == "done"
+
+    @property
+    def best(self) -> Best:
+        """The metric that it was judged by."""
+        return Best.of(self.settings)
 
     @property
     def seed(self) -> int:
@@ -83,12 +90,14 @@ class Found:
       varied: the keys whose values differ between them.
       tuned: the keys that sweeps tuned.
       commands: the command lines of the sweeps.
+      best: the metric that the runs were judged by.
     """
 
     runs: tuple[StoredRun, ...]
     varied: tuple[str, ...]
     tuned: tuple[str, ...]
     commands: tuple[str, ...]
+    best: Best = Best()
 
 
 def find(folders: Sequence[str]) -> Found:
@@ -121,7 +130,20 @@ def find(folders: Sequence[str]) -> Found:
         nothing = f"{', '.join(folders)}: no work directory found (a folder with a config.json)"
         raise WorkdirError("\n".join([nothing, *(run.reason for run in unusable.values())]))
     found = _without_repeated(sorted((runs | unusable).values(), key=lambda run: run.name))
-    return Found(tuple(found), tuple(_varied(found)), tuple(dict.fromkeys(tuned)), tuple(dict.fromkeys(commands)))
+    best = _judged_by(found)
+    found = [_apart(run, best) if run.done and run.best != best else run for run in found]
+    return Found(tuple(found), tuple(_varied(found)), tuple(dict.fromkeys(tuned)), tuple(dict.fromkeys(commands)), best)
+
+
+def _judged_by(runs: Sequence[StoredRun]) -> Best:
+    """The metric that most of the finished runs were judged by."""
+    judged = [run.best for run in runs if run.done] or [run.best for run in runs if run.settings] or [Best()]
+    return max(judged, key=judged.count)
+
+
+def _apart(run: StoredRun, best: Best) -> StoredRun:
+    reason = f"it was judged by {run.best}, others by {best}: report them apart"
+    return dataclasses.replace(run, status="apart", reason=reason, result={})
 
 
 def _home(folder: str) -> Any:
@@ -233,6 +255,7 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
     settings = flatten(config)
     with _names_the_file(folder, "config.json"):
         stored_values.check_settings(settings)
+        best = Best.of(settings)
     if settings["lowrank.method"] == "none":
         settings = {key: value for key, value in settings.items() if not meaningless_when_dense(key)}
     metrics = tuple(folder.metrics.read())
@@ -244,7 +267,7 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
         ended = _ended(folder) or ("unfinished", f"at step {metrics[-1]['step'] if metrics else 0}")
         return StoredRun(name, settings, *ended, {}, metrics)
     with _names_the_file(folder, "result.json"):
-        stored_values.check_result(result)
+        stored_values.check_result(result, best.metric)
     own = config_digest(config)
     if result.get("config_digest", own) != own:  # earlier versions wrote none
         raise WorkdirError(f"{folder.path}: result.json belongs to other settings than config.json")
@@ -270,7 +293,7 @@ def _check_agreement(folder: Workdir, result: dict[str, Any], metrics: Sequence[
 def _names_the_file(folder: Workdir, name: str) -> Iterator[None]:
     try:
         yield
-    except stored_values.NoTop1 as error:
+    except stored_values.NotMeasured as error:
         raise WorkdirError(f"{folder.path}: {error}") from None
     except ValueError as error:
         raise WorkdirError(f"{folder.path}/{name} is damaged: {error}") from None

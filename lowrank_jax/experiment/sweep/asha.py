@@ -25,9 +25,10 @@ class Asha:
     reduction: float = 4
 
     def scheduler(self, trials: Sequence[Trial]) -> "ASHAScheduler":
-        """Tune's scheduler for these trials, by top-1.  Raises ConfigError if the settings are not valid for them."""
+        """Tune's scheduler for these trials, by their own metric.  Raises ConfigError if the settings do not suit them."""
         from ray.tune.schedulers import ASHAScheduler
 
+        best = trials[0].config.best
         longest = max(trial.config.total_steps for trial in trials)
         problems = []
         if not 1 <= self.grace <= longest:
@@ -40,8 +41,8 @@ class Asha:
         # rungs that it skipped.
         return ASHAScheduler(
             time_attr="step",
-            metric="top1",
-            mode="max",
+            metric=best.metric,
+            mode="min" if best.lower else "max",
             max_t=longest,
             grace_period=self.grace,
             reduction_factor=self.reduction,
@@ -54,8 +55,9 @@ def replay(scheduler: "ASHAScheduler", trials: Sequence[Trial]) -> None:
     for trial in trials:
         stand_in: Any = StandIn(trial.name)
         scheduler.on_trial_add(None, stand_in)  # pyright: ignore[reportArgumentType]
-        for step, top1 in Workdir(trial.workdir).metrics.evaluations():
-            scheduler.on_trial_result(None, stand_in, {"step": step, "top1": top1})  # pyright: ignore[reportArgumentType]
+        metric = trial.config.best.metric
+        for step, value in Workdir(trial.workdir).metrics.evaluations(metric):
+            scheduler.on_trial_result(None, stand_in, {"step": step, metric: value})  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True)

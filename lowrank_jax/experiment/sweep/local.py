@@ -128,7 +128,8 @@ class _Engine:
     def _note(self, trial: Trial, outcome: Outcome) -> None:
         self.outcomes[trial.name] = outcome
         result = trial.result() if outcome.status == "done" else None
-        tail = f"top1 {result['eval']['top1']:.4f}" if result else outcome.reason
+        metric = trial.config.best.metric
+        tail = f"{metric} {result['eval'][metric]:.4f}" if result else outcome.reason
         self.board.say(f"[{len(self.outcomes)}/{self.total}] {outcome.status:8} {trial.name}  {tail}   eta {self.eta()}")
 
     def _stop(self) -> None:

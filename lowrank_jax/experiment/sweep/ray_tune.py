@@ -21,6 +21,7 @@ import platform
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -158,13 +159,14 @@ class _Events(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last, own = trial.last_result, self._trials[trial.config["trial"]]
+        metric = own.config.best.metric
         if "status" in last:
-            top1 = "" if math.isnan(last["top1"]) else f"top1 {last['top1']:.4f}"
-            self._note(own.name, Outcome(last["status"], last["reason"]), top1)
+            figures = f"{metric} {last[metric]:.4f}" if math.isfinite(last.get(metric, math.nan)) else ""
+            self._note(own.name, Outcome(last["status"], last["reason"]), figures)
             return
-        marker = {"by": "asha", "step": last["step"], "top1": last["top1"]}
+        marker = {"by": "asha", "step": last["step"], metric: last[metric]}
         Workdir(own.workdir).write_json("stopped.json", marker)
-        self._note(own.name, Outcome("stopped", f"by asha at step {last['step']}"), f"top1 {last['top1']:.4f}")
+        self._note(own.name, Outcome("stopped", f"by asha at step {last['step']}"), f"{metric} {last[metric]:.4f}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         attempt = f"attempt {trial.run_metadata.num_failures + 1} of {_RETRIES + 1}"
@@ -240,16 +242,17 @@ def _work(job: _Job, folder: str, flag: Any) -> None:
 
 def _train(job: _Job, flag: Any) -> dict[str, Any]:
     config = configs.parse(job.config, devices=jax.device_count())
-    stop = StopSignal()
+    metric, stop = config.best.metric, StopSignal()
     threading.Thread(target=_listen, args=(flag, stop), daemon=True).start()
 
     def on_evaluation(step: int, evaluated: dict[str, dict[str, float]]) -> None:
         if step < config.total_steps:  # returns when Tune has judged it, or never
-            tune.report({"step": step, "training_iteration": step, "top1": score(evaluated)})
+            value = config.best.score(score(evaluated, config.best))  # as it is, whichever way is better
+            tune.report({"step": step, "training_iteration": step, metric: value})
 
     if train(config, job.workdir, stop=stop, on_evaluation=on_evaluation).interrupted:
         return _report("interrupted")
-    return _report("done", step=config.total_steps, top1=Workdir(job.workdir).metrics.evaluations()[-1][1])
+    return _report("done", step=config.total_steps, measured={metric: Workdir(job.workdir).metrics.evaluations(metric)[-1][1]})
 
 
 def _listen(flag: Any, stop: StopSignal) -> None:
@@ -258,10 +261,12 @@ def _listen(flag: Any, stop: StopSignal) -> None:
         stop.requested = True
 
 
-def _report(status: str, reason: str = "", *, step: int | None = None, top1: float = math.nan) -> dict[str, Any]:
+def _report(
+    status: str, reason: str = "", *, step: int | None = None, measured: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, Any]:
     """The last report of a trial; without a step the scheduler ignores it."""
     at = {} if step is None else {"step": step, "training_iteration": step}
-    return {"status": status, "reason": reason, "top1": top1, "done": True, **at}
+    return {"status": status, "reason": reason, **measured, "done": True, **at}
 
 
 def _one_line(error: Exception) -> str:

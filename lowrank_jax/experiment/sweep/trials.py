@@ -11,6 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.best import Best
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.sweep import grammar
 from lowrank_jax.experiment.workdir import stored_values
@@ -50,7 +51,7 @@ class Trial:
         return _read(self, "result.json", self._checked)
 
     def _checked(self, result: dict[str, Any]) -> dict[str, Any]:
-        stored_values.check_result(result)
+        stored_values.check_result(result, self.config.best.metric)
         own = digest_of(self.config)
         if result.get("config_digest", own) != own:  # earlier versions wrote none
             raise ValueError("it belongs to other settings")
@@ -111,7 +112,8 @@ class Sweep:
 
     def chosen(self) -> list[Trial]:
         """The later trials at the tuned values that were best in the first ones, by `merit`."""
-        finished = [(merit([result], self._tuning(trial)), trial) for trial in self.first if (result := trial.result())]
+        results = [(trial, trial.result()) for trial in self.first]
+        finished = [(merit([found], self._tuning(trial), trial.config.best), trial) for trial, found in results if found]
         best = {self._arm(trial): trial for _, trial in sorted(finished, key=lambda pair: pair[0])}
         return [trial for trial in self.later if _same_tuning(trial, best.get(self._arm(trial)), self.tuned)]
 
@@ -163,14 +165,13 @@ def expand(source: str, overrides: Sequence[tuple[str, str]], text: str, workdir
         except configs.ConfigError as error:
             problems.update({problem: name for problem in error.problems if problem not in problems})
             continue
-        if config.objective.metrics[0] != "top1":
-            problems.setdefault("objective.metrics: a sweep compares its trials by top1, which must come first", name)
         folder = str(epath.Path(workdir) / name)
         flags = [f"--config.{key}={value}" for key, value in (*overrides, *values.items())]
         trials.append(Trial(name, values, config, folder, ("train", f"--config={source}", *flags, f"--workdir={folder}")))
     if problems:
         raise configs.ConfigError("--sweep", [f"{problem}   (in {name})" for problem, name in problems.items()])
     _check_distinct(trials)
+    _check_comparable(trials)
     if axes.tuned:
         return _in_two_stages(trials, axes)
     return Sweep(tuple(trials), (), ())
@@ -186,6 +187,14 @@ def _check_distinct(trials: Sequence[Trial]) -> None:
             problems.append(f"{twin} and {trial.name} are the same experiment")
     if problems:
         raise configs.ConfigError("--sweep", problems)
+
+
+def _check_comparable(trials: Sequence[Trial]) -> None:
+    """Refuses trials that are judged by different metrics."""
+    judged = {trial.config.best: trial.name for trial in trials}
+    if len(judged) > 1:
+        by = "; ".join(f"{best} (in {name})" for best, name in judged.items())
+        raise configs.ConfigError("--sweep", [f"eval.best: a sweep compares its trials by one metric, here are {by}"])
 
 
 def _check_keys(axes: grammar.Axes, overrides: Sequence[tuple[str, str]]) -> None:
@@ -273,13 +282,13 @@ def _in_two_stages(trials: list[Trial], axes: grammar.Axes) -> Sweep:
 Merit = tuple[float, float, list[str]]
 
 
-def merit(results: Sequence[dict[str, Any]], tuning: Sequence[Any]) -> Merit:
-    """The sort key for choosing tuned values by the results of their runs: top-1 on the held-out split, then its loss.
+def merit(results: Sequence[dict[str, Any]], tuning: Sequence[Any], best: Best) -> Merit:
+    """The sort key for choosing tuned values by the results of their runs: the metric on the held-out split, then its loss.
 
     Ties are common on a small split, and sweep and report must choose alike, so the last criterion is the values themselves.
     """
-    top1, loss = (statistics.fmean(result["valid"][name] for result in results) for name in ("top1", "loss"))
-    return top1, -loss, [str(value) for value in tuning]
+    value, loss = (statistics.fmean(result["valid"][name] for result in results) for name in (best.metric, "loss"))
+    return best.score(value), -loss, [str(value) for value in tuning]
 
 
 def _same_tuning(trial: Trial, other: Trial | None, tuned: Sequence[str]) -> bool:

@@ -27,7 +27,8 @@ from lowrank_jax.experiment.hosts.sharding import (
     replicated,
     state_shardings,
 )
-from lowrank_jax.experiment.objective import Objective, make_objective
+from lowrank_jax.experiment.network import Network
+from lowrank_jax.experiment.objective import Objective
 from lowrank_jax.experiment.training import mixing, state, step
 from lowrank_jax.experiment.training.fits import check_program
 from lowrank_jax.experiment.training.start import Start, blank_images, fresh_state, init_weights
@@ -43,19 +44,26 @@ class Experiment:
     Attributes:
       config: the config.
       dataset: the description of the data set, without examples.
-      model, plan: the network, and which of its kernels are factored.
+      network, plan: the model as it is called, and which of its kernels are factored.
       make_optimizer: the schedule and the optimiser for a learning rate, which may be traced.
       mesh: the devices; abstract if they need not exist.
       shapes: a `TrainState` of `jax.ShapeDtypeStruct`s with shardings.
+      class_weights: what the loss of each class counts, where that is found in the data; see `balanced`.
     """
 
     config: Config
     dataset: Dataset
-    model: nn.Module
+    network: Network
     plan: Plan
     make_optimizer: Callable[[Any], tuple[optax.Schedule, optax.GradientTransformation]]
     mesh: Mesh
     shapes: state.TrainState
+    class_weights: tuple[float, ...] = ()
+
+    @property
+    def model(self) -> nn.Module:
+        """The Linen module."""
+        return self.network.module
 
     def init(self, batches: Iterable[dict[str, jax.Array]] = ()) -> state.TrainState:
         """The state before the first step, laid out over the devices; see `Start.state`."""
@@ -69,7 +77,7 @@ class Experiment:
         """What makes the first state."""
         config = self.config
         return Start(
-            self.model,
+            self.network,
             self.plan,
             blank_images(self.dataset),
             config.seed,
@@ -89,7 +97,9 @@ class Experiment:
 
         Raises:
           TooLarge: it does not fit into memory.
+          ConfigError: the inputs' mean and deviation are not known.
         """
+        self._check_measured()
         compiled, settings = self.lower_train_step().compile(), self._settings()
         check_program(compiled, "a training step")
         return lambda state, batch: compiled(state, batch, *settings)
@@ -102,7 +112,7 @@ class Experiment:
             schedule, optimizer = self.make_optimizer(lr)
             settings = self.config.optim
             update = step.make_train_step(
-                self.model,
+                self.network,
                 optimizer,
                 schedule,
                 self._mixing(),
@@ -121,7 +131,7 @@ class Experiment:
 
     @property
     def objective(self) -> Objective:
-        return make_objective(self.config.objective.loss, self.config.objective.metrics)
+        return self.config.build_objective(self.class_weights)
 
     def _settings(self) -> tuple[np.uint32, np.float32]:
         return self._seed(), np.float32(self.config.peak_lr)
@@ -134,9 +144,31 @@ class Experiment:
 
         Args:
           classes: how many classes to count the predictions of; see `step.tally`.
+
+        Raises:
+          ConfigError: the inputs' mean and deviation are not known.
         """
+        self._check_measured()
+        return self._jit_eval_step(classes)
+
+    def jit_forward(self) -> jax.stages.Wrapped:
+        """The network as it is evaluated: `(variables, images) -> outputs`, of images as the data set has them.
+
+        Raises:
+          ConfigError: the inputs' mean and deviation are not known.
+        """
+        self._check_measured()
+        return jax.jit(step.make_forward(self.network, self._normalizer(), gather=self._gather))
+
+    def _check_measured(self) -> None:
+        """Shapes do not depend on what the normaliser subtracts; what a network learns and computes does."""
+        dataset = self.dataset
+        if not (dataset.mean and dataset.std):
+            raise ConfigError("config", [f"dataset.name: the mean and the deviation of {dataset.name} have not been measured"])
+
+    def _jit_eval_step(self, classes: int = 0) -> jax.stages.Wrapped:
         eval_step = step.make_eval_step(
-            self.model, self._normalizer(), objective=self.objective, gather=self._gather, classes=classes
+            self.network, self._normalizer(), objective=self.objective, gather=self._gather, classes=classes
         )
 
         def step_with_word(variables: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, Any]:
@@ -144,10 +176,6 @@ class Experiment:
             return {**eval_step(variables, batch), **word}
 
         return jax.jit(step_with_word, out_shardings=replicated(self.mesh))
-
-    def jit_forward(self) -> jax.stages.Wrapped:
-        """The network as it is evaluated: `(variables, images) -> outputs`, of images as the data set has them."""
-        return jax.jit(step.make_forward(self.model, self._normalizer(), gather=self._gather))
 
     def _gather(self, params: Any) -> Any:
         """Parameters as a step computes with them: not sharded over the axes that shard a batch.
@@ -163,8 +191,8 @@ class Experiment:
     def lower_eval_step(self) -> jax.stages.Lowered:
         """The evaluation step of training, not compiled; the devices of the mesh need not exist."""
         batch = self._batch_shapes(self.config.eval.batch_size)
-        batch["mask"] = jax.ShapeDtypeStruct(batch["label"].shape, jnp.float32, sharding=batch["label"].sharding)
-        return self.jit_eval_step().lower(self.shapes.variables()[""], batch)
+        batch["mask"] = jax.ShapeDtypeStruct(batch["label"].shape[:1], jnp.float32, sharding=batch["label"].sharding)
+        return self._jit_eval_step().lower(self.shapes.variables()[""], batch)
 
     def _normalizer(self):
         return mixing.normalizer(self.dataset.mean, self.dataset.std)
@@ -173,7 +201,7 @@ class Experiment:
         data = self.config.dataset
         return mixing.Mixing(
             self._normalizer(),
-            self.dataset.num_classes,
+            self.config.target_classes,
             label_smoothing=self.config.optim.label_smoothing,
             random_erasing=data.random_erasing,
             mixup=data.mixup,
@@ -182,11 +210,11 @@ class Experiment:
 
     def _batch_shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         sharding = batch_sharding(self.mesh)
-        return {
-            "image": jax.ShapeDtypeStruct((size, *self.dataset.image_shape), jnp.uint8, sharding=sharding),
-            "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding),
-            **votes.batch_shapes(self.mesh),
+        fields = {
+            name: jax.ShapeDtypeStruct((size, *field.shape), field.dtype, sharding=sharding)
+            for name, field in self.dataset.fields.items()
         }
+        return {**fields, **votes.batch_shapes(self.mesh)}
 
 
 def build(config: Config, source: str = "config", devices: Sequence[Any] | int | None = None) -> Experiment:
@@ -200,10 +228,10 @@ def build(config: Config, source: str = "config", devices: Sequence[Any] | int |
     Raises:
       ConfigError: the parts do not fit together.
     """
-    dataset, model = config.description, config.build_model()
+    dataset, network = config.description, config.build_network()
     mesh = _mesh(config, devices)
     plan = planned_for(mesh, config)
-    init = functools.partial(init_weights, model, plan, blank_images(dataset), config.seed)
+    init = functools.partial(init_weights, network, plan, blank_images(dataset), config.seed)
     weights = jax.eval_shape(init)
 
     def make_optimizer(lr: Any) -> tuple[optax.Schedule, optax.GradientTransformation]:
@@ -226,7 +254,7 @@ def build(config: Config, source: str = "config", devices: Sequence[Any] | int |
         shardings = state_shardings(shapes, mesh, config.mesh.to_rules())
     except ValueError as error:
         raise ConfigError(source, [f"mesh.rules: {line}" for line in str(error).splitlines()]) from error
-    return Experiment(config, dataset, model, plan, make_optimizer, mesh, _placed(shapes, shardings))
+    return Experiment(config, dataset, network, plan, make_optimizer, mesh, _placed(shapes, shardings))
 
 
 def _mesh(config: Config, devices: Sequence[Any] | int | None) -> Mesh:

@@ -1,5 +1,6 @@
 """Means of the loss and the metrics over a whole split, exact whatever the batch size."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,11 +8,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from lowrank_jax.experiment.best import Best
 from lowrank_jax.experiment.data.base import DataError, Split
 from lowrank_jax.experiment.data.pipeline import EvalBatches, shard_of
 from lowrank_jax.experiment.hosts.processes import OtherFailed
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, STOP, Votes
+from lowrank_jax.experiment.training.step import OF
 
 Evaluated = dict[str, dict[str, float]]
 """Metrics by name, of every set of weights or split that was evaluated."""
@@ -87,9 +90,9 @@ def _added(sums: dict[str, jax.Array], more: dict[str, jax.Array]) -> dict[str, 
     return {name: sums[name] + value if name in sums else value for name, value in more.items()}
 
 
-def score(evaluated: Evaluated, metric: str = "top1") -> float:
-    """What runs and checkpoints are chosen by: a metric on the held-out split, or on `eval_split` where none is held out."""
-    return evaluated.get("valid", evaluated["eval"])[metric]
+def score(evaluated: Evaluated, best: Best) -> float:
+    """What runs and checkpoints are chosen by, larger is better: on the held-out split, or `eval_split` if none is held out."""
+    return best.score(evaluated.get("valid", evaluated["eval"])[best.metric])
 
 
 def _means(sums: list[dict[str, Any]], examples: Split, shared: bool) -> dict[str, float]:
@@ -103,5 +106,9 @@ def _means(sums: list[dict[str, Any]], examples: Split, shared: bool) -> dict[st
     assert skipped == known or (shared and skipped > known), f"evaluated {seen} of {len(examples)} examples"
     if not seen:
         raise DataError("no image of the evaluated split could be decoded")
-    means = {name: total / seen for name, total in totals.items()}
+    means = {name: _ratio(total, totals.get(f"{name}{OF}", seen)) for name, total in totals.items() if not name.endswith(OF)}
     return {**means, "examples": seen, **({"undecodable": skipped} if skipped else {})}
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan  # of a metric that counts none of the examples

@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from lowrank_jax.experiment.data.pipeline import shard_of
 from lowrank_jax.experiment.hosts.sharding import bytes_per_device
@@ -50,10 +51,12 @@ def _beyond_devices(what: str, part: int) -> list[str]:
 
 
 def _beyond_batch(experiment: "Experiment", key: str, size: int) -> list[str]:
-    """Of the images of a batch that this process reads, which have a byte for each number."""
+    """Of the examples of a batch that this process reads."""
     shard = shard_of(experiment.mesh)
     images = size * len(shard.parts) // shard.count
-    return beyond_machine(f"a batch of {images:,} images ({key})", images * math.prod(experiment.dataset.image_shape))
+    fields = experiment.dataset.fields.values()
+    each = sum(math.prod(field.shape) * np.dtype(field.dtype).itemsize for field in fields)
+    return beyond_machine(f"a batch of {images:,} images ({key})", images * each)
 
 
 def _check(*found: list[str]) -> None:

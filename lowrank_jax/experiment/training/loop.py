@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lowrank_jax.experiment import interrupts
+from lowrank_jax.experiment.best import measured
 from lowrank_jax.experiment.config.files import ConfigError, to_dict
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
@@ -17,7 +18,9 @@ from lowrank_jax.experiment.data.pipeline import Feed, TrainBatches, shard_of
 from lowrank_jax.experiment.hosts.processes import OtherFailed, barrier, exchange
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
+from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.build import Experiment, build
+from lowrank_jax.experiment.training.class_weights import with_class_weights
 from lowrank_jax.experiment.training.evaluate import Evaluated, Interrupted, evaluate, score
 from lowrank_jax.experiment.training.extend import extended
 from lowrank_jax.experiment.training.fits import check_training
@@ -82,7 +85,14 @@ def train(
             writer.say(headline(experiment))
             for line in extensions(experiment):
                 writer.say(line)
+            for note in experiment.dataset.notes:
+                writer.say(f"{experiment.dataset.name}: {note}")
+            dataset = recorded_data.settle(folder, experiment.dataset, data["train"], writer.say)
+            experiment = dataclasses.replace(experiment, dataset=dataset)
             writer.show_settings(flatten(to_dict(config)))
+            experiment = with_class_weights(experiment, data["train"])
+            if experiment.class_weights:
+                writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in experiment.class_weights)}")
             stop = stop or StopSignal()
             try:
                 loop = begin(Tools(experiment, data, folder, writer, checkpoints, stop, on_evaluation), restart)
@@ -143,7 +153,7 @@ def _checkpoints(folder: Workdir, config: Config) -> Checkpoints:
 
 def _agree(config: dict[str, Any]) -> None:
     """Raises WorkdirError unless all processes have the same settings."""
-    ours = {key: value for key, value in flatten(config).items() if key != "dataset.data_dir"}
+    ours = {key: value for key, value in flatten(config).items() if key not in ("code_dir", "dataset.data_dir")}
     first, *others = [json.loads(text) for text in exchange(json.dumps(ours))]
     for process, theirs in enumerate(others, start=1):
         different = [f"{key} is {theirs.get(key)}, not {first[key]}" for key in first if theirs.get(key) != first[key]]
@@ -273,7 +283,7 @@ class Loop:
             return
         self.check_finite(evaluated)
         self.evaluated, self.evals[self.step] = evaluated, evaluated["eval"]
-        current, best = score(evaluated, self.objective.deciding), self.checkpoints.best()
+        current, best = score(evaluated, self.objective.best), self.checkpoints.best()
         self.improved = best is None or current > self.checkpoints.best_score()
         self.checkpoints.note_score(self.step, current)
         self.write_evaluation(evaluated)
@@ -295,7 +305,7 @@ class Loop:
         )
 
     def check_finite(self, evaluated: Evaluated) -> None:
-        for name in ("loss", self.objective.deciding):
+        for name in dict.fromkeys(("loss", self.objective.best.metric)):
             for metrics in evaluated.values():
                 if not np.isfinite(metrics[name]):
                     advice = "Lower optim.lr or set optim.clip_norm." if name == "loss" else "Checkpoints are chosen by it."
@@ -306,7 +316,7 @@ class Loop:
             self.step, {f"{kind}/{name}": value for kind, metrics in evaluated.items() for name, value in metrics.items()}
         )
         for kind, metrics in evaluated.items():
-            figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in (*self.objective.metrics, "loss"))
+            figures = "  ".join(f"{name} {metrics[name]:.4f}" for name in measured(metrics))
             raw = " the raw weights" if kind.endswith("_raw") else ""
             held_out = " on the held-out split" if kind.startswith("valid") else ""
             self.writer.say(f"evaluated{raw}{held_out} at step {self.step}: {figures}")
@@ -328,7 +338,7 @@ class Loop:
         info = {
             "data": self.feed.get_state(),
             "evaluated": self.evaluated,
-            "score": score(self.evaluated, self.objective.deciding) if self.evaluated else None,
+            "score": score(self.evaluated, self.objective.best) if self.evaluated else None,
             "seconds": self.seconds(),
             "window": self.window.check(self.saved),  # what is saved is good
             "metrics": self.tools.folder.metrics.digest(),
@@ -354,8 +364,7 @@ class Loop:
         scalars = self.window.summary(self.saved) | ({"train/undecodable": undecodable} if undecodable else {})
         self.logged[self.step] = scalars
         self.writer.write(self.step, scalars)
-        metric, batch_size = self.objective.deciding, self.config.batch_size
-        self.writer.say(progress_line(self.step, self.total, scalars, metric=metric, batch_size=batch_size, saved=self.saved))
+        self.writer.say(progress_line(self.step, self.total, scalars, batch_size=self.config.batch_size, saved=self.saved))
 
     def finish(self) -> TrainResult:
         self.checkpoints.wait()

@@ -15,8 +15,17 @@ _ERASED_ASPECT = (0.3, 1 / 0.3)
 
 
 def normalizer(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalize:
-    """uint8 images to float32 of mean 0 and deviation 1 per channel, given those of pixels in [0, 1]."""
-    return lambda images: (images.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
+    """Inputs to float32 of mean 0 and deviation 1 per channel or feature; they stay as they are where these are empty.
+
+    Those of uint8 are given of pixels in [0, 1], those of floating-point inputs of what these hold.
+    """
+
+    def normalize(images: jax.Array) -> jax.Array:
+        values = images.astype(jnp.float32)
+        values = values / 255 if images.dtype == jnp.uint8 else values
+        return (values - jnp.array(mean)) / jnp.array(std) if mean else values
+
+    return normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Mixing:
 
     Attributes:
       normalize: see `normalizer`.
-      num_classes: the number of logits.
+      num_classes: labels become distributions over so many classes; None if they stay as they are, but for mixup and cutmix.
       label_smoothing: the share of every target that is spread over all classes.
       random_erasing: the probability that a rectangle of an image is replaced by noise.
       mixup: alpha of the Beta distribution of the mixing weight; 0 for no mixup.
@@ -34,16 +43,18 @@ class Mixing:
     """
 
     normalize: Normalize
-    num_classes: int
+    num_classes: int | None
     label_smoothing: float = 0.0
     random_erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
 
     def __call__(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """uint8 `[batch, height, width, channels]`, int `[batch]` -> float32 images, targets `[batch, num_classes]`."""
+        """Images or vectors `[batch, ...]`, labels `[batch, ...]` -> float32 inputs, targets `[batch, ..., num_classes]`."""
         images = self.normalize(images)
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, self.num_classes), self.label_smoothing)
+        targets = labels
+        if self.num_classes is not None:
+            targets = optax.smooth_labels(jax.nn.one_hot(labels, self.num_classes), self.label_smoothing)
         erase_key, mix_key = jax.random.split(key)
         if self.random_erasing:
             images = erase(erase_key, images, self.random_erasing)
@@ -87,8 +98,8 @@ def mix(
 
     Args:
       key: of the draws.
-      images: `[batch, height, width, channels]`.
-      targets: `[batch, num_classes]`.
+      images: `[batch, height, width, channels]`; without cutmix of any shape.
+      targets: `[batch, ...]`, such as distributions over classes.
       mixup_alpha, cutmix_alpha: see `Mixing`; not both zero.
     """
     choice, share, place = jax.random.split(key, 3)
@@ -96,6 +107,8 @@ def mix(
     alpha = jnp.where(use_cutmix, cutmix_alpha, mixup_alpha)
     kept = jax.random.beta(share, alpha, alpha)
 
+    if images.ndim != 4:
+        return _blend(kept, images), _blend(kept, targets)
     _, height, width, _ = images.shape
     size = jnp.array([height, width])
     cut = jnp.round(size * jnp.sqrt(1 - kept))
@@ -103,10 +116,14 @@ def mix(
     start, end = (jnp.clip(centre + step, 0, size) for step in (-jnp.floor(cut / 2), jnp.ceil(cut / 2)))
     inside = rectangle(start[None], end[None], height, width)
 
-    others = jnp.roll(images, 1, axis=0)
     weight = jnp.where(use_cutmix, 1 - inside, kept)
     kept = jnp.where(use_cutmix, 1 - inside.mean(), kept)  # at the edge a rectangle is cut
-    return weight * images + (1 - weight) * others, kept * targets + (1 - kept) * jnp.roll(targets, 1, axis=0)
+    return _blend(weight, images), _blend(kept, targets)
+
+
+def _blend(kept: jax.Array, values: jax.Array) -> jax.Array:
+    """Every example mixed with its neighbour."""
+    return kept * values + (1 - kept) * jnp.roll(values, 1, axis=0)
 
 
 def rectangle(start: jax.Array, end: jax.Array, height: int, width: int) -> jax.Array:

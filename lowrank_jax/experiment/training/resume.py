@@ -74,7 +74,7 @@ def restore_or_start(
       ConfigError: see `Start.state`.
     """
     total = experiment.config.total_steps
-    deciding = experiment.objective.deciding
+    deciding = experiment.config.best.metric
     restored = checkpoints.restore(experiment.shapes, lambda restored: _unfit(restored, total, deciding))
     if restored is None:
         _begin_anew(folder, say, restart)

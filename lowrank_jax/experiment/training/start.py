@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.errors import ScopeCollectionNotFound, ScopeVariableNotFoundError
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -22,6 +21,7 @@ from lowrank_jax import inputs
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.experiment.hosts.sharding import replicated
+from lowrank_jax.experiment.network import Network
 from lowrank_jax.experiment.training.mixing import Normalize
 from lowrank_jax.experiment.training.state import TrainState, key
 from lowrank_jax.linen.factorize import factorize
@@ -41,67 +41,47 @@ class Weights(NamedTuple):
 
 
 def blank_images(dataset: Dataset) -> jax.Array:
-    """One image of zeros `[1, height, width, channels]`, for a model to initialise on."""
+    """One input of zeros, `[1, height, width, channels]` or `[1, features]`, for a model to initialise on."""
     return jnp.zeros((1, *dataset.image_shape), jnp.float32)
 
 
-def init_dense(model: nn.Module, images: jax.Array, seed: Any) -> Any:
+def init_dense(network: Network, images: jax.Array, seed: Any) -> Any:
     """The dense model's variables, drawn by its own initialiser; parameters without boxes, as the config's rules shard them."""
-    variables = model.init(key(seed, "init"), images)
+    variables = network.init(key(seed, "init"), images)
     return {**variables, "params": nn.meta.unbox(variables["params"])}
 
 
-def init_weights(model: nn.Module, plan: Plan, images: jax.Array, seed: Any, moments: Moments = None) -> Weights:
+def init_weights(network: Network, plan: Plan, images: jax.Array, seed: Any, moments: Moments = None) -> Weights:
     """Draws the dense model and factors it.  Made to run under `jit`.
 
     Args:
-      model, plan: the network, and which of its kernels are factored.
+      network, plan: the network, and which of its kernels are factored.
       images: of the shape that the model takes; their values do not matter.
       seed: of the run, a whole number or a uint32 scalar.
       moments: of the layers' inputs, for a data-aware factorisation.
     """
     # Drawn once, rather than anew in every operation that reads a kernel, which a TPU's compiler would take minutes for.
-    variables = jax.lax.optimization_barrier(init_dense(model, images, seed))
-    return factored(model, variables, plan, images, seed, moments)
+    variables = jax.lax.optimization_barrier(init_dense(network, images, seed))
+    return factored(network, variables, plan, images, seed, moments)
 
 
-def factored(model: nn.Module, variables: Any, plan: Plan, images: jax.Array, seed: Any, moments: Moments = None) -> Weights:
+def factored(network: Network, variables: Any, plan: Plan, images: jax.Array, seed: Any, moments: Moments = None) -> Weights:
     """`init_weights` from variables that are drawn already."""
     params = factorize(variables["params"], plan, key=key(seed, "factorize"), moments=moments)
-    return Weights(params, variables.get("batch_stats", {}), state_collections(model, variables, images))
+    return Weights(params, variables.get("batch_stats", {}), state_collections(network, variables, images))
 
 
-def state_collections(model: nn.Module, variables: Any, images: jax.Array) -> dict[str, Any]:
-    """The model's collections besides `params` and `batch_stats` that carry state from step to step: those that it reads.
-
-    What a module sows is an output: where its collection is not there, it is not written, and nothing is missed.
+def state_collections(network: Network, variables: Any, images: jax.Array) -> dict[str, Any]:
+    """See `Network.state`.
 
     Raises:
       ConfigError: a collection holds what a checkpoint cannot, such as random keys.
     """
-    others = [name for name in variables if name not in ("params", "batch_stats")]
-    state = {name: variables[name] for name in others if _is_read(model, variables, name, images)}
+    state = network.state(variables, images)
     for name, leaf in named_leaves(state).items():
         if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == jnp.bool_):
             raise ConfigError("config", [f"model: the collection {name!r} holds {leaf.dtype}, which a checkpoint cannot"])
     return state
-
-
-def _is_read(model: nn.Module, variables: Any, name: str, images: jax.Array) -> bool:
-    """Whether the model misses a collection that is not there."""
-    rest = {other: value for other, value in variables.items() if other != name}
-
-    def step(variables: Any) -> Any:
-        mutable = [other for other in rest if other != "params"]
-        return model.apply(variables, images, train=True, mutable=mutable, rngs={"dropout": key(0, "dropout")})
-
-    try:
-        jax.eval_shape(step, rest)
-    except (ScopeCollectionNotFound, ScopeVariableNotFoundError):
-        return True
-    except Exception:  # of a model that takes no single image in training; a step will say so if it is wrong
-        return True
-    return False
 
 
 def fresh_state(weights: Weights, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
@@ -116,7 +96,7 @@ class Start:
     """The start of a run.
 
     Attributes:
-      model, plan: the network, and which of its kernels are factored.
+      network, plan: the network, and which of its kernels are factored.
       images: from `blank_images`.
       seed: of the run.
       optimizer: for its state.
@@ -127,7 +107,7 @@ class Start:
       on_host: this machine's CPU decomposes the kernels rather than the devices.
     """
 
-    model: nn.Module
+    network: Network
     plan: Plan
     images: jax.Array
     seed: int
@@ -163,13 +143,13 @@ class Start:
 
     def _jit_state(self) -> Any:
         def init_state(seed: Any, moments: Moments) -> TrainState:
-            return self._fresh(init_weights(self.model, self.plan, self.images, seed, moments))
+            return self._fresh(init_weights(self.network, self.plan, self.images, seed, moments))
 
         return jax.jit(init_state, out_shardings=self._shardings())
 
     def _jit_draw(self) -> Any:
         """Of the dense network, on every device."""
-        draw = functools.partial(init_dense, self.model, self.images)
+        draw = functools.partial(init_dense, self.network, self.images)
         return jax.jit(draw, out_shardings=replicated(self.mesh))
 
     def _fresh(self, weights: Weights) -> TrainState:
@@ -183,7 +163,7 @@ class Start:
         # Moments of a batch that several processes read are on the devices of all of them.
         moments = moments and _on_host(jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(moments))
         with jax.default_device(_cpu()):
-            weights = _on_host(factored(self.model, variables, self.plan, self.images, self._seed(), moments))
+            weights = _on_host(factored(self.network, variables, self.plan, self.images, self._seed(), moments))
         if jax.process_count() > 1:  # hosts of two kinds may round differently, and every replica has to be the same
             weights = multihost_utils.broadcast_one_to_all(weights)
         return jax.jit(self._fresh, out_shardings=self._shardings())(weights)
@@ -194,7 +174,8 @@ class Start:
         normalize = jax.jit(self.normalize)
         images = (normalize(batch["image"]) for batch in batches)
         dropout = {"dropout": key(self.seed, "dropout")}
-        return inputs.second_moments(self.model, variables, images, self.plan, rngs=dropout, train=True)
+        flags = self.network.flags(train=True)
+        return inputs.second_moments(self.network.module, variables, images, self.plan, rngs=dropout, **flags)
 
 
 def _on_host(tree: Any) -> Any:

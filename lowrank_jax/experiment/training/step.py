@@ -3,23 +3,22 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_jax.experiment import objective as objectives
-from lowrank_jax.experiment.objective import Objective
+from lowrank_jax.experiment.network import Network
+from lowrank_jax.experiment.objective import Metric, Objective
 from lowrank_jax.experiment.training.mixing import Mixing, Normalize
 from lowrank_jax.experiment.training.state import TrainState, key
-from lowrank_jax.linen.layers import apply
 
 Metrics = dict[str, jax.Array]
 Gather = Callable[[Any], Any]
 
 
 def make_train_step(
-    model: nn.Module,
+    network: Network,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     mixing: Mixing,
@@ -32,11 +31,11 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """A function `(state, batch) -> (state, metrics)`.
 
-    The metrics are the loss and the objective's first metric, as means over the batch before the update, the norm of the
-    gradient `grad_norm`, and the update's learning rate `lr`.
+    The metrics are the loss and what the objective measures in training, as means over the batch before the update, the norm of
+    the gradient `grad_norm`, and the update's learning rate `lr`.
 
     Args:
-      model, optimizer, schedule, mixing, objective: the parts.
+      network, optimizer, schedule, mixing, objective: the parts.
       accumulate: the number of equal parts in which the batch goes through the network, one after the other; gradient and
         collections are means over the parts.  BatchNorm normalises each part separately, and devices exchange gradients after
         each.
@@ -47,37 +46,41 @@ def make_train_step(
 
     def loss_fn(params: Any, state: TrainState, batch: dict[str, jax.Array]):
         params = gather(params)
-        written = {"batch_stats": state.batch_stats, **state.collections}
+        collections = {"batch_stats": state.batch_stats, **state.collections}
+        given = {name: value for name, value in batch.items() if name != "place"}
         part = batch["place"][0]
         images, targets = mixing(jax.random.fold_in(key(seed, "mixing", state.step), part), batch["image"], batch["label"])
-        logits, updates = apply(
-            model,
-            {**written, "params": params},
-            images,
-            train=True,
-            mutable=list(written),
-            rngs={"dropout": jax.random.fold_in(key(seed, "dropout", state.step), part)},
-        )
-        logits = logits.astype(jnp.float32)
-        metric = objective.metrics[objective.deciding](logits, targets).mean()
-        return objective.loss(logits, targets).mean(), ({**written, **updates}, metric)
+        dropout = jax.random.fold_in(key(seed, "dropout", state.step), part)
+        outputs, updates = network.step({**collections, "params": params}, images, dropout)
+        loss, metrics = objective(outputs, {**given, "image": images, "label": targets}, train=True)
+        return loss.mean(), ({**collections, **updates}, {name: _means(metric) for name, metric in metrics.items()})
 
     def loss_and_grads(state: TrainState, batch: dict[str, jax.Array]):
         return jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         mean_over_parts = _in_parts(loss_and_grads, accumulate, state, batch)
-        (loss, (collections, metric)), grads = mean_over_parts(state, {**batch, "place": jnp.arange(len(batch["label"]))})
+        (loss, (collections, metrics)), grads = mean_over_parts(state, {**batch, "place": jnp.arange(len(batch["label"]))})
         batch_stats = collections.pop("batch_stats")
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, objective.deciding: metric, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
+        measured = {name: _ratio(*means) for name, means in metrics.items()}
+        metrics = {"loss": loss, **measured, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
         ema = state.ema
         if ema_decay is not None:
             ema = moved_average(ema, {"params": params, "batch_stats": batch_stats}, ema_decay, state.step + 1)
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema, collections), metrics
 
     return train_step
+
+
+def _means(metric: Metric) -> tuple[jax.Array, ...]:
+    """Of a metric, or of its numerators and of its denominators."""
+    return (metric[0].mean(), metric[1].mean()) if isinstance(metric, tuple) else (metric.mean(),)
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array | None = None) -> jax.Array:
+    return numerator if denominator is None else numerator / denominator
 
 
 def _in_parts(loss_and_grads: Callable[..., Any], parts: int, state: TrainState, batch: dict[str, jax.Array]) -> Any:
@@ -121,19 +124,23 @@ def moved_average(average: Any, new: Any, decay: float, step: jax.Array) -> Any:
 
 
 def make_forward(
-    model: nn.Module, normalize: Normalize, *, gather: Gather = lambda params: params
-) -> Callable[[dict[str, Any], jax.Array], jax.Array]:
+    network: Network, normalize: Normalize, *, gather: Gather = lambda params: params
+) -> Callable[[dict[str, Any], jax.Array], Any]:
     """A function `(variables, images) -> outputs` in float32, as the network is evaluated; `gather` as in training."""
 
-    def forward(variables: dict[str, Any], images: jax.Array) -> jax.Array:
+    def forward(variables: dict[str, Any], images: jax.Array) -> Any:
         variables = {**variables, "params": gather(variables["params"])}
-        return apply(model, variables, normalize(images), train=False).astype(jnp.float32)
+        return jax.tree.map(_single, network.apply(variables, normalize(images), train=False))
 
     return forward
 
 
+def _single(output: jax.Array) -> jax.Array:
+    return output.astype(jnp.float32) if jnp.issubdtype(output.dtype, jnp.floating) else output
+
+
 def make_eval_step(
-    model: nn.Module,
+    network: Network,
     normalize: Normalize,
     *,
     objective: Objective = objectives.DEFAULT,
@@ -142,20 +149,27 @@ def make_eval_step(
 ) -> Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, Any]]:
     """A function `(variables, batch) -> sums` of the loss and of every metric over the examples whose mask is 1.
 
-    `count` says over how many; `gather` as in training.  With a number of `classes`, `tally` holds what `tally` counts.
+    `count` says over how many, and `NAME/of` is the sum of a metric's own denominators where it has them; `gather` as in
+    training.  With a number of `classes`, `tally` holds what `tally` counts.
     """
-    forward = make_forward(model, normalize, gather=gather)
 
     def eval_step(variables: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, Any]:
-        logits, mask = forward(variables, batch["image"]), batch["mask"]
+        variables = {**variables, "params": gather(variables["params"])}
+        images, mask = normalize(batch["image"]), batch["mask"]
+        outputs = network.apply(variables, images, train=False)
+        given = {name: value for name, value in batch.items() if name != "mask"}
+        loss, metrics = objective(outputs, {**given, "image": images, "weight": mask}, train=False)
 
         def masked_sum(values: jax.Array) -> jax.Array:
             # where, not a product: a filled-up example's NaN must not reach the sum.
             return jnp.where(mask > 0, values, jnp.zeros_like(values)).sum()
 
-        measures = {"loss": objective.loss, **objective.metrics}
-        sums = {name: masked_sum(measure(logits, batch["label"])) for name, measure in measures.items()}
-        counted = {"tally": tally(logits, batch["label"], mask, classes)} if classes else {}
+        sums = {"loss": masked_sum(loss)}
+        for name, metric in metrics.items():
+            numerators, *denominators = metric if isinstance(metric, tuple) else (metric,)
+            sums[name] = masked_sum(numerators)
+            sums |= {f"{name}{OF}": masked_sum(each) for each in denominators}
+        counted = {"tally": tally(outputs, batch["label"], mask, classes)} if classes else {}
         return {**sums, "count": mask.sum().astype(jnp.int32), **counted}
 
     return eval_step
@@ -177,3 +191,7 @@ def tally(logits: jax.Array, labels: jax.Array, mask: jax.Array, classes: int) -
         "counts": jnp.zeros(classes, jnp.int32).at[labels].add(seen),
         "confusion": jnp.zeros((classes, classes), jnp.int32).at[labels, logits.argmax(-1)].add(predicts),
     }
+
+
+OF = "/of"
+"""After the name of a metric: the sum of its denominators."""

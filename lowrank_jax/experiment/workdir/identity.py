@@ -8,11 +8,11 @@ from typing import Any
 
 from lowrank_jax.experiment import config as configs
 
-# Settings that may change between two starts of one experiment: where the data is, what is written and how often, the devices,
-# how layers run on them, what decomposes their kernels, and the limit of undecodable images, on which no result depends while
-# it is not reached.
+# Settings that may change between two starts of one experiment: where data and code are, what is written and how often, the
+# devices, how layers run on them, what decomposes their kernels, and the limit of undecodable images, on which no result
+# depends while it is not reached.
 _FREE = (
-    "dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "init.", "log.", "profile.",
+    "code_dir", "dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "init.", "log.", "profile.",
     "lowrank.execution", "mesh.",
 )  # fmt: skip
 

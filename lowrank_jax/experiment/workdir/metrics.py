@@ -67,10 +67,10 @@ class Metrics:
             lines.append(_to_line(last, len(lines) + 1))
         return lines
 
-    def evaluations(self) -> list[tuple[int, float]]:
-        """Step and top-1 of every evaluation so far; on the held-out split if there is one."""
-        lines = [line for line in self.read() if line.get("eval/top1") is not None]
-        return [(line["step"], line.get("valid/top1", line["eval/top1"])) for line in lines]
+    def evaluations(self, metric: str) -> list[tuple[int, float]]:
+        """Step and a metric of every evaluation so far; on the held-out split if there is one."""
+        lines = [line for line in self.read() if line.get(f"eval/{metric}") is not None]
+        return [(line["step"], line.get(f"valid/{metric}", line[f"eval/{metric}"])) for line in lines]
 
     def digest(self) -> Digest:
         """Of the file as it is."""

@@ -16,8 +16,8 @@ _DEEPEST = 50
 _ONE = 1 + 1e-6  # as a mean that is rounded
 
 
-class NoTop1(ValueError):
-    """The run has no top1, by which reports compare."""
+class NotMeasured(ValueError):
+    """The run has not measured the metric that it is to be compared by."""
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -66,8 +66,8 @@ def _check_finite(key: str, value: Any, depth: int = 0) -> None:
         _check_finite(key, item, depth + 1)
 
 
-def check_result(result: Mapping[str, Any]) -> None:
-    """Raises ValueError if this is not a result to compare; `NoTop1` if that is because top1 is not among its metrics."""
+def check_result(result: Mapping[str, Any], best: str) -> None:
+    """Raises ValueError if this is not a result to compare by a metric; `NotMeasured` if that metric is not among its own."""
     for name in ("params", "macs", "seconds"):
         if not _is_number(result.get(name)) or result[name] < 0:
             raise _wrong(name, result.get(name), "a number of at least 0")
@@ -78,9 +78,9 @@ def check_result(result: Mapping[str, Any]) -> None:
         if not isinstance(evaluated, dict):
             raise _wrong(name, evaluated, "a mapping of metrics")
         check_metrics(evaluated, f"{name}/")
-        if name == "eval" and "top1" not in evaluated:
-            raise NoTop1("a report compares top1, which is not among this run's objective.metrics")
-        for metric in ("top1", "loss") if name in ("eval", "valid") else ():
+        if name == "eval" and best not in evaluated:
+            raise NotMeasured(f"its result has no {best}, by which its checkpoints were chosen")
+        for metric in (best, "loss") if name in ("eval", "valid") else ():
             if evaluated.get(metric) is None:
                 raise _wrong(f"{name}/{metric}", evaluated.get(metric), "a number")
     versions = result.get("versions")

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from lowrank_jax.experiment.best import LOSS, measured
 from lowrank_jax.experiment.workdir.metrics import Metrics
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.text import printable
@@ -80,16 +81,15 @@ def _open_board(folder: str) -> Any:
     return SummaryWriter(folder)
 
 
-def progress_line(
-    step: int, total: int, scalars: dict[str, float], *, metric: str = "top1", batch_size: int, saved: int | None
-) -> str:
-    """`[ 1200/9380  12.8%] loss 0.41  top1 0.860  3.1e4 img/s  eta 1m52s  saved@1000`."""
+def progress_line(step: int, total: int, scalars: dict[str, float], *, batch_size: int, saved: int | None) -> str:
+    """`[ 1200/9380  12.8%] loss 0.4100  top1 0.860  3.1e4 img/s  eta 1m52s  saved@1000`."""
     rate = scalars["train/images_per_second"]
     eta = duration((total - step) * batch_size / rate)
     tail = f"  saved@{saved}" if saved is not None else ""
+    metrics = "".join(f"  {name} {scalars[f'train/{name}']:.3f}" for name in measured(scalars, "train/") if name != LOSS)
     return (
-        f"[{step:{len(str(total))}}/{total} {100 * step / total:5.1f}%] loss {scalars['train/loss']:.4f}"
-        f"  {metric} {scalars[f'train/{metric}']:.3f}  {rate:,.0f} img/s  eta {eta}{tail}"
+        f"[{step:{len(str(total))}}/{total} {100 * step / total:5.1f}%] loss {scalars['train/loss']:.4f}{metrics}"
+        f"  {rate:,.0f} img/s  eta {eta}{tail}"
     )
 
 

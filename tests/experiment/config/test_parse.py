@@ -14,6 +14,7 @@ from lowrank_jax.experiment.config import Config, parse
 from lowrank_jax.experiment.config.files import ConfigError, default, legal_keys, override, to_dict
 from lowrank_jax.experiment.config.schema import LowRankConfig
 from lowrank_jax.experiment.duration import Duration
+from lowrank_jax.experiment.workdir.identity import digest_of
 from lowrank_jax.planning.rules import Rule
 
 
@@ -199,7 +200,7 @@ def test_all_problems_come_at_once_each_with_its_key():
         ({"model__name": "vit_s16", "model__kwargs__heads": "0"}, "setting heads: 0; must be at least 1"),
         ({"model__name": "efficientnet_b0", "model__kwargs__depth": "0"}, "setting depth: 0; must be above 0"),
         ({"model__name": ".foo:bar"}, "model.name: model '.foo:bar' cannot be imported"),
-        ({"model__name": "math:floor"}, "model or lowrank: "),
+        ({"model__name": "math:floor"}, 'model.outputs_argument: "auto", but math:floor takes no num_classes, num_outputs or'),
     ],
 )
 def test_each_problem_has_one_clear_line(overrides, message):
@@ -395,3 +396,16 @@ def test_what_is_chosen_by_is_neither_trained_on_nor_reported(valid, clash):
 def test_a_duration_reads_back_as_it_was(text):
     duration = Duration.read(text)
     assert Duration.read(str(duration)) == duration
+
+
+def test_code_beside_a_config_is_found_and_its_folder_is_no_part_of_the_experiment(tmp_path, monkeypatch):
+    (tmp_path / "net_of_a_config.py").write_text("from lowrank_jax.models import MLP as Net")
+    file = tmp_path / "config.py"
+    file.write_text(f"{DEFAULT}    c.model.name = 'net_of_a_config.py:Net'\n    c.steps = 1\n    return c\n")
+    config = configs.read(str(file))
+    assert config.code_dir == str(tmp_path) and configs.make_plan(config).factored
+    moved = dataclasses.replace(config, code_dir="/elsewhere")
+    assert digest_of(config) == digest_of(moved)
+    monkeypatch.chdir(tmp_path)
+    assert configs.read(changed(model__name="net_of_a_config.py:Net")).code_dir == str(tmp_path)
+    assert configs.read(changed()).code_dir is None

@@ -7,8 +7,9 @@ from lowrank_jax.experiment.config.trust import UntrustedCode, check_trust, own_
 PAYLOAD = "payload_of_a_test:Model"
 
 
-def values(model="mlp", loss="softmax_cross_entropy", metrics=("top1",)):
-    return {"model": {"name": model}, "objective": {"loss": loss, "metrics": list(metrics)}}
+def values(model="mlp", loss="softmax_cross_entropy", metrics=("top1",), objective="softmax", data="digits", **more):
+    named = {"name": objective, "loss": loss, "metrics": list(metrics)}
+    return {"model": {"name": model}, "objective": named, "dataset": {"name": data}, **more}
 
 
 @pytest.mark.parametrize(
@@ -26,9 +27,11 @@ def values(model="mlp", loss="softmax_cross_entropy", metrics=("top1",)):
         "os:system",
         ":",
         "a b:c",
+        "net.py:Model",
+        "/etc/net.py:Model",
     ],
 )
-@pytest.mark.parametrize("key", ["model", "loss", "metrics"])
+@pytest.mark.parametrize("key", ["model", "loss", "metrics", "objective", "data"])
 def test_names_that_are_not_our_own_are_refused(name, key):
     with pytest.raises(UntrustedCode) as caught:
         check_trust(values(**{key: ("top1", name) if key == "metrics" else name}), False, "runs/a/config.json")
@@ -44,6 +47,16 @@ def test_all_names_are_refused_at_once_and_each_may_be_trusted():
     assert "model.name 'a:Model', objective.loss 'b:loss', objective.metrics 'c:metric'" in str(caught.value)
     check_trust(stored, ["b:metric", *caught.value.names], "config.json")
     check_trust(stored, True, "config.json")
+
+
+def test_a_place_where_code_would_be_looked_up_is_shown():
+    with pytest.raises(UntrustedCode, match=r"model.name 'net:Model' \(looked up in '/somewhere' too\)"):
+        check_trust(values("net:Model", code_dir="/somewhere"), False, "config.json")
+
+
+@pytest.mark.parametrize("name", ["folder:photos", "tfds:mnist", "tfds:a/b", "arrays:file.npz"])
+def test_data_by_the_name_of_its_place_is_no_code(name):
+    check_trust(values(data=name), False, "config.json")
 
 
 def test_our_own_models_losses_and_metrics_need_no_trust():

@@ -48,7 +48,7 @@ def test_figures_are_those_of_the_parts(report):
     config, measured, _ = report
     one = next(one for one in measured if (one.seed, one.scale, one.method) == (1, 0.1, "kernel_projection"))
     assert one.rank == {"dense1/kernel": 3, "head/kernel": 1}
-    init = jax.jit(functools.partial(start.init_dense, config.build_model(), jnp.zeros((1, 8, 8, 1))))
+    init = jax.jit(functools.partial(start.init_dense, config.build_network(), jnp.zeros((1, 8, 8, 1))))
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), init(1)["params"])
     images = np.asarray(jax.random.normal(state.key(1, "init-report", 0), (8, 8, 8, 1)), np.float64)
     x = y = images.reshape(8, -1)

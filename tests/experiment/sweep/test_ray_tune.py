@@ -259,7 +259,7 @@ def test_how_a_trial_of_tune_ended_is_noted_in_its_folder(tmp_path):
             config={"trial": name}, last_result=last, run_metadata=run, error_file=str(tmp_path / "error")
         )
 
-    events.on_trial_complete(0, [], told("done", **ray_tune._report("done", step=40, top1=0.75)))
+    events.on_trial_complete(0, [], told("done", **ray_tune._report("done", step=40, measured={"top1": 0.75})))
     events.on_trial_complete(0, [], told("diverged", **ray_tune._report("diverged", "loss is nan")))
     events.on_trial_complete(0, [], told("poor", step=20, top1=0.1))
     events.on_trial_recover(0, [], told("lost"))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lowrank_jax.experiment.config.files import ConfigError
+from lowrank_jax.experiment.network import Network
 from lowrank_jax.experiment.training.start import init_dense, state_collections
 
 IMAGES = np.zeros((1, 2, 2, 1), np.float32)
@@ -30,7 +31,7 @@ class Model(nn.Module):
 
 
 def collections(model):
-    return state_collections(model, model.init(jax.random.key(0), IMAGES), IMAGES)
+    return state_collections(Network(model), model.init(jax.random.key(0), IMAGES), IMAGES)
 
 
 def test_what_a_model_reads_is_state_and_what_it_only_writes_is_not():
@@ -44,5 +45,5 @@ def test_what_a_checkpoint_cannot_hold_is_refused_by_name():
 
 def test_boxes_of_a_models_initialisers_are_off():
     init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
-    variables = jax.eval_shape(lambda: init_dense(nn.Dense(5, kernel_init=init), jnp.ones((1, 4)), 0))
+    variables = jax.eval_shape(lambda: init_dense(Network(nn.Dense(5, kernel_init=init)), jnp.ones((1, 4)), 0))
     assert variables["params"]["kernel"].shape == (4, 5)  # rules of the config find it by its name

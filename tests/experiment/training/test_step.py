@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from lowrank_jax import models, plan
+from lowrank_jax.experiment.network import Network
 from lowrank_jax.experiment.training import start, step
 from lowrank_jax.experiment.training.build import build
 from lowrank_jax.experiment.training.mixing import Mixing, normalizer
@@ -17,9 +18,9 @@ from tests import running
 
 @functools.cache
 def setup(ema=False, **kwargs):
-    model = models.build("mlp", num_classes=6, widths=(16, 16), **kwargs)
+    model = Network(models.build("mlp", num_classes=6, widths=(16, 16), **kwargs))
     images = jnp.zeros((1, 4, 4, 1))
-    planned = plan(model, images, [Rule("head/kernel"), Rule(".*", rank=2)])
+    planned = plan(model.module, images, [Rule("head/kernel"), Rule(".*", rank=2)])
     optimizer = optax.sgd(0.1)
     rng = np.random.default_rng(0)
     batch = {
@@ -44,14 +45,14 @@ def test_a_step_is_gradient_descent_on_the_smoothed_loss():
 
     from lowrank_jax import apply, merge
 
-    logits = jax.jit(lambda params: model.apply({"params": merge(params)}, x))(before.params)
+    logits = jax.jit(lambda params: model.module.apply({"params": merge(params)}, x))(before.params)
     targets = 0.9 * np.eye(6)[np.asarray(batch["label"])] + 0.1 / 6
     logits = np.asarray(logits, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(metrics["loss"], -(targets * log_p).sum(-1).mean(), rtol=1e-5)
 
     def loss(params):
-        return -(targets * jax.nn.log_softmax(apply(model, {"params": params}, x))).sum(-1).mean()
+        return -(targets * jax.nn.log_softmax(apply(model.module, {"params": params}, x))).sum(-1).mean()
 
     grads = jax.jit(jax.grad(loss))(before.params)
     expected = jax.tree.map(lambda p, g: np.asarray(p) - 0.1 * np.asarray(g), before.params, grads)

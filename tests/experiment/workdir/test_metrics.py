@@ -129,7 +129,7 @@ def test_evaluations_are_those_on_the_held_out_split_where_there_is_one(tmp_path
     metrics.append({"step": 1, "eval/top1": 0.5})
     metrics.append({"step": 2, "eval/top1": 0.5, "valid/top1": 0.25})
     metrics.append({"step": 3, "eval/top1": None})
-    assert metrics.evaluations() == [(1, 0.5), (2, 0.25)]
+    assert metrics.evaluations("top1") == [(1, 0.5), (2, 0.25)]
 
 
 def test_a_process_that_is_not_the_first_writes_nothing(metrics):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from lowrank_jax.experiment.data.arrays import Arrays, read_split
-from lowrank_jax.experiment.data.base import Dataset, Source, positive
+from lowrank_jax.experiment.data.base import Dataset, Request, Source, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class SyntheticOptions:
     test_size: int = positive(1024)
 
 
-def _describe(options: SyntheticOptions) -> Dataset:
+def _describe(options: SyntheticOptions, request: Request) -> Dataset:
+    del request
     height, width, channels = options.image_shape
     sizes = {"train": options.train_size, "test": options.test_size}
     mean, std = (0.5,) * channels, (0.25,) * channels
@@ -32,9 +33,10 @@ def _load(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
 
 def _draw(dataset: Dataset, split: str) -> Arrays:
     """A fixed random pattern for each class, plus noise."""
-    patterns = np.random.default_rng(0).integers(0, 256, (dataset.num_classes, *dataset.image_shape))
+    num_classes = dataset.outputs
+    patterns = np.random.default_rng(0).integers(0, 256, (num_classes, *dataset.image_shape))
     draw = np.random.default_rng([1, split == "train"])
-    labels = draw.integers(0, dataset.num_classes, dataset.sizes[split]).astype(np.int32)
+    labels = draw.integers(0, num_classes, dataset.sizes[split]).astype(np.int32)
     noise = draw.integers(0, 256, (len(labels), *dataset.image_shape))
     return Arrays(((patterns[labels] + noise) // 2).astype(np.uint8), labels)
 

@@ -9,36 +9,46 @@ from etils import epath
 
 from lowrank_jax.experiment import interrupts
 from lowrank_jax.experiment.data.arrays import Arrays, read_split
-from lowrank_jax.experiment.data.base import Dataset, Source
+from lowrank_jax.experiment.data.base import DataError, Dataset, Source
 from lowrank_jax.experiment.data.sources import tfds_folder
-from lowrank_jax.experiment.data.sources.tfds_prepared import explained, open_prepared
+from lowrank_jax.experiment.data.sources.tfds_prepared import Keys, Prepared, explained, open_prepared
 
 
 def source(dataset: Dataset) -> Source:
     """A data set of TFDS's by its description, whose name is TFDS's."""
-    return Source(lambda options: dataset, _load)
+    return Source(lambda options, request: dataset, _load)
 
 
 def _load(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
-    return read_split(dataset, split, lambda name: _read(dataset, name, data_dir))
+    return read_split(dataset, split, lambda name: decoded(open_prepared(dataset, data_dir), name))
 
 
-def _read(dataset: Dataset, split: str, data_dir: str | None) -> Arrays:
-    prepared = open_prepared(dataset, data_dir)
-    cache = prepared.folder / f"decoded-{split}.npz"
-    decoded = _read_cache(cache)
-    if decoded is None or not _fits(decoded, dataset, split):
+def decoded(prepared: Prepared, split: str) -> Arrays:
+    """A whole split, decoded; by the next run it is found decoded.
+
+    Raises:
+      DataError: it is damaged, or not as expected.
+    """
+    dataset, keys = prepared.dataset, prepared.keys
+    other = "" if keys == Keys() else f"-{keys.image_key}-{keys.label_key}"
+    cache = prepared.folder / f"decoded-{split}{other}.npz"
+    arrays = _read_cache(cache)
+    if arrays is None or not _fits(arrays, dataset, split):
         prepared.check_split(split)
         with explained(prepared.remedy):
             tfds_folder.check_all(prepared.builder)
         stored: Any = prepared.builder.as_data_source(split)  # type: ignore[call-arg]
         examples = stored.__getitems__(range(len(stored)))
-        decoded = Arrays(
-            np.stack([example["image"] for example in examples]),
-            np.array([example["label"] for example in examples], np.int32),
+        arrays = Arrays(
+            np.stack([example[keys.image_key] for example in examples]),
+            np.array([example[keys.label_key] for example in examples], dataset.label.dtype),
         )
-        _write_cache(cache, decoded)
-    return decoded
+        if not _fits(arrays, dataset, split):
+            raise DataError(
+                f"{dataset.name}/{split}: a label is not one of the {dataset.num_classes} classes; choose another split"
+            )
+        _write_cache(cache, arrays)
+    return arrays
 
 
 def _read_cache(path: epath.Path) -> Arrays | None:
@@ -54,9 +64,9 @@ def _fits(decoded: Arrays, dataset: Dataset, split: str) -> bool:
     """Whether these can be the images and labels of the split."""
     images, labels, size = decoded.images, decoded.labels, dataset.sizes[split]
     kinds = (images.dtype, images.shape, labels.dtype, labels.shape)
-    if kinds != (np.uint8, (size, *dataset.image_shape), np.int32, (size,)):
+    if kinds != (dataset.image_dtype, (size, *dataset.image_shape), dataset.label.dtype, (size, *dataset.label.shape)):
         return False
-    return labels.min() >= 0 and labels.max() < dataset.num_classes
+    return dataset.num_classes is None or bool(labels.min() >= 0 and labels.max() < dataset.num_classes)
 
 
 def _write_cache(path: epath.Path, arrays: Arrays) -> None:

@@ -18,23 +18,29 @@ class OtherFormat(Exception):
     """The data set is prepared, but not as array_record."""
 
 
-def folder(name: str, data_dir: str | None) -> tuple[str, epath.Path]:
-    """TFDS's data folder, and the folder in it of the version that TFDS would prepare, whether it exists or not."""
+def folder(name: str | type, data_dir: str | None) -> tuple[str, epath.Path]:
+    """TFDS's data folder, and the folder in it of the version that TFDS would prepare, whether it exists or not.
+
+    `name` may be a builder class instead.
+    """
     from tensorflow_datasets.core import constants
 
     root = epath.Path(data_dir or constants.DATA_DIR).expanduser()
     if name == "digits":
-        return str(root), root / name / str(_digits().VERSION)
+        return str(root), root / "digits" / str(_digits().VERSION)
     with temporary.folder("lowrank_empty_") as empty:  # a builder reads data that it finds, and may fail to
         relative = _builder(name, empty).data_path.relative_to(empty)
     return str(root), root / relative
 
 
-def _builder(name: str, data_dir: str | None) -> Any:
-    """The builder of a data set of TFDS's, or of this project's own."""
+def _builder(name: str | type, data_dir: str | None) -> Any:
+    """The builder of a data set of TFDS's, of this project's own, or of a class."""
     import tensorflow_datasets as tfds
 
-    make = _digits() if name == "digits" else functools.partial(tfds.builder, name)
+    if isinstance(name, type):
+        make: Any = name
+    else:
+        make = _digits() if name == "digits" else functools.partial(tfds.builder, name)
     return make(data_dir=data_dir, file_format="array_record")
 
 
@@ -44,11 +50,11 @@ def _digits() -> Any:
     return Builder
 
 
-def open_builder(name: str, data_dir: str | None, path: epath.Path) -> Any:
+def open_builder(name: str | type, data_dir: str | None, path: epath.Path) -> Any:
     """TFDS's builder.
 
     Args:
-      name, data_dir: of the data set.
+      name, data_dir: of the data set, as in `folder`.
       path: its version's folder, from `folder`.
 
     Raises:

@@ -14,16 +14,26 @@ from lowrank_jax.experiment.data.sources import tfds_folder
 
 
 @dataclasses.dataclass(frozen=True)
+class Keys:
+    """What the examples of a data set call the image and the label; the legal `dataset.kwargs` of TFDS's data sets."""
+
+    image_key: str = "image"
+    label_key: str = "label"
+
+
+@dataclasses.dataclass(frozen=True)
 class Prepared:
     """A data set whose folder is there.
 
     Attributes:
       dataset: what is expected of it.
       builder: TFDS's, which reads it as array_record.
+      keys: of its examples.
     """
 
     dataset: Dataset
     builder: Any
+    keys: Keys = Keys()
 
     @property
     def folder(self) -> epath.Path:
@@ -46,7 +56,7 @@ class Prepared:
             )
         with explained(self.remedy):
             tfds_folder.shards(self.builder, split)
-        classes = self.builder.info.features["label"].num_classes
+        classes = getattr(self.builder.info.features[self.keys.label_key], "num_classes", None)
         if classes != dataset.num_classes:
             raise DataError(f"{self.folder} has {classes} classes, {dataset.num_classes} expected; {self.remedy}")
 

@@ -1,0 +1,110 @@
+"""What a run was trained on, in `dataset.json` of its work directory, so that it resumes on the same and is evaluated alike."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import jax
+
+from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.data import datasets
+from lowrank_jax.experiment.data.base import Dataset, Split
+from lowrank_jax.experiment.data.statistics import mean_and_std
+from lowrank_jax.experiment.errors import WorkdirError
+from lowrank_jax.experiment.hosts.processes import exchange
+from lowrank_jax.experiment.workdir.dataset_record import changes, from_record, to_record
+from lowrank_jax.experiment.workdir.workdir import Workdir
+
+NAME = "dataset.json"
+
+
+def read(folder: Workdir) -> Dataset | None:
+    """The data set that a run was trained on; None if it has not begun, or began before this was recorded.
+
+    Raises:
+      WorkdirError: the record is damaged.
+    """
+    record = folder.read_json(NAME)
+    try:
+        return None if record is None else from_record(record)
+    except ValueError as error:
+        raise WorkdirError(
+            f"{folder.path}/{NAME} is damaged: {error}; remove it, and resume the run to have it written anew"
+        ) from None
+
+
+def settle(folder: Workdir, dataset: Dataset, train: Split, say: Callable[[str], None]) -> Dataset:
+    """The data set with the mean and deviation of its training split, which are measured once and kept.
+
+    Args:
+      folder: the run's, locked.
+      dataset: as it is described now.
+      train: the training split.
+      say: takes a line.
+
+    Raises:
+      WorkdirError: it is not what the run began with, or the processes have different data.
+      DataError: it cannot be read.
+    """
+    old = read(folder)
+    if old and (different := changes(old, dataset)):
+        raise WorkdirError(
+            f"{folder.path}: {dataset.name} is not what this run began with: {'; '.join(different)}."
+            " Put it back as it was, or begin in a new --workdir."
+        )
+    if old:
+        dataset = dataclasses.replace(dataset, mean=old.mean, std=old.std)
+    elif jax.process_index() == 0:
+        dataset = _measured(dataset, train, say)
+    dataset = _agreed(dataset)
+    if not old:
+        folder.write_json(NAME, to_record(dataset))
+    return dataset
+
+
+def _measured(dataset: Dataset, train: Split, say: Callable[[str], None]) -> Dataset:
+    if dataset.mean and dataset.std:
+        return dataset
+    say(f"measuring mean and standard deviation of {len(train):,} training examples of {dataset.name}")
+    mean, std = mean_and_std(dataset, train, say)
+    dataset = dataclasses.replace(dataset, mean=dataset.mean or mean, std=dataset.std or std)
+    say(f"mean {_listed(dataset.mean)}, standard deviation {_listed(dataset.std)}; kept in {NAME}")
+    return dataset
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    shown = " ".join(f"{value:.4g}" for value in values[:4])
+    return shown if len(values) <= 4 else f"{shown} ... ({len(values)} numbers)"
+
+
+def _agreed(dataset: Dataset) -> Dataset:
+    """The data set with process 0's mean and deviation."""
+    ours = {"mean": dataset.mean, "std": dataset.std, "digest": dataset.digest, "sizes": dataset.sizes}
+    first, *others = [json.loads(text) for text in exchange(json.dumps(ours))]
+    for process, theirs in enumerate(others, start=1):
+        if any(theirs[name] != first[name] for name in ("digest", "sizes")):
+            raise WorkdirError(f"process {process} reads other data than process 0: all need the same files of {dataset.name}")
+    return dataclasses.replace(dataset, mean=tuple(first["mean"]), std=tuple(first["std"]))
+
+
+def as_trained(config: Config, folder: Workdir) -> Config:
+    """The config of a run with the mean and deviation that it was trained with.
+
+    Raises:
+      WorkdirError: the record is damaged, or the data has other classes now.
+    """
+    old = read(folder)
+    if old is None:
+        return config
+    now = config.description
+    if old.class_names != now.class_names:
+        raise WorkdirError(
+            f"{folder.path}: {now.name} has other classes than this run was trained on: {'; '.join(changes(old, now))}"
+        )
+    return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, mean=old.mean, std=old.std))
+
+
+def remember(folder: Workdir) -> None:
+    """Lets a run's data be described where it is not: its network can be used without it."""
+    if old := read(folder):
+        datasets.remember(old)

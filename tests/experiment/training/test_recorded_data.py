@@ -1,0 +1,169 @@
+"""Runs on a folder of one's own: what they were trained on is kept, and has to be there again."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.data import datasets
+from lowrank_jax.experiment.data.base import DataError
+from lowrank_jax.experiment.errors import WorkdirError
+from lowrank_jax.experiment.evaluation.evaluator import Evaluator
+from lowrank_jax.experiment.training import recorded_data
+from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.workdir.workdir import Workdir
+from tests import running
+
+KINDS = ("dark", "light", "striped")
+
+
+def write(root, split, count, seed=0):
+    draw = np.random.default_rng(seed)
+    for i in range(count):
+        kind = KINDS[i % 3]
+        values = draw.integers(0, 100, (8, 8, 3)) + (100 if kind == "light" else 0)
+        values[::2] += 120 if kind == "striped" else 0
+        folder = root / split / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values.astype(np.uint8)).save(folder / f"{i}.png")
+
+
+def config(root, **changes):
+    values = {"dataset__name": f"folder:{root.name}", "dataset__data_dir": str(root.parent), "objective__metrics": ("top1",)}
+    return running.config(**values, **changes)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "pictures"
+    write(root, "train", 96)
+    write(root, "test", 24, seed=1)
+    (root / "train" / "README.txt").touch()
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    with running.shared_programs():
+        return workdir, train(config(pictures), str(workdir))
+
+
+def test_what_a_run_was_trained_on_is_kept(pictures, trained, capsys):
+    workdir, _ = trained
+    record = json.loads((workdir / "dataset.json").read_text())
+    files = sorted((pictures / "train").glob("*/*.png"))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files]) / 255
+    np.testing.assert_allclose(record["mean"], pixels.mean((0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(record["std"], pixels.std((0, 1, 2)), rtol=1e-9)
+    assert record["class_names"] == [*KINDS] and record["sizes"] == {"train": 96, "test": 24}
+    assert record["skipped"] == {"not in a class folder": 1} or record["skipped"] == {"not images": 1}
+    assert record["digest"] == config(pictures).description.digest
+
+
+def test_a_run_that_was_stopped_ends_where_an_undisturbed_one_does(pictures, trained, tmp_path):
+    stop = running.Stop()
+    with running.shared_programs():
+        half = train(
+            config(pictures, eval__every="15 steps"),
+            str(tmp_path / "run"),
+            stop=stop,
+            on_evaluation=lambda *_: setattr(stop, "requested", True),
+        )
+        assert half.interrupted
+        whole = train(config(pictures, eval__every="15 steps"), str(tmp_path / "run"))
+        other = train(config(pictures, eval__every="15 steps"), str(tmp_path / "other"))
+    for one, two in zip(*(jax.tree.leaves(result.state.params) for result in (whole, other)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_it_is_evaluated_with_the_mean_that_it_was_trained_with(trained):
+    workdir, result = trained
+    evaluation = Evaluator().evaluate(str(workdir))
+    assert evaluation.metrics["examples"] == 24
+    assert evaluation.metrics["loss"] == pytest.approx(result.evals[40]["loss"], rel=1e-5)
+
+
+@pytest.fixture
+def moved(pictures, trained, tmp_path):
+    """The data and the run elsewhere, to be changed."""
+    shutil.copytree(pictures, tmp_path / "data" / "pictures")
+    shutil.copytree(trained[0], tmp_path / "run")
+    return tmp_path / "data" / "pictures", tmp_path / "run"
+
+
+def test_the_data_may_move(moved, capsys):
+    pictures, workdir = moved
+    train(config(pictures), str(workdir))
+    assert "has finished" in capsys.readouterr().out
+    assert Evaluator(data_dir=str(pictures.parent)).evaluate(str(workdir)).metrics["examples"] == 24
+
+
+def test_other_data_is_refused_with_what_has_changed(moved):
+    pictures, workdir = moved
+    before = (workdir / "dataset.json").read_bytes()
+    write(pictures, "train", 99, seed=2)
+    with pytest.raises(
+        WorkdirError,
+        match=r"pictures is not what this run began with: train has 99 examples, 96 before\. Put it back as it was,",
+    ):
+        train(config(pictures), str(workdir))
+    shutil.rmtree(pictures / "train" / "dark")
+    (pictures / "train" / "light").rename(pictures / "train" / "bright")
+    with pytest.raises(WorkdirError, match="the class 'bright' is new"):
+        train(config(pictures), str(workdir))
+    with pytest.raises(WorkdirError, match=r"has other classes than this run was trained on: .*the class 'bright' is new"):
+        Evaluator(data_dir=str(pictures.parent)).evaluate(str(workdir))
+    assert (workdir / "dataset.json").read_bytes() == before
+
+
+def test_a_run_whose_data_is_gone_can_still_be_opened(moved):
+    pictures, workdir = moved
+    shutil.rmtree(pictures)
+    folder = Workdir(str(workdir))
+    values = folder.read_config()
+    values["dataset"] = {**values["dataset"], "data_dir": str(pictures.parent)}
+    recorded_data.remember(folder)
+    opened = recorded_data.as_trained(configs.parse(values), folder)
+    assert opened.description.class_names == KINDS
+    assert opened.description.mean == tuple(json.loads((workdir / "dataset.json").read_text())["mean"])
+    with pytest.raises(DataError, match="pictures does not exist"):
+        datasets.load(opened.description, "test", None)
+    datasets._REMEMBERED.clear()
+    with pytest.raises(configs.ConfigError, match=r"1 problem\n  dataset\.name: .*/pictures does not exist$"):
+        configs.parse(values)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"name": 3}'])
+def test_a_damaged_record_is_named(moved, content):
+    pictures, workdir = moved
+    (workdir / "dataset.json").write_text(content)
+    with pytest.raises(WorkdirError, match=r"dataset\.json is damaged: "):
+        train(config(pictures), str(workdir))
+
+
+def test_a_run_of_before_gets_its_record(moved):
+    pictures, workdir = moved
+    record = (workdir / "dataset.json").read_bytes()
+    (workdir / "dataset.json").unlink()
+    train(config(pictures), str(workdir))
+    assert (workdir / "dataset.json").read_bytes() == record
+
+
+def test_mean_and_deviation_may_be_given(pictures, tmp_path, capsys):
+    given = {"dataset__mean": (0.1, 0.2, 0.3), "dataset__std": (1, 2, 3)}
+    experiment = config(pictures, **given)
+    assert (experiment.description.mean, experiment.description.std) == ((0.1, 0.2, 0.3), (1, 2, 3))
+    split = datasets.load(experiment.description, "train", None)
+    settled = recorded_data.settle(Workdir(str(tmp_path)), experiment.description, split, print)
+    assert settled == experiment.description and "measuring" not in capsys.readouterr().out
+    half = dataclasses.replace(experiment.description, std=())
+    (tmp_path / "dataset.json").unlink()
+    settled = recorded_data.settle(Workdir(str(tmp_path)), half, split, print)
+    assert settled.mean == (0.1, 0.2, 0.3) and max(settled.std) < 1
+    assert "measuring mean and standard deviation of 96 training examples" in capsys.readouterr().out
