@@ -38,7 +38,7 @@ def test_the_python_runs_as_written(page, tmp_path, monkeypatch, capsys):
 
 
 def test_the_commands_take_their_flags(page):
-    found = re.findall(r"^lowrank (.*?)(?:  +#.*)?$", page, re.MULTILINE)
+    found = re.findall(r"^lowrank (.*?)(?:  +#.*)?$", section(page, "From Python"), re.MULTILINE)
     assert len(found) >= 4
     for command in found:
         _, rest = split_overrides(shlex.split(command))
