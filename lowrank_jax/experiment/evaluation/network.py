@@ -153,7 +153,7 @@ def restore(workdir: str, step: str = "latest", *, raw: bool = False, trust_code
         experiment.model,
         variables,
         experiment.plan,
-        config,
+        stored,
         experiment.dataset,
         restored.step,
         restored.damaged,
