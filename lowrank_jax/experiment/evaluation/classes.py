@@ -44,13 +44,8 @@ def chooses_none(config: Config, dataset: Dataset) -> str | None:
     """Why a run's network does not choose one class of an example; None if it does."""
     if dataset.num_classes is None or dataset.label.shape:
         return "the label of an example is not one class"
-    objective = objective_of(config)
+    objective = config.objective.name
     return None if objective in _CHOOSING else f"objective.name={objective} need not choose one class"
-
-
-def objective_of(config: Config) -> str:
-    """The name of a run's objective."""
-    return getattr(config.objective, "name", "softmax")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ def predictions(network: "Network", paths: Iterable[str | os.PathLike[str]], top
 
 def _predicted(network: "Network", found: Sequence[str], top: int) -> Iterator[Prediction]:
     names = classes.names_of(network.dataset)
-    shares_of = special.expit if classes.objective_of(network.config) == "sigmoid" else special.softmax
+    shares_of = special.expit if network.config.objective.name == "sigmoid" else special.softmax
     size = network.batch_size
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as pool:
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import pathlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,6 +178,34 @@ def test_outputs_that_are_no_numbers_are_an_error_of_the_image(net, images, tmp_
     broken = dataclasses.replace(net, _forward=lambda variables, images: np.full((len(images), 10), np.nan))
     [found] = broken.predict(save(images[0], tmp_path / "image.png"))
     assert found.error == "the network's outputs for it are not finite" and not found.labels
+
+
+@pytest.mark.parametrize("sides", [(24, 24), (24, 31)])
+def test_the_images_of_a_folder_are_predicted_as_they_are_evaluated(tmp_path, sides):
+    """Those of one small size are kept in memory, whole, and others cropped; both are turned as their EXIF data say."""
+    draw = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, name in enumerate(("ant", "bee", "cat")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(8):
+                pixels = draw.integers(0, 100, (sides[i % 2], 24, 3)) + np.eye(3, dtype=int)[label] * 100
+                exif = Image.Exif()
+                exif[0x0112] = 3 if i % 3 else 1
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png", exif=exif)
+    size = {} if sides[0] == sides[1] else {"dataset__image_size": 16}
+    config = running.config(
+        steps=10, dataset__name=f"folder:{tmp_path / 'images'}", dataset__mixup=0.0, dataset__crop_padding=0,
+        model__kwargs={"widths": (8,)}, lowrank__method="none", **size,
+    )  # fmt: skip
+    train(config, str(tmp_path / "run"))
+    found = lx.evaluate(tmp_path / "run").classes
+    done = lx.restore(tmp_path / "run").predict(tmp_path / "images" / "test")
+    assert found.names == ("ant", "bee", "cat") and not any(prediction.changed or prediction.error for prediction in done)
+    pairs = [(found.names.index(pathlib.Path(one.file).parent.name), one.labels[0]) for one in done]
+    expected = np.zeros((3, 3), int)
+    np.add.at(expected, tuple(np.transpose(pairs)), 1)
+    np.testing.assert_array_equal(found.confusion, expected)
 
 
 HOSTILE = Prediction("=cmd()\x1b[2J.png", (1, 0), ("+a", "b,c"), (0.75, 0.25))
