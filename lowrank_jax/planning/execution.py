@@ -12,9 +12,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from lowrank_jax.kernel import SPATIAL_ROWS, Execution
 from lowrank_jax.planning.chips import Chip
 from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
+from lowrank_jax.text import shown
 
 Operation = tuple[float, float]  # FLOPs, and bytes to and from memory
 
@@ -29,7 +32,16 @@ def choose_execution(plan: Plan, chip: Chip | None, *, batch: int, itemsize: int
       chip: the device for training (`chips.of_device`, `chips.CHIPS`); None if it is unknown, then all kernels run factored.
       batch: examples per step and device.
       itemsize: bytes per element of an activation, such as 2 for bfloat16.
+
+    Raises:
+      TypeError: the chip is none.
+      ValueError: `batch` or `itemsize` is no whole number of at least 1.
     """
+    if chip is not None and not isinstance(chip, Chip):
+        raise TypeError(f"chip must be one of lowrank_jax.chips.CHIPS, or None, not {shown(chip)}")
+    for name, value in (("batch", batch), ("itemsize", itemsize)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {shown(value)}")
 
     def chosen(kernel: PlannedKernel) -> PlannedKernel:
         if not isinstance(kernel, FactoredKernel) or kernel.execution is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 
 import flax.linen as nn
 import jax
@@ -207,3 +208,18 @@ def test_the_choice_is_what_the_compiler_of_the_tpu_expects_to_be_faster(feature
         plan = lr.plan(model, x, [lr.Rule(".*", rank=rank, execution=execution)])
         estimates[execution] = tpu_estimate(model, x, plan, placed)
     assert min(estimates, key=lambda execution: estimates[execution]) == faster
+
+
+@pytest.mark.parametrize(
+    ("chip", "settings", "error"),
+    [
+        ("v5e", {"batch": 8}, "chip must be one of lowrank_jax.chips.CHIPS, or None, not 'v5e'"),
+        (CHIPS["v5e"], {"batch": 0}, "batch must be a whole number of at least 1, not 0"),
+        (CHIPS["v5e"], {"batch": 2.5}, "batch must be a whole number of at least 1, not 2.5"),
+        (None, {"batch": "64"}, "batch must be a whole number of at least 1, not '64'"),
+        (CHIPS["v5e"], {"batch": 8, "itemsize": 0}, "itemsize must be a whole number of at least 1, not 0"),
+    ],
+)
+def test_what_is_no_chip_or_no_count_is_refused(chip, settings, error):
+    with pytest.raises((TypeError, ValueError), match=re.escape(error)):
+        lr.choose_execution(dense_plan(64, 64, 4), chip, **settings)

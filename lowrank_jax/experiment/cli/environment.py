@@ -3,10 +3,16 @@
 import os
 import pathlib
 import sys
+import tempfile
 
 
 def prepare() -> None:
     """Silences start-up messages of libraries, and turns on a compilation cache unless the user has chosen one."""
+    try:
+        pathlib.Path.home()
+    except RuntimeError:  # as in a container that runs as somebody unknown
+        os.environ["HOME"] = tempfile.gettempdir()
+        print(f"lowrank: this user has no home folder; using {tempfile.gettempdir()} (set HOME)", file=sys.stderr)
     if not pathlib.Path(os.environ.get("XDG_CACHE_HOME", "")).is_absolute():
         os.environ.pop("XDG_CACHE_HOME", None)  # its specification has such a one ignored; libraries may not
 

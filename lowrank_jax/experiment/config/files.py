@@ -152,7 +152,10 @@ def _file_and_argument(path: str) -> tuple[str, str]:
 @contextlib.contextmanager
 def _folder_kept() -> Iterator[None]:
     """Whatever a config file does to the current folder, the paths of the command line mean what they meant."""
-    folder = pathlib.Path.cwd()
+    try:
+        folder = pathlib.Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("lowrank", ["the current folder has been deleted; cd to another"]) from None
     try:
         yield
     finally:

@@ -77,6 +77,7 @@ class _WatchedRun:
         self._folder = Workdir(workdir)
         self._folder.check_bucket()
         self._subject: Subject | None = None  # None before the folder exists
+        self._gone = False
         self._done: set[int] = set()
         self._suspects: set[int] = set()  # steps that could not be read at the last poll
         self._stack = contextlib.ExitStack()
@@ -93,7 +94,10 @@ class _WatchedRun:
 
     def look(self) -> None:
         """Evaluates new checkpoints, oldest first."""
-        if self.finished or self._stop.requested or self.is_awaited():
+        if self.finished or self._stop.requested:
+            return
+        if self.is_awaited():
+            self._tell_gone()
             return
         try:
             self._look(self._subject or self._open())
@@ -102,6 +106,11 @@ class _WatchedRun:
         except (UserError, OSError) as error:
             self._fail(error)
             self.finished = True
+
+    def _tell_gone(self) -> None:
+        if self._subject and not self._gone:
+            self._complain(f"{self.workdir} is gone; waiting for it")
+            self._gone = True
 
     def _open(self) -> Subject:
         self._subject = subject = self._evaluator.open(self.workdir)

@@ -9,13 +9,12 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers as managers
 
 from lowrank_jax.experiment.errors import CheckpointError
 from lowrank_jax.experiment.hosts import processes
@@ -55,20 +54,11 @@ class Restored:
         return "experiment" in self.info
 
 
-@dataclasses.dataclass
-class _Kept(managers.PreservationPolicy):
-    """Keeps the steps that a function chooses.  Orbax's own policy reads scores that no digest protects."""
-
-    choose: Callable[[Sequence[int]], set[int]]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        del context
-        kept = self.choose([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step in kept for checkpoint in checkpoints]
-
-
 class Checkpoints:
     """The checkpoints of one work directory.
+
+    Orbax writes and reads steps; which of them are there, and which are kept, is decided here.  Its CheckpointManager reads
+    files of every step before it lists any, and ends with whatever they do to it.
 
     If a run has several processes, all of them call every method; they share the writing, each reads its own part of every
     array, and they agree on which steps can be used.
@@ -96,38 +86,44 @@ class Checkpoints:
         self._experiment, self._keep, self._confirmed = experiment, keep, confirmed
         self._earlier = earlier or {}
         self._unconfirmed: int | None = None  # the step that is being saved
+        self._spare: list[int] = []  # steps to delete once it is
         self._strange: dict[int, str] = {}  # steps that orbax must not see, and what is said of them
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is not a folder")
         quiet_saves()
         self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=this_process())
-        self._manager = None if read_only else self._open()
-        if self._manager:
+        self._writer = None if read_only else self._open()
+        self._own: list[int] = []  # the same in all processes
+        if self._writer:
+            self._own = self._agreed_steps()
             self.best()  # all processes read the scores together
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> ocp.AsyncCheckpointer:
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path, reason in step_folders.strangers(self.directory).items():
                 if step_folders.NUMBER.fullmatch(path.name):
                     self._strange[int(path.name)] = reason
                 self._move_aside(path)
+            for folder in step_folders.unfinished(self.directory):
+                folder.rmtree()
         processes.barrier()
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Kept(self._kept),
-            cleanup_tmp_directories=True,
-            create=False,  # orbax refuses to if the barriers are the coordinator's
+        return ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(handler_registry=handlers()),
             multiprocessing_options=all_processes(),
-            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier()) if processes.several() else None,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=barrier()) if processes.several() else ocp.AsyncOptions(),
         )
-        return ocp.CheckpointManager(self.directory, options=options, handler_registry=handlers())
 
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps()) if self._manager else step_folders.stored(self.directory)
+        """The steps that are there, and one that is being saved."""
+        return list(self._own) if self._writer else step_folders.stored(self.directory)
 
     def best(self) -> int | None:
         """The step with the highest score, the later of equals; None if none was evaluated."""
-        scored = [step for step in self.steps() if step in self._scores]
+        return self._best(self.steps())
+
+    def _best(self, steps: Sequence[int]) -> int | None:
+        scored = [step for step in steps if step in self._scores]
         return max(scored, key=lambda step: (self._scores[step], step), default=None)
 
     def best_score(self) -> float:
@@ -197,38 +193,42 @@ class Checkpoints:
 
     def _kept(self, steps: Sequence[int]) -> set[int]:
         """The latest of these steps, and the best."""
-        return {step for step in (*sorted(steps)[-self._keep :], self.best()) if step is not None}
+        return {step for step in (*sorted(steps)[-self._keep :], self._best(steps)) if step is not None}
 
     def tidy(self) -> None:
         """Deletes the steps that are not to be kept, which a kill between a save and that leaves."""
-        assert self._manager
-        steps = self._agreed_steps()
-        kept = json.loads(processes.exchange(json.dumps(sorted(self._kept(steps))))[0])
-        spare = sorted(set(steps) - set(kept))
-        if not spare:
-            return
-        if jax.process_index() == 0:
-            for step in spare:
-                (self.directory / str(step)).rmtree()
+        assert self._writer
+        self._choose_kept(self._agreed_steps())
+        self._delete_spare()
         processes.barrier()
-        self._manager.reload()
+
+    def _choose_kept(self, steps: Sequence[int]) -> None:
+        kept = self._kept(steps)
+        self._own, self._spare = sorted(kept), sorted(set(steps) - kept)
+
+    def _delete_spare(self) -> None:
+        spare, self._spare = self._spare, []
+        for step in spare if jax.process_index() == 0 else ():
+            with contextlib.suppress(FileNotFoundError):
+                (self.directory / str(step)).rmtree()
 
     def save(self, step: int, state: Any, info: dict[str, Any]) -> None:
         """Starts to write a step; returns as soon as the arrays are copied off the devices and the step before is on disk."""
         self.wait()
-        assert self._manager
+        assert self._writer
         itself = {"step": step} | ({"experiment": self._experiment} if self._experiment else {})
         record = seal({**info, **itself, "digests": digests(state)})
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(record))
-        with self._reporting():
-            self._manager.save(step, args=items, force=True)
+        self._choose_kept([*self._own, step])
         self._unconfirmed = step
+        with self._reporting():
+            self._writer.save(self.directory / str(step), args=items)
 
     def wait(self) -> None:
         """Waits until everything is on disk."""
-        assert self._manager
+        assert self._writer
         with self._reporting():
-            self._manager.wait_until_finished()
+            self._writer.wait_until_finished()
             self._confirm()
 
     def _confirm(self) -> None:
@@ -239,6 +239,7 @@ class Checkpoints:
         if not (self.directory / str(step) / "state" / _MANIFEST).exists() or self._read_record(step) is None:
             raise ValueError(f"step {step} was written, and is not there")
         self._confirmed(step)
+        self._delete_spare()
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -257,8 +258,8 @@ class Checkpoints:
             return
         try:
             with contextlib.suppress(Exception) if exception[0] else self._reporting():  # the failure is reported already
-                if self._manager:
-                    self._manager.close()
+                if self._writer:
+                    self._writer.close()
                     self._confirm()
         finally:
             self._reader.close()
@@ -282,13 +283,11 @@ class Checkpoints:
             if isinstance(attempt, Restored):
                 attempt = unfit(attempt) or attempt
             if isinstance(attempt, Restored):
-                self._set_aside(list(damaged))
+                self._set_aside(damaged)
                 return dataclasses.replace(attempt, damaged=self._strange | damaged)
             if attempt != _GONE:
                 damaged[step] = attempt
             else:  # deleted by a run that is still training: it has newer ones by now
-                if self._manager:
-                    self._manager.reload()
                 damaged, steps = {}, self._agreed_steps()
         if damaged:
             reasons = "\n".join(f"  step {step}: {reason}" for step, reason in damaged.items())
@@ -310,7 +309,7 @@ class Checkpoints:
 
     def _agreed_steps(self) -> list[int]:
         """The steps that process 0 sees; a run that is still training may delete some at any time."""
-        return json.loads(processes.exchange(json.dumps(self.steps()))[0])
+        return json.loads(processes.exchange(json.dumps(step_folders.stored(self.directory)))[0])
 
     def _attempt(self, step: int, target: Any) -> Restored | str:
         """The step, or why it cannot be used: `_GONE`, or what is wrong with some process's part."""
@@ -359,16 +358,15 @@ class Checkpoints:
     def _read_items(self, step: int, **items: Any) -> Any:
         return self._reader.restore(self.directory / str(step), args=ocp.args.Composite(**items))
 
-    def _set_aside(self, steps: list[int]) -> None:
+    def _set_aside(self, steps: Collection[int]) -> None:
         """Moves damaged steps out of the way of later saves; nothing is deleted."""
-        if self._manager is None or not steps:
+        if self._writer is None or not steps:
             return
         if jax.process_index() == 0:
             for step in steps:
                 self._move_aside(self.directory / str(step))
         processes.barrier()
-        self._manager.close()
-        self._manager = self._open()
+        self._own = [step for step in self._own if step not in steps]
 
     def _move_aside(self, step: epath.Path) -> None:
         folder = self.directory.parent / "damaged"

@@ -16,8 +16,8 @@ from lowrank_jax.experiment.workdir import files
 NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
 """The name of a step's folder."""
 
-_TAKEN_BY_ORBAX = re.compile(r"\d+\s*|.*\.orbax-checkpoint-tmp.*", re.DOTALL)
-"""What orbax takes for a step, whatever `stored` says, or deletes as an unfinished one."""
+_UNFINISHED = ".orbax-checkpoint-tmp"
+"""In the name of a step that is being written."""
 
 _LARGEST_RECORD = 2**26  # bytes of a file that is read as JSON
 _RECORDS = ("_CHECKPOINT_METADATA", "metadata", "_METADATA", "_sharding")
@@ -35,28 +35,29 @@ def stored(directory: epath.Path) -> list[int]:
 
 
 def strangers(directory: epath.Path) -> dict[epath.Path, str]:
-    """What lies in a local folder of checkpoints and would mislead or stop orbax when it lists them, and why."""
-    reasons = {path: _strange(path) for path in directory.iterdir()} if files.is_local(directory) else {}
+    """What is in the place of a step and is none, by path: links, pipes, files."""
+    reasons = {path: _strange(path) for path in directory.iterdir() if NUMBER.fullmatch(path.name) or _UNFINISHED in path.name}
     return {path: reason for path, reason in reasons.items() if reason}
 
 
 def _strange(path: epath.Path) -> str:
-    if not _TAKEN_BY_ORBAX.fullmatch(path.name):
-        return ""
     if files.is_link(path):
         return "it is a link"
-    if not path.is_dir() or not path.name.strip().isdecimal():
-        return ""
-    if not NUMBER.fullmatch(path.name):
-        return "its name is no step"
-    return unreadable(path) or _damaged_metadata(path / "_CHECKPOINT_METADATA")
+    return "" if path.is_dir() else "it is no folder"
+
+
+def unfinished(directory: epath.Path) -> list[epath.Path]:
+    """Steps that a process which was killed had begun to write."""
+    return [path for path in directory.iterdir() if _UNFINISHED in path.name and path.is_dir()]
 
 
 def unreadable(folder: epath.Path) -> str:
-    """Why orbax, which opens whatever it finds, may not be given a local step: pipes block, and endless files have no end."""
+    """Why orbax, which opens whatever it finds, may not be given a local step: links lead out, pipes block; "" if it may."""
     if not files.is_local(folder):
         return ""
-    for parent, _, names in os.walk(folder):  # which passes over what is deleted meanwhile
+    for parent, folders, names in os.walk(folder):  # which passes over what is deleted meanwhile
+        if linked := [name for name in (*folders, *names) if os.path.islink(os.path.join(parent, name))]:  # noqa: PTH114, PTH118
+            return f"{linked[0]} is a link"
         for name in names:
             with contextlib.suppress(*_VANISHED):
                 status = pathlib.Path(parent, name).stat()
@@ -65,24 +66,6 @@ def unreadable(folder: epath.Path) -> str:
                 if name in _RECORDS and status.st_size > _LARGEST_RECORD:
                     return f"{name} has {status.st_size:,} bytes"
     return ""
-
-
-def _damaged_metadata(path: epath.Path) -> str:
-    """Orbax reads this file of every step before it lists any, and passes over one that is no JSON."""
-    try:
-        metadata = files.read_json(path)
-    except (OSError, ValueError):
-        return ""
-    types = {
-        "item_handlers": dict | str,
-        "metrics": dict,
-        "performance_metrics": dict,
-        "custom_metadata": dict,
-    } | dict.fromkeys(("init_timestamp_nsecs", "commit_timestamp_nsecs"), int)
-    right = isinstance(metadata, dict) and all(isinstance(metadata.get(name), kind | None) for name, kind in types.items())
-    handlers = metadata.get("item_handlers") if right else None
-    right = right and (not isinstance(handlers, dict) or all(isinstance(name, str) for name in handlers.values()))
-    return "" if right else f"{path.name} is damaged"
 
 
 def _is_complete(folder: epath.Path) -> bool:

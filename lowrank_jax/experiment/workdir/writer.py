@@ -1,6 +1,8 @@
 """Writes the metrics of a run: to the console, metrics.jsonl and TensorBoard."""
 
 import concurrent.futures
+import contextlib
+import errno
 import math
 from typing import Any
 
@@ -9,7 +11,7 @@ import jax
 from lowrank_jax.experiment.best import LOSS, measured
 from lowrank_jax.experiment.workdir.metrics import Metrics
 from lowrank_jax.experiment.workdir.workdir import Workdir
-from lowrank_jax.text import printable
+from lowrank_jax.text import first_line, printable
 
 
 class Writer:
@@ -25,7 +27,8 @@ class Writer:
         self._metrics = Metrics(workdir.path / f"{part or 'metrics'}.jsonl")
         # clu's writer imports TensorFlow, which takes seconds; a thread does that while the model compiles.
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._board = self._thread.submit(_open_board, str(workdir.path / part)) if self._active else None
+        self._folder = str(workdir.path / part)
+        self._board = self._thread.submit(_open_board, self._folder) if self._active else None
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes a line of metrics.jsonl, and the same to TensorBoard."""
@@ -64,11 +67,19 @@ class Writer:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Waits until everything is written."""
-        if self._board is not None:
+        """Waits until everything is written.  Raises OSError if TensorBoard's file cannot be, and nothing else has failed."""
+        with contextlib.suppress(OSError) if exception[0] else contextlib.nullcontext():
+            self._close()
+        self._thread.shutdown()
+
+    def _close(self) -> None:
+        if self._board is None:
+            return
+        try:
             board = self._board.result()
             self._thread.submit(board.close).result()
-        self._thread.shutdown()
+        except Exception as error:  # of TensorFlow, which has its own for a full disk
+            raise OSError(errno.EIO, f"TensorBoard's file cannot be written: {first_line(error)}", self._folder) from None
 
 
 def _scalar(value: Any) -> bool | int | float | str:

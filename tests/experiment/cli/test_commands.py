@@ -429,6 +429,19 @@ def test_the_status_is_right_where_nobody_can_be_told(tmp_path):
         assert subprocess.run(command, stderr=full, cwd=tmp_path).returncode == 2
 
 
+def test_a_user_without_a_home_gets_one_for_what_can_be_made_again(monkeypatch, capsys, tmp_path):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(environment.pathlib.Path, "home", unknown)
+    monkeypatch.setattr(environment.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    environment.prepare()
+    assert os.environ["HOME"] == str(tmp_path)
+    assert capsys.readouterr().err == f"lowrank: this user has no home folder; using {tmp_path} (set HOME)\n"
+
+
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"])
 def test_a_cache_that_cannot_be_written_is_one_line(variable, monkeypatch, capsys):
     folder = jax.config.values["jax_compilation_cache_dir"]

@@ -16,6 +16,7 @@ from lowrank_jax.experiment.config.schema import LowRankConfig
 from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.experiment.workdir.identity import digest_of
 from lowrank_jax.planning.rules import Rule
+from tests import running
 
 
 def changed(**overrides):
@@ -342,6 +343,15 @@ def test_a_config_file_does_not_move_the_current_folder(tmp_path, monkeypatch):
     )
     configs.load("moving.py")
     assert os.getcwd() == str(tmp_path)  # noqa: PTH109
+
+
+def test_a_current_folder_that_is_gone_is_said_to_be(tmp_path, monkeypatch, repository):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError, match="the current folder has been deleted; cd to another"):
+        configs.load(str(running.ROOT / "configs" / "digits_resnet.py"))
+    monkeypatch.undo()
 
 
 def test_a_folder_may_have_a_colon_in_its_name(tmp_path, repository):

@@ -249,18 +249,54 @@ def test_a_record_without_end_is_not_read(folder):
 
 
 METADATA = [
+    "\x1b]0;x\x07", "[" * 100_000, '{"init_timestamp_nsecs": NaN, "metrics": 1}', '{"init_timestamp_nsecs": ' + "9" * 30 + "}",
     "[1]", "3", '"a"', '{"item_handlers": 3}', '{"item_handlers": {"state": 4}}', '{"metrics": 4}',
     '{"init_timestamp_nsecs": "a"}', '{"commit_timestamp_nsecs": []}', '{"custom_metadata": []}', '{"performance_metrics": 1}',
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("content", METADATA)
-def test_damage_that_stops_orbax_from_listing_steps_costs_one_step(folder, content):
-    (folder / "1" / "_CHECKPOINT_METADATA").write_text(content)
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "metrics/metrics"])
+def test_what_is_done_to_a_step_stops_no_other(folder, file, content, capfd):
+    (folder / "1" / "metrics").mkdir()
+    (folder / "1" / file).write_text(content)
     with Checkpoints(folder) as checkpoints:
-        assert checkpoints.steps() == [2]
         assert checkpoints.restore(TARGET).step == 2
-    assert (folder.parent / "damaged" / "1").is_dir()
+        checkpoints.save(3, make_state(3), info())
+    assert "\x1b" not in capfd.readouterr().err
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3]  # the best, and the latest two
+
+
+@pytest.mark.parametrize("content", METADATA)
+def test_damaged_metadata_of_the_newest_step_are_noticed_or_harmless(folder, content, capfd):
+    (folder / "2" / "_CHECKPOINT_METADATA").write_text(content)
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore(TARGET)
+        assert_equal(restored.state, make_state(restored.step))
+    assert "\x1b" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.touch()], ids=["pipe", "file"])
+def test_what_is_no_folder_is_no_step_and_not_in_the_way(folder, make):
+    make(folder / "3")
+    make(folder / "4.orbax-checkpoint-tmp")
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.restore(TARGET).step == 2
+        for step in (3, 4):
+            checkpoints.save(step, make_state(step), info())
+            checkpoints.wait()
+        assert checkpoints.steps() == [1, 3, 4]
+
+
+def test_a_link_out_of_a_step_is_not_followed(folder, tmp_path):
+    shutil.move(folder / "2" / "info", tmp_path / "outside")
+    (tmp_path / "outside" / "metadata").unlink()
+    os.mkfifo(tmp_path / "outside" / "metadata")
+    (folder / "2" / "info").symlink_to(tmp_path / "outside")
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore(TARGET)
+    assert (restored.step, restored.damaged) == (1, {2: "info is a link"})
 
 
 def test_a_link_that_is_no_step_stays(folder):

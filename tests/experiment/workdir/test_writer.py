@@ -81,3 +81,14 @@ def test_what_is_said_commands_no_terminal(tmp_path, capsys):
     with Writer(Workdir(tmp_path)) as writer:
         writer.say("two\nlines of \x1b]0;owned\x07")
     assert capsys.readouterr().out == "two\nlines of \\x1b]0;owned\\x07\n"
+
+
+def test_a_board_that_cannot_be_written_is_an_error_with_its_name_unless_there_is_another(tmp_path):
+    folder = Workdir(tmp_path / "run")
+    folder.path.mkdir()
+    (folder.path / "part").touch()  # in the place of a folder
+    with pytest.raises(OSError, match="TensorBoard's file cannot be written") as caught, Writer(folder, "part"):
+        pass
+    assert caught.value.filename == str(folder.path / "part")
+    with pytest.raises(ValueError, match="first"), Writer(folder, "part"):
+        raise ValueError("first")
