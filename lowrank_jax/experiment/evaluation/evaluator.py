@@ -47,7 +47,7 @@ class Subject:
     examples: Split
     batch_size: int
     identity: str
-    earlier: dict[str, int]
+    earlier: tuple[str, ...]
 
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.folder.checkpoints, self.identity, earlier=self.earlier, read_only=True)

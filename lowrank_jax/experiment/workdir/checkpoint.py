@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,7 +76,7 @@ class Checkpoints:
     Args:
       directory: where they are; created if missing.
       experiment: the digest of the settings that they belong to; None to take any.
-      earlier: the digests of the experiments that this one extends, with the last step that it shares with each.
+      earlier: the digests of the experiments that this one extends, whose steps are its own.
       keep: the number of latest checkpoints to keep, besides the one with the highest score.
       confirmed: called with each step once it is on disk and can be found there.
       read_only: nothing is written or moved, as evaluation needs it.
@@ -87,14 +87,14 @@ class Checkpoints:
         directory: epath.PathLike,
         experiment: str | None = None,
         *,
-        earlier: Mapping[str, int] | None = None,
+        earlier: Collection[str] = (),
         keep: int = 2,
         confirmed: Callable[[int], object] = lambda step: None,
         read_only: bool = False,
     ):
         self.directory = step_folders.absolute(epath.Path(directory))  # orbax takes absolute paths only
         self._experiment, self._keep, self._confirmed = experiment, keep, confirmed
-        self._earlier = earlier or {}
+        self._earlier = tuple(earlier)
         self._unconfirmed: int | None = None  # the step that is being saved
         self._strange: dict[int, str] = {}  # steps that orbax must not see, and what is said of them
         if self.directory.exists() and not self.directory.is_dir():
@@ -185,7 +185,7 @@ class Checkpoints:
         if info.get("step", step) != step:
             return f"it is step {info['step']} under another name"
         owner = info.get("experiment", self._experiment)
-        if self._experiment and owner != self._experiment and not step <= self._earlier.get(str(owner), -1):
+        if self._experiment and owner not in (self._experiment, *self._earlier):
             return "it belongs to another experiment"
         return ""
 

@@ -37,9 +37,9 @@ def digest_of(config: configs.Config) -> str:
     return config_digest(configs.to_dict(config))
 
 
-def earlier_digests(config: configs.Config) -> dict[str, int]:
-    """The digests of the experiments that this one extends, with the last step of each, which it shares with them."""
-    return {digest_of(earlier): earlier.total_steps for earlier in config.earlier()}
+def earlier_digests(config: configs.Config) -> tuple[str, ...]:
+    """The digests of the experiments that this one extends, the latest first; it shares all of their steps."""
+    return tuple(map(digest_of, config.earlier()))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

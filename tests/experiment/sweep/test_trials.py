@@ -5,6 +5,7 @@ import pytest
 
 from lowrank_jax.experiment.config.files import ConfigError, to_dict
 from lowrank_jax.experiment.sweep import trials
+from lowrank_jax.experiment.sweep.emit import shell
 from lowrank_jax.experiment.sweep.trials import Outcome, expand, known_outcome, record
 from lowrank_jax.experiment.workdir.identity import config_digest
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
@@ -32,6 +33,15 @@ def test_a_trial_is_lowrank_train_with_the_values_of_the_sweep(tmp_path):
         "--config.seed=1",
         f"--workdir={tmp_path / 'scale=0.1,seed=1'}",
     ]
+
+
+def test_trials_of_a_config_by_name_are_those_by_path(tmp_path, monkeypatch):
+    by_path = expand(CONFIG, [], "seed=0:2", str(tmp_path)).first
+    monkeypatch.chdir(tmp_path)
+    by_name = expand("digits_resnet", [], "seed=0:2", str(tmp_path)).first
+    assert [trial.config for trial in by_name] == [trial.config for trial in by_path]
+    assert [trial.command[1] for trial in by_name] == ["--config=digits_resnet"] * 2
+    assert "lowrank train --config=digits_resnet --config.seed=1 " in shell(by_name)
 
 
 def test_values_are_typed_by_the_config(tmp_path):

@@ -204,19 +204,22 @@ def test_a_run_without_extensions_has_the_identity_that_it_had():
     plain = configs.to_dict(config(20))
     assert config_digest(plain) == config_digest({key: value for key, value in plain.items() if key != "extensions"})
     longer = config(40, extensions=(("20 steps", "restart"),))
-    assert earlier_digests(longer) == {digest_of(config(20)): 20}
+    assert earlier_digests(longer) == (digest_of(config(20)),)
     in_epochs = {**SMALL, "steps": None}
     twice = running.config(**in_epochs, epochs=4, extensions=(("1.5 epochs", "restart"), ("2 epochs", "constant")))
-    assert earlier_digests(twice) == {
-        digest_of(running.config(**in_epochs, epochs=2, extensions=(("1.5 epochs", "restart"),))): 90,
-        digest_of(running.config(**in_epochs, epochs=1.5)): 67,
-    }
+    assert earlier_digests(twice) == (
+        digest_of(running.config(**in_epochs, epochs=2, extensions=(("1.5 epochs", "restart"),))),
+        digest_of(running.config(**in_epochs, epochs=1.5)),
+    )
 
 
-def test_steps_of_the_shorter_run_count_until_its_end(folder):
-    with Checkpoints(folder / "checkpoints", "another", earlier={digest_of(config(20)): 10}) as checkpoints:
-        shapes = build(config(20)).shapes
+def test_steps_of_the_shorter_run_are_those_of_the_longer_one(folder):
+    shapes = build(config(20)).shapes
+    with Checkpoints(folder / "checkpoints", "longer", earlier=[digest_of(config(20))], read_only=True) as checkpoints:
         restored = checkpoints.restore(shapes)
-        assert restored is not None and restored.step == 10 and restored.damaged == {20: "it belongs to another experiment"}
-    with Checkpoints(folder / "checkpoints", "another", read_only=True) as checkpoints, pytest.raises(CheckpointError):
-        checkpoints.restore(shapes)
+        assert restored is not None and restored.step == 20 and not restored.damaged and checkpoints.best() is not None
+    with Checkpoints(folder / "checkpoints", "longer", earlier=["another"], read_only=True) as checkpoints:
+        with pytest.raises(CheckpointError, match="step 20: it belongs to another experiment"):
+            checkpoints.restore(shapes)
+        with pytest.raises(CheckpointError, match="it belongs to another experiment"):
+            checkpoints.check_experiment()
