@@ -71,7 +71,7 @@ def one_sided(present: Mapping[str, Collection[Any]], classes: Sequence[Any], na
 _SHOWN = 3
 
 
-def class_counts(split: Split, num_classes: int) -> np.ndarray:
+def label_counts(split: Split, num_classes: int) -> np.ndarray:
     """How often each class occurs in a split, int64 `[num_classes]`; of maps of classes, at how many places.
 
     No image is decoded, and those that cannot be are counted too.

@@ -133,7 +133,8 @@ def _image(name: str, key: str, feature: Any, info: Any) -> tuple[tuple[int, ...
     """Shape and type of what a network gets, and how images are decoded if they have many sizes."""
     import tensorflow_datasets as tfds
 
-    shape, dtype = tuple(feature.shape or ()), np.dtype(feature.np_dtype)
+    shape: tuple[Any, ...] = tuple(feature.shape or ())
+    dtype = np.dtype(feature.np_dtype)
     encoded = isinstance(feature, tfds.features.Image)
     fixed = len(shape) in (1, 3) and None not in shape
     if dtype not in (np.uint8, np.float32) or not (fixed or (encoded and shape[-1] in (1, 3))):

@@ -117,7 +117,7 @@ not_a_function = 3
 
 
 def hugging_face(folder, encoded=False):
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
 
     splits = datasets.load_from_disk(folder)
     return splits.cast_column("image", datasets.Image(decode=False)) if encoded else splits
