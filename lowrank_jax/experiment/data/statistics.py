@@ -1,5 +1,6 @@
 """What is measured over a split: means, deviations and how often each class occurs."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,14 @@ from lowrank_jax.experiment.data.progress import Progress, to_stderr
 from lowrank_jax.text import one_line
 
 _PART = 512  # examples that are read at a time
+
+
+def measured(dataset: Dataset, train: Split, say: Callable[[str], None] = to_stderr) -> Dataset:
+    """The data set with the mean and deviation of its training split where it has none; see `mean_and_std`."""
+    if dataset.mean and dataset.std:
+        return dataset
+    mean, std = mean_and_std(dataset, train, say)
+    return dataclasses.replace(dataset, mean=dataset.mean or mean, std=dataset.std or std)
 
 
 def mean_and_std(

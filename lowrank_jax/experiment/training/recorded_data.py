@@ -9,7 +9,7 @@ import jax
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.base import Dataset, Split
-from lowrank_jax.experiment.data.statistics import mean_and_std
+from lowrank_jax.experiment.data.statistics import measured
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.hosts.processes import exchange
 from lowrank_jax.experiment.workdir.dataset_record import changes, from_record, to_record
@@ -66,8 +66,7 @@ def _measured(dataset: Dataset, train: Split, say: Callable[[str], None]) -> Dat
     if dataset.mean and dataset.std:
         return dataset
     say(f"measuring mean and standard deviation of {len(train):,} training examples of {dataset.name}")
-    mean, std = mean_and_std(dataset, train, say)
-    dataset = dataclasses.replace(dataset, mean=dataset.mean or mean, std=dataset.std or std)
+    dataset = measured(dataset, train, say)
     say(f"mean {_listed(dataset.mean)}, standard deviation {_listed(dataset.std)}; kept in {NAME}")
     return dataset
 

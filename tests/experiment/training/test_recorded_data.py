@@ -89,6 +89,33 @@ def test_it_is_evaluated_with_the_mean_that_it_was_trained_with(trained):
     assert evaluation.metrics["loss"] == pytest.approx(result.evals[40]["loss"], rel=1e-5)
 
 
+def test_it_is_evaluated_on_another_folder_of_the_same_classes(trained, tmp_path):
+    workdir, _ = trained
+    write(tmp_path / "new", "unseen", 30, seed=3)
+    write(tmp_path / "new", "test", 6, seed=4)
+    evaluator = Evaluator(dataset=f"folder:{tmp_path}/new", split="unseen")
+    assert evaluator.evaluate(str(workdir)).metrics["examples"] == 30
+    shutil.rmtree(tmp_path / "new" / "unseen" / "dark")
+    shutil.rmtree(tmp_path / "new" / "test" / "dark")
+    with pytest.raises(
+        configs.ConfigError, match=r"8x8x3 images of 2 classes \(light, striped\); the run was trained on folder:"
+    ):
+        configs.parse(Workdir(str(workdir)).read_config())  # as another command would, which looks at folders again
+        evaluator.evaluate(str(workdir))
+    with pytest.raises(configs.ConfigError, match=r"--dataset: 1 problem\n  /nowhere does not exist"):
+        Evaluator(dataset="folder:/nowhere").evaluate(str(workdir))
+
+
+@pytest.mark.slow
+def test_two_processes_measure_and_read_what_one_does(pictures, trained, tmp_path):
+    own = {"dataset__name": "folder:pictures", "dataset__data_dir": str(pictures.parent), "objective__metrics": ("top1",)}
+    processes = running.start_all(running.command(tmp_path / "two", **own), 2)
+    first, second = running.wait_all(processes)
+    assert [process.returncode for process in processes] == [0, 0], first
+    assert second == ""
+    assert (tmp_path / "two" / "dataset.json").read_text() == (trained[0] / "dataset.json").read_text()
+
+
 @pytest.fixture
 def moved(pictures, trained, tmp_path):
     """The data and the run elsewhere, to be changed."""

@@ -115,6 +115,13 @@ def test_the_digest_follows_the_content():
     assert described("arrays").digest in digests
 
 
+def test_a_description_is_found_once(monkeypatch):
+    first = described("photographs", image_size=8)
+    monkeypatch.setattr(own_data.Photographs, "__getitem__", lambda *_: pytest.fail("an example was read"))
+    monkeypatch.setattr(code, "_notes", lambda *_: pytest.fail("labels were looked through"))
+    assert described("photographs", image_size=8) == first
+
+
 def test_an_item_that_fails_is_named():
     train = datasets.load(described("failing", image_size=8), "train", None)
     with pytest.raises(DataError, match=r"failing/train\[7\] cannot be read \(KeyError: 'no such file'\)"):
