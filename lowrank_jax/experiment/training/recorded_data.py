@@ -90,12 +90,15 @@ def as_trained(config: Config, folder: Workdir) -> Config:
     """The config of a run with the mean and deviation that it was trained with.
 
     Raises:
-      WorkdirError: the record is damaged, or the data has other classes now.
+      WorkdirError: the record is damaged or missing, or the data has other classes now.
     """
-    old = read(folder)
+    old, now = read(folder), config.description
+    if old is None and not (now.mean and now.std):
+        raise WorkdirError(
+            f"{folder.path}/{NAME} is missing, which has the mean of {now.name}; resume the run to have it measured"
+        )
     if old is None:
         return config
-    now = config.description
     if old.class_names != now.class_names:
         raise WorkdirError(
             f"{folder.path}: {now.name} has other classes than this run was trained on: {'; '.join(changes(old, now))}"

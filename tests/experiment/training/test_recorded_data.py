@@ -178,6 +178,10 @@ def test_a_run_of_before_gets_its_record(moved):
     pictures, workdir = moved
     record = (workdir / "dataset.json").read_bytes()
     (workdir / "dataset.json").unlink()
+    with pytest.raises(
+        WorkdirError, match=r"dataset\.json is missing, which has the mean of folder:pictures; resume the run to"
+    ):
+        Evaluator(data_dir=str(pictures.parent)).evaluate(str(workdir))
     train(config(pictures), str(workdir))
     assert (workdir / "dataset.json").read_bytes() == record
 

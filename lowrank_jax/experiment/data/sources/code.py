@@ -292,7 +292,14 @@ class _ByIndex:
 
     def __getitem__(self, index: int) -> Example:
         items, place = self.place(index)
-        return self._checked(items.read(place))
+        example, (*_, channels) = self._checked(items.read(place)), self._dataset.image_shape
+        image = example.image
+        if isinstance(image, np.ndarray) and (image.ndim, image.shape[-1], str(image.dtype)) != (3, channels, "uint8"):
+            found = _told(Field(image.shape, str(image.dtype)))
+            raise DataError(
+                f"{example.name} is {found}; images of many sizes must be uint8 with {channels} channels, as others are"
+            )
+        return example
 
     def labels(self) -> np.ndarray:
         """Of all items, which are read for that."""

@@ -58,7 +58,7 @@ class Scan:
     times: dict[str, int]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _File:
     """An image: its class, its path below the folder of classes, that folder's path below the root, and its size in bytes."""
 

@@ -1,6 +1,7 @@
 """`tfds:NAME` or `tfds:NAME/CONFIG`: any data set of TFDS with an image and a label; and builders of the user's own."""
 
 import dataclasses
+import functools
 import json
 import math
 from typing import Any
@@ -39,6 +40,7 @@ def source(builder: str, name: str) -> Source:
     return Source(describe, load, Keys)
 
 
+@functools.cache
 def known(builder: str) -> None:
     """Raises DataError unless TFDS knows a builder by itself: otherwise it would import what the data's own files name."""
     import tensorflow_datasets as tfds

@@ -129,6 +129,21 @@ def test_an_item_that_fails_is_named():
 
 
 @pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("float", r"train\[7\] is 22x29x3 float32; images of many sizes must be uint8 with 3 channels"),
+        ("grey", r"train\[7\] is 22x29x1 uint8; images of many sizes must be uint8 with 3 channels"),
+        ("label", r"train\[7\] has the label 9; labels must be from 0 to 1"),
+    ],
+)
+def test_one_that_is_of_another_kind_is_named(kind, message):
+    train = datasets.load(described("odd", image_size=8, kind=kind), "train", None)
+    assert len(train.plain(np.arange(7))["image"]) == 7
+    with pytest.raises(DataError, match=message):
+        train.plain(np.arange(10))
+
+
+@pytest.mark.parametrize(
     ("what", "message"),
     [
         ("nothing", "returned None; expected splits by name"),
