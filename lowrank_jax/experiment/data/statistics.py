@@ -73,7 +73,7 @@ def one_sided(present: Mapping[str, Collection[Any]], classes: Sequence[Any], na
     for split, found in present.items():
         if missing := [name for one, name in zip(classes, names, strict=True) if one not in found]:
             rest = f" and {len(missing) - _SHOWN:,} more" if len(missing) > _SHOWN else ""
-            lines.append(f"no examples of {', '.join(map(one_line, missing[:_SHOWN]))}{rest} in the split {split}")
+            lines.append(f"no examples of {', '.join(map(one_line, missing[:_SHOWN]))}{rest} in the split {one_line(split)}")
     return lines
 
 
