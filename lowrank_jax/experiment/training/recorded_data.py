@@ -99,7 +99,7 @@ def as_trained(config: Config, folder: Workdir) -> Config:
         )
     if old is None:
         return config
-    if old.class_names != now.class_names:
+    if old.digest and old.class_names != now.class_names:
         raise WorkdirError(
             f"{folder.path}: {now.name} has other classes than this run was trained on: {'; '.join(changes(old, now))}"
         )

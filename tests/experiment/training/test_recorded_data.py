@@ -16,6 +16,7 @@ from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator
 from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.workdir.dataset_record import to_record
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 
@@ -198,3 +199,10 @@ def test_mean_and_deviation_may_be_given(pictures, tmp_path, capsys):
     settled = recorded_data.settle(Workdir(str(tmp_path)), half, split, print)
     assert settled.mean == (0.1, 0.2, 0.3) and max(settled.std) < 1
     assert "measuring mean and standard deviation of 96 training examples" in capsys.readouterr().out
+
+
+def test_published_data_may_have_got_names_for_its_classes(tmp_path):
+    digits = running.config(dataset__name="digits")
+    record = dataclasses.replace(digits.description, class_names=("zero",))
+    (tmp_path / "dataset.json").write_text(json.dumps(to_record(record)))
+    assert recorded_data.as_trained(digits, Workdir(str(tmp_path))).description.mean == record.mean
