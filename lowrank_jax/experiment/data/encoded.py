@@ -3,7 +3,6 @@
 import concurrent.futures
 import functools
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +14,7 @@ from lowrank_jax.experiment.data.arrays import Arrays
 from lowrank_jax.experiment.data.augment import Augmentation
 from lowrank_jax.experiment.data.base import Batch, DataError, Dataset
 from lowrank_jax.experiment.data.decode import Choose, Undecodable, decode_box
-from lowrank_jax.experiment.data.progress import Progress
+from lowrank_jax.experiment.data.progress import Progress, to_stderr
 from lowrank_jax.experiment.data.random import uniforms
 
 _CHUNK = 4  # examples that a thread takes at a time; small, so that all threads end at about the same time
@@ -158,11 +157,7 @@ class EncodedImages:
                 return
             self._undecodable[index] = name
             count, limit = len(self._undecodable), self._decoding.max_undecodable
-            print(
-                f"{self._name}: {name} cannot be decoded ({error}); {count} of at most {limit} so far",
-                file=sys.stderr,
-                flush=True,
-            )
+            to_stderr(f"{self._name}: {name} cannot be decoded ({error}); {count} of at most {limit} so far")
             names = ", ".join(self._undecodable.values())
         if count > limit:
             raise DataError(

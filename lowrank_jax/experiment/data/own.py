@@ -207,12 +207,14 @@ def digest_of(parts: Mapping[str, Any]) -> str:
     """Of arrays, bytes and texts by name."""
     digest = hashlib.blake2b(digest_size=16)
     for name, part in parts.items():
-        content = (
-            part if isinstance(part, bytes) else np.ascontiguousarray(part) if hasattr(part, "dtype") else str(part).encode()
-        )
-        shape = f"{content.dtype}{content.shape}" if isinstance(content, np.ndarray) else len(content)
-        digest.update(f"{name}\0{shape}\0".encode())
-        digest.update(content.data if isinstance(content, np.ndarray) and content.size else content)
+        if hasattr(part, "dtype"):
+            array = np.ascontiguousarray(part)
+            kind, content = f"{array.dtype}{array.shape}", array.reshape(-1).view(np.uint8).data
+        else:
+            content = part if isinstance(part, bytes) else str(part).encode(errors="surrogateescape")
+            kind = str(len(content))
+        digest.update(f"{name}\0{kind}\0".encode())
+        digest.update(content)
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """What is measured over a split: means, deviations and how often each class occurs."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,14 @@ from lowrank_jax.experiment.data.progress import Progress, to_stderr
 from lowrank_jax.text import one_line
 
 _PART = 512  # examples that are read at a time
+
+
+def measured(dataset: Dataset, train: Split, say: Callable[[str], None] = to_stderr) -> Dataset:
+    """The data set with the mean and deviation of its training split where it has none; see `mean_and_std`."""
+    if dataset.mean and dataset.std:
+        return dataset
+    mean, std = mean_and_std(dataset, train, say)
+    return dataclasses.replace(dataset, mean=dataset.mean or mean, std=dataset.std or std)
 
 
 def mean_and_std(
@@ -64,14 +73,14 @@ def one_sided(present: Mapping[str, Collection[Any]], classes: Sequence[Any], na
     for split, found in present.items():
         if missing := [name for one, name in zip(classes, names, strict=True) if one not in found]:
             rest = f" and {len(missing) - _SHOWN:,} more" if len(missing) > _SHOWN else ""
-            lines.append(f"no examples of {', '.join(map(one_line, missing[:_SHOWN]))}{rest} in the split {split}")
+            lines.append(f"no examples of {', '.join(map(one_line, missing[:_SHOWN]))}{rest} in the split {one_line(split)}")
     return lines
 
 
 _SHOWN = 3
 
 
-def class_counts(split: Split, num_classes: int) -> np.ndarray:
+def label_counts(split: Split, num_classes: int) -> np.ndarray:
     """How often each class occurs in a split, int64 `[num_classes]`; of maps of classes, at how many places.
 
     No image is decoded, and those that cannot be are counted too.

@@ -1,5 +1,6 @@
 """What of a stored run is evaluated: its config, which checkpoint, and on which examples."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lowrank_jax import named_code
@@ -51,15 +52,26 @@ def other_dataset(config: Config, name: str, data_dir: str | None = None) -> Dat
     """
     if name == config.dataset.name:
         return config.description
-    ours, size = config.description, config.description.image_shape[0]
+    ours = config.description
+    size = ours.image_shape[0] if ours.cropped else None
     where = {"data_dir": data_dir or config.dataset.data_dir, "code_dir": getattr(config, "code_dir", None)}
     try:
-        other = datasets.describe(name, {}, image_size=size, decoding=config.decoding, **where)
+        other = datasets.describe(name, _options(config, name), image_size=size, decoding=config.decoding, **where)
     except (ValueError, DataError) as error:
         raise ConfigError("--dataset", [str(error)]) from None
     if (other.classes, other.image_shape) != (ours.classes, ours.image_shape):
         raise ConfigError("--dataset", [f"{name} has {_kind(other)}; the run was trained on {ours.name}, {_kind(ours)}"])
     return other
+
+
+def _options(config: Config, name: str) -> Mapping[str, Any]:
+    """The settings of another data set: the run's own, if it is stored in the same way and means the same by them."""
+    given = config.dataset
+    return given.kwargs if ":" in name and not datasets.is_code(name) and _prefix(name) == _prefix(given.name) else {}
+
+
+def _prefix(name: str) -> str:
+    return name.partition(":")[0]
 
 
 def _kind(dataset: Dataset) -> str:

@@ -18,6 +18,7 @@ from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.pipeline import TrainBatches
 from lowrank_jax.experiment.data.splits import split_size
+from lowrank_jax.experiment.data.statistics import measured
 from lowrank_jax.experiment.memory import beyond_machine
 from lowrank_jax.experiment.training import start, state
 from lowrank_jax.experiment.training.mixing import normalizer
@@ -248,6 +249,7 @@ def _images(config: Config, settings: Settings, batches: int) -> Iterator[jax.Ar
             yield jax.random.normal(state.key(config.seed, "init-report", i), shape)
         return
     arrays = datasets.load(dataset, config.dataset.train_split, config.dataset.data_dir)
+    dataset = measured(dataset, arrays)
     source = TrainBatches(arrays, settings.batch_size, batches, config.seed)
     for i in range(batches):
         yield normalizer(dataset.mean, dataset.std)(jnp.asarray(source[i]["image"]))

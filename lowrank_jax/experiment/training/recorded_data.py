@@ -9,7 +9,7 @@ import jax
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.base import Dataset, Split
-from lowrank_jax.experiment.data.statistics import mean_and_std
+from lowrank_jax.experiment.data.statistics import measured
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.hosts.processes import exchange
 from lowrank_jax.experiment.workdir.dataset_record import changes, from_record, to_record
@@ -66,8 +66,7 @@ def _measured(dataset: Dataset, train: Split, say: Callable[[str], None]) -> Dat
     if dataset.mean and dataset.std:
         return dataset
     say(f"measuring mean and standard deviation of {len(train):,} training examples of {dataset.name}")
-    mean, std = mean_and_std(dataset, train, say)
-    dataset = dataclasses.replace(dataset, mean=dataset.mean or mean, std=dataset.std or std)
+    dataset = measured(dataset, train, say)
     say(f"mean {_listed(dataset.mean)}, standard deviation {_listed(dataset.std)}; kept in {NAME}")
     return dataset
 
@@ -91,13 +90,16 @@ def as_trained(config: Config, folder: Workdir) -> Config:
     """The config of a run with the mean and deviation that it was trained with.
 
     Raises:
-      WorkdirError: the record is damaged, or the data has other classes now.
+      WorkdirError: the record is damaged or missing, or the data has other classes now.
     """
-    old = read(folder)
+    old, now = read(folder), config.description
+    if old is None and not (now.mean and now.std):
+        raise WorkdirError(
+            f"{folder.path}/{NAME} is missing, which has the mean of {now.name}; resume the run to have it measured"
+        )
     if old is None:
         return config
-    now = config.description
-    if old.class_names != now.class_names:
+    if old.digest and old.class_names != now.class_names:
         raise WorkdirError(
             f"{folder.path}: {now.name} has other classes than this run was trained on: {'; '.join(changes(old, now))}"
         )

@@ -79,12 +79,14 @@ def test_the_limit_of_undecodable_images_is_for_all_folders(pictures):
         ("arrays:/nowhere.npz", "dataset.name: /nowhere.npz does not exist"),
         ("arrays: ", "dataset.name: 'arrays: '; unknown; a file of NumPy arrays: arrays:FILE.npz"),
         ("tfds:mnits", "dataset.name: TFDS has no data set 'mnits'; did you mean mnist"),
+        ("foldr:photos", "dataset.name: data set 'foldr:photos' cannot be imported: No module named 'foldr'"),
         ("no.such.module:function", "dataset.name: data set 'no.such.module:function' cannot be imported: No module named"),
     ],
 )
 def test_data_that_is_not_there_is_a_problem_in_one_line(name, message):
     [said] = problems(name)
     assert said.startswith(message) and "\n" not in said
+    assert name != "foldr:photos" or said.endswith("; did you mean folder:photos?")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from lowrank_jax.experiment.data.arrays import Arrays
 from lowrank_jax.experiment.data.base import DataError, Dataset
-from lowrank_jax.experiment.data.statistics import class_counts, mean_and_std, one_sided
+from lowrank_jax.experiment.data.statistics import label_counts, mean_and_std, one_sided
 
 PIXELS = Dataset("some", (5, 4, 3), 10, {"train": 1300}, (), ())
 VECTORS = Dataset("some", (7,), 10, {"train": 1300}, (), (), image_dtype="float32")
@@ -62,9 +62,9 @@ def test_long_work_says_how_far_it_is(monkeypatch):
 
 def test_labels_are_counted():
     labels = np.array([0, 3, 3, 1, 3], np.int32)
-    np.testing.assert_array_equal(class_counts(Arrays(np.zeros((5, 1)), labels), 5), [1, 1, 0, 3, 0])
+    np.testing.assert_array_equal(label_counts(Arrays(np.zeros((5, 1)), labels), 5), [1, 1, 0, 3, 0])
     maps = Arrays(np.zeros((2, 2, 2, 1)), np.array([[[0, 1], [1, 1]], [[2, 2], [2, 0]]], np.int32))
-    np.testing.assert_array_equal(class_counts(maps, 3), [2, 3, 3])
+    np.testing.assert_array_equal(label_counts(maps, 3), [2, 3, 3])
 
 
 def test_a_split_that_lacks_classes_is_named():

@@ -16,6 +16,7 @@ from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator
 from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.workdir.dataset_record import to_record
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 
@@ -89,6 +90,33 @@ def test_it_is_evaluated_with_the_mean_that_it_was_trained_with(trained):
     assert evaluation.metrics["loss"] == pytest.approx(result.evals[40]["loss"], rel=1e-5)
 
 
+def test_it_is_evaluated_on_another_folder_of_the_same_classes(trained, tmp_path):
+    workdir, _ = trained
+    write(tmp_path / "new", "unseen", 30, seed=3)
+    write(tmp_path / "new", "test", 6, seed=4)
+    evaluator = Evaluator(dataset=f"folder:{tmp_path}/new", split="unseen")
+    assert evaluator.evaluate(str(workdir)).metrics["examples"] == 30
+    shutil.rmtree(tmp_path / "new" / "unseen" / "dark")
+    shutil.rmtree(tmp_path / "new" / "test" / "dark")
+    with pytest.raises(
+        configs.ConfigError, match=r"8x8x3 images of 2 classes \(light, striped\); the run was trained on folder:"
+    ):
+        configs.parse(Workdir(str(workdir)).read_config())  # as another command would, which looks at folders again
+        evaluator.evaluate(str(workdir))
+    with pytest.raises(configs.ConfigError, match=r"--dataset: 1 problem\n  /nowhere does not exist"):
+        Evaluator(dataset="folder:/nowhere").evaluate(str(workdir))
+
+
+@pytest.mark.slow
+def test_two_processes_measure_and_read_what_one_does(pictures, trained, tmp_path):
+    own = {"dataset__name": "folder:pictures", "dataset__data_dir": str(pictures.parent), "objective__metrics": ("top1",)}
+    processes = running.start_all(running.command(tmp_path / "two", **own), 2)
+    first, second = running.wait_all(processes)
+    assert [process.returncode for process in processes] == [0, 0], first
+    assert second == ""
+    assert (tmp_path / "two" / "dataset.json").read_text() == (trained[0] / "dataset.json").read_text()
+
+
 @pytest.fixture
 def moved(pictures, trained, tmp_path):
     """The data and the run elsewhere, to be changed."""
@@ -151,6 +179,10 @@ def test_a_run_of_before_gets_its_record(moved):
     pictures, workdir = moved
     record = (workdir / "dataset.json").read_bytes()
     (workdir / "dataset.json").unlink()
+    with pytest.raises(
+        WorkdirError, match=r"dataset\.json is missing, which has the mean of folder:pictures; resume the run to"
+    ):
+        Evaluator(data_dir=str(pictures.parent)).evaluate(str(workdir))
     train(config(pictures), str(workdir))
     assert (workdir / "dataset.json").read_bytes() == record
 
@@ -167,3 +199,10 @@ def test_mean_and_deviation_may_be_given(pictures, tmp_path, capsys):
     settled = recorded_data.settle(Workdir(str(tmp_path)), half, split, print)
     assert settled.mean == (0.1, 0.2, 0.3) and max(settled.std) < 1
     assert "measuring mean and standard deviation of 96 training examples" in capsys.readouterr().out
+
+
+def test_published_data_may_have_got_names_for_its_classes(tmp_path):
+    digits = running.config(dataset__name="digits")
+    record = dataclasses.replace(digits.description, class_names=("zero",))
+    (tmp_path / "dataset.json").write_text(json.dumps(to_record(record)))
+    assert recorded_data.as_trained(digits, Workdir(str(tmp_path))).description.mean == record.mean

@@ -1,6 +1,8 @@
 """`package.module:function`: data that a function of the user's returns, or a TFDS builder of the user's."""
 
 import dataclasses
+import difflib
+import functools
 import inspect
 import math
 import re
@@ -44,7 +46,7 @@ class _Origin:
     code_dir: str | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Found:
     """What a function returned: arrays or items by split, and what is known of their examples."""
 
@@ -66,7 +68,9 @@ def _imported(origin: _Origin) -> Any:
     try:
         return import_attribute(origin.name, "data set", **({"folder": origin.code_dir} if origin.code_dir else {}))
     except ValueError as error:
-        raise DataError(str(error)) from None
+        prefix, _, rest = origin.name.partition(":")
+        close = difflib.get_close_matches(prefix, ("folder", "tfds", "arrays"), n=1)
+        raise DataError(f"{error}{f'; did you mean {close[0]}:{rest}?' if close else ''}") from None
 
 
 def _is_builder(named: Any) -> bool:
@@ -86,6 +90,7 @@ def _keys(name: str, options: Mapping[str, Any]) -> Keys:
     return Keys(**options)
 
 
+@functools.lru_cache(maxsize=4)  # asked for again and again by a run
 def describe_found(name: str, origin: Any, found: _Found, image_size: int | None) -> Dataset:
     """The description of data that is checked already."""
     fields, decoding = _fields(name, found, image_size)
@@ -287,7 +292,14 @@ class _ByIndex:
 
     def __getitem__(self, index: int) -> Example:
         items, place = self.place(index)
-        return self._checked(items.read(place))
+        example, (*_, channels) = self._checked(items.read(place)), self._dataset.image_shape
+        image = example.image
+        if isinstance(image, np.ndarray) and (image.ndim, image.shape[-1], str(image.dtype)) != (3, channels, "uint8"):
+            found = _told(Field(image.shape, str(image.dtype)))
+            raise DataError(
+                f"{example.name} is {found}; images of many sizes must be uint8 with {channels} channels, as others are"
+            )
+        return example
 
     def labels(self) -> np.ndarray:
         """Of all items, which are read for that."""

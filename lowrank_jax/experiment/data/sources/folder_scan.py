@@ -58,7 +58,7 @@ class Scan:
     times: dict[str, int]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _File:
     """An image: its class, its path below the folder of classes, that folder's path below the root, and its size in bytes."""
 
@@ -140,7 +140,9 @@ def _ordered(files: Sequence[_File], names: Sequence[str]) -> Files:
 
 
 def _digest(files: dict[str, list[_File]]) -> str:
-    lines = sorted(b"%s\0%s\0%d\n" % (split.encode(), os.fsencode(f.path), f.size) for split, fs in files.items() for f in fs)
+    lines = sorted(
+        b"%s\0%s\0%d\n" % (os.fsencode(split), os.fsencode(f.path), f.size) for split, fs in files.items() for f in fs
+    )
     return hashlib.blake2b(b"".join(lines), digest_size=16).hexdigest()
 
 

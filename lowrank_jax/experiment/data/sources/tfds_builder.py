@@ -1,6 +1,7 @@
 """`tfds:NAME` or `tfds:NAME/CONFIG`: any data set of TFDS with an image and a label; and builders of the user's own."""
 
 import dataclasses
+import functools
 import json
 import math
 from typing import Any
@@ -39,6 +40,7 @@ def source(builder: str, name: str) -> Source:
     return Source(describe, load, Keys)
 
 
+@functools.cache
 def known(builder: str) -> None:
     """Raises DataError unless TFDS knows a builder by itself: otherwise it would import what the data's own files name."""
     import tensorflow_datasets as tfds
@@ -133,7 +135,8 @@ def _image(name: str, key: str, feature: Any, info: Any) -> tuple[tuple[int, ...
     """Shape and type of what a network gets, and how images are decoded if they have many sizes."""
     import tensorflow_datasets as tfds
 
-    shape, dtype = tuple(feature.shape or ()), np.dtype(feature.np_dtype)
+    shape: tuple[Any, ...] = tuple(feature.shape or ())
+    dtype = np.dtype(feature.np_dtype)
     encoded = isinstance(feature, tfds.features.Image)
     fixed = len(shape) in (1, 3) and None not in shape
     if dtype not in (np.uint8, np.float32) or not (fixed or (encoded and shape[-1] in (1, 3))):

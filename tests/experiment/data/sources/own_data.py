@@ -84,6 +84,19 @@ def failing():
     return Data({"train": Failing(40)}, num_classes=2)
 
 
+class Odd(Photographs):
+    """One of its images is of another kind, which no sample shows."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        odd = {"float": item["image"] / 255.0, "grey": item["image"][..., :1], "label": item["image"]}
+        return {**item, "image": odd[self.kind], "label": 9 if self.kind == "label" else 0} if index == 7 else item
+
+
+def odd(kind):
+    return Data({"train": Odd(40, kind)}, num_classes=2)
+
+
 def broken():
     raise SystemExit("no")
 
@@ -117,7 +130,7 @@ not_a_function = 3
 
 
 def hugging_face(folder, encoded=False):
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
 
     splits = datasets.load_from_disk(folder)
     return splits.cast_column("image", datasets.Image(decode=False)) if encoded else splits

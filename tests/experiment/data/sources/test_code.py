@@ -115,9 +115,31 @@ def test_the_digest_follows_the_content():
     assert described("arrays").digest in digests
 
 
+def test_a_description_is_found_once(monkeypatch):
+    first = described("photographs", image_size=8)
+    monkeypatch.setattr(own_data.Photographs, "__getitem__", lambda *_: pytest.fail("an example was read"))
+    monkeypatch.setattr(code, "_notes", lambda *_: pytest.fail("labels were looked through"))
+    assert described("photographs", image_size=8) == first
+
+
 def test_an_item_that_fails_is_named():
     train = datasets.load(described("failing", image_size=8), "train", None)
     with pytest.raises(DataError, match=r"failing/train\[7\] cannot be read \(KeyError: 'no such file'\)"):
+        train.plain(np.arange(10))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("float", r"train\[7\] is 22x29x3 float32; images of many sizes must be uint8 with 3 channels"),
+        ("grey", r"train\[7\] is 22x29x1 uint8; images of many sizes must be uint8 with 3 channels"),
+        ("label", r"train\[7\] has the label 9; labels must be from 0 to 1"),
+    ],
+)
+def test_one_that_is_of_another_kind_is_named(kind, message):
+    train = datasets.load(described("odd", image_size=8, kind=kind), "train", None)
+    assert len(train.plain(np.arange(7))["image"]) == 7
+    with pytest.raises(DataError, match=message):
         train.plain(np.arange(10))
 
 

@@ -115,6 +115,20 @@ def test_links_are_left_out_unless_they_are_to_be_followed(tmp_path):
     assert followed.skipped == {"links in a circle": ("cat/loop",), "broken links": ("cat/gone.png",)}
 
 
+def test_names_that_are_no_text_are_read_and_shown(tmp_path):
+    write(tmp_path, *(f"train/{kind}/{i}.png" for kind in "ab" for i in range(3)))
+    strange = os.fsdecode(b"\xff\x1b[31m\n")
+    (tmp_path / "train" / "a").rename(tmp_path / "train" / strange)
+    (tmp_path / "train" / strange / f"{strange}.txt").touch()
+    (tmp_path / "train" / strange / "0.png").rename(tmp_path / "train" / strange / f"{strange}.png")
+    (tmp_path / strange / "b").mkdir(parents=True)
+    write(tmp_path, f"{strange}/b/0.png")
+    found = scan(str(tmp_path), False, SHARES)
+    assert all(name.encode() for name in found.class_names)
+    assert all(note.isprintable() for note in found.notes) and len(found.notes) == 2
+    assert all((tmp_path / path).is_file() for files in found.splits.values() for path in files.paths)
+
+
 def test_a_class_that_one_split_lacks_is_named(tmp_path):
     write(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/c/1.png")
     assert scan(str(tmp_path), False, SHARES).notes == (
