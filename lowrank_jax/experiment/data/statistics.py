@@ -7,7 +7,7 @@ from lowrank_jax.experiment.data.base import Split
 _PART = 512  # examples that are read at a time
 
 
-def class_counts(split: Split, num_classes: int) -> np.ndarray:
+def label_counts(split: Split, num_classes: int) -> np.ndarray:
     """How often each class occurs in a split, int64 `[num_classes]`; of maps of classes, at how many places."""
     counts = np.zeros(num_classes, np.int64)
     for start in range(0, len(split), _PART):
