@@ -80,8 +80,10 @@ def _is_found(name: str, folder: pathlib.Path | None) -> bool:
     first = place.split(".")[0]
     if folder is not None:
         return _is_module(folder, first)
+    if first in sys.modules:
+        return not _is_foreign(first, None)
     try:
-        return (first in sys.modules and not _is_foreign(first, None)) or _find(first) is not None
+        return _find(first) is not None
     except (ImportError, ValueError):
         return False
 

@@ -75,7 +75,7 @@ KINDS = {
 def sources(monkeypatch):
     """The data sets by name."""
     for name, dataset in KINDS.items():
-        made = Source(lambda options, dataset=dataset: dataset, lambda dataset, split, folder: Drawn(dataset, SIZES[split]))
+        made = Source(lambda *given, dataset=dataset: dataset, lambda dataset, split, folder: Drawn(dataset, SIZES[split]))
         monkeypatch.setitem(datasets.DATASETS, name, made)
 
 

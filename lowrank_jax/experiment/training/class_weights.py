@@ -7,7 +7,7 @@ import numpy as np
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.schema import BALANCED
 from lowrank_jax.experiment.data.base import Split
-from lowrank_jax.experiment.data.statistics import class_counts
+from lowrank_jax.experiment.data.statistics import label_counts
 from lowrank_jax.experiment.training.build import Experiment
 
 
@@ -21,7 +21,7 @@ def with_class_weights(experiment: Experiment, split: Split) -> Experiment:
     classes = experiment.dataset.num_classes
     if experiment.config.objective.class_weights != BALANCED or classes is None:
         return experiment
-    return dataclasses.replace(experiment, class_weights=balanced(class_counts(split, classes)))
+    return dataclasses.replace(experiment, class_weights=balanced(label_counts(split, classes)))
 
 
 def balanced(counts: np.ndarray) -> tuple[float, ...]:

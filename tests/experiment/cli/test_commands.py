@@ -510,8 +510,8 @@ def test_a_cache_home_that_is_no_absolute_path_means_the_default(given, monkeypa
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"batch_size": 2**31 - 1}, "a batch of 2,147,483,647 images (batch_size): 137GB"),
-        ({"eval__batch_size": 2**31 - 1}, "a batch of 2,147,483,647 images (eval.batch_size): 137GB"),
+        ({"batch_size": 2**31 - 1}, "a batch of 2,147,483,647 images (batch_size): 146GB"),
+        ({"eval__batch_size": 2**31 - 1}, "a batch of 2,147,483,647 images (eval.batch_size): 146GB"),
         ({"model__kwargs": {"widths": (10**6, 10**6)}}, "the parameters and the optimiser's state (model.kwargs): "),
     ],
 )

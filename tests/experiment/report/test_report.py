@@ -125,6 +125,39 @@ def test_the_learning_rate_is_chosen_on_the_held_out_split_and_reported_on_test(
     assert text.count("loss is nan") == 2
 
 
+def test_runs_are_compared_by_the_metric_that_judged_them(tmp_path):
+    held_out = {"dataset__train_split": "train[:90%]", "dataset__valid_split": "train[90%:]", "eval__best": "-loss"}
+    for lr, valid, loss in ((0.1, 0.9, 0.7), (0.2, 0.8, 0.4), (0.3, 0.99, 0.5)):  # top1 and test would choose another one
+        make(tmp_path, f"a{lr}", valid=valid, top1=valid, optim__lr=lr, **held_out)
+        folder = Workdir(tmp_path / f"a{lr}")
+        result = folder.read_json("result.json")
+        parts = {"valid": {"top1": valid, "loss": loss}, "eval": {"top1": valid, "loss": 1 - lr}}
+        folder.write_json("result.json", {**result, **parts})
+    make(tmp_path, "other", top1=0.99, seed=7)
+    report = Report([str(tmp_path)])
+    (arm,) = report.arms
+    assert dict(arm.tuning) == {"optim.lr": 0.2} and arm.interval("eval/loss").mean == 0.8
+    text = report.markdown()
+    assert "Loss, of which lower is better, on `test`" in text and "lr 0.1: 0.7000; lr 0.2: 0.4000; lr 0.3: 0.5000" in text
+    assert "the tuning with the lowest loss on the held-out split" in text and "| loss | seeds |" in text
+    assert "it was judged by top1, others by -loss: report them apart" in text
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO(report.csv()))}
+    assert (rows["a0.2"]["valid/loss"], rows["a0.2"]["eval/loss"], rows["a0.2"]["eval/top1"]) == ("0.4", "0.8", "0.8")
+    assert rows["other"]["status"] == "apart"
+    assert {"loss_params.png", "curves.png"} <= {path.rpartition("/")[2] for path in report.write(tmp_path / "report")}
+
+
+def test_lower_is_better_where_a_metric_says_so(tmp_path):
+    for method, losses in (("spectral", (0.5, 0.52, 0.49)), ("kernel_projection", (0.3, 0.31, 0.33))):
+        for seed, loss in enumerate(losses):
+            make(tmp_path, f"{method}{seed}", top1=0.5, seed=seed, lowrank__method=method, eval__best="-loss")
+            folder = Workdir(tmp_path / f"{method}{seed}")
+            result = folder.read_json("result.json")
+            folder.write_json("result.json", {**result, "eval": {"top1": 0.5, "loss": loss}})
+    text = Report([str(tmp_path)]).markdown()
+    assert re.search(r"kernel_projection \| -0\.1\d+ \|.*\| better \|", text)
+
+
 def test_at_the_edge_of_what_was_tried_it_says_so(tmp_path):
     held_out = {"dataset__train_split": "train[:90%]", "dataset__valid_split": "train[90%:]"}
     for lr, valid in ((0.1, 0.7), (0.2, 0.8)):

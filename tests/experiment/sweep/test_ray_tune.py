@@ -164,6 +164,18 @@ def test_asha_keeps_the_best_half_at_each_rung(tmp_path):
     assert judged(Asha(grace=30, reduction=2), trials, order) == {}  # nobody before its time
 
 
+def test_asha_ends_the_highest_where_lower_is_better(tmp_path):
+    better, worse = (trial(tmp_path, name, eval__best="-loss") for name in ("better", "worse"))
+    (tmp_path / "better").mkdir()
+    line = {"step": 20, "eval/top1": 0.1, "eval/loss": 0.5, "valid/loss": 0.6}
+    (tmp_path / "better" / "metrics.jsonl").write_text(json.dumps(line))
+    scheduler = Asha(grace=20, reduction=2).scheduler([better, worse])
+    replay(scheduler, [better])
+    for name, loss, decision in (("worse", 0.61, "STOP"), ("best", 0.4, "CONTINUE")):
+        scheduler.on_trial_add(None, StandIn(name))
+        assert scheduler.on_trial_result(None, StandIn(name), {"step": 20, "loss": loss}) == decision
+
+
 def test_asha_judges_by_trials_of_earlier_calls_too(tmp_path):
     earlier, poor, good = (trial(tmp_path, name) for name in ("earlier", "poor", "good"))
     (tmp_path / "earlier").mkdir()

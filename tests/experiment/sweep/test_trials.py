@@ -113,6 +113,13 @@ def test_the_later_stage_takes_each_arms_best_by_validation(tmp_path):
     assert "and 4 more: the other seeds at the best optim.lr" in sweep.table()
 
 
+def test_the_later_stage_takes_the_lowest_where_lower_is_better(tmp_path):
+    sweep = expand(CONFIG, [*HELD_OUT, ("eval.best", "-loss")], "seed=0:2; tune(optim.lr=0.1,0.2)", str(tmp_path))
+    for trial, (top1, loss) in zip(sweep.first, [(0.9, 0.8), (0.1, 0.3)], strict=True):
+        finish(trial, top1, loss)
+    assert [trial.config.optim.lr for trial in sweep.chosen()] == [0.2]
+
+
 def test_what_ended_for_good_is_known(tmp_path):
     done, diverged, failed, new = expand(CONFIG, [], "seed=0:4", str(tmp_path)).first
     finish(done, 0.5)
