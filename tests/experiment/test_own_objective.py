@@ -120,7 +120,7 @@ def soft(outputs, batch, train):
     return (outputs**2).mean(-1), {}
 
 
-soft.mixed_targets = True
+soft.mixed_targets = True  # pyright: ignore[reportFunctionMemberAccess]
 
 MODELS = {"maps": "PerPixel", "boxes": "Heads"}
 OBJECTIVES = {

@@ -62,6 +62,43 @@ def test_damage_of_the_digits_is_named(tmp_path, damage):
         load(describe("digits", {}), "test", str(tmp_path))
 
 
+def flip_bytes(folder):
+    records = next(folder.glob("*-test.array_record-00000-of-00001"))
+    data = bytearray(records.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 2] = b"\xff\xff"
+    records.write_bytes(data)
+
+
+def take_another_split(folder):
+    shutil.copy(*(next(folder.glob(f"*-{split}.array_record-00000-of-00001")) for split in ("train", "test")))
+
+
+RECORDS = {
+    "flipped bytes": (flip_bytes, "records of test cannot be read"),
+    "another split's": (take_another_split, "1,437 records"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), RECORDS.values(), ids=RECORDS)
+def test_damage_of_the_records_is_named(tmp_path, damage, said):
+    shutil.copytree(pathlib.Path(os.environ["TFDS_DATA_DIR"]) / "digits", tmp_path / "digits")
+    (folder,) = (path.parent for path in tmp_path.glob("digits/*/dataset_info.json"))
+    for decoded in folder.glob("decoded-*"):
+        decoded.unlink()
+    damage(folder)
+    with pytest.raises(DataError, match=rf"{said}.*; delete {tmp_path}/digits/.*, then: "):
+        load(describe("digits", {}), "test", str(tmp_path))
+
+
+def test_digits_that_cannot_be_made_are_one_line(tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise RuntimeError("write() failed: No space left on device")
+
+    monkeypatch.setattr("tensorflow_datasets.core.DatasetBuilder.download_and_prepare", full)
+    with pytest.raises(DataError, match=rf"{tmp_path}/digits/.* cannot be made: .*No space left"):
+        load(describe("digits", {}), "test", str(tmp_path))
+
+
 def test_a_data_set_may_not_name_code_in_its_files(tmp_path):
     """TFDS would import the class that features.json names, were the data set not one of those it knows."""
     shutil.copytree(pathlib.Path(os.environ["TFDS_DATA_DIR"]) / "digits", tmp_path / "digits")

@@ -130,7 +130,7 @@ def test_runs_are_compared_by_the_metric_that_judged_them(tmp_path):
     for lr, valid, loss in ((0.1, 0.9, 0.7), (0.2, 0.8, 0.4), (0.3, 0.99, 0.5)):  # top1 and test would choose another one
         make(tmp_path, f"a{lr}", valid=valid, top1=valid, optim__lr=lr, **held_out)
         folder = Workdir(tmp_path / f"a{lr}")
-        result = folder.read_json("result.json")
+        result = folder.read_json("result.json") or {}
         parts = {"valid": {"top1": valid, "loss": loss}, "eval": {"top1": valid, "loss": 1 - lr}}
         folder.write_json("result.json", {**result, **parts})
     make(tmp_path, "other", top1=0.99, seed=7)
@@ -152,7 +152,7 @@ def test_lower_is_better_where_a_metric_says_so(tmp_path):
         for seed, loss in enumerate(losses):
             make(tmp_path, f"{method}{seed}", top1=0.5, seed=seed, lowrank__method=method, eval__best="-loss")
             folder = Workdir(tmp_path / f"{method}{seed}")
-            result = folder.read_json("result.json")
+            result = folder.read_json("result.json") or {}
             folder.write_json("result.json", {**result, "eval": {"top1": 0.5, "loss": loss}})
     text = Report([str(tmp_path)]).markdown()
     assert re.search(r"kernel_projection \| -0\.1\d+ \|.*\| better \|", text)

@@ -12,6 +12,7 @@ from lowrank_jax.experiment.data.arrays import Arrays, read_split
 from lowrank_jax.experiment.data.base import DataError, Dataset, Source
 from lowrank_jax.experiment.data.sources import tfds_folder
 from lowrank_jax.experiment.data.sources.tfds_prepared import Keys, Prepared, explained, open_prepared
+from lowrank_jax.text import first_line
 
 
 def source(dataset: Dataset) -> Source:
@@ -37,8 +38,7 @@ def decoded(prepared: Prepared, split: str) -> Arrays:
         prepared.check_split(split)
         with explained(prepared.remedy):
             tfds_folder.check_all(prepared.builder)
-        stored: Any = prepared.builder.as_data_source(split)  # type: ignore[call-arg]
-        examples = stored.__getitems__(range(len(stored)))
+            examples = _read_all(prepared, split)
         arrays = Arrays(
             np.stack([example[keys.image_key] for example in examples]),
             np.array([example[keys.label_key] for example in examples], dataset.label.dtype),
@@ -49,6 +49,15 @@ def decoded(prepared: Prepared, split: str) -> Arrays:
             )
         _write_cache(cache, arrays)
     return arrays
+
+
+def _read_all(prepared: Prepared, split: str) -> list[dict[str, Any]]:
+    """Raises Damaged if a record cannot be read."""
+    stored: Any = prepared.builder.as_data_source(split)  # type: ignore[call-arg]
+    try:
+        return stored.__getitems__(range(len(stored)))
+    except Exception as error:  # of array_record, protobuf or an image's decoder
+        raise tfds_folder.Damaged(f"{prepared.folder}: the records of {split} cannot be read ({first_line(error)})") from None
 
 
 def _read_cache(path: epath.Path) -> Arrays | None:

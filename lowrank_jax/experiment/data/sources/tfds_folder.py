@@ -97,13 +97,16 @@ def shards(builder: Any, split: str) -> list[epath.Path]:
 
 
 def check_all(builder: Any) -> None:
-    """Raises Damaged unless every file exists and opens; PermissionError if this user may not read one."""
+    """Raises Damaged unless every file is there, opens and has its records; PermissionError if this user may not read one."""
     from array_record.python import array_record_module  # type: ignore[attr-defined]
 
     for split in builder.info.splits:
-        for file in shards(builder, split):
-            if not array_record_module.ArrayRecordReader(str(file)).ok():
+        for file, expected in zip(shards(builder, split), builder.info.splits[split].shard_lengths, strict=True):
+            reader = array_record_module.ArrayRecordReader(str(file))
+            if not reader.ok():
                 raise Damaged(f"{file} is damaged")
+            if (records := reader.num_records()) != expected:
+                raise Damaged(f"{file} has {records:,} records, and should have {expected:,}")
 
 
 def may_read(paths: Sequence[epath.Path]) -> None:

@@ -11,6 +11,7 @@ from etils import epath
 
 from lowrank_jax.experiment.data.base import DataError, Dataset
 from lowrank_jax.experiment.data.sources import tfds_folder
+from lowrank_jax.text import first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,11 @@ def _make(builder: Any) -> None:
 
     # TFDS announces a download; there is none.
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    except (OSError, RuntimeError) as error:  # array_record has its own for a full disk
+        raise DataError(f"{builder.data_path} cannot be made: {first_line(error)}") from None
 
 
 @contextlib.contextmanager
