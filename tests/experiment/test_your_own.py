@@ -37,3 +37,9 @@ def test_the_regression_learns(files):
     assert result["best_step"] == min(steps, key=lambda step: (run.evals[step]["error"], -step))
     evaluation = Evaluator(trust_code=True).evaluate(str(files / "run"))
     assert evaluation.metrics == pytest.approx(run.evals[steps[-1]], rel=1e-4)
+
+
+def test_the_segmentation_is_accepted(files):
+    config = configs.read(str(files / "segmentation.py"))
+    assert config.description.label.shape == (16, 16) and config.num_outputs == 2
+    assert configs.make_plan(config).factored
