@@ -1,13 +1,17 @@
 """What docs/your_own.md shows has to run."""
 
+import json
 import re
 import shlex
 
 import numpy as np
 import pytest
 
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.cli import commands
 from lowrank_jax.experiment.cli.flags import parser, split_overrides
+from lowrank_jax.experiment.evaluation.evaluator import Evaluator
+from lowrank_jax.experiment.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +47,37 @@ def test_the_commands_take_their_flags(page):
     for command in found:
         _, rest = split_overrides(shlex.split(command))
         parser(commands._COMMANDS, lambda: None).parse_args(rest)  # which would end with a status
+
+
+@pytest.fixture
+def files(page, tmp_path):
+    """The files of the sections about models and losses, in a folder."""
+    parts = (section(page, "Your own model") + section(page, "Your own loss")).split("```python\n")
+    names = [re.findall(r"`(\w+\.py)`", before)[-1] for before in parts[:-1]]
+    for name, part in zip(names, parts[1:], strict=True):
+        (tmp_path / name).write_text(part.split("```")[0])
+    assert names == ["discs.py", "net.py", "segmentation.py", "regression.py"]
+    return tmp_path
+
+
+def test_the_segmentation_is_accepted(files):
+    config = configs.read(str(files / "segmentation.py"))
+    assert config.description.label.shape == (16, 16) and config.num_outputs == 2
+    assert configs.make_plan(config).factored
+
+
+def test_the_regression_is_accepted(files):
+    config = configs.read(str(files / "regression.py"))
+    assert config.code_dir == str(files) and str(config.best) == "-error" and configs.make_plan(config).factored
+
+
+@pytest.mark.slow
+def test_the_regression_learns(files):
+    config = configs.read(str(files / "regression.py"))
+    run = train(config, str(files / "run"))
+    steps = sorted(run.evals)
+    assert run.evals[steps[-1]]["error"] < run.evals[steps[0]]["error"]
+    result = json.loads((files / "run" / "result.json").read_text())
+    assert result["best_step"] == min(steps, key=lambda step: (run.evals[step]["error"], -step))
+    evaluation = Evaluator(trust_code=True).evaluate(str(files / "run"))
+    assert evaluation.metrics == pytest.approx(run.evals[steps[-1]], rel=1e-4)

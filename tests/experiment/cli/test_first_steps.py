@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import lowrank_jax
-from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment import shipped
 from lowrank_jax.experiment.cli import commands, extras
 from lowrank_jax.experiment.starting_point import data, model
@@ -102,7 +101,6 @@ def test_the_model_and_the_data_of_a_new_project_fit_each_other():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("code_dir" not in configs.legal_keys(), reason="code beside a config is not looked up")
 def test_a_new_project_trains_as_it_is(tmp_path):
     folder = tmp_path / "mynet"
     command = [sys.executable, "-m", "lowrank_jax"]
