@@ -49,15 +49,16 @@ def test_the_commands_take_their_flags(page):
         parser(commands._COMMANDS, lambda: None).parse_args(rest)  # which would end with a status
 
 
-@pytest.fixture
-def files(page, tmp_path):
+@pytest.fixture(scope="module")
+def files(page, tmp_path_factory):
     """The files of the sections about models and losses, in a folder."""
+    folder = tmp_path_factory.mktemp("own")
     parts = (section(page, "Your own model") + section(page, "Your own loss")).split("```python\n")
     names = [re.findall(r"`(\w+\.py)`", before)[-1] for before in parts[:-1]]
     for name, part in zip(names, parts[1:], strict=True):
-        (tmp_path / name).write_text(part.split("```")[0])
+        (folder / name).write_text(part.split("```")[0])
     assert names == ["discs.py", "net.py", "segmentation.py", "regression.py"]
-    return tmp_path
+    return folder
 
 
 def test_the_segmentation_is_accepted(files):
