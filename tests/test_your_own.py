@@ -81,4 +81,4 @@ def test_the_regression_learns(files):
     result = json.loads((files / "run" / "result.json").read_text())
     assert result["best_step"] == min(steps, key=lambda step: (run.evals[step]["error"], -step))
     evaluation = Evaluator(trust_code=True).evaluate(str(files / "run"))
-    assert evaluation.metrics == pytest.approx(run.evals[steps[-1]], rel=1e-4)
+    assert evaluation.metrics == pytest.approx(run.evals[steps[-1]], rel=1e-4, nan_ok=True)  # it need not be sure of any
