@@ -5,6 +5,7 @@ jax and whatever needs it are imported by the command that runs, so that help an
 
 import argparse
 import contextlib
+import os
 import pathlib
 import shlex
 import sys
@@ -151,8 +152,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from lowrank_jax.experiment.config.trust import UntrustedCode
     from lowrank_jax.experiment.evaluation.evaluator import Evaluator
 
-    if not args.watch:
-        _join(args)
+    _check_devices() if args.watch else _join(args)
     trusted = args.trust_code or []
     evaluator = Evaluator(
         **given(args, ("split", "data_dir", "dataset", "max_undecodable")),
@@ -179,6 +179,7 @@ def _predict(args: argparse.Namespace) -> int:
     from lowrank_jax.experiment.cli.predict import predict
     from lowrank_jax.experiment.config.trust import UntrustedCode
 
+    _check_devices()
     try:
         return predict(args)
     except UntrustedCode as error:
@@ -252,6 +253,19 @@ def _join(args: argparse.Namespace) -> None:
     from lowrank_jax.experiment.hosts import processes
 
     processes.start(processes.ProcessOptions(**given(args, HOSTS)))
+    _check_devices()
+
+
+def _check_devices() -> None:
+    """Raises UserError if jax finds no device to compute on."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        chosen = os.environ.get("JAX_PLATFORMS")
+        reason = first_line(error) or f"nothing here is JAX_PLATFORMS={chosen}"
+        raise UserError(f"lowrank: jax has no device to compute on: {reason}") from None
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -319,6 +333,7 @@ def _init_report(args: argparse.Namespace) -> int:
     from lowrank_jax.experiment.report import before_training, before_training_page
     from lowrank_jax.text import align
 
+    _check_devices()
     config = _config(args)
     settings = before_training.Settings(**given(args, ("scales", "methods", "seeds", "images", "batch_size")))
     settings.check(config)

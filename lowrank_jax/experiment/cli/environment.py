@@ -19,6 +19,7 @@ def prepare() -> None:
     import jax
     from absl import logging
 
+    os.environ["MPLBACKEND"] = "agg"  # pictures become files
     logging.set_verbosity(logging.ERROR)
     quiet()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

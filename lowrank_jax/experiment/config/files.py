@@ -104,6 +104,8 @@ def load(path: str) -> Any:
         raise
     except BaseException as error:  # whatever somebody's file may raise, SystemExit too
         raise ConfigError(path, [f"it fails with {type(error).__name__}: {first_line(error)}"]) from error
+    if inspect.iscoroutine(config):
+        config.close()  # or Python complains that nobody waited for it
     if not isinstance(config, ConfigDict):
         raise ConfigError(path, [f"get_config() must return a ConfigDict, not {type(config).__name__}"])
     return config

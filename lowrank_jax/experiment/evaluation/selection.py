@@ -14,6 +14,7 @@ from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints, Restored
 from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.text import shown
 
 
 def read_config(folder: Workdir, trusted: Trust, data_dir: str | None = None) -> Config:
@@ -117,9 +118,10 @@ def _choose(checkpoints: Checkpoints, step: str) -> int:
                 f"{checkpoints.directory}: none of the checkpoints was evaluated, so none is the best; choose from {steps}"
             )
         return best
-    if not (step.isascii() and step.isdecimal()) or int(step) not in steps:
-        raise CheckpointError(f"{checkpoints.directory} has no step {step}; choose from {steps}, latest or best")
-    return int(step)
+    chosen = {str(known): known for known in steps}.get(step.lstrip("0") or step[-1:])
+    if chosen is None:
+        raise CheckpointError(f"{checkpoints.directory} has no step {shown(step)}; choose from {steps}, latest or best")
+    return chosen
 
 
 def warnings(damaged: dict[int, str]) -> list[str]:

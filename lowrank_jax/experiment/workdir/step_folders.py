@@ -19,8 +19,8 @@ NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
 _UNFINISHED = ".orbax-checkpoint-tmp"
 """In the name of a step that is being written."""
 
-_LARGEST_RECORD = 2**26  # bytes of a file that is read as JSON
-_RECORDS = ("_CHECKPOINT_METADATA", "metadata", "_METADATA", "_sharding")
+_LARGEST_RECORD = 2**26  # bytes of a file that is read as a whole
+_RECORDS = ("_CHECKPOINT_METADATA", "metadata", "_METADATA", "_sharding", "manifest.ocdbt")
 
 _VANISHED = (FileNotFoundError, NotADirectoryError)  # what a run deletes while it is listed
 

@@ -415,6 +415,16 @@ def test_no_flag_that_takes_a_text_takes_none(command, flag):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["bogus", "cuda"])
+def test_a_platform_that_is_not_here_is_one_line(name, tmp_path):
+    command = [sys.executable, "-m", "lowrank_jax", "train", CONFIG, f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": name}, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("lowrank: jax has no device to compute on: ") and name in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["JAX_ENABLE_X64", "JAX_DEFAULT_PRNG_IMPL", "JAX_NUM_CPU_DEVICES"])
 def test_a_setting_that_jax_does_not_understand_is_one_line(name):
     command = [sys.executable, "-m", "lowrank_jax", "overview", CONFIG]
@@ -427,6 +437,12 @@ def test_the_status_is_right_where_nobody_can_be_told(tmp_path):
     command = [sys.executable, "-m", "lowrank_jax", "overview", CONFIG, "--config.optim.lr"]
     with open("/dev/full", "w") as full:  # noqa: PTH123
         assert subprocess.run(command, stderr=full, cwd=tmp_path).returncode == 2
+
+
+def test_a_step_that_no_number_can_be_is_refused(trained):
+    for step in ("9" * 5000, "٣", "-120", "1_0", ""):
+        result = lowrank("evaluate", f"--workdir={trained}", f"--step={step}")
+        assert result.status == 2 and len(result.stderr.splitlines()) <= 2, result.stderr
 
 
 def test_a_user_without_a_home_gets_one_for_what_can_be_made_again(monkeypatch, capsys, tmp_path):

@@ -273,6 +273,13 @@ def test_a_config_file_that_fails_says_so(tmp_path, source, message):
         configs.load(str(tmp_path / "config.py"))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_config_that_nobody_waits_for_is_no_config(tmp_path):
+    (tmp_path / "later.py").write_text("async def get_config():\n    pass\n")
+    with pytest.raises(ConfigError, match="must return a ConfigDict, not coroutine"):
+        configs.load(str(tmp_path / "later.py"))
+
+
 def test_ctrl_c_in_a_config_file_stays_one(tmp_path):
     (tmp_path / "config.py").write_text("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):

@@ -241,11 +241,12 @@ def test_a_step_with_a_pipe_in_it_is_not_waited_for(folder, file, read_only):
     assert (restored.step, restored.damaged) == (1, {2: f"{file.split('/')[-1]} is no plain file"})
 
 
-def test_a_record_without_end_is_not_read(folder):
-    os.truncate(folder / "2" / "info" / "metadata", 2**32)
+@pytest.mark.parametrize("file", ["info/metadata", "state/manifest.ocdbt"])
+def test_a_file_without_end_is_not_read(folder, file):
+    os.truncate(folder / "2" / file, 2**40)
     with Checkpoints(folder, read_only=True) as checkpoints:
         restored = checkpoints.restore(TARGET)
-    assert (restored.step, restored.damaged) == (1, {2: "metadata has 4,294,967,296 bytes"})
+    assert (restored.step, restored.damaged) == (1, {2: f"{file.split('/')[-1]} has 1,099,511,627,776 bytes"})
 
 
 METADATA = [
