@@ -196,7 +196,7 @@ def test_ctrl_c_in_a_function_stays_one():
 def test_a_function_that_ends_python_in_training_is_no_success(tmp_path, capsys):
     arguments = running.command(tmp_path, objective__loss=f"{__name__}:ends_training")[3:]
     assert lowrank(*arguments) == 2
-    assert "lowrank: the model, loss or metric ended Python: SystemExit(0)" in capsys.readouterr().err.splitlines()
+    assert "lowrank: the config, or code that it names, ended Python: SystemExit(0)" in capsys.readouterr().err.splitlines()
 
 
 def test_mistakes_are_reported_with_all_others():

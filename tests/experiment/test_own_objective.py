@@ -37,6 +37,9 @@ class Drawn:
     def __len__(self):
         return self.size
 
+    def all_labels(self):
+        return self.plain(np.arange(self.size))["label"]
+
     def augmented(self, index, bits, augmentation):
         return {name: array for name, array in self.plain(index).items() if name != "mask"}
 

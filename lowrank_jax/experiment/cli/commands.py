@@ -264,7 +264,7 @@ def _check_devices() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         chosen = os.environ.get("JAX_PLATFORMS")
-        reason = first_line(error) or f"nothing here is JAX_PLATFORMS={chosen}"
+        reason = (first_line(error) if str(error) else "") or f"nothing here is JAX_PLATFORMS={chosen}"
         raise UserError(f"lowrank: jax has no device to compute on: {reason}") from None
 
 

@@ -120,7 +120,7 @@ def _choose(checkpoints: Checkpoints, step: str) -> int:
         return best
     chosen = {str(known): known for known in steps}.get(step.lstrip("0") or step[-1:])
     if chosen is None:
-        raise CheckpointError(f"{checkpoints.directory} has no step {shown(step)}; choose from {steps}, latest or best")
+        raise CheckpointError(f"{checkpoints.directory} has no step {shown(step)[1:-1]}; choose from {steps}, latest or best")
     return chosen
 
 

@@ -440,7 +440,7 @@ def test_the_status_is_right_where_nobody_can_be_told(tmp_path):
 
 
 def test_a_step_that_no_number_can_be_is_refused(trained):
-    for step in ("9" * 5000, "٣", "-120", "1_0", ""):
+    for step in ("9" * 5000, "٣", "-120", "1_0"):
         result = lowrank("evaluate", f"--workdir={trained}", f"--step={step}")
         assert result.status == 2 and len(result.stderr.splitlines()) <= 2, result.stderr
 
