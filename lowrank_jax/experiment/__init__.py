@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from lowrank_jax.experiment.data.base import DataError
     from lowrank_jax.experiment.errors import CheckpointError, UserError, WorkdirError
     from lowrank_jax.experiment.evaluation.classes import Classes
-    from lowrank_jax.experiment.evaluation.network import Network
     from lowrank_jax.experiment.evaluation.predictions import Prediction
     from lowrank_jax.experiment.evaluation.results import Evaluation
+    from lowrank_jax.experiment.evaluation.trained import TrainedNetwork
     from lowrank_jax.experiment.runs import Run, evaluate, load_config, restore, train
     from lowrank_jax.experiment.training.log_window import Diverged
 
@@ -34,9 +34,9 @@ __all__ = [
     "DataError",
     "Diverged",
     "Evaluation",
-    "Network",
     "Prediction",
     "Run",
+    "TrainedNetwork",
     "UntrustedCode",
     "UserError",
     "WorkdirError",
@@ -55,9 +55,9 @@ _HOMES = {
     "DataError": "data.base",
     "Diverged": "training.log_window",
     "Evaluation": "evaluation.results",
-    "Network": "evaluation.network",
     "Prediction": "evaluation.predictions",
     "Run": "runs",
+    "TrainedNetwork": "evaluation.trained",
     "UntrustedCode": "config.trust",
     "UserError": "errors",
     "WorkdirError": "errors",

@@ -20,9 +20,9 @@ from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.config.trust import Trust
 from lowrank_jax.experiment.errors import UserError, ended_python, of_files
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator
-from lowrank_jax.experiment.evaluation.network import Network
-from lowrank_jax.experiment.evaluation.network import restore as restore_network
 from lowrank_jax.experiment.evaluation.results import Evaluation
+from lowrank_jax.experiment.evaluation.trained import TrainedNetwork
+from lowrank_jax.experiment.evaluation.trained import restore as restore_network
 from lowrank_jax.experiment.memory import exhausted
 from lowrank_jax.experiment.training import loop
 from lowrank_jax.experiment.training.stop import StopSignal
@@ -141,7 +141,7 @@ def evaluate(
     return evaluation
 
 
-def restore(workdir: Path, step: int | str = "latest", *, raw: bool = False, trust_code: Trust = False) -> Network:
+def restore(workdir: Path, step: int | str = "latest", *, raw: bool = False, trust_code: Trust = False) -> TrainedNetwork:
     """The network of a run, ready to be called on images.
 
     Args:

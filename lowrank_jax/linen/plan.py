@@ -18,6 +18,7 @@ from lowrank_jax.planning.decide import check_rules, is_matrix, plan_kernel, pre
 from lowrank_jax.planning.kernel_use import KernelUse
 from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.rules import Rule
+from lowrank_jax.text import shown
 
 
 def plan(
@@ -47,13 +48,15 @@ def plan(
       A hashable plan; `print(plan)` shows it as a table.
 
     Raises:
-      TypeError: the model is not a Linen module, or `also` is no list.
+      TypeError: the model is not a Linen module, or `rules` or `also` is no list of its kind.
       ValueError: a rule matches no parameter, its rank is above the full rank of everything that it matches, or nothing of that
         has the axes that it names as rows.
     """
     check_model(model)
     if isinstance(also, Mapping):
         raise TypeError("also takes a list of dicts, a dict for every call")
+    if not isinstance(rules, Sequence) or not all(isinstance(rule, Rule) for rule in rules):
+        raise TypeError(f"rules takes a list of lowrank_jax.Rule, not {shown(rules)}")
     call = ModelCall(model, inputs if isinstance(inputs, tuple) else (inputs,), kwargs, rngs)
     calls = [call, *(dataclasses.replace(call, kwargs={**kwargs, **more}) for more in also)]
     variables = nn.meta.unbox(call.init())

@@ -43,3 +43,9 @@ TAKERS = [
 def test_it_is_told_what_to_pass(take, model, message):
     with pytest.raises(TypeError, match=message):
         take(model)
+
+
+@pytest.mark.parametrize("rules", [[{"path": ".*"}], "abc", lr.Rule(".*"), None])
+def test_rules_are_rules(rules):
+    with pytest.raises(TypeError, match="rules takes a list of lowrank_jax.Rule"):
+        lr.plan(nn.Dense(4), jnp.ones((2, 4)), rules)

@@ -19,7 +19,7 @@ from lowrank_jax.experiment.workdir import files
 from lowrank_jax.text import one_line
 
 if TYPE_CHECKING:
-    from lowrank_jax.experiment.evaluation.network import Network
+    from lowrank_jax.experiment.evaluation.trained import TrainedNetwork
 
 _LARGEST = 2**28  # bytes of an image file
 
@@ -65,15 +65,15 @@ def _row(prediction: Prediction, top: int) -> list[Any]:
     return [prediction.file, *pairs, *[None] * (2 * top - len(pairs)), prediction.error]
 
 
-def check(network: "Network") -> None:
+def check(network: "TrainedNetwork") -> None:
     """Raises UserError if the network does not choose one class, or takes no images from files."""
     dataset = network.dataset
     if reason := classes.chooses_none(network.config, dataset) or image_files.why_not(dataset):
         raise UserError(f"{dataset.name}: {reason}; restore(...)(inputs) in Python gives the network's outputs")
 
 
-def predictions(network: "Network", paths: Iterable[str | os.PathLike[str]], top: int = 5) -> Iterator[Prediction]:
-    """See `Network.predict`; one after the other, as they are known."""
+def predictions(network: "TrainedNetwork", paths: Iterable[str | os.PathLike[str]], top: int = 5) -> Iterator[Prediction]:
+    """See `TrainedNetwork.predict`; one after the other, as they are known."""
     check(network)
     found, _ = image_files.find(paths)
     if not found:
@@ -81,7 +81,7 @@ def predictions(network: "Network", paths: Iterable[str | os.PathLike[str]], top
     return _predicted(network, found, min(top, network.dataset.num_classes or top))
 
 
-def _predicted(network: "Network", found: Sequence[str], top: int) -> Iterator[Prediction]:
+def _predicted(network: "TrainedNetwork", found: Sequence[str], top: int) -> Iterator[Prediction]:
     names = classes.names_of(network.dataset)
     shares_of = special.expit if network.config.objective.name == "sigmoid" else special.softmax
     size = network.batch_size
@@ -99,7 +99,7 @@ def _predicted(network: "Network", found: Sequence[str], top: int) -> Iterator[P
                 yield prediction if image is None else _ranked(prediction, next(rows), shares_of, names, top)
 
 
-def _read(network: "Network", file: str) -> tuple[np.ndarray | None, Prediction]:
+def _read(network: "TrainedNetwork", file: str) -> tuple[np.ndarray | None, Prediction]:
     """The image, or None and why there is none."""
     try:
         image, changed = image_files.read(network.dataset, files.read_bytes(pathlib.Path(file), _LARGEST))

@@ -55,7 +55,7 @@ def other_dataset(config: Config, name: str, data_dir: str | None = None) -> Dat
         return config.description
     ours = config.description
     size = ours.image_shape[0] if ours.cropped else None
-    where = {"data_dir": data_dir or config.dataset.data_dir, "code_dir": getattr(config, "code_dir", None)}
+    where = {"data_dir": data_dir or config.dataset.data_dir, "code_dir": config.code_dir}
     try:
         other = datasets.describe(name, _options(config, name), image_size=size, decoding=config.decoding, **where)
     except (ValueError, DataError) as error:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lowrank_jax.experiment.cli import commands, predict
 from lowrank_jax.experiment.data import datasets
-from lowrank_jax.experiment.evaluation.network import restore
+from lowrank_jax.experiment.evaluation.trained import restore
 from lowrank_jax.experiment.training.loop import train
 from tests import running
 

@@ -104,7 +104,7 @@ def evaluation(trained):
 
 
 def test_averaged_and_raw_weights_are_counted_as_scikit_learn_counts_them(trained, evaluation):
-    from lowrank_jax.experiment.evaluation.network import restore
+    from lowrank_jax.experiment.evaluation.trained import restore
 
     examples = datasets.load(DIGITS, "test", None).plain(np.arange(360))
     for raw, found, metrics in (

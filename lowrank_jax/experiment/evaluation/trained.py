@@ -28,7 +28,7 @@ from lowrank_jax.planning.plans import Plan
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Network:
+class TrainedNetwork:
     """A trained network.
 
     Attributes:
@@ -84,7 +84,7 @@ class Network:
         """A line for each damaged step."""
         return selection.warnings(self.damaged)
 
-    def merged(self) -> "Network":
+    def merged(self) -> "TrainedNetwork":
         """The same network with its factors multiplied out: plain kernels, as the model without this project has them."""
         return dataclasses.replace(self, variables={**self.variables, "params": merge(self.variables["params"])})
 
@@ -138,7 +138,7 @@ class Network:
         return jax.tree.map(lambda array: np.asarray(array)[: len(images)], outputs)
 
 
-def restore(workdir: str, step: str = "latest", *, raw: bool = False, trust_code: Trust = False) -> Network:
+def restore(workdir: str, step: str = "latest", *, raw: bool = False, trust_code: Trust = False) -> TrainedNetwork:
     """See `lowrank_jax.experiment.restore`."""
     folder = Workdir(workdir)
     stored = selection.read_config(folder, trust_code)
@@ -149,7 +149,7 @@ def restore(workdir: str, step: str = "latest", *, raw: bool = False, trust_code
         restored = selection.restore(checkpoints, step, selection.evaluated_parts(experiment.shapes))
     weights = evaluated_variables(restored.state)
     variables = weights.get("_raw", weights[""]) if raw else weights[""]
-    return Network(
+    return TrainedNetwork(
         experiment.model,
         variables,
         experiment.plan,
