@@ -20,8 +20,7 @@ _WIDEST = 60  # column of file names
 def predict(args: argparse.Namespace) -> int:
     """Prints a line for each file, or writes files that hold them."""
     from lowrank_jax.experiment.data import image_files
-    from lowrank_jax.experiment.evaluation import network as networks
-    from lowrank_jax.experiment.evaluation import predictions
+    from lowrank_jax.experiment.evaluation import predictions, trained
     from lowrank_jax.experiment.evaluation.results import as_json
     from lowrank_jax.experiment.workdir.writer import duration
 
@@ -29,7 +28,7 @@ def predict(args: argparse.Namespace) -> int:
     if not found:
         raise UserError(f"{', '.join(args.images)}: no image files there ({', '.join(image_files.SUFFIXES)})")
     trusted = args.trust_code or []
-    network = networks.restore(args.workdir, args.step, raw=args.raw, trust_code=True in trusted or trusted)
+    network = trained.restore(args.workdir, args.step, raw=args.raw, trust_code=True in trusted or trusted)
     for line in network.warnings():
         complain(f"{args.workdir}: {line}")
     quiet = bool(args.csv or args.json)
