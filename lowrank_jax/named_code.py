@@ -148,7 +148,8 @@ def _open(folder: pathlib.Path) -> None:
     """
     _check_open(str(folder / "module.py"))
     importlib.invalidate_caches()
-    for name in [name for name in sys.modules if "." not in name and _is_module(folder, name) and _is_foreign(name, folder)]:
+    tops = [name for name in sys.modules.copy() if "." not in name]  # another thread may be importing
+    for name in [name for name in tops if _is_module(folder, name) and _is_foreign(name, folder)]:
         raise ImportError(
             f"{folder / name} cannot be told from the {name!r} that was imported from {_place_of(name)}; rename one of them"
         )

@@ -1,6 +1,8 @@
 """Code by name: what is imported, and from where it never is."""
 
 import sys
+import threading
+import types
 
 import pytest
 
@@ -117,3 +119,24 @@ def test_a_folder_is_needed_only_by_what_is_found_nowhere_else(folders):
     assert folder_of(["nothing_of_a_test:value"], [one, two]) == str(one)  # for the message
     import_attribute("beside_a_test:value", "model", str(one))
     assert folder_of(["beside_a_test:value"], [two]) == str(two)  # what one folder has is not known to the next
+
+
+def test_what_other_threads_import_meanwhile_is_no_problem(folders):
+    stop = threading.Event()
+
+    def importing():
+        while not stop.is_set():
+            for i in range(100):
+                sys.modules[f"of_a_test_{i}"] = types.ModuleType("x")
+            for i in range(100):
+                del sys.modules[f"of_a_test_{i}"]
+
+    thread = threading.Thread(target=importing)
+    thread.start()
+    try:
+        for i in range(20):
+            (folders / "one" / f"one_of_a_test_{i}.py").write_text("value = 1")
+            assert import_attribute(f"one_of_a_test_{i}.py:value", "model", str(folders / "one")) == 1
+    finally:
+        stop.set()
+        thread.join()
