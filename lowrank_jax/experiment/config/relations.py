@@ -139,11 +139,12 @@ def _crop_problems(config: Config, dataset: datasets.Dataset) -> list[str]:
     given, name = config.dataset, config.dataset.name
     problems = []
     if not dataset.cropped:
-        stored = f"{name} {_inputs(dataset)} and are not resized; remove this setting"
+        stored = f"{name} {_inputs(dataset)} and are not resized"
         keys = _CROPPING_KEYS if dataset.decoding else (*_CROPPING_KEYS, "max_undecodable")
-        problems += [f"dataset.{key}: {getattr(given, key)!r}; {stored}" for key in keys if _is_set(given, key)]
+        problems += [f"dataset.{key}: {getattr(given, key)!r}; {stored}; {_unset(key)}" for key in keys if _is_set(given, key)]
     elif given.crop_padding:
-        problems.append(f"dataset.crop_padding: {given.crop_padding}; {name} uses dataset.crop_area; remove this setting")
+        cropped = f"{name} uses dataset.crop_area; {_unset('crop_padding')}"
+        problems.append(f"dataset.crop_padding: {given.crop_padding}; {cropped}")
     if dataset.is_images and given.crop_padding >= min(dataset.image_shape[:2]):
         problems.append(
             f"dataset.crop_padding: {given.crop_padding}; must be less than the side of an image, or crops may miss it;"
@@ -155,6 +156,11 @@ def _crop_problems(config: Config, dataset: datasets.Dataset) -> list[str]:
 def _is_set(given: DatasetConfig, key: str) -> bool:
     """Whether a setting differs from its default."""
     return getattr(given, key) != getattr(DatasetConfig(), key)
+
+
+def _unset(key: str) -> str:
+    """What to do about a setting that does not apply; the config that is run need not be the user's own."""
+    return f"set it to {getattr(DatasetConfig(), key)!r}"
 
 
 def _inputs(dataset: datasets.Dataset) -> str:
@@ -173,7 +179,7 @@ def _augmentation_problems(given: DatasetConfig, dataset: datasets.Dataset) -> l
     name, layers = given.name, given.randaugment_layers
     if not dataset.is_images:
         wrong = [key for key in _OF_IMAGES if _is_set(given, key)]
-        return [f"dataset.{key}: {getattr(given, key)!r}; {name} has vectors, no images; remove this setting" for key in wrong]
+        return [f"dataset.{key}: {getattr(given, key)!r}; {name} has vectors, no images; {_unset(key)}" for key in wrong]
     problems = []
     for field in _maps(dataset):
         moving = [key for key in ("flip", "crop_padding", "randaugment_layers") if _is_set(given, key)]

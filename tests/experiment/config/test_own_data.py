@@ -92,7 +92,7 @@ def test_data_that_is_not_there_is_a_problem_in_one_line(name, message):
 @pytest.mark.parametrize(
     ("function", "changes", "message"),
     [
-        ("vectors", {"dataset__flip": True}, "dataset.flip: True; {} has vectors, no images; remove this setting"),
+        ("vectors", {"dataset__flip": True}, "dataset.flip: True; {} has vectors, no images; set it to False"),
         ("vectors", {"dataset__crop_padding": 1}, "dataset.crop_padding: 1; {} has vectors, no images"),
         ("vectors", {"dataset__randaugment_layers": 2}, "dataset.randaugment_layers: 2; {} has vectors, no images"),
         ("vectors", {"dataset__random_erasing": 0.5}, "dataset.random_erasing: 0.5; {} has vectors, no images"),

@@ -195,8 +195,8 @@ def problems(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset__image_size": 16}, "dataset.image_size: 16; digits images are 8x8 and are not resized; remove this setting"),
-        ({"dataset__eval_crop": 1.0}, "dataset.eval_crop: 1.0; digits images are 8x8 and are not resized; remove this setting"),
+        ({"dataset__image_size": 16}, "dataset.image_size: 16; digits images are 8x8 and are not resized; set it to None"),
+        ({"dataset__eval_crop": 1.0}, "dataset.eval_crop: 1.0; digits images are 8x8 and are not resized; set it to 0.875"),
         (
             {"dataset__randaugment_layers": 2},
             "dataset.randaugment_layers: 2; RandAugment needs RGB images; digits is grey-scale",
@@ -211,7 +211,7 @@ def problems(**changes):
         ),
         (
             {"dataset__name": "imagenet2012", "dataset__eval_split": "validation"},
-            "dataset.crop_padding: 1; imagenet2012 uses dataset.crop_area; remove this setting",
+            "dataset.crop_padding: 1; imagenet2012 uses dataset.crop_area; set it to 0",
         ),
         (
             {"dataset__name": "imagenet2012", "dataset__crop_padding": 0},
