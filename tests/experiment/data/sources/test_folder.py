@@ -133,6 +133,7 @@ def test_in_memory_too_an_undecodable_image_is_named_and_replaced(small, capfd):
         and "train/red/5.png cannot be decoded" in capfd.readouterr().err
     )
     [index] = train.undecodable
+    assert sorted(train.all_labels()) == [0] * 10 + [1] * 10  # it counts in its class all the same
     assert train.plain(np.arange(20))["mask"].sum() == 19 and not train.plain(np.array([index]))["mask"][0]
     bits = np.zeros(2, np.uint64)
     batch = train.augmented(np.array([index, (index + 1) % 20]), bits, Augmentation())

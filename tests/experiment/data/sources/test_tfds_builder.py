@@ -1,5 +1,7 @@
 """Data sets of TFDS that are not among the project's own."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -53,6 +55,17 @@ def test_a_label_may_be_numbers(data_dir):
     assert dataset.num_classes is None and dataset.label == Field((2,), "float32")
     labels = datasets.load(dataset, "train", data_dir).labels
     np.testing.assert_array_equal(np.sort(labels[:, 0]), np.arange(30))
+
+
+def test_a_label_of_several_numbers_is_read_whole_beside_images_of_many_sizes(data_dir):
+    dataset = described("Photographs", data_dir, image_size=16, image_key="picture", label_key="size")
+    read = datasets.load(dataset, "train", data_dir)
+    for labels in (read.all_labels(), read.plain(np.arange(30))["label"]):
+        assert labels.shape == (30, 2) and labels.dtype == np.float32
+        np.testing.assert_array_equal(labels[np.argsort(labels[:, 0])], [(i, 0.5) for i in range(30)])
+    other = dataclasses.replace(dataset, label=Field((3,), "float32"))
+    with pytest.raises(DataError, match="the label of an example has 2 values, 3 expected; "):
+        datasets.load(other, "train", data_dir).plain(np.arange(2))
 
 
 @pytest.mark.parametrize(
