@@ -90,7 +90,7 @@ def _keys(name: str, options: Mapping[str, Any]) -> Keys:
     return Keys(**options)
 
 
-@functools.lru_cache(maxsize=4)  # asked for again and again by a run
+@functools.lru_cache(maxsize=2)  # asked for again and again by a run
 def describe_found(name: str, origin: Any, found: _Found, image_size: int | None) -> Dataset:
     """The description of data that is checked already."""
     fields, decoding = _fields(name, found, image_size)
