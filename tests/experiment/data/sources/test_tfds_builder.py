@@ -93,6 +93,23 @@ def test_a_builder_that_fails_is_named(data_dir):
         described("Failing", data_dir)
 
 
+@pytest.mark.parametrize("error", [ValueError, TypeError, OSError, KeyError, AttributeError, SystemExit])
+@pytest.mark.parametrize("part", ["_info", "__init__"])
+def test_a_builder_that_cannot_be_made_is_named(data_dir, monkeypatch, part, error):
+    def fail(*args, **kwargs):
+        raise error("no")
+
+    monkeypatch.setattr(own_builder.Failing, part, fail)
+    with pytest.raises(DataError, match=rf"own_builder:Failing cannot be opened \({error.__name__}: '?no'?\)$"):
+        described("Failing", data_dir)
+
+
+@pytest.mark.parametrize("name", ["mnist/nope", "mnist/1.0.0", "mnist/", "glue"])
+def test_a_config_that_tfds_does_not_know_is_named(tmp_path, name):
+    with pytest.raises(DataError, match=rf"^tfds:{name} "):
+        described(f"tfds:{name}", str(tmp_path))
+
+
 def test_a_data_set_of_tfds_that_is_not_prepared_says_how(tmp_path):
     with pytest.raises(
         DataError, match=rf"tfds:mnist is not prepared under {tmp_path}; run: tfds build mnist --file_format=array"
