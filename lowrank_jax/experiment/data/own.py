@@ -18,6 +18,7 @@ from lowrank_jax.experiment.data.arrays import Arrays
 from lowrank_jax.experiment.data.base import DataError, Decoding, Field
 from lowrank_jax.experiment.data.decode import Undecodable, decode_whole, pixels
 from lowrank_jax.experiment.data.encoded import Example
+from lowrank_jax.experiment.data.orientation import UPRIGHT, orientation_of_image
 from lowrank_jax.text import first_line, shown
 
 
@@ -204,7 +205,8 @@ class Items:
             return image
         if isinstance(image, Image.Image):
             try:
-                return pixels(image, self._channels, self._decoding.alpha)
+                turned = orientation_of_image(image) if self._decoding.exif else UPRIGHT
+                return np.ascontiguousarray(turned.upright(pixels(image, self._channels, self._decoding.alpha)))
             except Undecodable as error:
                 raise DataError(f"{name} cannot be used: {error}") from None
         values = np.asarray(image)
