@@ -8,13 +8,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lowrank_jax.experiment.data import image_files
 from lowrank_jax.experiment.data.base import DataError
 from lowrank_jax.experiment.data.progress import Progress
 from lowrank_jax.experiment.data.statistics import one_sided
 from lowrank_jax.text import one_line
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""Of the files that are taken for images."""
 
 _USUAL_SPLITS = {
     **dict.fromkeys(("train", "training", "training_set"), "train"),
@@ -100,7 +98,7 @@ def scan(root: str, follow_links: bool, shares: tuple[tuple[str, float], ...]) -
     if not names:
         raise DataError(
             f"{root} holds no images in class folders; expected CLASS/IMAGE, or SPLIT/CLASS/IMAGE with a folder train"
-            f" ({', '.join(suffix[1:] for suffix in SUFFIXES)}){walk.summary('; ')}"
+            f" ({', '.join(suffix[1:] for suffix in image_files.SUFFIXES)}){walk.summary('; ')}"
         )
     if len(names) == 1:
         raise DataError(f"{root} holds one class, {names[0]!r}; a network needs two to tell apart")
@@ -194,7 +192,7 @@ class _Walk:
         return bool(splits)
 
     def _has_images(self, folder: str) -> bool:
-        return any(_is_image(entry.name) for entry in self._entries(folder))
+        return any(image_files.is_image(entry.name) for entry in self._entries(folder))
 
     def splits(self) -> dict[str, str]:
         """The folders in the root, each of which is a split, by what the split is called."""
@@ -262,7 +260,7 @@ class _Walk:
             return None
         if not entry.is_file():
             return "broken links" if entry.is_symlink() else "not plain files"
-        if not _is_image(entry.name):
+        if not image_files.is_image(entry.name):
             return "not images"
         return None if entry.stat().st_size else "empty files"
 
@@ -291,7 +289,3 @@ class _Walk:
 def _identity(entry: os.DirEntry[str]) -> tuple[int, int]:
     found = entry.stat()
     return found.st_dev, found.st_ino
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
