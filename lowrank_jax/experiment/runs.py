@@ -18,6 +18,7 @@ from lowrank_jax.experiment.cli import environment
 from lowrank_jax.experiment.config.files import Overrides
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.config.trust import Trust
+from lowrank_jax.experiment.data.kept import forget
 from lowrank_jax.experiment.errors import UserError, ended_python, of_files
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator
 from lowrank_jax.experiment.evaluation.results import Evaluation
@@ -67,6 +68,7 @@ def load_config(config: Path | ConfigDict, overrides: Overrides = ()) -> Config:
     Raises:
       ConfigError: with all problems.
     """
+    forget()
     with _explained():
         return configs.read(config if isinstance(config, ConfigDict) else os.fspath(config), overrides)
 
@@ -91,6 +93,7 @@ def train(config: Config, workdir: Path, *, restart: bool = False, extend: bool 
     if schedule not in (None, "restart", "constant"):
         raise UserError(f"schedule={shown(schedule)} must be restart or constant")
     workdir = os.fspath(workdir)
+    forget()
     # From the beginning: a KeyboardInterrupt is lost where a library's callback happens to be running, as it does in compiling.
     with _explained(), StopSignal() as stop:
         checked = configs.parse(configs.to_dict(_a_config(config)), devices=jax.device_count())
@@ -134,6 +137,7 @@ def evaluate(
         trust_code=trust_code,
         classes=True,
     )
+    forget()
     with _explained():
         evaluation = evaluator.evaluate(os.fspath(workdir), str(step))
     for line in evaluation.warnings():

@@ -5,20 +5,25 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 import lowrank_jax.experiment as lx
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.cli import commands
 from lowrank_jax.experiment.workdir.writer import Writer
 from tests import running
+from tests.experiment.data.sources import own_data
 
 CONFIG = running.ROOT / "configs" / "digits_resnet.py"
 SMALL = running.settings(
@@ -46,6 +51,47 @@ def test_a_config_is_that_of_the_command_line(config):
     assert config == configs.read(str(CONFIG), pairs, devices=jax.device_count())
     assert lx.load_config("digits_resnet", {"lowrank.scale": 0.1}) == lx.load_config(str(CONFIG), {"lowrank.scale": 0.1})
     assert lx.load_config(configs.default(), {"epochs": 3, "seed": 7}).seed == 7
+
+
+def test_every_call_looks_at_the_data_of_its_own(tmp_path):
+    def pictures(root, sides):
+        for kind in ("a", "b"):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            for i in range(20):
+                Image.fromarray(np.full((*sides, 3), i, np.uint8)).save(root / kind / f"{i}.bmp")
+
+    pictures(tmp_path / "data", (6, 8))
+    settings = {**SMALL, "dataset.name": f"folder:{tmp_path}/data", "objective.metrics": ("top1",)}
+    settings["dataset.crop_padding"] = 0
+    config = lx.load_config(CONFIG, settings)
+    assert config.description.image_shape == (6, 8, 3)
+    times = {folder: folder.stat().st_mtime_ns for folder in (tmp_path / "data").iterdir()}
+    pictures(tmp_path / "data", (8, 6))  # in place, and as many bytes
+    for folder, time in times.items():
+        os.utime(folder, ns=(time, time))
+    assert config.description.image_shape == (6, 8, 3)
+    assert lx.load_config(CONFIG, settings).description.image_shape == (8, 6, 3)
+
+
+def test_every_call_calls_a_function_of_ones_own(tmp_path, monkeypatch):
+    calls: list[Any] = []
+
+    def counted():
+        calls.append(own_data.arrays(size=40 + len(calls)))
+        return calls[-1]
+
+    monkeypatch.setattr(own_data, "counted", counted, raising=False)
+    settings = {**SMALL, "dataset.name": f"{own_data.__name__}:counted", "objective.metrics": ("top1",)}
+    settings |= {"dataset.crop_padding": 0, "dataset.flip": False}
+    config = lx.load_config(CONFIG, settings)
+    assert config.description.sizes["train"] == 40 and len(calls) == 1
+    assert lx.load_config(CONFIG, settings).description.sizes["train"] == 41
+    lx.train(config, tmp_path / "run")
+    assert len(calls) == 3
+    with pytest.warns(UserWarning, match="the data has changed since training: train has 43 examples, 42 before"):
+        lx.evaluate(tmp_path / "run", trust_code=True)
+    lx.restore(tmp_path / "run", trust_code=True)
+    assert len(calls) == 4
 
 
 def test_a_run_says_how_it_ended(trained, config):

@@ -84,7 +84,8 @@ def test_a_copy_of_a_config_that_changes_another_works_anywhere(tmp_path):
     ("mien.py", "there is no such file; did you mean mine.py?"),
     ("sub", "it is a folder; name a Python file, or a config that lowrank configs lists"),
     ("text", "it is not a Python file"),
-    ("qqqq", "there is no such config; known: mine.py, cifar10_resnet, "),
+    ("qqqq", "there is no such config; known: cifar10_resnet, "),
+    ("qqqq.py", "there is no such file; known: mine.py, cifar10_resnet, "),
 ])  # fmt: skip
 def test_near_misses_are_proposed_among_names_and_files(given, problem, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

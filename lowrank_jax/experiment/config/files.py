@@ -137,7 +137,7 @@ def _similar(name: str) -> str:
     named = files | {other: other for other in shipped.names()}
     if same := next((known for known, other in named.items() if other == stem), None):
         return f"; did you mean {same}?"
-    return did_you_mean(name, named)
+    return did_you_mean(name, shipped.names() if shipped.is_name(name) else named)
 
 
 def _file_and_argument(path: str) -> tuple[str, str]:

@@ -396,7 +396,7 @@ class Config:
 
     @property
     def description(self) -> datasets.Dataset:
-        """The data set's description; the user's own data is looked at for it, once in a process.
+        """The data set's description; the user's own data is looked at for it; see `kept`.
 
         Raises:
           DataError: the user's own data cannot be used.
@@ -408,7 +408,7 @@ class Config:
             image_size=given.image_size,
             decoding=self.decoding,
             data_dir=given.data_dir,
-            code_dir=getattr(self, "code_dir", None),
+            code_dir=self.code_dir,
         )
         mean, std = given.mean, given.std
         return dataclasses.replace(

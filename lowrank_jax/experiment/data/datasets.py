@@ -4,9 +4,11 @@ A data set of a known kind is an entry of `DATASETS`; a new kind of source is a 
 prefix that says how it is stored, or is code, "package.module:attribute".
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lowrank_jax.experiment.data import sources
@@ -113,7 +115,7 @@ def describe(
     data_dir: str | None = None,
     code_dir: str | None = None,
 ) -> Dataset:
-    """What is known about a data set; the user's own data is looked at, once in a process.
+    """What is known about a data set; the user's own data is looked at, but within `recorded`.
 
     Args:
       options: its `dataset.kwargs`, already checked.
@@ -123,14 +125,13 @@ def describe(
     Raises:
       DataError: it is the user's own, and cannot be used.
     """
-    source = find(name)
-    given = options if source.free_options else source.options(**options) if source.options else None
-    try:
+    known = _recorded.get()
+    if known is not None and known.digest and known.name == name:
+        dataset = dataclasses.replace(known, origin=_RECORD)
+    else:
+        source = find(name)
+        given = options if source.free_options else source.options(**options) if source.options else None
         dataset = source.describe(given, Request(data_dir, code_dir, image_size))
-    except DataError as error:
-        if name not in _REMEMBERED:
-            raise
-        return dataclasses.replace(_REMEMBERED[name], origin=_Missing(str(error)))
     if dataset.decoding is None:
         return dataset
     if decoding:
@@ -142,19 +143,23 @@ def describe(
     return dataclasses.replace(dataset, image_shape=(image_size or height, image_size or width, channels))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Missing:
-    """The origin of data that is known from an earlier run alone, and why it cannot be read."""
-
-    reason: str
+_RECORD = "the record of a run"
+"""The origin of data that was not looked at."""
+_recorded: contextvars.ContextVar[Dataset | None] = contextvars.ContextVar("recorded", default=None)
 
 
-_REMEMBERED: dict[str, Dataset] = {}
+@contextlib.contextmanager
+def recorded(dataset: Dataset | None) -> Iterator[None]:
+    """Within, the user's own data of this name is described as it is here, whatever it is now; it cannot be read.
 
-
-def remember(dataset: Dataset) -> None:
-    """A description to fall back on where the data set cannot be looked at; what is read of it then says so."""
-    _REMEMBERED[dataset.name] = dataset
+    Args:
+      dataset: as a run recorded it; None or published data changes nothing.
+    """
+    token = _recorded.set(dataset)
+    try:
+        yield
+    finally:
+        _recorded.reset(token)
 
 
 def load(dataset: Dataset, split: str, data_dir: str | None) -> Split:
@@ -164,6 +169,6 @@ def load(dataset: Dataset, split: str, data_dir: str | None) -> Split:
       DataError: the data set is not prepared, damaged, or of other sizes or classes than expected.
       ValueError: there is no such split.
     """
-    if isinstance(dataset.origin, _Missing):
-        raise DataError(dataset.origin.reason)
+    if dataset.origin == _RECORD:
+        raise DataError(f"{dataset.name} is known by {_RECORD} alone; read its config again to look at the data")
     return find(dataset.name).load(dataset, split, data_dir)

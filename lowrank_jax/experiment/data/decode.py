@@ -179,10 +179,12 @@ def pixels(image: Image.Image, channels: int, alpha: str = "drop") -> np.ndarray
       alpha: see `Decoding`.
 
     Raises:
-      Undecodable: its pixels have no fixed range.
+      Undecodable: its pixels have no fixed range, or another one than Pillow takes them to have.
     """
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise Undecodable(f"its pixels are floating-point, signed or of 32 bits, which have no fixed range; {_REMEDY}")
+    if image.format == "TIFF" and image.mode.startswith("I") and _tags(image) != _GREY_16:  # Pillow takes it for that
+        raise Undecodable(f"its grey is not of 16 bits with 0 for black; {_REMEDY}")
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
         grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], channels, axis=2)
@@ -191,6 +193,16 @@ def pixels(image: Image.Image, channels: int, alpha: str = "drop") -> np.ndarray
         image = Image.alpha_composite(opaque, image.convert("RGBA"))
     values = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return values.reshape(*values.shape[:2], channels)
+
+
+_BITS, _PHOTOMETRIC = 258, 262
+_GREY_16 = {_BITS: (16,), _PHOTOMETRIC: 1}
+
+
+def _tags(image: Image.Image) -> dict[int, Any]:
+    """What a TIFF says of its pixels."""
+    tags = getattr(image, "tag_v2", {})
+    return {tag: tags.get(tag) for tag in _GREY_16}
 
 
 def _check_size(height: int, width: int) -> None:

@@ -107,13 +107,10 @@ class EncodedImages:
         mask = np.ones(len(index), np.float32)
 
         def make(i: int) -> None:
-            others = self._decode(int(index[i]), choose, batch["image"][i])
-            if others is not None:
-                _fill(batch, i, others)
-                return
-            mask[i] = 0
-            for array in batch.values():
-                array[i] = 0
+            others, mask[i] = self._decode(int(index[i]), choose, batch["image"][i])
+            _fill(batch, i, others)
+            if not mask[i]:
+                batch["image"][i] = 0
 
         _in_parallel(make, len(index))
         return {**batch, "mask": mask}
@@ -136,20 +133,20 @@ class EncodedImages:
         Returns its other fields.
         """
         for other in range(index, index + len(self)):
-            others = self._decode(other % len(self), choose, out, fast=True)
-            if others is not None:
+            others, decoded = self._decode(other % len(self), choose, out, fast=True)
+            if decoded:
                 return others
         raise DataError(f"{self._name}: none of the {len(self)} images can be decoded")
 
-    def _decode(self, index: int, choose: Choose, out: np.ndarray, *, fast: bool = False) -> Mapping[str, Any] | None:
-        """Fills `out` and returns the other fields; None if the image cannot be decoded."""
+    def _decode(self, index: int, choose: Choose, out: np.ndarray, *, fast: bool = False) -> tuple[Mapping[str, Any], bool]:
+        """Fills `out`; returns the other fields, and whether the image could be decoded."""
         image, others, name = self._examples[index]
         try:
             decode_box(image, choose, out, fast=fast, exif=self._decoding.exif, alpha=self._decoding.alpha)
         except Undecodable as error:
             self._note(index, name, error)
-            return None
-        return others
+            return others, False
+        return others, True
 
     def _note(self, index: int, name: str, error: Undecodable) -> None:
         with self._lock:
@@ -184,7 +181,10 @@ _PART = 1024
 
 def _fill(batch: Batch, row: int, others: Mapping[str, Any]) -> None:
     for name, value in others.items():
-        batch[name][row] = value
+        out, shape = batch[name], np.shape(value)
+        if shape != out.shape[1:]:  # which would be repeated to fill it
+            raise DataError(f"the {name} of an example has the shape {list(shape)}, {list(out.shape[1:])} expected")
+        out[row] = value
 
 
 @functools.cache

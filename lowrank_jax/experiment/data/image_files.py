@@ -13,6 +13,7 @@ from lowrank_jax.experiment.data.base import Dataset, Decoding
 from lowrank_jax.experiment.data.decode import decode_box
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Of the files that are taken for images."""
 
 
 def find(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[str], int]:
@@ -28,14 +29,15 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[str], int]:
             continue
         for folder, below, names in os.walk(path):
             below[:] = sorted(name for name in below if not name.startswith("."))
-            images = [name for name in sorted(names) if _is_image(name)]
+            images = [name for name in sorted(names) if is_image(name) and not name.startswith(".")]
             found += [str(pathlib.Path(folder, name)) for name in images]
             others += len(names) - len(images)
     return found, others
 
 
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
+def is_image(name: str) -> bool:
+    """Whether a file is taken for an image, by its name."""
+    return name.lower().endswith(SUFFIXES)
 
 
 def why_not(dataset: Dataset) -> str | None:

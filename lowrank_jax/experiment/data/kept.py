@@ -1,7 +1,8 @@
-"""What was found out about data, kept while the process lives.
+"""What was found out about data, kept for a command.
 
 A run asks for the description of its data many times, and has to get the same answer each time, whatever happens to the files
-meanwhile.  Only where a config is read anew, files that have changed are looked at again.
+meanwhile.  Only where a config is read anew, what has visibly changed is looked at again; and where a process begins something
+else, everything is.
 """
 
 import threading
@@ -11,6 +12,13 @@ from typing import Any, Generic, TypeVar
 Found = TypeVar("Found")
 
 _configs_read = 0
+_commands = 0
+
+
+def forget() -> None:
+    """What a command would do begins: nothing tells cheaply what a function returns now, or that a file was overwritten."""
+    global _commands
+    _commands += 1
 
 
 def look_again() -> None:
@@ -29,16 +37,16 @@ class Kept(Generic[Found]):
 
     def __init__(self, find: Callable[..., Found], stamp: Callable[[Found], Any] = lambda found: None):
         self._find, self._stamp = find, stamp
-        self._kept: dict[tuple[Hashable, ...], tuple[int, Any, Found]] = {}
+        self._kept: dict[tuple[Hashable, ...], tuple[int, int, Any, Found]] = {}
         self._lock = threading.RLock()
 
     def __call__(self, *key: Hashable) -> Found:
         with self._lock:
             if key in self._kept:
-                when, stamp, found = self._kept[key]
-                if when == _configs_read or self._stamp(found) == stamp:
-                    self._kept[key] = _configs_read, stamp, found
+                command, when, stamp, found = self._kept[key]
+                if command == _commands and (when == _configs_read or self._stamp(found) == stamp):
+                    self._kept[key] = _commands, _configs_read, stamp, found
                     return found
             found = self._find(*key)
-            self._kept[key] = _configs_read, self._stamp(found), found
+            self._kept[key] = _commands, _configs_read, self._stamp(found), found
             return found

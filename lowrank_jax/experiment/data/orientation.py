@@ -60,6 +60,14 @@ def orientation_of(exif: Image.Exif | None) -> Orientation:
     return _BY_NUMBER.get(exif.get(ExifTags.Base.Orientation, 1), UPRIGHT) if exif else UPRIGHT
 
 
+def orientation_of_image(image: Image.Image) -> Orientation:
+    """The orientation of Pillow's image, whose pixels are as they are stored."""
+    try:
+        return orientation_of(_exif_of_image(image))
+    except Exception:  # every format has its own errors
+        return UPRIGHT
+
+
 _APP1, _SCAN = 0xE1, 0xDA
 _MARK = b"Exif\0\0"
 
@@ -79,4 +87,8 @@ def _exif_of_jpeg(data: bytes) -> Image.Exif | None:
 
 def _exif_of_others(data: bytes) -> Image.Exif | None:
     with Image.open(io.BytesIO(data)) as image:
-        return None if image.format == "TIFF" else image.getexif()  # Pillow turns a TIFF when it loads it
+        return _exif_of_image(image)
+
+
+def _exif_of_image(image: Image.Image) -> Image.Exif | None:
+    return None if image.format == "TIFF" else image.getexif()  # Pillow turns a TIFF when it loads it

@@ -4,6 +4,7 @@ A split is a pair or a mapping of arrays, or anything with a length that gives a
 a data set of Hugging Face's.
 """
 
+import collections
 import dataclasses
 import hashlib
 import threading
@@ -17,6 +18,7 @@ from lowrank_jax.experiment.data.arrays import Arrays
 from lowrank_jax.experiment.data.base import DataError, Decoding, Field
 from lowrank_jax.experiment.data.decode import Undecodable, decode_whole, pixels
 from lowrank_jax.experiment.data.encoded import Example
+from lowrank_jax.experiment.data.orientation import UPRIGHT, orientation_of_image
 from lowrank_jax.text import first_line, shown
 
 
@@ -41,6 +43,51 @@ class Data:
     std: Sequence[float] = ()
     channels: int = 3
     digest: str = ""
+
+
+def with_facts(data: Data, name: str) -> Data:
+    """The same data with everything but its splits checked, and as plain values.
+
+    Raises:
+      DataError: something is not what it should be.
+    """
+    if data.channels not in (1, 3):
+        raise DataError(f"{name}: its channels are {shown(data.channels)}; give 3 for RGB, or 1 for grey")
+    return dataclasses.replace(
+        data,
+        num_classes=_class_count(data.num_classes, name),
+        class_names=_names(data.class_names, name),
+        mean=_statistics(data.mean, f"{name}: its mean", -np.inf, "finite numbers"),
+        std=_statistics(data.std, f"{name}: its std", float(np.finfo(np.float32).tiny), "finite numbers above 0"),
+    )
+
+
+def _class_count(given: Any, name: str) -> int | None:
+    if given is None:
+        return None
+    value = np.asarray(given)
+    if value.ndim or not np.issubdtype(value.dtype, np.integer) or value < 1:
+        raise DataError(f"{name}: its num_classes is {shown(given)}; give a whole number of at least 1")
+    return int(value)
+
+
+def _names(given: Any, name: str) -> tuple[str, ...]:
+    if isinstance(given, str) or np.ndim(given) != 1:
+        raise DataError(f"{name}: its class_names are {shown(given)}; give a list of names")
+    names = tuple(map(str, given))
+    if twice := next((one for one, times in collections.Counter(names).items() if times > 1), None):
+        raise DataError(f"{name}: its class_names have {twice!r} more than once; give each class a name of its own")
+    return names
+
+
+def _statistics(given: Any, what: str, least: float, expected: str) -> tuple[float, ...]:
+    try:
+        values = np.asarray(given, np.float32)
+    except (TypeError, ValueError):
+        values = np.array(np.nan, np.float32)
+    if values.ndim != 1 or not np.isfinite(values).all() or (values < least).any():
+        raise DataError(f"{what} is {shown(given)}; give a list of {expected}, one for each channel")
+    return tuple(map(float, given))
 
 
 def arrays_of(split: Any, name: str) -> Arrays | None:
@@ -158,7 +205,8 @@ class Items:
             return image
         if isinstance(image, Image.Image):
             try:
-                return pixels(image, self._channels, self._decoding.alpha)
+                turned = orientation_of_image(image) if self._decoding.exif else UPRIGHT
+                return np.ascontiguousarray(turned.upright(pixels(image, self._channels, self._decoding.alpha)))
             except Undecodable as error:
                 raise DataError(f"{name} cannot be used: {error}") from None
         values = np.asarray(image)

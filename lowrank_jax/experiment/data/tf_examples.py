@@ -3,12 +3,13 @@
 import bisect
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from lowrank_jax.experiment.data.base import DataError
+from lowrank_jax.experiment.data.base import DataError, Field
 from lowrank_jax.experiment.data.encoded import Example
 from lowrank_jax.text import first_line
 
@@ -22,6 +23,7 @@ class TFExamples:
       name: of the split, for messages.
       parts: stored records as `(source, start, stop)`, in order; `source[i]` are the bytes of a record.
       remedy: what to do about a record that cannot be read, for messages.
+      label: what a label is.
       image_key, label_key: what the records call the two.
     """
 
@@ -30,12 +32,13 @@ class TFExamples:
         name: str,
         parts: Sequence[tuple[Sequence[bytes], int, int]],
         remedy: str,
+        label: Field,
         *,
         image_key: str = "image",
         label_key: str = "label",
     ):
         self._name, self._parts, self._remedy = name, list(parts), remedy
-        self._image_key, self._label_key = image_key, label_key
+        self._expected, self._image_key, self._label_key = label, image_key, label_key
         self._ends = list(itertools.accumulate(stop - start for _, start, stop in parts))
 
     def __len__(self) -> int:
@@ -49,16 +52,21 @@ class TFExamples:
         return Example(features[self._image_key].bytes_list.value[0], label, name)
 
     def labels(self) -> np.ndarray:
-        """Of all records, which are read for that; `[size]`."""
-        return np.array([self._label(self._features(index)) for index in range(len(self))])
+        """Of all records, which are read for that; `[size, ...]`."""
+        return np.stack([self._label(self._features(index)) for index in range(len(self))])
 
-    def _label(self, features: Any) -> int | float:
-        label = _number(features[self._label_key])
-        if label < 0 and isinstance(label, int):
+    def _label(self, features: Any) -> np.ndarray:
+        feature, (shape, dtype) = features[self._label_key], (self._expected.shape, self._expected.dtype)
+        values = np.array(feature.int64_list.value or feature.float_list.value)
+        if values.size != math.prod(shape):
             raise DataError(
-                f"{self._name}: an example has the label {label}, as those without a class have; choose another split"
+                f"{self._name}: the label of an example has {values.size} values, {math.prod(shape)} expected; {self._remedy}"
             )
-        return label
+        if dtype == "int32" and values.min(initial=0) < 0:
+            raise DataError(
+                f"{self._name}: an example has the label {values.min()}, as those without a class have; choose another split"
+            )
+        return values.astype(dtype).reshape(shape)
 
     def _features(self, index: int) -> Any:
         """The features of an example by name."""
@@ -70,11 +78,6 @@ class TFExamples:
         except Exception as error:  # array_record has no error type of its own
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise DataError(f"{self._name}: record {index} cannot be read ({reason}); {self._remedy}") from error
-
-
-def _number(feature: Any) -> int | float:
-    values = feature.int64_list.value or feature.float_list.value
-    return values[0]
 
 
 @functools.cache

@@ -39,6 +39,7 @@ class Subject:
       batch_size: over all devices; a multiple of their number.
       identity: the digest of the run's settings, which its checkpoints carry.
       earlier: the digests that those from before an extension carry; see `Checkpoints`.
+      data_changed: what of the run's data has changed since it was trained.
     """
 
     folder: Workdir
@@ -49,6 +50,7 @@ class Subject:
     batch_size: int
     identity: str
     earlier: tuple[str, ...]
+    data_changed: tuple[str, ...] = ()
 
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.folder.checkpoints, self.identity, earlier=self.earlier, read_only=True)
@@ -82,6 +84,7 @@ class Subject:
             restored.damaged,
             counted.get(""),
             counted.get("_raw"),
+            self.data_changed,
         )
 
 
@@ -140,13 +143,15 @@ class Evaluator:
           UntrustedCode: its config names code that is not trusted.
         """
         folder = Workdir(workdir)
-        stored = self._config(folder)
-        config = recorded_data.as_trained(stored, folder)
-        if self._max_undecodable is not None:
-            limited = dataclasses.replace(config.dataset, max_undecodable=self._max_undecodable)
-            config = dataclasses.replace(config, dataset=limited)
-        experiment = self._experiment(config, workdir)
-        other = other_dataset(config, self._dataset, self._data_dir) if self._dataset else config.description
+        with recorded_data.used(folder):
+            stored = self._config(folder)
+            config = recorded_data.as_trained(stored, folder)
+            if self._max_undecodable is not None:
+                limited = dataclasses.replace(config.dataset, max_undecodable=self._max_undecodable)
+                config = dataclasses.replace(config, dataset=limited)
+            experiment = self._experiment(config, workdir)
+            eval_step = self._eval_step(experiment)
+        other, changed = self._data(config, folder, experiment.dataset)
         split = self._split or default_split(config, other)
         examples = self._read(other, split, self._data_dir or config.dataset.data_dir)
         name = split if other.name == config.dataset.name else f"{other.name}/{split}"
@@ -154,7 +159,13 @@ class Evaluator:
         batch_size = -(-config.eval.batch_size // devices) * devices
         check_evaluation(experiment, batch_size)
         identity, earlier = digest_of(stored), earlier_digests(stored)
-        return Subject(folder, experiment, self._eval_step(experiment), name, examples, batch_size, identity, earlier)
+        return Subject(folder, experiment, eval_step, name, examples, batch_size, identity, earlier, changed)
+
+    def _data(self, config: Config, folder: Workdir, trained_on: Dataset) -> tuple[Dataset, tuple[str, ...]]:
+        """What to evaluate on, and what of it has changed since training."""
+        if self._dataset is None or self._dataset == config.dataset.name:
+            return recorded_data.looked_at(config, folder)
+        return other_dataset(config, trained_on, self._dataset, self._data_dir), ()
 
     def _config(self, folder: Workdir) -> Config:
         try:

@@ -16,7 +16,7 @@ from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation import classes
 from lowrank_jax.experiment.report.rendering import as_csv
 from lowrank_jax.experiment.workdir import files
-from lowrank_jax.text import one_line
+from lowrank_jax.text import one_line, shown
 
 if TYPE_CHECKING:
     from lowrank_jax.experiment.evaluation.trained import TrainedNetwork
@@ -75,6 +75,8 @@ def check(network: "TrainedNetwork") -> None:
 def predictions(network: "TrainedNetwork", paths: Iterable[str | os.PathLike[str]], top: int = 5) -> Iterator[Prediction]:
     """See `TrainedNetwork.predict`; one after the other, as they are known."""
     check(network)
+    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+        raise UserError(f"top={shown(top)}; give a whole number of at least 1")
     found, _ = image_files.find(paths)
     if not found:
         raise UserError(f"there are no image files ({', '.join(image_files.SUFFIXES)})")

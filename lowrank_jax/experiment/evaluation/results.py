@@ -24,6 +24,7 @@ class Evaluation:
       params, dense_params: the number of parameters of the network, and of the dense one.
       damaged: the reason by newer step that could not be used.
       classes, raw_classes: of the same weights, how well each class is recognised; None where that was not counted.
+      data_changed: what of the run's own data has changed since it was trained.
     """
 
     split: str
@@ -35,6 +36,7 @@ class Evaluation:
     damaged: dict[int, str]
     classes: Classes | None = dataclasses.field(default=None, repr=False)
     raw_classes: Classes | None = dataclasses.field(default=None, repr=False)
+    data_changed: tuple[str, ...] = ()
 
     def header(self) -> list[str]:
         return ["split", "examples", *measured(self.metrics), "step", "params", "dense params"]
@@ -51,8 +53,8 @@ class Evaluation:
         return [split, examples, *scores, str(self.step), count(self.params), count(self.dense_params)]
 
     def warnings(self) -> list[str]:
-        """A line for each damaged step, and one if images could not be decoded."""
-        lines = selection.warnings(self.damaged)
+        """A line for each damaged step, one if the data has changed, and one if images could not be decoded."""
+        lines = selection.warnings(self.damaged, self.data_changed)
         skipped = self.metrics.get("undecodable", 0)
         return lines + ([f"{skipped} of {skipped + self.metrics['examples']:,} images cannot be decoded"] if skipped else [])
 

@@ -1,6 +1,6 @@
 """What of a stored run is evaluated: its config, which checkpoint, and on which examples."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank_jax import named_code
@@ -10,7 +10,6 @@ from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.config.trust import Trust, check_trust
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.base import DataError, Dataset
-from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints, Restored
 from lowrank_jax.experiment.workdir.workdir import Workdir
@@ -33,7 +32,6 @@ def read_config(folder: Workdir, trusted: Trust, data_dir: str | None = None) ->
     if data_dir:
         values["dataset"] = {**values["dataset"], "data_dir": data_dir}
     check_trust(values, trusted, source)
-    recorded_data.remember(folder)
     with named_code.not_in(folder.path):
         return configs.parse(values, source=source, devices=None)
 
@@ -45,22 +43,25 @@ def evaluated_parts(shapes: TrainState) -> dict[str, Any]:
     return {"step": shapes.step, "params": shapes.params, "batch_stats": shapes.batch_stats, **kept}
 
 
-def other_dataset(config: Config, name: str, data_dir: str | None = None) -> Dataset:
+def other_dataset(config: Config, ours: Dataset, name: str, data_dir: str | None = None) -> Dataset:
     """Another data set, read as the run would read it.
 
+    Args:
+      config: the run's.
+      ours: what it was trained on.
+      name: of the other data set.
+      data_dir: where that is; None for where the run's is.
+
     Raises:
-      ConfigError: it is unknown, or its images or classes do not fit the run's network.
+      ConfigError: it is unknown, or its images or labels do not fit the run's network.
     """
-    if name == config.dataset.name:
-        return config.description
-    ours = config.description
     size = ours.image_shape[0] if ours.cropped else None
     where = {"data_dir": data_dir or config.dataset.data_dir, "code_dir": config.code_dir}
     try:
         other = datasets.describe(name, _options(config, name), image_size=size, decoding=config.decoding, **where)
     except (ValueError, DataError) as error:
         raise ConfigError("--dataset", [str(error)]) from None
-    if (other.classes, other.image_shape) != (ours.classes, ours.image_shape):
+    if _kind(other) != _kind(ours):
         raise ConfigError("--dataset", [f"{name} has {_kind(other)}; the run was trained on {ours.name}, {_kind(ours)}"])
     return other
 
@@ -77,7 +78,11 @@ def _prefix(name: str) -> str:
 
 def _kind(dataset: Dataset) -> str:
     shape = "x".join(map(str, dataset.image_shape))
-    return f"{shape} images of {dataset.num_classes} classes ({dataset.classes})"
+    images = f"{shape} {'' if dataset.image_dtype == 'uint8' else f'{dataset.image_dtype} '}images"
+    if not dataset.label.shape and dataset.num_classes is not None:
+        return f"{images} of {dataset.num_classes} classes ({dataset.classes})"
+    label = f"{images} with labels of shape {list(dataset.label.shape)} and type {dataset.label.dtype}"
+    return label if dataset.num_classes is None else f"{label}, {dataset.num_classes} classes ({dataset.classes})"
 
 
 def default_split(config: Config, dataset: Dataset) -> str:
@@ -124,6 +129,7 @@ def _choose(checkpoints: Checkpoints, step: str) -> int:
     return chosen
 
 
-def warnings(damaged: dict[int, str]) -> list[str]:
-    """A line for each step that could not be used, given the reasons."""
-    return [f"checkpoint {step} cannot be used ({reason})" for step, reason in damaged.items()]
+def warnings(damaged: Mapping[int, str], data_changed: Sequence[str] = ()) -> list[str]:
+    """A line for each step that could not be used, given the reasons, and one if the data has changed, given what of it."""
+    lines = [f"checkpoint {step} cannot be used ({reason})" for step, reason in damaged.items()]
+    return [*lines, f"the data has changed since training: {'; '.join(data_changed)}"] if data_changed else lines

@@ -141,9 +141,10 @@ class TrainedNetwork:
 def restore(workdir: str, step: str = "latest", *, raw: bool = False, trust_code: Trust = False) -> TrainedNetwork:
     """See `lowrank_jax.experiment.restore`."""
     folder = Workdir(workdir)
-    stored = selection.read_config(folder, trust_code)
-    config = recorded_data.as_trained(stored, folder)
-    experiment = build(dataclasses.replace(config, mesh=MeshConfig()), workdir, jax.local_devices())
+    with recorded_data.used(folder):
+        stored = selection.read_config(folder, trust_code)
+        config = recorded_data.as_trained(stored, folder)
+        experiment = build(dataclasses.replace(config, mesh=MeshConfig()), workdir, jax.local_devices())
     identity, earlier = digest_of(stored), earlier_digests(stored)
     with Checkpoints(folder.checkpoints, identity, earlier=earlier, read_only=True) as checkpoints:
         restored = selection.restore(checkpoints, step, selection.evaluated_parts(experiment.shapes))

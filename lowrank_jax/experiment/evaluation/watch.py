@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.evaluation import selection
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator, Subject, complaint
 from lowrank_jax.experiment.evaluation.results import Rows
 from lowrank_jax.experiment.training.evaluate import Interrupted
@@ -114,6 +115,8 @@ class _WatchedRun:
 
     def _open(self) -> Subject:
         self._subject = subject = self._evaluator.open(self.workdir)
+        for warning in selection.warnings({}, subject.data_changed):
+            self._complain(f"{self.workdir}: {warning}")
         part = f"watch_{urllib.parse.quote(subject.split, safe='')}"
         self._folder.check_folder(part)
         self._stack.enter_context(self._folder.locked(1.0, name=f".{part}.lock", doing=f"watching {subject.split} of"))

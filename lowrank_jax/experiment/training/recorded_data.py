@@ -1,8 +1,9 @@
 """What a run was trained on, in `dataset.json` of its work directory, so that it resumes on the same and is evaluated alike."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -12,7 +13,7 @@ from lowrank_jax.experiment.data.base import Dataset, Split
 from lowrank_jax.experiment.data.statistics import measured
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.hosts.processes import exchange
-from lowrank_jax.experiment.workdir.dataset_record import changes, from_record, to_record
+from lowrank_jax.experiment.workdir.dataset_record import changes, from_record, misfits, to_record
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
 NAME = "dataset.json"
@@ -86,11 +87,22 @@ def _agreed(dataset: Dataset) -> Dataset:
     return dataclasses.replace(dataset, mean=tuple(first["mean"]), std=tuple(first["std"]))
 
 
+@contextlib.contextmanager
+def used(folder: Workdir) -> Iterator[None]:
+    """Within, a run's own data is what it was trained on, and is not looked at: its network needs no more.
+
+    Raises:
+      WorkdirError: the record is damaged.
+    """
+    with datasets.recorded(read(folder)):
+        yield
+
+
 def as_trained(config: Config, folder: Workdir) -> Config:
     """The config of a run with the mean and deviation that it was trained with.
 
     Raises:
-      WorkdirError: the record is damaged or missing, or the data has other classes now.
+      WorkdirError: the record is damaged or missing.
     """
     old, now = read(folder), config.description
     if old is None and not (now.mean and now.std):
@@ -99,14 +111,22 @@ def as_trained(config: Config, folder: Workdir) -> Config:
         )
     if old is None:
         return config
-    if old.digest and old.class_names != now.class_names:
-        raise WorkdirError(
-            f"{folder.path}: {now.name} has other classes than this run was trained on: {'; '.join(changes(old, now))}"
-        )
     return dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, mean=old.mean, std=old.std))
 
 
-def remember(folder: Workdir) -> None:
-    """Lets a run's data be described where it is not: its network can be used without it."""
-    if old := read(folder):
-        datasets.remember(old)
+def looked_at(config: Config, folder: Workdir) -> tuple[Dataset, tuple[str, ...]]:
+    """A run's data as it is now, and what of it has changed since the run was trained.
+
+    Raises:
+      DataError: it cannot be used.
+      WorkdirError: the run's network was made for other inputs or labels.
+    """
+    old, now = read(folder), config.description
+    if old is None:
+        return now, ()
+    if different := misfits(old, now):
+        raise WorkdirError(
+            f"{folder.path}: {now.name} is not what this run was trained on: {'; '.join(different)}."
+            " Put it back as it was, or choose other data by --dataset."
+        )
+    return now, tuple(changes(old, now))

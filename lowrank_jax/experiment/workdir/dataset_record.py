@@ -1,7 +1,7 @@
 """A data set's description as JSON, as a work directory keeps it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lowrank_jax.experiment.config.typed import read_value
@@ -80,13 +80,32 @@ def _field(values: Mapping[str, Any], name: str) -> Field:
 def changes(old: Dataset, new: Dataset) -> list[str]:
     """A line for each difference between the data a run began with and what is there now; empty if there is none."""
     if old.digest == new.digest:
-        return []
+        return misfits(old, new)
     lines = [
         f"{split} has {new.sizes.get(split, 0):,} examples, {old.sizes.get(split, 0):,} before"
         for split in dict.fromkeys((*old.sizes, *new.sizes))
         if old.sizes.get(split) != new.sizes.get(split)
     ]
+    return [*lines, *misfits(old, new)] or ["as many examples of the same classes, but not the same ones"]
+
+
+def misfits(old: Dataset, new: Dataset) -> list[str]:
+    """The same of what a network is made for: its inputs and its labels.  Published data never differs in these."""
+    if not old.digest:
+        return []
+    lines = [f"{what} are {told(new)}, {told(old)} before" for what, told in _MADE_FOR.items() if told(old) != told(new)]
     gone = [name for name in old.class_names if name not in new.class_names]
     come = [name for name in new.class_names if name not in old.class_names]
     lines += [f"the class {name!r} is gone" for name in gone] + [f"the class {name!r} is new" for name in come]
-    return lines or ["as many examples of the same classes, but not the same ones"]
+    return lines or (["the classes are in another order"] if old.class_names != new.class_names else [])
+
+
+def _told(field: Field) -> str:
+    return f"{'x'.join(map(str, field.shape)) or 'single numbers'} {field.dtype}"
+
+
+_MADE_FOR: dict[str, Callable[[Dataset], str]] = {
+    "inputs": lambda dataset: _told(dataset.fields["image"]) + (", cropped from many sizes" if dataset.cropped else ""),
+    "labels": lambda dataset: _told(dataset.label),
+    "classes": lambda dataset: "none" if dataset.num_classes is None else f"{dataset.num_classes:,}",
+}

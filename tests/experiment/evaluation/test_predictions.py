@@ -57,6 +57,12 @@ def test_an_image_of_the_data_set_in_a_file_is_what_it_is_in_memory(net, images,
     assert len(one.labels) == 10 and sum(one.probabilities) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("top", [0, -1, True, 1.0, None])
+def test_a_number_of_classes_that_is_none_is_refused(net, top):
+    with pytest.raises(lx.UserError, match=rf"^top={top}; give a whole number of at least 1$"):
+        net.predict("nowhere.png", top=top)
+
+
 def test_more_files_than_a_batch_keep_their_order(net, images, tmp_path):
     paths = [save(images[i % 30], tmp_path / f"{i}.png") for i in range(3 * net.batch_size // 2)]
     done = net.predict(paths)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import lowrank_jax.experiment as lx
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.base import DataError
+from lowrank_jax.experiment.data.sources import folder as folder_source
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator
 from lowrank_jax.experiment.training import recorded_data
@@ -107,6 +109,22 @@ def test_it_is_evaluated_on_another_folder_of_the_same_classes(trained, tmp_path
         Evaluator(dataset="folder:/nowhere").evaluate(str(workdir))
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "said"),
+    [
+        (np.zeros((6, 8, 8, 3), np.float32), np.arange(6) % 3, "8x8x3 float32 images of 3 classes"),
+        (np.zeros((6, 8, 8, 3), np.uint8), np.zeros((6, 2), int), r"labels of shape \[2\] and type int32, 3 classes"),
+        (np.zeros((6, 8, 8, 3), np.uint8), np.zeros(6), r"labels of shape \[\] and type float32;"),
+    ],
+)
+def test_other_data_of_another_type_is_refused(trained, tmp_path, images, labels, said):
+    names = {"class_names": KINDS} if labels.dtype.kind == "i" else {}
+    np.savez(tmp_path / "other.npz", test_image=images, test_label=labels, **names)
+    evaluator = Evaluator(dataset=f"arrays:{tmp_path}/other.npz", data_dir="/")
+    with pytest.raises(configs.ConfigError, match=rf"--dataset: .*\n.*other\.npz has .*{said}.*the run was trained on folder:"):
+        evaluator.evaluate(str(trained[0]))
+
+
 @pytest.mark.slow
 def test_two_processes_measure_and_read_what_one_does(pictures, trained, tmp_path):
     own = {"dataset__name": "folder:pictures", "dataset__data_dir": str(pictures.parent), "objective__metrics": ("top1",)}
@@ -145,7 +163,7 @@ def test_other_data_is_refused_with_what_has_changed(moved):
     (pictures / "train" / "light").rename(pictures / "train" / "bright")
     with pytest.raises(WorkdirError, match="the class 'bright' is new"):
         train(config(pictures), str(workdir))
-    with pytest.raises(WorkdirError, match=r"has other classes than this run was trained on: .*the class 'bright' is new"):
+    with pytest.raises(WorkdirError, match=r"is not what this run was trained on: .*the class 'bright' is new\. Put it"):
         Evaluator(data_dir=str(pictures.parent)).evaluate(str(workdir))
     assert (workdir / "dataset.json").read_bytes() == before
 
@@ -156,15 +174,65 @@ def test_a_run_whose_data_is_gone_can_still_be_opened(moved):
     folder = Workdir(str(workdir))
     values = folder.read_config()
     values["dataset"] = {**values["dataset"], "data_dir": str(pictures.parent)}
-    recorded_data.remember(folder)
-    opened = recorded_data.as_trained(configs.parse(values), folder)
-    assert opened.description.class_names == KINDS
-    assert opened.description.mean == tuple(json.loads((workdir / "dataset.json").read_text())["mean"])
-    with pytest.raises(DataError, match="pictures does not exist"):
-        datasets.load(opened.description, "test", None)
-    datasets._REMEMBERED.clear()
+    with recorded_data.used(folder):
+        opened = recorded_data.as_trained(configs.parse(values), folder)
+        known = opened.description
+    assert known.class_names == KINDS
+    assert known.mean == tuple(json.loads((workdir / "dataset.json").read_text())["mean"])
+    with pytest.raises(DataError, match="folder:pictures is known by the record of a run alone"):
+        datasets.load(known, "test", None)
     with pytest.raises(configs.ConfigError, match=r"1 problem\n  dataset\.name: .*/pictures does not exist$"):
         configs.parse(values)
+    with pytest.raises(DataError, match="pictures does not exist"):
+        Evaluator(data_dir=str(pictures.parent)).evaluate(str(workdir))
+
+
+def add_one_of_another_size(pictures):
+    Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(pictures / "test" / "dark" / "stray.png")
+
+
+def add_a_class(pictures):
+    write(pictures, "train", 3, seed=5)
+    shutil.copytree(pictures / "train" / "dark", pictures / "train" / "absent")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (add_one_of_another_size, r"inputs are 224x224x3 uint8, cropped from many sizes, 8x8x3 uint8 before\. Put it back"),
+        (add_a_class, r"classes are 4, 3 before; the class 'absent' is new\. Put it back as it was, or choose other data"),
+    ],
+)
+def test_data_that_its_network_was_not_made_for_is_refused(moved, change, said):
+    pictures, workdir = moved
+    change(pictures)
+    with pytest.raises(WorkdirError, match=rf"folder:pictures is not what this run was trained on: {said}"):
+        Evaluator(data_dir=str(pictures.parent)).evaluate(str(workdir))
+
+
+def test_data_that_has_changed_otherwise_is_evaluated_with_a_warning(moved):
+    pictures, workdir = moved
+    evaluator = Evaluator(data_dir=str(pictures.parent))
+    assert evaluator.evaluate(str(workdir)).warnings() == []
+    (pictures / "test" / "dark" / "0.png").unlink()
+    evaluation = evaluator.evaluate(str(workdir))
+    assert evaluation.metrics["examples"] == 23
+    assert evaluation.warnings() == ["the data has changed since training: test has 23 examples, 24 before"]
+
+
+@pytest.mark.parametrize("change", [add_one_of_another_size, add_a_class, shutil.rmtree])
+def test_a_network_is_restored_by_the_record_alone(moved, change, monkeypatch):
+    pictures, workdir = moved
+    settings = json.loads((workdir / "config.json").read_text())
+    settings["dataset"]["data_dir"] = str(pictures.parent)
+    (workdir / "config.json").write_text(json.dumps(settings))
+    image = (pictures / "test" / "light" / "1.png").read_bytes()
+    (workdir / "light.png").write_bytes(image)
+    change(pictures)
+    monkeypatch.setattr(folder_source, "_scan", None)  # nothing is looked through
+    restored = lx.restore(workdir)
+    assert restored.dataset.image_shape == (8, 8, 3) and restored.class_names == KINDS
+    assert restored.predict(workdir / "light.png")[0].names[0] == "light"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"name": 3}'])

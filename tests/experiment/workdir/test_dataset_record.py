@@ -1,9 +1,10 @@
+import dataclasses
 import json
 
 import pytest
 
 from lowrank_jax.experiment.data.base import Dataset, Decoding, Field
-from lowrank_jax.experiment.workdir.dataset_record import changes, from_record, to_record
+from lowrank_jax.experiment.workdir.dataset_record import changes, from_record, misfits, to_record
 
 CLASSES = Dataset(
     "folder:x", (8, 6, 3), 3, {"train": 20, "test": 4}, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6),
@@ -51,3 +52,17 @@ def test_what_has_changed_is_said():
         "the class 'ç' is gone",
         "the class 'd' is new",
     ]
+    assert changes(CLASSES, other(class_names=["b", "a", "ç"])) == ["the classes are in another order"]
+
+
+def test_what_a_network_was_not_made_for_is_said():
+    def different(**values):
+        return misfits(CLASSES, from_record(damaged(digest="4", **values)))
+
+    assert different() == different(sizes={"train": 1}) == []
+    assert different(image_shape=[8, 8, 3]) == ["inputs are 8x8x3 uint8, 8x6x3 uint8 before"]
+    assert different(image_dtype="float32") == ["inputs are 8x6x3 float32, 8x6x3 uint8 before"]
+    assert different(whole=False) == ["inputs are 8x6x3 uint8, cropped from many sizes, 8x6x3 uint8 before"]
+    assert different(label={"shape": [2], "dtype": "int32"}) == ["labels are 2 int32, single numbers int32 before"]
+    assert different(num_classes=None) == ["classes are none, 3 before"]
+    assert misfits(dataclasses.replace(CLASSES, digest=""), dataclasses.replace(CLASSES, class_names=())) == []

@@ -75,17 +75,14 @@ def _data(file: str, arrays: Mapping[str, np.ndarray]) -> Data:
         if key in facts:
             continue
         split, _, field = key.partition("_")
-        if split in ("x", "y"):
-            split, field = field, split
+        if split.lower() in ("x", "y"):
+            split, field = field, split.lower()
         if not split or not field:
             raise DataError(f"{file}: the array {key!r} names no split; expected names like train_image and train_label")
         splits.setdefault(split, {})[_WORDS.get(field, field)] = array
     return Data(
         splits,
-        num_classes=int(facts["num_classes"]) if "num_classes" in facts else None,
-        class_names=[str(name) for name in facts.get("class_names", ())],
-        mean=facts.get("mean", np.zeros(0)).tolist(),
-        std=facts.get("std", np.zeros(0)).tolist(),
+        **{key: array.tolist() for key, array in facts.items()},
     )
 
 

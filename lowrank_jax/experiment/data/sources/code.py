@@ -16,7 +16,7 @@ from lowrank_jax.experiment.data.augment import Augmentation, augment
 from lowrank_jax.experiment.data.base import Batch, DataError, Dataset, Decoding, Field, Request, Source, Split
 from lowrank_jax.experiment.data.encoded import EncodedImages, Example
 from lowrank_jax.experiment.data.kept import Kept
-from lowrank_jax.experiment.data.own import Data, Items, arrays_of, check_deterministic, digest_of, field_of
+from lowrank_jax.experiment.data.own import Data, Items, arrays_of, check_deterministic, digest_of, field_of, with_facts
 from lowrank_jax.experiment.data.progress import Progress
 from lowrank_jax.experiment.data.sources import tfds_builder
 from lowrank_jax.experiment.data.sources.folder import DEFAULT_SIZE, SMALL_SIDE, SMALL_TOTAL, classes_of
@@ -90,23 +90,28 @@ def _keys(name: str, options: Mapping[str, Any]) -> Keys:
     return Keys(**options)
 
 
-@functools.lru_cache(maxsize=4)  # asked for again and again by a run
+@functools.lru_cache(maxsize=2)  # asked for again and again by a run
 def describe_found(name: str, origin: Any, found: _Found, image_size: int | None) -> Dataset:
     """The description of data that is checked already."""
     fields, decoding = _fields(name, found, image_size)
     label = fields.pop("label")
     image = fields.pop("image")
     num_classes = _num_classes(name, found, label)
-    names = tuple(map(str, found.data.class_names)) or _named_by_features(found)
+    names = tuple(found.data.class_names) or _named_by_features(found)
     if names and num_classes and len(names) != num_classes:
         raise DataError(f"{name} has {len(names)} class names for {num_classes} classes")
+    for what, given in {"mean": found.data.mean, "std": found.data.std}.items():
+        if given and len(given) != image.shape[-1]:
+            raise DataError(
+                f"{name}: its {what} has {len(given)} numbers; its inputs have {image.shape[-1]} channels or features"
+            )
     return Dataset(
         name,
         image.shape,
         num_classes,
         {split: len(examples) for split, examples in found.splits.items()},
-        tuple(map(float, found.data.mean)),
-        tuple(map(float, found.data.std)),
+        tuple(found.data.mean),
+        tuple(found.data.std),
         decoding=decoding,
         classes=classes_of(names) if len(names) > 1 else "",
         image_dtype=image.dtype,
@@ -156,7 +161,7 @@ def _check_arguments(name: str, function: Any, kwargs: dict[str, Any]) -> None:
 
 def check_data(name: str, made: Any) -> _Found:
     """What somebody's function returned, checked.  Raises DataError with what is wrong."""
-    data = made if isinstance(made, Data) else Data(made)
+    data = with_facts(made if isinstance(made, Data) else Data(made), name)
     if not isinstance(data.splits, Mapping) or not data.splits:
         raise DataError(f"{name} returned {shown(made)}; expected splits by name, such as {{'train': (images, labels), ...}}")
     splits: dict[str, Arrays | Items] = {}

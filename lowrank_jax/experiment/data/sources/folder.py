@@ -12,7 +12,7 @@ from lowrank_jax.experiment.data.arrays import check_memory
 from lowrank_jax.experiment.data.base import DataError, Dataset, Decoding, Request, Source, Split, one_of
 from lowrank_jax.experiment.data.encoded import EncodedImages, Example, read_whole
 from lowrank_jax.experiment.data.kept import Kept
-from lowrank_jax.experiment.data.orientation import UPRIGHT, orientation_of
+from lowrank_jax.experiment.data.orientation import UPRIGHT, orientation_of_image
 from lowrank_jax.experiment.data.progress import Progress
 from lowrank_jax.experiment.data.sources.folder_scan import Scan, changed, scan
 from lowrank_jax.experiment.data.splits import split_parts
@@ -172,7 +172,7 @@ def _stored_size(path: str, exif: bool) -> tuple[int, int] | None:
     """Height and width of an image, upright if `exif`; None if its header cannot be read."""
     try:
         with Image.open(path) as image:
-            turned = orientation_of(image.getexif()) if exif and image.format != "TIFF" else UPRIGHT
+            turned = orientation_of_image(image) if exif else UPRIGHT
             return turned.size(image.height, image.width)
     except Exception:  # every format has its own errors
         return None

@@ -8,15 +8,18 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lowrank_jax.experiment.data import image_files
 from lowrank_jax.experiment.data.base import DataError
 from lowrank_jax.experiment.data.progress import Progress
 from lowrank_jax.experiment.data.statistics import one_sided
 from lowrank_jax.text import one_line
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""Of the files that are taken for images."""
-
-_USUAL_SPLITS = {"train", "val", "valid", "validation", "test"}
+_USUAL_SPLITS = {
+    **dict.fromkeys(("train", "training", "training_set"), "train"),
+    **dict.fromkeys(("test", "testing", "test_set"), "test"),
+    **{name: name for name in ("val", "valid", "validation", "dev")},
+}
+"""Usual names of the folders of splits, in lower case, and what the split is called."""
 _SHOWN = 3  # names in a message
 
 
@@ -87,7 +90,7 @@ def scan(root: str, follow_links: bool, shares: tuple[tuple[str, float], ...]) -
     walk = _Walk(root, follow_links)
     layered = walk.has_splits()
     if layered:
-        files = {split: list(walk.images(split)) for split in walk.splits()}
+        files = {split: list(walk.images(folder)) for split, folder in walk.splits().items()}
     else:
         files = _by_share(list(walk.images("")), shares)
     files = {split: found for split, found in files.items() if found}
@@ -95,7 +98,7 @@ def scan(root: str, follow_links: bool, shares: tuple[tuple[str, float], ...]) -
     if not names:
         raise DataError(
             f"{root} holds no images in class folders; expected CLASS/IMAGE, or SPLIT/CLASS/IMAGE with a folder train"
-            f" ({', '.join(suffix[1:] for suffix in SUFFIXES)}){walk.summary('; ')}"
+            f" ({', '.join(suffix[1:] for suffix in image_files.SUFFIXES)}){walk.summary('; ')}"
         )
     if len(names) == 1:
         raise DataError(f"{root} holds one class, {names[0]!r}; a network needs two to tell apart")
@@ -173,22 +176,38 @@ class _Walk:
             raise DataError(f"{root} {what}")
 
     def has_splits(self) -> bool:
-        """Whether the folders in the root are splits rather than classes: one has a split's name, and holds only folders."""
-        usual = [name for name in self.folders("") if name in _USUAL_SPLITS]
-        return any(self.folders(name) and not self._has_images(name) for name in usual)
+        """Whether the folders in the root are splits rather than classes: one has a split's name, and holds folders.
+
+        Raises:
+          DataError: they could be either.
+        """
+        folders = self.folders("")
+        splits = [name for name in folders if name.lower() in _USUAL_SPLITS and self.folders(name)]
+        others = [name for name in folders if name.lower() not in _USUAL_SPLITS]
+        if splits and others and (mixed := [name for name in (*splits, *others) if self._has_images(name)]):
+            raise DataError(
+                f"{self._root}: is {one_line(splits[0])} a split or a class? It holds folders, as a split does, and"
+                f" {one_line(mixed[0])} holds images, as a class does; move those images, or rename {one_line(splits[0])}"
+            )
+        return bool(splits)
 
     def _has_images(self, folder: str) -> bool:
-        return any(_is_image(entry.name) for entry in self._entries(folder))
+        return any(image_files.is_image(entry.name) for entry in self._entries(folder))
 
-    def splits(self) -> Iterator[str]:
-        """Names of the folders in the root, each of which is a split."""
+    def splits(self) -> dict[str, str]:
+        """The folders in the root, each of which is a split, by what the split is called."""
+        found: dict[str, str] = {}
         for entry in self._entries(""):
             if self._left_out(entry, ""):
                 continue
-            if entry.is_dir():
-                yield entry.name
-            else:
+            if not entry.is_dir():
                 self._leave_out("not in a class folder", entry.name)
+                continue
+            split = _USUAL_SPLITS.get(entry.name.lower(), entry.name)
+            if split in found:
+                raise DataError(f"{self._root}: {found[split]} and {entry.name} are both the split {split}; rename one")
+            found[split] = entry.name
+        return found
 
     def folders(self, inside: str) -> list[str]:
         """Names of the folders in one, without what is left out."""
@@ -241,7 +260,7 @@ class _Walk:
             return None
         if not entry.is_file():
             return "broken links" if entry.is_symlink() else "not plain files"
-        if not _is_image(entry.name):
+        if not image_files.is_image(entry.name):
             return "not images"
         return None if entry.stat().st_size else "empty files"
 
@@ -270,7 +289,3 @@ class _Walk:
 def _identity(entry: os.DirEntry[str]) -> tuple[int, int]:
     found = entry.stat()
     return found.st_dev, found.st_ino
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)

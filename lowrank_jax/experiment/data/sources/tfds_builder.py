@@ -1,9 +1,11 @@
 """`tfds:NAME` or `tfds:NAME/CONFIG`: any data set of TFDS with an image and a label; and builders of the user's own."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -91,34 +93,36 @@ def describe_builder(name: str, origin: _Origin) -> Dataset:
 
 
 def _open(name: str, origin: _Origin) -> Prepared:
-    root, path = tfds_folder.folder(origin.builder, origin.data_dir)
-    command = origin.prepare.replace("DATA_DIR", root) or "the same command"
-    try:
-        with explained(f"delete {path}, then: {command}"):
-            builder = tfds_folder.open_builder(origin.builder, origin.data_dir, path)
-    except tfds_folder.OtherFormat:
-        raise DataError(
-            f"{name} is prepared under {root}, but not as array_record; prepare it in another dataset.data_dir"
-        ) from None
-    except (ValueError, TypeError) as error:  # no such config; an argument that is missing
-        raise DataError(f"{name}: {first_line(error)}") from None
-    if not builder.is_prepared() and origin.prepare:
+    with _named(name, "opened"):
+        root, path = tfds_folder.folder(origin.builder, origin.data_dir)
+        command = origin.prepare.replace("DATA_DIR", root) or "the same command"
+        try:
+            with explained(f"delete {path}, then: {command}"):
+                builder = tfds_folder.open_builder(origin.builder, origin.data_dir, path)
+        except tfds_folder.OtherFormat:
+            raise DataError(
+                f"{name} is prepared under {root}, but not as array_record; prepare it in another dataset.data_dir"
+            ) from None
+        prepared = builder.is_prepared()
+    if not prepared and origin.prepare:
         raise DataError(f"{name} is not prepared under {root}; run: {command}")
-    if not builder.is_prepared():
-        _prepare(name, builder)
+    if not prepared:
+        to_stderr(f"preparing {name} in {builder.data_path}")
+        with _named(name, "prepared"):
+            builder.download_and_prepare()
     dataset = Dataset(name, (0,), None, {}, (), (), prepare=origin.prepare)
     return Prepared(dataset, builder, origin.keys)
 
 
-def _prepare(name: str, builder: Any) -> None:
-    """Runs a builder of the user's own."""
-    to_stderr(f"preparing {name} in {builder.data_path}")
+@contextlib.contextmanager
+def _named(name: str, what: str) -> Iterator[None]:
+    """Turns whatever a builder raises into a DataError: there is no such config, an argument is missing, or it fails."""
     try:
-        builder.download_and_prepare()
-    except KeyboardInterrupt:
+        yield
+    except (DataError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # whatever somebody's builder may raise
-        raise DataError(f"{name} cannot be prepared ({type(error).__name__}: {first_line(error)})") from error
+    except BaseException as error:  # SystemExit too
+        raise DataError(f"{name} cannot be {what} ({type(error).__name__}: {first_line(error)})") from error
 
 
 _opened = Kept(_open)

@@ -35,5 +35,5 @@ def open_records(prepared: Prepared, split: str) -> Split:
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     stored: dict[str, Any] = {name: prepared.builder.as_data_source(name, deserialize_method=raw) for name in names}
     records = [(stored[name].data_source, start, stop) for name, start, stop in parts]
-    examples = TFExamples(f"{dataset.name}/{split}", records, prepared.remedy, **dataclasses.asdict(keys))
+    examples = TFExamples(f"{dataset.name}/{split}", records, prepared.remedy, dataset.label, **dataclasses.asdict(keys))
     return EncodedImages(dataset, split, examples, f"prepare the data again: {prepared.remedy}")

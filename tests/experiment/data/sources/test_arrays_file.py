@@ -16,7 +16,9 @@ def described(path):
     return datasets.describe(f"arrays:{path}", {})
 
 
-@pytest.mark.parametrize("names", [("train_image", "train_label"), ("train_images", "train_labels"), ("x_train", "y_train")])
+@pytest.mark.parametrize(
+    "names", [("train_image", "train_label"), ("train_images", "train_labels"), ("x_train", "y_train"), ("X_train", "y_train")]
+)
 def test_arrays_are_found_by_their_names(tmp_path, names):
     path = tmp_path / "data.npz"
     np.savez(path, **dict(zip(names, (IMAGES, LABELS[:, None]), strict=True)), class_names=["a", "b"], mean=[0.5], std=[0.25])
@@ -64,6 +66,35 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, write, message):
     path = tmp_path / "data.npz"
     write(path)
     with pytest.raises(DataError, match=message):
+        described(path)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"mean": 0.5}, "its mean is 0.5; give a list of finite numbers, one for each channel"),
+        ({"mean": [0.1, 0.2, 0.3]}, "its mean has 3 numbers; its inputs have 1 channels"),
+        ({"std": [0.1, 0.2, 0.3]}, "its std has 3 numbers; its inputs have 1 channels"),
+        ({"mean": [np.nan]}, r"its mean is \[nan\]; give"),
+        ({"mean": ["a"]}, r"its mean is \['a'\]; give"),
+        ({"mean": [[0.5]]}, "its mean is .*; give"),
+        ({"std": [0.0]}, r"its std is \[0\.0\]; give a list of finite numbers above 0"),
+        ({"std": [1e-45]}, "its std is .*; give"),
+        ({"std": [np.inf]}, "its std is .*; give"),
+        ({"num_classes": [1, 2]}, r"its num_classes is \[1, 2\]; give a whole number of at least 1"),
+        ({"num_classes": 2.5}, "its num_classes is 2.5; give"),
+        ({"num_classes": 0}, "its num_classes is 0; give"),
+        ({"num_classes": -1}, "its num_classes is -1; give"),
+        ({"num_classes": True}, "its num_classes is True; give"),
+        ({"class_names": "abc"}, "its class_names are 'abc'; give a list of names"),
+        ({"class_names": [["a", "b"]]}, "its class_names are .*; give a list of names"),
+        ({"class_names": ["a", "a"]}, "its class_names have 'a' more than once; give each class a name of its own"),
+    ],
+)
+def test_what_is_said_of_the_arrays_is_checked(tmp_path, facts, message):
+    path = tmp_path / "data.npz"
+    np.savez(path, train_image=IMAGES, train_label=LABELS, **facts)
+    with pytest.raises(DataError, match=rf"data\.npz: {message}"):
         described(path)
 
 

@@ -1,6 +1,7 @@
 """Folders of images as data sets: against Pillow's values, and what a run is promised of its data."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -133,6 +134,7 @@ def test_in_memory_too_an_undecodable_image_is_named_and_replaced(small, capfd):
         and "train/red/5.png cannot be decoded" in capfd.readouterr().err
     )
     [index] = train.undecodable
+    assert sorted(train.all_labels()) == [0] * 10 + [1] * 10  # it counts in its class all the same
     assert train.plain(np.arange(20))["mask"].sum() == 19 and not train.plain(np.array([index]))["mask"][0]
     bits = np.zeros(2, np.uint64)
     batch = train.augmented(np.array([index, (index + 1) % 20]), bits, Augmentation())
@@ -253,6 +255,27 @@ def test_tiffs_without_a_range_are_refused_by_name(tmp_path, kind):
         datasets.load(dataset, "train", None) if dataset.whole else datasets.load(dataset, "train", None).augmented(
             np.arange(1), np.zeros(1, np.uint64), Augmentation()
         )
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "data"),
+    [
+        (12, 1, bytes([0x80, 0x08, 0x00]) * 160),  # 0x800 is grey
+        (16, 0, bytes(640)),  # 0 is white
+    ],
+)
+def test_tiffs_of_other_greys_are_refused_by_name(tmp_path, capfd, bits, photometric, data):
+    tags = [
+        (256, 3, 20), (257, 3, 16), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8), (277, 3, 1), (278, 3, 16),
+        (279, 4, len(data)),
+    ]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    folder_of(tmp_path, head + data + struct.pack("<H", len(tags)) + entries + bytes(4), "tiff")
+    with pytest.raises(DataError, match="none of the 2 images can be decoded"):
+        datasets.load(described(tmp_path), "train", None)
+    said = capfd.readouterr().err
+    assert "train/a/1.tiff cannot be decoded (its grey is not of 16 bits with 0 for black; store 8 or 16 bits" in said
 
 
 def test_a_folder_that_changes_is_seen_when_a_config_is_read_and_not_before(small):

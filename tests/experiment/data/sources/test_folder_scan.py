@@ -44,6 +44,44 @@ def test_a_class_may_be_called_like_a_split(tmp_path):
     assert not found.layered and found.class_names == ("car", "train")
 
 
+@pytest.mark.parametrize(
+    ("folders", "splits"),
+    [
+        (("Train", "Test"), ["train", "test"]),
+        (("training_set", "test_set"), ["train", "test"]),
+        (("TRAINING", "Testing", "Dev"), ["train", "dev", "test"]),
+        (("train", "Val", "extra"), ["train", "extra", "val"]),
+    ],
+)
+def test_splits_are_known_by_their_usual_names(tmp_path, folders, splits):
+    write(tmp_path, *(f"{folder}/{kind}/1.png" for folder in folders for kind in ("cat", "dog")))
+    found = scan(str(tmp_path), False, SHARES)
+    assert found.layered and found.class_names == ("cat", "dog") and [*found.splits] == splits
+    assert all((tmp_path / path).is_file() for files in found.splits.values() for path in files.paths)
+
+
+def test_a_picture_beside_the_classes_of_a_split_is_left_out(tmp_path):
+    write(tmp_path, *(f"{split}/{path}" for split in ("train", "val") for path in ("cat/1.png", "dog/1.png", "stray.png")))
+    found = scan(str(tmp_path), False, SHARES)
+    assert found.layered and found.class_names == ("cat", "dog")
+    assert found.skipped == {"not in a class folder": ("train/stray.png", "val/stray.png")}
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (("train/steam/1.png", "car/1.png"), "is train a split or a class.* and car holds images, as a class does; move"),
+        (("train/steam/1.png", "train/1.png", "car/red/1.png"), "is train a split or a class.* and train holds images"),
+        (("train/a/1.png", "train/b/1.png", "Train/a/1.png"), "Train and train are both the split train; rename one"),
+        (("training_set/a/1.png", "train/b/1.png"), "train and training_set are both the split train; rename one"),
+    ],
+)
+def test_folders_that_could_be_splits_or_classes_are_refused(tmp_path, paths, message):
+    write(tmp_path, *paths)
+    with pytest.raises(DataError, match=message):
+        scan(str(tmp_path), False, SHARES)
+
+
 def test_an_image_keeps_its_split_and_its_order_when_others_are_added(tmp_path):
     one_level(tmp_path)
     before = scan(str(tmp_path), False, SHARES)

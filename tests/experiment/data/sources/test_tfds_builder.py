@@ -1,5 +1,7 @@
 """Data sets of TFDS that are not among the project's own."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -55,6 +57,17 @@ def test_a_label_may_be_numbers(data_dir):
     np.testing.assert_array_equal(np.sort(labels[:, 0]), np.arange(30))
 
 
+def test_a_label_of_several_numbers_is_read_whole_beside_images_of_many_sizes(data_dir):
+    dataset = described("Photographs", data_dir, image_size=16, image_key="picture", label_key="size")
+    read = datasets.load(dataset, "train", data_dir)
+    for labels in (read.all_labels(), read.plain(np.arange(30))["label"]):
+        assert labels.shape == (30, 2) and labels.dtype == np.float32
+        np.testing.assert_array_equal(labels[np.argsort(labels[:, 0])], [(i, 0.5) for i in range(30)])
+    other = dataclasses.replace(dataset, label=Field((3,), "float32"))
+    with pytest.raises(DataError, match="the label of an example has 2 values, 3 expected; "):
+        datasets.load(other, "train", data_dir).plain(np.arange(2))
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -78,6 +91,23 @@ def test_keys_that_do_not_fit_are_named(data_dir, keys, message):
 def test_a_builder_that_fails_is_named(data_dir):
     with pytest.raises(DataError, match=r"Failing cannot be prepared \(KeyError: .*no such file"):
         described("Failing", data_dir)
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, OSError, KeyError, AttributeError, SystemExit])
+@pytest.mark.parametrize("part", ["_info", "__init__"])
+def test_a_builder_that_cannot_be_made_is_named(data_dir, monkeypatch, part, error):
+    def fail(*args, **kwargs):
+        raise error("no")
+
+    monkeypatch.setattr(own_builder.Failing, part, fail)
+    with pytest.raises(DataError, match=rf"own_builder:Failing cannot be opened \({error.__name__}: '?no'?\)$"):
+        described("Failing", data_dir)
+
+
+@pytest.mark.parametrize("name", ["mnist/nope", "mnist/1.0.0", "mnist/", "glue"])
+def test_a_config_that_tfds_does_not_know_is_named(tmp_path, name):
+    with pytest.raises(DataError, match=rf"^tfds:{name} "):
+        described(f"tfds:{name}", str(tmp_path))
 
 
 def test_a_data_set_of_tfds_that_is_not_prepared_says_how(tmp_path):
