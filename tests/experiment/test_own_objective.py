@@ -16,10 +16,14 @@ from lowrank_jax.experiment.data.base import Dataset, Field, Source
 from lowrank_jax.experiment.frozen import FrozenDict
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.objective import LOWER_IS_BETTER, METRICS, make_objective
+from lowrank_jax.experiment.report import stored_runs
+from lowrank_jax.experiment.sweep.trials import merit
 from lowrank_jax.experiment.training.build import build
 from lowrank_jax.experiment.training.class_weights import balanced, with_class_weights
 from lowrank_jax.experiment.training.evaluate import evaluate
+from lowrank_jax.experiment.training.log_window import Diverged
 from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 
 SIZES = {"train": 48, "test": 37}
@@ -215,6 +219,27 @@ def test_a_run_is_judged_by_what_it_names(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["best_step"] == min(run.evals, key=lambda step: (run.evals[step]["first_error"], -step))
     assert run.train[3].keys() >= {"train/loss", "train/right", "train/first_error"}
+
+
+def nobody(outputs, batch, train):
+    nothing = jnp.zeros(len(outputs))
+    return outputs.mean(-1), {"of_nobody": (nothing, nothing), "no_number": jnp.log(nothing - 1)}
+
+
+def test_a_metric_that_counts_nobody_is_never_best_and_no_divergence(tmp_path):
+    settings = {"objective__name": f"{__name__}:nobody", "eval__every": "2 steps"}
+    trained = config("classes", eval__best="of_nobody", **settings)
+    run = train(trained, str(tmp_path / "nobody"))
+    result = json.loads((tmp_path / "nobody" / "result.json").read_text())
+    assert np.isnan(run.evals[4]["of_nobody"]) and result["eval"]["of_nobody"] is None and result["best_step"] is None
+    assert Workdir(tmp_path / "nobody").metrics.evaluations("of_nobody") == []
+    assert merit([{"valid": result["eval"]}], [1], trained.best) < merit(
+        [{"valid": {"of_nobody": -1e9, "loss": 1e9}}], [0], trained.best
+    )
+    stored = stored_runs.read(tmp_path / "nobody", "nobody")
+    assert stored.done and np.isnan(stored.figure("eval/of_nobody"))
+    with pytest.raises(Diverged, match="the evaluated no_number is nan at step 2"):
+        train(config("classes", eval__best="no_number", **settings), str(tmp_path / "diverged"))
 
 
 def test_the_usual_metric_is_the_first_one_of_softmax_and_the_loss_of_others():

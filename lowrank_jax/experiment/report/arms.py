@@ -176,7 +176,7 @@ def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, StoredRu
         for values, done in whole.items()
     }
     chosen = max(scores, key=lambda values: scores[values])
-    means = {values: best.score(score) for values, (score, *_) in scores.items()}
+    means = {values: best.score(score) for values, (score, *_) in scores.items() if math.isfinite(score)}
     candidates = tuple(_candidate(values, tunings[values], common, means.get(values)) for values in sorted(tunings, key=str))
     return Arm(line, size, chosen, finished[chosen], len(tunings[chosen]) - len(finished[chosen]), candidates)
 
@@ -185,7 +185,7 @@ def _candidate(values: Values, runs: dict[int, StoredRun], seeds: list[int], mea
     if mean is not None:
         return Candidate(values, tuple(seeds), mean)
     ends = dict.fromkeys(run.status for run in runs.values() if not run.done)
-    return Candidate(values, tuple(seeds), None, ", ".join(ends))
+    return Candidate(values, tuple(seeds), None, ", ".join(ends) or "counts nobody")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,10 @@ class StoredRun:
             curve = self.curve("train/loss")
             return curve[0][1] if curve else math.nan
         section, _, metric = name.partition("/")
-        return (self.result.get(section) or {}).get(metric, math.nan) if metric else self.result[section]
+        if not metric:
+            return self.result[section]
+        value = (self.result.get(section) or {}).get(metric)
+        return math.nan if value is None else value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,7 +129,8 @@ class _Engine:
         self.outcomes[trial.name] = outcome
         result = trial.result() if outcome.status == "done" else None
         metric = trial.config.best.metric
-        tail = f"{metric} {result['eval'][metric]:.4f}" if result else outcome.reason
+        value = result["eval"][metric] if result else None  # a number, unless it counts nobody
+        tail = outcome.reason if value is None else f"{metric} {value:.4f}"
         self.board.say(f"[{len(self.outcomes)}/{self.total}] {outcome.status:8} {trial.name}  {tail}   eta {self.eta()}")
 
     def _stop(self) -> None:

@@ -246,13 +246,17 @@ def _train(job: _Job, flag: Any) -> dict[str, Any]:
     threading.Thread(target=_listen, args=(flag, stop), daemon=True).start()
 
     def on_evaluation(step: int, evaluated: dict[str, dict[str, float]]) -> None:
-        if step < config.total_steps:  # returns when Tune has judged it, or never
-            value = config.best.score(score(evaluated, config.best))  # as it is, whichever way is better
+        judged = score(evaluated, config.best)
+        if step < config.total_steps and judged is not None:  # returns when Tune has judged it, or never
+            value = config.best.score(judged)  # as it is, whichever way is better
             tune.report({"step": step, "training_iteration": step, metric: value})
 
     if train(config, job.workdir, stop=stop, on_evaluation=on_evaluation).interrupted:
         return _report("interrupted")
-    return _report("done", step=config.total_steps, measured={metric: Workdir(job.workdir).metrics.evaluations(metric)[-1][1]})
+    values = dict(Workdir(job.workdir).metrics.evaluations(metric))
+    if config.total_steps not in values:  # it counts nobody
+        return _report("done")
+    return _report("done", step=config.total_steps, measured={metric: values[config.total_steps]})
 
 
 def _listen(flag: Any, stop: StopSignal) -> None:

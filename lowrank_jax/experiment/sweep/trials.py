@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -285,10 +286,12 @@ Merit = tuple[float, float, list[str]]
 def merit(results: Sequence[dict[str, Any]], tuning: Sequence[Any], best: Best) -> Merit:
     """The sort key for choosing tuned values by the results of their runs: the metric on the held-out split, then its loss.
 
-    Ties are common on a small split, and sweep and report must choose alike, so the last criterion is the values themselves.
+    A metric that counts nobody is worse than any number.  Ties are common on a small split, and sweep and report must choose
+    alike, so the last criterion is the values themselves.
     """
-    value, loss = (statistics.fmean(result["valid"][name] for result in results) for name in (best.metric, "loss"))
-    return best.score(value), -loss, [str(value) for value in tuning]
+    values, losses = ([result["valid"][name] for result in results] for name in (best.metric, "loss"))
+    score = -math.inf if None in values else best.score(statistics.fmean(values))
+    return score, -statistics.fmean(losses), [str(value) for value in tuning]
 
 
 def _same_tuning(trial: Trial, other: Trial | None, tuned: Sequence[str]) -> bool:
