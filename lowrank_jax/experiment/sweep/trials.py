@@ -191,8 +191,8 @@ def _check_distinct(trials: Sequence[Trial]) -> None:
 
 
 def _check_comparable(trials: Sequence[Trial]) -> None:
-    """Refuses trials that are judged by different metrics."""
-    judged = {trial.config.best: trial.name for trial in trials}
+    """Refuses trials that are judged by different metrics, or by the losses of different objectives."""
+    judged = {trial.config.compared_by: trial.name for trial in trials}
     if len(judged) > 1:
         by = "; ".join(f"{best} (in {name})" for best, name in judged.items())
         raise configs.ConfigError("--sweep", [f"eval.best: a sweep compares its trials by one metric, here are {by}"])

@@ -140,7 +140,7 @@ def test_runs_are_compared_by_the_metric_that_judged_them(tmp_path):
     text = report.markdown()
     assert "Loss, of which lower is better, on `test`" in text and "lr 0.1: 0.7000; lr 0.2: 0.4000; lr 0.3: 0.5000" in text
     assert "the tuning with the lowest loss on the held-out split" in text and "| loss | seeds |" in text
-    assert "it was judged by top1, others by -loss: report them apart" in text
+    assert "it was judged by top1, others by -loss of softmax_cross_entropy: report them apart" in text
     rows = {row["run"]: row for row in csv.DictReader(io.StringIO(report.csv()))}
     assert (rows["a0.2"]["valid/loss"], rows["a0.2"]["eval/loss"], rows["a0.2"]["eval/top1"]) == ("0.4", "0.8", "0.8")
     assert rows["other"]["status"] == "apart"
@@ -156,6 +156,19 @@ def test_lower_is_better_where_a_metric_says_so(tmp_path):
             folder.write_json("result.json", {**result, "eval": {"top1": 0.5, "loss": loss}})
     text = Report([str(tmp_path)]).markdown()
     assert re.search(r"kernel_projection \| -0\.1\d+ \|.*\| better \|", text)
+
+
+def test_the_losses_of_different_objectives_are_not_compared(tmp_path):
+    for seed in (0, 1):
+        make(tmp_path, f"softmax{seed}", top1=0.5, seed=seed, eval__best="-loss")
+    make(tmp_path, "mse", top1=0.5, objective__name="mse", dataset__mixup=0.0)
+    make(tmp_path, "unfinished", objective__name="mse", dataset__mixup=0.0, seed=1)
+    report = Report([str(tmp_path)])
+    assert [(run.name, run.status) for run in report.found.runs if not run.done] == [
+        ("mse", "apart"),
+        ("unfinished", "unfinished"),
+    ]
+    assert "it was judged by -loss of mse, others by -loss of softmax_cross_entropy: report them apart" in report.markdown()
 
 
 def test_at_the_edge_of_what_was_tried_it_says_so(tmp_path):
