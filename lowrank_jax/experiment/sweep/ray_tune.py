@@ -28,7 +28,7 @@ import jax
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment import temporary
-from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.errors import InUse, UserError
 from lowrank_jax.experiment.sweep.asha import Asha, replay
 from lowrank_jax.experiment.sweep.ray_cluster import Resources, connected, fits
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial, known_outcome
@@ -230,6 +230,8 @@ def _work(job: _Job, folder: str, flag: Any) -> None:
             report = _train(job, flag)
         except Diverged as error:
             report = _report("diverged", _one_line(error))
+        except InUse as error:
+            report = _report("interrupted", _one_line(error))
         except UserError as error:
             report = _report("failed", _one_line(error))
         except Exception:
