@@ -11,6 +11,7 @@ Pythons that this machine lacks are skipped by name.  Everything is in a tempora
 
 import argparse
 import dataclasses
+import itertools
 import os
 import pathlib
 import re
@@ -19,10 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 KINDS = ("bare", "oldest", "newest")
+_SECONDS = 1800  # for one command; downloads are large
 
 _OLDEST = """
 import importlib.metadata, re, subprocess, sys
@@ -77,9 +81,11 @@ class Environment:
 def _run(command: list[str], folder: pathlib.Path = ROOT, status: int = 0, says: str = "") -> str:
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX")
     variables = {key: value for key, value in os.environ.items() if key not in hidden}
-    ended = subprocess.run(
-        command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    try:
+        ended = subprocess.run(command, cwd=folder, env=variables, timeout=_SECONDS, **streams)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{' '.join(command)}\n  has not ended after {_SECONDS} s") from None
     if ended.returncode != status or says not in ended.stdout or "Traceback" in ended.stdout:
         wanted = f"status {status}{f' and {says!r}' if says else ''}"
         end = "\n    ".join(ended.stdout.splitlines()[-25:])
@@ -151,32 +157,45 @@ def main() -> int:
     outcomes: list[tuple[str, str]] = []
     with tempfile.TemporaryDirectory(prefix="lowrank_versions_") as folder:
         there = pathlib.Path(folder)
-        _run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={there}", str(ROOT)])
-        (wheel,) = there.glob("*.whl")
-        for version in pythons:
-            python = find(version)
-            for kind in kinds:
+        outcomes.append(("wheel", _try("wheel", lambda: _make_wheel(there))))
+        for wheel in there.glob("*.whl"):
+            for version, kind in itertools.product(pythons, kinds):
                 name = f"Python {version}, {kind}"
-                outcome = (
-                    _try(name, kind, python, there / f"{version}-{kind}", wheel) if python else "skipped: not on this machine"
-                )
-                outcomes.append((name, outcome))
+                outcomes.append((name, _try_python(name, kind, version, there / f"{version}-{kind}", wheel)))
     print("\n".join(f"{name:24}{outcome}" for name, outcome in outcomes))
-    return int(any(outcome == "failed" for _, outcome in outcomes) or not any(outcome == "passed" for _, outcome in outcomes))
+    ends = [outcome for _, outcome in outcomes]
+    return int("failed" in ends or "passed" not in ends[1:])  # besides the wheel
 
 
-def _try(name: str, kind: str, python: str, folder: pathlib.Path, wheel: pathlib.Path) -> str:
-    print(f"{name} ...", flush=True)
-    began, environment = time.monotonic(), Environment(folder)
+def _make_wheel(folder: pathlib.Path) -> None:
+    _run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={folder}", str(ROOT)])
+
+
+def _try_python(name: str, kind: str, version: str, folder: pathlib.Path, wheel: pathlib.Path) -> str:
+    python = find(version)
+    if python is None:
+        return "skipped: not on this machine"
+    return _try(name, lambda: _use(kind, python, folder, wheel))
+
+
+def _use(kind: str, python: str, folder: pathlib.Path, wheel: pathlib.Path) -> None:
+    environment = Environment(folder)
     folder.mkdir()
     try:
         environment.make(python)
         {"bare": bare, "oldest": oldest, "newest": newest}[kind](environment, wheel)
+    finally:
+        shutil.rmtree(folder / "venv", ignore_errors=True)  # gigabytes
+
+
+def _try(name: str, work: Callable[[], None]) -> str:
+    print(f"{name} ...", flush=True)
+    began = time.monotonic()
+    try:
+        work()
     except Failed as error:
         print(f"  {error}", flush=True)
         return "failed"
-    finally:
-        shutil.rmtree(folder / "venv", ignore_errors=True)  # gigabytes
     print(f"  passed in {time.monotonic() - began:.0f} s", flush=True)
     return "passed"
 

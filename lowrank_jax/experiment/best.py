@@ -52,6 +52,12 @@ class Best:
         given = settings.get("eval.best")
         return cls.read(given) if given else cls.usual(settings.get("objective.name", "softmax"), settings["objective.metrics"])
 
+    def measured_as(self, objective: str, loss: str) -> str:
+        """What results must share to be compared: the metric, and of the loss, whose it is."""
+        if self.metric != LOSS:
+            return str(self)
+        return f"{self} of {loss if objective == 'softmax' else objective}"
+
     def __str__(self) -> str:
         return f"-{self.metric}" if self.lower else self.metric
 

@@ -30,6 +30,10 @@ class WorkdirError(UserError):
     """The work directory cannot be used; the message says what to do."""
 
 
+class InUse(WorkdirError):
+    """Another process is doing something in it that only one may do."""
+
+
 class CheckpointError(UserError):
     """A checkpoint cannot be read or written; the message says which one and why."""
 

@@ -7,6 +7,7 @@ reports and estimates.  What the check accepts is what trains.
 import dataclasses
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ _TRAINING = ("train", "training", "is_training")
 _EVALUATING = ("deterministic",)
 _OUTPUTS = ("num_classes", "num_outputs", "features")
 _NOT = "not "
+_OF_TELLING = re.compile(r'Cannot update variable|needs PRNG for "dropout"|unexpected keyword argument|missing \d+ required')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,33 @@ class Network:
 
     def flags(self, train: bool) -> dict[str, bool]:
         """The keyword arguments besides the inputs: at most the one that says whether it trains."""
-        argument = train_argument(type(self.module)) if self.train_argument == AUTO else self.train_argument
+        argument = self._argument()
         if argument == NONE:
             return {}
         return {argument.removeprefix(_NOT): train != argument.startswith(_NOT)}
+
+    def _argument(self) -> str:
+        """The argument that says whether it trains, or "none"."""
+        return train_argument(type(self.module)) if self.train_argument == AUTO else self.train_argument
+
+    def problem(self) -> str | None:
+        """Why it cannot be told whether it trains."""
+        cls = type(self.module)
+        try:
+            name = self._argument().removeprefix(_NOT)
+        except ValueError as error:
+            return f'"{AUTO}", but {error}'
+        if name == NONE or name in _named(cls) or _takes_keywords(cls):
+            return None
+        return f"{self.train_argument!r}; {cls.__name__}.__call__ takes no such argument{did_you_mean(name, _named(cls))}"
+
+    def hint(self, said: str) -> str:
+        """What to add to an error that may come of what it is told."""
+        return (
+            f'; model.train_argument is how it is told whether it trains, here "{self._argument()}"'
+            if _OF_TELLING.search(said)
+            else ""
+        )
 
     def init(self, rngs: Any, inputs: jax.Array) -> Any:
         """The dense network's variables, drawn by its own initialisers.
@@ -170,18 +195,41 @@ def train_argument(cls: type[nn.Module]) -> str:
     """What of a module's `__call__` says whether it trains: its name, after "not " if it says the opposite; or "none".
 
     Raises:
-      ValueError: several arguments are called as if they did.
+      ValueError: several arguments are called as if they did, or none, but there is one that may.
     """
-    parameters = inspect.signature(cls.__call__).parameters.values()
-    named = [parameter.name for parameter in parameters if parameter.kind in _BY_NAME]
+    named = _named(cls)
     found = [name for name in (*_TRAINING, *_EVALUATING) if name in named]
     if len(found) > 1:
-        both = " and ".join(found)
-        raise ValueError(f"{cls.__name__} takes both {both}; set model.train_argument to the one that says whether it trains")
+        raise ValueError(f"{cls.__name__} takes both {' and '.join(found)}; set it to the one that says whether it trains")
     if found:
         return f"{_NOT}{found[0]}" if found[0] in _EVALUATING else found[0]
+    for name, parameter in named.items():
+        if isinstance(parameter.default, bool) or _admits(parameter.annotation, bool):
+            raise ValueError(f'{cls.__name__} takes {name}; set it to "{name}", "{_NOT}{name}" or "{NONE}"')
     # One that passes all keywords on is taken for one that passes on this.
-    return _TRAINING[0] if any(parameter.kind == _KEYWORDS for parameter in parameters) else NONE
+    if _takes_keywords(cls):
+        return _TRAINING[0]
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if _LIKE_TRAINING.search(field.name) and (isinstance(field.default, bool) or _admits(field.type, bool)):
+            advice = f'make it an argument of __call__, or set "{NONE}" to leave it as it is'
+            raise ValueError(f"{cls.__name__} has the setting {field.name}, which stays the same in evaluation; {advice}")
+    return NONE
+
+
+_LIKE_TRAINING = re.compile("train|determin|eval|infer|running_average")
+"""What a setting is called that switches between training and evaluation; others switch parts of the network."""
+
+
+def _named(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
+    """The arguments of `__call__` after the inputs, by name."""
+    _, *others = inspect.signature(cls.__call__).parameters.values()
+    if others and others[0].kind != inspect.Parameter.KEYWORD_ONLY:
+        del others[0]
+    return {parameter.name: parameter for parameter in others if parameter.kind in _BY_NAME}
+
+
+def _takes_keywords(cls: type[nn.Module]) -> bool:
+    return any(parameter.kind == _KEYWORDS for parameter in inspect.signature(cls.__call__).parameters.values())
 
 
 def train_argument_problem(value: str) -> str | None:
@@ -283,8 +331,13 @@ class Constructor:
 
 def _may_be_a_number(annotation: Any) -> bool:
     """Whether an argument with this annotation can be a whole number, as far as is known."""
-    if annotation in (_EMPTY, Any, int):
-        return True
+    return annotation in (_EMPTY, Any, "Any", "typing.Any") or _admits(annotation, int)
+
+
+def _admits(annotation: Any, kind: type) -> bool:
+    """Whether an annotation is this type, or a union with it."""
     if isinstance(annotation, str):
-        return annotation in ("Any", "typing.Any", "int", "int | None", "Optional[int]", "typing.Optional[int]")
-    return int in typing.get_args(annotation) and typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        name = kind.__name__
+        return annotation in (name, f"{name} | None", f"Optional[{name}]", f"typing.Optional[{name}]")
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return annotation is kind or (union and kind in typing.get_args(annotation))

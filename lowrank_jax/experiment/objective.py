@@ -233,6 +233,9 @@ def rank_of_label(logits: jax.Array, label: jax.Array) -> jax.Array:
 LOSSES: dict[str, PerExample] = {"softmax_cross_entropy": softmax_cross_entropy}
 METRICS: dict[str, PerExample] = {"top1": top1, "top5": top5}
 
+LOWER_IS_BETTER = {"top1": False, "top5": False, "f1": False, "exact_match": False, "mae": True}
+"""Of every metric that is measured here, which way is better."""
+
 
 def find(name: str, known: Mapping[str, PerExample], kind: str, folder: str | None = None) -> PerExample:
     """A loss or a metric of `softmax`.

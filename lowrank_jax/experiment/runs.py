@@ -1,11 +1,12 @@
 """Runs from Python, as the command line has them: load a config, train, evaluate, restore.
 
-What the command line says in one line is raised as an exception with that text.
+What the command line says in one line is raised as an exception with that text, in which a flag of `train` is its argument.
 """
 
 import contextlib
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -171,6 +172,14 @@ def _a_config(config: Any) -> Config:
     return config
 
 
+_ARGUMENTS = {"--extend": "extend=True", "--restart": "restart=True", "--schedule": "schedule"}
+
+
+def _of_arguments(text: str) -> str:
+    """A message with the arguments of `train` for its flags."""
+    return re.sub(rf"({'|'.join(_ARGUMENTS)})\b", lambda flag: _ARGUMENTS[flag[0]], text)
+
+
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
     """What the command line has one line for is raised as a UserError with that text; accidents are raised as they are."""
@@ -178,6 +187,11 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except UserError as error:
+        error.args = tuple(_of_arguments(text) for text in error.args)
+        if isinstance(error, configs.ConfigError):
+            error.problems = [_of_arguments(problem) for problem in error.problems]
         raise
     except OSError as error:
         raise UserError(of_files(error)) from error

@@ -193,6 +193,26 @@ def test_a_setting_says_what_a_signature_does_not():
     ]
     [said] = refused("Untold", model__train_argument="not a name")
     assert said.startswith('model.train_argument: \'not a name\'; must be "auto", "none", the name of an argument, or')
+    [said] = refused("IsTrain", model__train_argument="not is_trian")
+    assert said == ("model.train_argument: 'not is_trian'; IsTrain.__call__ takes no such argument; did you mean is_train?")
+    for name in ("IsTrain", "Switched", "Stored"):
+        assert build(config(name, model__train_argument="none")).network.flags(train=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "message"),
+    [
+        ("IsTrain", "not is_train", 'needs PRNG for "dropout"'),
+        ("Trained", "not train", 'Cannot update variable "mean"'),
+        ("Inner", "auto", "unexpected keyword argument 'train'"),
+        ("Renamed", "none", "missing 1 required keyword-only argument: 'learning'"),
+    ],
+)
+def test_an_error_that_may_come_of_what_it_is_told_names_the_setting(name, argument, message):
+    more = {"model__outputs_argument": "words"} if name == "Renamed" else {}
+    [said] = refused(name, {"widths": (8,)} if name == "Trained" else {}, model__train_argument=argument, **more)
+    told = "train" if name == "Inner" else argument
+    assert message in said and said.endswith(f'; model.train_argument is how it is told whether it trains, here "{told}"')
 
 
 def refused(name, kwargs=None, **changes):
@@ -207,6 +227,44 @@ class Both(nn.Module):
     @nn.compact
     def __call__(self, x, train=False, deterministic=True):
         return nn.Dense(self.num_classes)(flat(x))
+
+
+class IsTrain(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, is_train=False):
+        return nn.Dense(self.num_classes)(nn.Dropout(0.5)(flat(x), deterministic=not is_train))
+
+
+class Switched(nn.Module):
+    """It takes any keyword besides."""
+
+    num_classes: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x, *, pruned: "bool | None" = None, **kwargs):
+        return nn.Dense(self.num_classes, self.use_bias)(flat(x))
+
+
+class Stored(nn.Module):
+    num_classes: int
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.num_classes)(nn.Dropout(0.5)(flat(x), deterministic=not self.train))
+
+
+class Inner(nn.Module):
+    """Passes on what nobody takes."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, **kwargs):
+        return Untold(self.num_classes)(x, **kwargs)
 
 
 class Random(nn.Module):
@@ -257,7 +315,18 @@ class Wide(nn.Module):
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("Both", {}, "takes both train and deterministic; set model.train_argument"),
+        ("Both", {}, 'model.train_argument: "auto", but Both takes both train and deterministic; set it to the one'),
+        (
+            "IsTrain",
+            {},
+            'model.train_argument: "auto", but IsTrain takes is_train; set it to "is_train", "not is_train" or "none"',
+        ),
+        ("Switched", {}, 'model.train_argument: "auto", but Switched takes pruned; set it to "pruned"'),
+        (
+            "Stored",
+            {},
+            'model.train_argument: "auto", but Stored has the setting train, which stays the same in evaluation; make',
+        ),
         ("Random", {}, "in evaluation: "),
         ("Carrying", {}, "'carry/h', which it carries from step to step, is float32 [1, 4] at first and float32 [2, 4] after"),
         ("Grouped", {}, "the named axis 'devices' has no groups: a batch is one array over all devices here; leave out"),

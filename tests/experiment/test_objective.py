@@ -149,6 +149,9 @@ def test_the_trials_of_a_sweep_are_compared_by_one_metric(tmp_path, repository):
     source, text = str(repository / "configs" / "digits_resnet.py"), "eval.best=top5,-loss"
     with pytest.raises(configs.ConfigError, match=r"eval\.best: a sweep compares its trials by one metric, .*top5 .*-loss"):
         trials.expand(source, [], text, str(tmp_path / "sweep"))
+    losses = r"-loss of softmax_cross_entropy \(in .*\); -loss of mse \(in"
+    with pytest.raises(configs.ConfigError, match=losses):
+        trials.expand(source, [("eval.best", "-loss")], "tune(objective.name=softmax,mse)", str(tmp_path / "sweep"))
     [trial] = trials.expand(source, [("eval.best", "-loss")], "seed=0", str(tmp_path / "sweep")).first
     assert (trial.config.best.metric, trial.config.best.lower) == ("loss", True)
 

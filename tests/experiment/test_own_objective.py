@@ -15,11 +15,15 @@ from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.base import Dataset, Field, Source
 from lowrank_jax.experiment.frozen import FrozenDict
 from lowrank_jax.experiment.hosts.sharding import put_batch
-from lowrank_jax.experiment.objective import make_objective
+from lowrank_jax.experiment.objective import LOWER_IS_BETTER, METRICS, make_objective
+from lowrank_jax.experiment.report import stored_runs
+from lowrank_jax.experiment.sweep.trials import merit
 from lowrank_jax.experiment.training.build import build
 from lowrank_jax.experiment.training.class_weights import balanced, with_class_weights
 from lowrank_jax.experiment.training.evaluate import evaluate
+from lowrank_jax.experiment.training.log_window import Diverged
 from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 
 SIZES = {"train": 48, "test": 37}
@@ -107,6 +111,11 @@ class Heads(nn.Module):
     def __call__(self, x):
         x = x.reshape(len(x), -1)
         return {"class": nn.Dense(self.features)(x), "box": nn.Dense(4)(x)}
+
+
+def top1(logits, targets):
+    """Somebody's own."""
+    return logits.sum(-1)
 
 
 def located(outputs, batch, train):
@@ -212,12 +221,41 @@ def test_a_run_is_judged_by_what_it_names(tmp_path):
     assert run.train[3].keys() >= {"train/loss", "train/right", "train/first_error"}
 
 
+def nobody(outputs, batch, train):
+    nothing = jnp.zeros(len(outputs))
+    return outputs.mean(-1), {"of_nobody": (nothing, nothing), "no_number": jnp.log(nothing - 1)}
+
+
+def test_a_metric_that_counts_nobody_is_never_best_and_no_divergence(tmp_path):
+    settings = {"objective__name": f"{__name__}:nobody", "eval__every": "2 steps"}
+    trained = config("classes", eval__best="of_nobody", **settings)
+    run = train(trained, str(tmp_path / "nobody"))
+    result = json.loads((tmp_path / "nobody" / "result.json").read_text())
+    assert np.isnan(run.evals[4]["of_nobody"]) and result["eval"]["of_nobody"] is None and result["best_step"] is None
+    assert Workdir(tmp_path / "nobody").metrics.evaluations("of_nobody") == []
+    assert merit([{"valid": result["eval"]}], [1], trained.best) < merit(
+        [{"valid": {"of_nobody": -1e9, "loss": 1e9}}], [0], trained.best
+    )
+    stored = stored_runs.read(tmp_path / "nobody", "nobody")
+    assert stored.done and np.isnan(stored.figure("eval/of_nobody"))
+    with pytest.raises(Diverged, match="the evaluated no_number is nan at step 2"):
+        train(config("classes", eval__best="no_number", **settings), str(tmp_path / "diverged"))
+
+
 def test_the_usual_metric_is_the_first_one_of_softmax_and_the_loss_of_others():
     assert config("classes").best == Best("top1") and config("classes", objective__metrics=("top5",)).best == Best("top5")
     assert config("numbers").best == config("boxes").best == Best("loss", lower=True)
     stored = {"objective.name": "mse", "objective.metrics": ["top1", "top5"]}
     assert Best.of(stored) == Best("loss", lower=True) and Best.of({**stored, "eval.best": "mae"}) == Best("mae")
     assert Best.of({"objective.metrics": ["a.b:c"]}) == Best("c")
+
+
+def test_of_every_metric_that_is_measured_here_it_is_known_which_way_is_better():
+    own = [make_objective(name, one_class=False) for name in ("sigmoid", "mse")]
+    zeros = jnp.zeros((2, 5))
+    measured = {*METRICS, *(metric for each in own for metric in each(zeros, {"label": zeros}, train=True)[1])}
+    assert measured == {*LOWER_IS_BETTER}
+    assert config("classes", objective__metrics=(f"{__name__}:top1",), eval__best="-top1").best == Best("top1", lower=True)
 
 
 def test_class_weights_weigh_the_loss_of_training_alone():
@@ -289,6 +327,9 @@ def test_balanced_classes_count_the_same_and_an_example_counts_one_on_average():
         ("tags", {"optim__label_smoothing": 0.1}, "optim.label_smoothing: 0.1; the label of an example of tags is no class"),
         ("numbers", {"eval__best": "mea"}, "eval.best: 'mea' is not measured; measured are loss, mae; did you mean mae?"),
         ("numbers", {"eval__best": "loss"}, "eval.best: 'loss'; of a loss lower is better: \"-loss\""),
+        ("numbers", {"eval__best": "mae"}, "eval.best: 'mae'; of mae lower is better: \"-mae\""),
+        ("classes", {"eval__best": "-top5"}, "eval.best: '-top5'; of top5 higher is better: \"top5\""),
+        ("tags", {"eval__best": "-f1"}, "eval.best: '-f1'; of f1 higher is better: \"f1\""),
         ("numbers", {"eval__best": "a b"}, "eval.best: 'a b'; must be the name of a metric"),
         ("maps", {"model__name": f"{__name__}:Flat"}, "returns shape (2, 3) for a batch of two; expected logits [2, 4, 4, 3]"),
         ("number", {"model__name": f"{__name__}:Heads"}, "returns dict for a batch of two; expected outputs [2, 1]"),

@@ -216,8 +216,11 @@ def test_what_the_system_refuses_is_raised_in_the_words_of_the_command_line(trai
 def test_a_run_is_made_longer_as_by_the_command_line(config, tmp_path):
     lx.train(config, tmp_path)
     longer = lx.load_config(CONFIG, {**SMALL, "steps": 60})
-    with pytest.raises(lx.WorkdirError):
+    with pytest.raises(lx.WorkdirError, match="To go on from its end, add extend=True; else use a new --workdir"):
         lx.train(longer, tmp_path)
+    with pytest.raises(lx.ConfigError, match="schedule: 1 problem") as raised:
+        lx.train(longer, tmp_path, schedule="constant")
+    assert raised.value.problems == ["it says how the learning rate of a longer run goes on; add extend=True"]
     with pytest.raises(lx.UserError, match="schedule='cosine' must be restart or constant"):
         lx.train(longer, tmp_path, extend=True, schedule="cosine")
     run = lx.train(longer, tmp_path, extend=True, schedule="constant")

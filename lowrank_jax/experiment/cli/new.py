@@ -17,7 +17,7 @@ def new(args: argparse.Namespace) -> int:
     source = pathlib.Path(starting_point.__file__).parent
     config = shlex.quote(str(folder / "config.py"))
     texts = {name: (source / name).read_text(encoding="utf-8") for name in _FILES}
-    texts["README.md"] = texts["README.md"].replace("NAME", folder.resolve().name).replace("CONFIG", "config.py")
+    texts["README.md"] = texts["README.md"].replace("NAME", folder.resolve().name)
     try:
         folder.mkdir(parents=True)
     except FileExistsError:

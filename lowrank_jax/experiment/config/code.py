@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-_KEYS = (("model", "name"), ("objective", "name"), ("objective", "loss"), ("objective", "metrics"), ("dataset", "name"))
+from lowrank_jax.experiment.data import datasets
 
-# What comes before the colon in the name of a data set that is no code.
-_DATA = ("folder", "tfds", "arrays")
+_KEYS = (("model", "name"), ("objective", "name"), ("objective", "loss"), ("objective", "metrics"), ("dataset", "name"))
 
 
 def code_names(values: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -17,5 +16,5 @@ def code_names(values: Mapping[str, Any]) -> dict[str, list[str]]:
         value = part.get(key) if isinstance(part, Mapping) else None
         names = value if isinstance(value, list | tuple) else [value]
         code = [name for name in names if isinstance(name, str) and ":" in name]
-        found[f"{section}.{key}"] = [name for name in code if section != "dataset" or name.partition(":")[0] not in _DATA]
+        found[f"{section}.{key}"] = [name for name in code if section != "dataset" or datasets.is_code(name)]
     return found

@@ -1,5 +1,6 @@
 """Whether an objective fits the data set, and what the network gives."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from lowrank_jax.experiment.config.schema import BALANCED, Config, ObjectiveConf
 from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.experiment.objective import (
     LOSSES,
+    LOWER_IS_BETTER,
     METRICS,
     MSE,
     NAMES,
@@ -267,8 +269,19 @@ def _metrics_complaint(objective: str, metrics: Mapping[Any, Any]) -> str | None
 
 
 def _best_problems(config: Config, metrics: list[str]) -> list[str]:
-    """Whether what checkpoints are chosen by is measured in evaluation."""
-    measured, best = [LOSS, *metrics], config.best.metric
-    if best in measured:
+    """Whether what checkpoints are chosen by is measured in evaluation, and chosen the right way."""
+    measured, best = [LOSS, *metrics], config.best
+    if best.metric not in measured:
+        names = f"measured are {', '.join(measured)}{did_you_mean(best.metric, measured)}"
+        return [f"eval.best: {best.metric!r} is not measured; {names}"]
+    lower = _lower_is_better(config.objective, best.metric)
+    if lower in (None, best.lower):
         return []
-    return [f"eval.best: {best!r} is not measured; measured are {', '.join(measured)}{did_you_mean(best, measured)}"]
+    right = dataclasses.replace(best, lower=lower)
+    return [f'eval.best: {str(best)!r}; of {best.metric} {"lower" if lower else "higher"} is better: "{right}"']
+
+
+def _lower_is_better(objective: ObjectiveConfig, metric: str) -> bool | None:
+    """Which way a metric is better; None if it is the user's."""
+    own = [metric_name(name) for name in objective.metrics if name not in METRICS]
+    return None if objective.name not in NAMES or metric in own else LOWER_IS_BETTER.get(metric)

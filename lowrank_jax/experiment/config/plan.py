@@ -10,6 +10,7 @@ from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.objectives import output_problems
 from lowrank_jax.experiment.config.schema import Config, EvalConfig, OptimConfig
 from lowrank_jax.experiment.data.base import Dataset
+from lowrank_jax.experiment.network import Network
 from lowrank_jax.linen.plan import plan as plan_model
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import Plan
@@ -40,15 +41,15 @@ def _make_plan(config: Config, dataset: Dataset) -> Plan:
     # Two examples, and the one stream of randomness that training has: what fails in a batch is found here.
     two = jax.ShapeDtypeStruct((2, *dataset.image_shape), jnp.float32)
     rngs = {"dropout": jax.random.key(0)}
+    network = _network(config)
     try:
-        network = config.build_network()
         also = [network.flags(train=True)]
         plan = plan_model(network.module, two, config.lowrank.to_rules(), rngs=rngs, also=also, **network.flags(train=False))
         traced = network.trace(images_like(config), two)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever somebody's model may raise, SystemExit too
-        raise ConfigError("config", [f"model or lowrank: {line}" for line in _lines(error)]) from error
+        raise ConfigError("config", [f"model or lowrank: {line}{network.hint(line)}" for line in _lines(error)]) from error
     if not plan.dense_params:
         raise ConfigError("config", [f"model: {config.model.name} has no parameters"])
     for name, leaf in named_leaves(nn.meta.unbox(traced.params)).items():
@@ -59,6 +60,18 @@ def _make_plan(config: Config, dataset: Dataset) -> Plan:
     if problems := traced.problems or output_problems(config, traced.training, traced.evaluation):
         raise ConfigError("config", problems)
     return plan
+
+
+def _network(config: Config) -> Network:
+    try:
+        network = config.build_network()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ConfigError("config", [f"model: {line}" for line in _lines(error)]) from error
+    if complaint := network.problem():
+        raise ConfigError("config", [f"model.train_argument: {complaint}"])
+    return network
 
 
 def images_like(config: Config) -> jax.ShapeDtypeStruct:

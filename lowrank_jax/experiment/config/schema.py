@@ -426,6 +426,11 @@ class Config:
         return Best.read(self.eval.best) if self.eval.best else Best.usual(self.objective.name, self.objective.metrics)
 
     @property
+    def compared_by(self) -> str:
+        """What other experiments must share to be compared with this one."""
+        return self.best.measured_as(self.objective.name, self.objective.loss)
+
+    @property
     def mixes(self) -> bool:
         """Whether labels of several examples or classes are mixed in training."""
         return bool(self.dataset.mixup or self.dataset.cutmix or self.optim.label_smoothing)

@@ -1,6 +1,8 @@
 """Runs grouped into arms, each arm at its best tuning, and comparisons between arms."""
 
+import collections
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -8,6 +10,7 @@ from typing import Any
 
 from scipy import stats
 
+from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.best import Best
 from lowrank_jax.experiment.report.stored_runs import Found, StoredRun
 from lowrank_jax.experiment.sweep.trials import merit
@@ -95,7 +98,18 @@ class Arm:
 
 
 def short(key: str) -> str:
-    return key.rpartition(".")[2]
+    """What a setting is called beside its value: by its last part, where that is no other's; "model" for "model.name"."""
+    section, _, last = key.rpartition(".")
+    if last == "name":
+        return section
+    return key if last in _shared() else last
+
+
+@functools.cache
+def _shared() -> frozenset[str]:
+    """The last parts that several keys of a config have."""
+    lasts = collections.Counter(key.rpartition(".")[2] for key in configs.legal_keys())
+    return frozenset(last for last, number in lasts.items() if number > 1)
 
 
 def text(value: Any) -> str:
@@ -176,7 +190,7 @@ def _chosen(line: Values, size: Values, tunings: dict[Values, dict[int, StoredRu
         for values, done in whole.items()
     }
     chosen = max(scores, key=lambda values: scores[values])
-    means = {values: best.score(score) for values, (score, *_) in scores.items()}
+    means = {values: best.score(score) for values, (score, *_) in scores.items() if math.isfinite(score)}
     candidates = tuple(_candidate(values, tunings[values], common, means.get(values)) for values in sorted(tunings, key=str))
     return Arm(line, size, chosen, finished[chosen], len(tunings[chosen]) - len(finished[chosen]), candidates)
 
@@ -185,7 +199,7 @@ def _candidate(values: Values, runs: dict[int, StoredRun], seeds: list[int], mea
     if mean is not None:
         return Candidate(values, tuple(seeds), mean)
     ends = dict.fromkeys(run.status for run in runs.values() if not run.done)
-    return Candidate(values, tuple(seeds), None, ", ".join(ends))
+    return Candidate(values, tuple(seeds), None, ", ".join(ends) or "counts nobody")
 
 
 @dataclasses.dataclass(frozen=True)

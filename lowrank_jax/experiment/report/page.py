@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from lowrank_jax.experiment.best import LOSS, measured
+from lowrank_jax.experiment.best import LOSS, Best, measured
 from lowrank_jax.experiment.report import arms as grouping
 from lowrank_jax.experiment.report import figures
 from lowrank_jax.experiment.report.arms import Arm, Interval, short, text
@@ -107,6 +107,7 @@ class Report:
             *([Preformatted(self.found.commands)] if self.found.commands else []),
             self.reading_aid(),
             Table(self.summary()) if self.arms else Paragraph("No run has finished."),
+            *self.others(),
             *(Picture(name, content, name) for name, content in pictures.items()),
             *self.differences(),
             *self.choices(),
@@ -162,6 +163,17 @@ class Report:
                 *(text(dict(arm.tuning).get(key, "")) for key in tuned),
             ])  # fmt: skip
         return rows
+
+    def others(self) -> list[Block]:
+        """What else was measured at the end of training, an arm a row."""
+        results = [run.result["eval"] for arm in self.arms for run in arm.runs.values()]
+        names = dict.fromkeys(name for result in results for name in measured(result) if name != self.found.best.metric)
+        if not names:
+            return []
+        rows = [["size", "arm", *(Best(name).title for name in names)]]
+        for arm in self.arms:
+            rows.append([_settings(arm.size), arm.label, *(_plus_minus(arm.interval(f"eval/{name}")) for name in names)])
+        return [Heading("Other metrics"), Table(rows)]
 
     def _dense_twin(self, arm: Arm) -> Arm:
         """The dense arm with the same settings, as far as they apply to it; the arm itself if there is none."""
@@ -232,7 +244,8 @@ class Report:
         """Common settings of all runs, and package versions."""
         settings = next((run.settings for run in self.found.runs if run.settings), {})
         versions = next((run.result["versions"] for run in self.found.runs if run.done), {})
-        same = {key: value for key, value in settings.items() if key not in self.found.varied and value not in (None, [], {})}
+        omitted = {*self.found.varied, *self._without_effect()}
+        same = {key: value for key, value in settings.items() if key not in omitted and value not in (None, [], {})}
         lines = [f"{key} = {value}" for key, value in same.items() if not key.startswith(("dataset.data_dir", "mesh."))]
         made = ", ".join(f"{package} {version}" for package, version in versions.items())
         return [
@@ -240,6 +253,12 @@ class Report:
             *([Preformatted(lines)] if lines else []),
             *([Paragraph(made)] if made else []),
         ]
+
+    def _without_effect(self) -> list[str]:
+        """The settings that no run's objective takes."""
+        objectives = {run.settings["objective.name"] for run in self.found.runs if run.settings}
+        takers = {"objective.loss": {"softmax"}, "objective.metrics": {"softmax", "sigmoid"}}
+        return [key for key, names in takers.items() if not names & objectives]
 
     def csv(self) -> str:
         """One row per run, chosen or not."""
@@ -285,6 +304,8 @@ def _settings(values: Sequence[tuple[str, Any]]) -> str:
 
 
 def _plus_minus(interval: Interval) -> str:
+    if math.isnan(interval.mean):  # not measured by all, or of nobody
+        return ""
     return f"{interval.mean:.4f}" + ("" if math.isnan(interval.half) else f" ± {interval.half:.4f}")
 
 

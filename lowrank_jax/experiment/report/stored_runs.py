@@ -32,7 +32,7 @@ class StoredRun:
       settings: the config by dotted key; for a dense network without the settings of factors.
       status: `done`, `diverged`, `failed`, `stopped` by a scheduler, `unfinished`, `not started`, `damaged`: one of its files
         cannot be read or relied on, `repeated`: the same experiment as another run, which is counted instead, or `apart`: it
-        was judged by another metric than most of the others.
+        was judged by another metric than most of the others, or by the loss of another objective.
       reason: for the status, unless the run is done.
       result: the contents of result.json; empty unless the run is done.
       metrics: the lines of metrics.jsonl.
@@ -53,6 +53,11 @@ class StoredRun:
     def best(self) -> Best:
         """The metric that it was judged by."""
         return Best.of(self.settings)
+
+    @property
+    def compared_by(self) -> str:
+        """What other runs must share to be compared with this one."""
+        return self.best.measured_as(self.settings["objective.name"], self.settings["objective.loss"])
 
     @property
     def seed(self) -> int:
@@ -78,7 +83,10 @@ class StoredRun:
             curve = self.curve("train/loss")
             return curve[0][1] if curve else math.nan
         section, _, metric = name.partition("/")
-        return (self.result.get(section) or {}).get(metric, math.nan) if metric else self.result[section]
+        if not metric:
+            return self.result[section]
+        value = (self.result.get(section) or {}).get(metric)
+        return math.nan if value is None else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,19 +138,21 @@ def find(folders: Sequence[str]) -> Found:
         nothing = f"{', '.join(folders)}: no work directory found (a folder with a config.json)"
         raise WorkdirError("\n".join([nothing, *(run.reason for run in unusable.values())]))
     found = _without_repeated(sorted((runs | unusable).values(), key=lambda run: run.name))
-    best = _judged_by(found)
-    found = [_apart(run, best) if run.done and run.best != best else run for run in found]
+    usual = _usual(found)
+    best = usual.best if usual else Best()
+    found = [_apart(run, usual) if usual and run.done and run.compared_by != usual.compared_by else run for run in found]
     return Found(tuple(found), tuple(_varied(found)), tuple(dict.fromkeys(tuned)), tuple(dict.fromkeys(commands)), best)
 
 
-def _judged_by(runs: Sequence[StoredRun]) -> Best:
-    """The metric that most of the finished runs were judged by."""
-    judged = [run.best for run in runs if run.done] or [run.best for run in runs if run.settings] or [Best()]
-    return max(judged, key=judged.count)
+def _usual(runs: Sequence[StoredRun]) -> StoredRun | None:
+    """One that was judged as most of the finished runs were."""
+    known = [run for run in runs if run.done] or [run for run in runs if run.settings]
+    judged = [run.compared_by for run in known]
+    return max(known, key=lambda run: judged.count(run.compared_by), default=None)
 
 
-def _apart(run: StoredRun, best: Best) -> StoredRun:
-    reason = f"it was judged by {run.best}, others by {best}: report them apart"
+def _apart(run: StoredRun, usual: StoredRun) -> StoredRun:
+    reason = f"it was judged by {run.compared_by}, others by {usual.compared_by}: report them apart"
     return dataclasses.replace(run, status="apart", reason=reason, result={})
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowrank_jax.experiment import interrupts
-from lowrank_jax.experiment.errors import DIVERGED, HOPELESS
+from lowrank_jax.experiment.errors import BAD_INPUT, DIVERGED, HOPELESS, InUse, UserError
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial, known_outcome
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir import files
@@ -34,7 +34,9 @@ from lowrank_jax.experiment.workdir.writer import duration
 from lowrank_jax.text import one_line
 
 _TRIES = 2
+_ELSEWHERE = Outcome("interrupted", "another process is training in it; once that has ended, the same command goes on")
 _POLL_SECONDS = 0.2
+_ENDING_SECONDS = 10.0  # that a run which is ending may need
 
 PRELOADED = ("lowrank_jax.experiment.training.loop", "clu.metric_writers")
 """Modules that the fork server imports.  Text, not imports: this process does not need them, and they take seconds."""
@@ -67,6 +69,7 @@ class _Running:
     process: Any  # multiprocessing.context.ForkServerProcess
     tries: int
     begin: float
+    held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
 
 class _Engine:
@@ -103,18 +106,25 @@ class _Engine:
             self.board.refresh()
 
     def _start(self, trial: Trial, tries: int) -> None:
+        held = contextlib.ExitStack()
+        if not _take(trial, held):
+            self._note(trial, _ELSEWHERE)
+            return
         arguments = (self.lowrank, list(trial.command), str(_log(trial)))
         process = self.context.Process(target=_train, args=arguments, name=trial.name)
         process.start()
-        self.running.append(_Running(trial, process, tries, time.monotonic()))
+        self.running.append(_Running(trial, process, tries, time.monotonic(), held))
 
     def _ended(self, run: _Running) -> None:
         status, trial = run.process.exitcode, run.trial
+        run.held.close()
         self.seconds.append(time.monotonic() - run.begin)
         if status == 0 and trial.result():
             self._note(trial, Outcome("done"))
         elif self.stopping:
             self._note(trial, Outcome("interrupted", "the same command resumes it"))
+        elif status == BAD_INPUT and _elsewhere(trial):  # another has begun since then
+            self._note(trial, _ELSEWHERE)
         elif status == DIVERGED:
             self._note(trial, known_outcome(trial) or Outcome("diverged"))
         elif status in HOPELESS or run.tries == _TRIES:
@@ -129,7 +139,8 @@ class _Engine:
         self.outcomes[trial.name] = outcome
         result = trial.result() if outcome.status == "done" else None
         metric = trial.config.best.metric
-        tail = f"{metric} {result['eval'][metric]:.4f}" if result else outcome.reason
+        value = result["eval"][metric] if result else None  # a number, unless it counts nobody
+        tail = outcome.reason if value is None else f"{metric} {value:.4f}"
         self.board.say(f"[{len(self.outcomes)}/{self.total}] {outcome.status:8} {trial.name}  {tail}   eta {self.eta()}")
 
     def _stop(self) -> None:
@@ -195,6 +206,25 @@ class _Board:
         counts = f"{ends.count('done')} done, {len(engine.running)} running, {failed} failed, {len(engine.waiting)} waiting"
         state = "stopping: saving the running trials" if engine.stopping else f"eta {engine.eta()}"
         return Group(table, f"{counts}, {engine.total} in total   {state}")
+
+
+def _take(trial: Trial, held: contextlib.ExitStack) -> bool:
+    """Keeps other sweeps from the trial until `held` is closed; False if another sweep has it, or somebody trains in it."""
+    folder = Workdir(trial.workdir)
+    try:
+        held.enter_context(folder.locked(0, name=".sweep.lock"))
+        with folder.locked(_ENDING_SECONDS):
+            return True
+    except InUse:
+        held.close()
+        return False
+    except (UserError, OSError):  # as the trial itself will say
+        return True
+
+
+def _elsewhere(trial: Trial) -> bool:
+    with contextlib.ExitStack() as held:
+        return not _take(trial, held)
 
 
 def _start_server(context: Any) -> None:

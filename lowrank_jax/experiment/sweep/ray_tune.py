@@ -28,7 +28,7 @@ import jax
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment import temporary
-from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.errors import InUse, UserError
 from lowrank_jax.experiment.sweep.asha import Asha, replay
 from lowrank_jax.experiment.sweep.ray_cluster import Resources, connected, fits
 from lowrank_jax.experiment.sweep.trials import Outcome, Trial, known_outcome
@@ -230,6 +230,8 @@ def _work(job: _Job, folder: str, flag: Any) -> None:
             report = _train(job, flag)
         except Diverged as error:
             report = _report("diverged", _one_line(error))
+        except InUse as error:
+            report = _report("interrupted", _one_line(error))
         except UserError as error:
             report = _report("failed", _one_line(error))
         except Exception:
@@ -246,13 +248,17 @@ def _train(job: _Job, flag: Any) -> dict[str, Any]:
     threading.Thread(target=_listen, args=(flag, stop), daemon=True).start()
 
     def on_evaluation(step: int, evaluated: dict[str, dict[str, float]]) -> None:
-        if step < config.total_steps:  # returns when Tune has judged it, or never
-            value = config.best.score(score(evaluated, config.best))  # as it is, whichever way is better
+        judged = score(evaluated, config.best)
+        if step < config.total_steps and judged is not None:  # returns when Tune has judged it, or never
+            value = config.best.score(judged)  # as it is, whichever way is better
             tune.report({"step": step, "training_iteration": step, metric: value})
 
     if train(config, job.workdir, stop=stop, on_evaluation=on_evaluation).interrupted:
         return _report("interrupted")
-    return _report("done", step=config.total_steps, measured={metric: Workdir(job.workdir).metrics.evaluations(metric)[-1][1]})
+    values = dict(Workdir(job.workdir).metrics.evaluations(metric))
+    if config.total_steps not in values:  # it counts nobody
+        return _report("done")
+    return _report("done", step=config.total_steps, measured={metric: values[config.total_steps]})
 
 
 def _listen(flag: Any, stop: StopSignal) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -190,8 +191,8 @@ def _check_distinct(trials: Sequence[Trial]) -> None:
 
 
 def _check_comparable(trials: Sequence[Trial]) -> None:
-    """Refuses trials that are judged by different metrics."""
-    judged = {trial.config.best: trial.name for trial in trials}
+    """Refuses trials that are judged by different metrics, or by the losses of different objectives."""
+    judged = {trial.config.compared_by: trial.name for trial in trials}
     if len(judged) > 1:
         by = "; ".join(f"{best} (in {name})" for best, name in judged.items())
         raise configs.ConfigError("--sweep", [f"eval.best: a sweep compares its trials by one metric, here are {by}"])
@@ -285,10 +286,12 @@ Merit = tuple[float, float, list[str]]
 def merit(results: Sequence[dict[str, Any]], tuning: Sequence[Any], best: Best) -> Merit:
     """The sort key for choosing tuned values by the results of their runs: the metric on the held-out split, then its loss.
 
-    Ties are common on a small split, and sweep and report must choose alike, so the last criterion is the values themselves.
+    A metric that counts nobody is worse than any number.  Ties are common on a small split, and sweep and report must choose
+    alike, so the last criterion is the values themselves.
     """
-    value, loss = (statistics.fmean(result["valid"][name] for result in results) for name in (best.metric, "loss"))
-    return best.score(value), -loss, [str(value) for value in tuning]
+    values, losses = ([result["valid"][name] for result in results] for name in (best.metric, "loss"))
+    score = -math.inf if None in values else best.score(statistics.fmean(values))
+    return score, -statistics.fmean(losses), [str(value) for value in tuning]
 
 
 def _same_tuning(trial: Trial, other: Trial | None, tuned: Sequence[str]) -> bool:

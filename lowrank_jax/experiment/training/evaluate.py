@@ -24,6 +24,10 @@ Tally = dict[str, np.ndarray]
 """What `step.tally` counts, summed over a split."""
 
 
+NOBODY = float("nan")
+"""What a metric is that counts none of the examples; told by `is` from others that are no number."""
+
+
 class Interrupted(Exception):
     """A stop was requested."""
 
@@ -90,9 +94,13 @@ def _added(sums: dict[str, jax.Array], more: dict[str, jax.Array]) -> dict[str, 
     return {name: sums[name] + value if name in sums else value for name, value in more.items()}
 
 
-def score(evaluated: Evaluated, best: Best) -> float:
-    """What runs and checkpoints are chosen by, larger is better: on the held-out split, or `eval_split` if none is held out."""
-    return best.score(evaluated.get("valid", evaluated["eval"])[best.metric])
+def score(evaluated: Evaluated, best: Best) -> float | None:
+    """What runs and checkpoints are chosen by, larger is better: on the held-out split, or `eval_split` if none is held out.
+
+    None if the metric counts nobody.
+    """
+    value = evaluated.get("valid", evaluated["eval"])[best.metric]
+    return best.score(value) if math.isfinite(value) else None
 
 
 def _means(sums: list[dict[str, Any]], examples: Split, shared: bool) -> dict[str, float]:
@@ -111,4 +119,4 @@ def _means(sums: list[dict[str, Any]], examples: Split, shared: bool) -> dict[st
 
 
 def _ratio(total: float, count: float) -> float:
-    return total / count if count else math.nan  # of a metric that counts none of the examples
+    return total / count if count else NOBODY

@@ -21,7 +21,7 @@ from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
 from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.experiment.training.class_weights import with_class_weights
-from lowrank_jax.experiment.training.evaluate import Evaluated, Interrupted, evaluate, score
+from lowrank_jax.experiment.training.evaluate import NOBODY, Evaluated, Interrupted, evaluate, score
 from lowrank_jax.experiment.training.extend import extended
 from lowrank_jax.experiment.training.fits import check_training
 from lowrank_jax.experiment.training.log_window import Diverged, Window
@@ -284,8 +284,9 @@ class Loop:
         self.check_finite(evaluated)
         self.evaluated, self.evals[self.step] = evaluated, evaluated["eval"]
         current, best = score(evaluated, self.objective.best), self.checkpoints.best()
-        self.improved = best is None or current > self.checkpoints.best_score()
-        self.checkpoints.note_score(self.step, current)
+        self.improved = current is not None and (best is None or current > self.checkpoints.best_score())
+        if current is not None:
+            self.checkpoints.note_score(self.step, current)
         self.write_evaluation(evaluated)
         if self.tools.on_evaluation:
             self.tools.on_evaluation(self.step, evaluated)
@@ -307,7 +308,7 @@ class Loop:
     def check_finite(self, evaluated: Evaluated) -> None:
         for name in dict.fromkeys(("loss", self.objective.best.metric)):
             for metrics in evaluated.values():
-                if not np.isfinite(metrics[name]):
+                if metrics[name] is not NOBODY and not np.isfinite(metrics[name]):
                     advice = "Lower optim.lr or set optim.clip_norm." if name == "loss" else "Checkpoints are chosen by it."
                     raise Diverged(f"the evaluated {name} is {metrics[name]:g} at step {self.step}. {advice}")
 

@@ -68,9 +68,9 @@ class Metrics:
         return lines
 
     def evaluations(self, metric: str) -> list[tuple[int, float]]:
-        """Step and a metric of every evaluation so far; on the held-out split if there is one."""
-        lines = [line for line in self.read() if line.get(f"eval/{metric}") is not None]
-        return [(line["step"], line.get(f"valid/{metric}", line[f"eval/{metric}"])) for line in lines]
+        """Step and a metric of every evaluation so far where it counted somebody; on the held-out split if there is one."""
+        evaluated = [(line["step"], line.get(f"valid/{metric}", line.get(f"eval/{metric}"))) for line in self.read()]
+        return [(step, value) for step, value in evaluated if value is not None]
 
     def digest(self) -> Digest:
         """Of the file as it is."""

@@ -16,6 +16,10 @@ _DEEPEST = 50
 _ONE = 1 + 1e-6  # as a mean that is rounded
 
 
+COUNT_ALL = ("loss", "top1", "top5")
+"""What counts every example; others may count nobody, and are no number then."""
+
+
 class NotMeasured(ValueError):
     """The run has not measured the metric that it is to be compared by."""
 
@@ -81,7 +85,8 @@ def check_result(result: Mapping[str, Any], best: str) -> None:
         if name == "eval" and best not in evaluated:
             raise NotMeasured(f"its result has no {best}, by which its checkpoints were chosen")
         for metric in (best, "loss") if name in ("eval", "valid") else ():
-            if evaluated.get(metric) is None:
+            nobody = metric in evaluated and metric not in COUNT_ALL
+            if evaluated.get(metric) is None and not nobody:
                 raise _wrong(f"{name}/{metric}", evaluated.get(metric), "a number")
     versions = result.get("versions")
     if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):

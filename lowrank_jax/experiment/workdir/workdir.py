@@ -13,7 +13,7 @@ import filelock
 from etils import epath
 from upath import UPath
 
-from lowrank_jax.experiment.errors import WorkdirError
+from lowrank_jax.experiment.errors import InUse, WorkdirError
 from lowrank_jax.experiment.workdir import files
 from lowrank_jax.experiment.workdir.identity import defaults, differences, differing_keys, flatten
 from lowrank_jax.experiment.workdir.metrics import Metrics
@@ -123,7 +123,8 @@ class Workdir:
         Does nothing if the folder is remote or its file system has no locks.  A process that is killed frees its lock.
 
         Raises:
-          WorkdirError: another process still holds the lock after so many seconds, which one that is ending may need.
+          InUse: another process still holds the lock after so many seconds, which one that is ending may need.
+          WorkdirError: the folder cannot be written.
         """
         if not files.is_local(self.path) or not self._active:
             yield
@@ -135,7 +136,7 @@ class Workdir:
         try:
             lock.enter_context(held.acquire())
         except filelock.Timeout:
-            raise WorkdirError(f"another process is {doing} {self.path}; stop it, or use a new --workdir") from None
+            raise InUse(f"another process is {doing} {self.path}; stop it, or use a new --workdir") from None
         except NotImplementedError:
             pass
         except OSError as error:

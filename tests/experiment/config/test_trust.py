@@ -3,6 +3,7 @@
 import pytest
 
 from lowrank_jax.experiment.config.trust import UntrustedCode, check_trust, own_names
+from lowrank_jax.experiment.data import datasets
 
 PAYLOAD = "payload_of_a_test:Model"
 
@@ -57,6 +58,12 @@ def test_a_place_where_code_would_be_looked_up_is_shown():
 @pytest.mark.parametrize("name", ["folder:photos", "tfds:mnist", "tfds:a/b", "arrays:file.npz"])
 def test_data_by_the_name_of_its_place_is_no_code(name):
     check_trust(values(data=name), False, "config.json")
+
+
+def test_what_is_no_code_is_what_data_sets_do_not_import(monkeypatch):
+    monkeypatch.setitem(datasets._PREFIXES, "parquet", ("parquet", "a file: parquet:FILE"))
+    assert not datasets.is_code("parquet:file")
+    check_trust(values(data="parquet:file"), False, "config.json")
 
 
 def test_our_own_models_losses_and_metrics_need_no_trust():

@@ -140,7 +140,7 @@ def test_runs_are_compared_by_the_metric_that_judged_them(tmp_path):
     text = report.markdown()
     assert "Loss, of which lower is better, on `test`" in text and "lr 0.1: 0.7000; lr 0.2: 0.4000; lr 0.3: 0.5000" in text
     assert "the tuning with the lowest loss on the held-out split" in text and "| loss | seeds |" in text
-    assert "it was judged by top1, others by -loss: report them apart" in text
+    assert "it was judged by top1, others by -loss of softmax_cross_entropy: report them apart" in text
     rows = {row["run"]: row for row in csv.DictReader(io.StringIO(report.csv()))}
     assert (rows["a0.2"]["valid/loss"], rows["a0.2"]["eval/loss"], rows["a0.2"]["eval/top1"]) == ("0.4", "0.8", "0.8")
     assert rows["other"]["status"] == "apart"
@@ -156,6 +156,50 @@ def test_lower_is_better_where_a_metric_says_so(tmp_path):
             folder.write_json("result.json", {**result, "eval": {"top1": 0.5, "loss": loss}})
     text = Report([str(tmp_path)]).markdown()
     assert re.search(r"kernel_projection \| -0\.1\d+ \|.*\| better \|", text)
+
+
+def test_the_losses_of_different_objectives_are_not_compared(tmp_path):
+    for seed in (0, 1):
+        make(tmp_path, f"softmax{seed}", top1=0.5, seed=seed, eval__best="-loss")
+    make(tmp_path, "mse", top1=0.5, objective__name="mse", dataset__mixup=0.0)
+    make(tmp_path, "unfinished", objective__name="mse", dataset__mixup=0.0, seed=1)
+    report = Report([str(tmp_path)])
+    assert [(run.name, run.status) for run in report.found.runs if not run.done] == [
+        ("mse", "apart"),
+        ("unfinished", "unfinished"),
+    ]
+    assert "it was judged by -loss of mse, others by -loss of softmax_cross_entropy: report them apart" in report.markdown()
+
+
+def test_settings_of_the_same_name_are_told_apart(tmp_path):
+    for name, every in (("mlp", "1 epoch"), ("resnet8", "2 epoch")):
+        kwargs = {"model__kwargs": {}, "eval__every": every, "lowrank__rules": ()}
+        make(tmp_path, name, top1=0.5, model__name=name, **kwargs)
+    labels = [arm.label for arm in Report([str(tmp_path)]).arms]
+    assert labels == [
+        "kernel_projection, eval.every 1 epochs, model mlp",
+        "kernel_projection, eval.every 2 epochs, model resnet8",
+    ]
+
+
+def test_the_other_metrics_are_on_the_page(tmp_path):
+    for seed, method in ((0, "spectral"), (1, "spectral"), (0, "none")):
+        make(tmp_path, f"{method}{seed}", top1=0.5, seed=seed, lowrank__method=method)
+        folder = Workdir(tmp_path / f"{method}{seed}")
+        own = {"f1": 0.25, "nobody": None} if method == "none" else {}
+        result = folder.read_json("result.json")
+        folder.write_json("result.json", {**result, "eval": {"top1": 0.5, "top5": 0.8, **own, "loss": 0.5 + seed}})
+    page = Report([str(tmp_path)]).markdown()
+    assert "## Other metrics" in page and "top-5 | f1 | nobody | loss |" in page
+    assert re.search(r"dense \| 0\.8000 \| 0\.2500 \|  \| 0\.5000 \|", page)
+    assert re.search(r"spectral \| 0\.8000 ± 0\.0000 \|  \|  \| 1\.0000 ± ", page)
+
+
+def test_what_the_objective_does_not_take_is_no_common_setting(tmp_path):
+    make(tmp_path / "a", "mse", objective__name="mse", dataset__mixup=0.0)
+    make(tmp_path / "b", "softmax")
+    pages = [Report([str(tmp_path / each)]).markdown() for each in "ab"]
+    assert [("objective.loss" in page, "objective.metrics" in page) for page in pages] == [(False, False), (True, True)]
 
 
 def test_at_the_edge_of_what_was_tried_it_says_so(tmp_path):
@@ -203,7 +247,7 @@ def test_the_page_needs_no_other_file_and_the_markdown_only_its_own(shared, tmp_
     assert len(sources) == 4
     for source in sources:
         assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    assert html.count("<table>") == 2 and "<h1>mlp on digits</h1>" in html
+    assert html.count("<table>") == 3 and "<h1>mlp on digits</h1>" in html
     for name in re.findall(r"!\[.*?\]\((.*?)\)", (out / "report.md").read_text()):
         assert (out / name).exists()
 

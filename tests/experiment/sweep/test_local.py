@@ -113,6 +113,27 @@ def test_what_ends_after_a_signal_is_interrupted_and_what_has_ended_is_not_run(t
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("lock", [".lock", ".sweep.lock"])
+def test_a_trial_that_another_process_trains_in_is_left_alone(tmp_path, monkeypatch, lock):
+    monkeypatch.setattr(local, "_ENDING_SECONDS", 0.1)
+    one, after = trial(tmp_path, "one"), trial(tmp_path, "after")
+    engine = engine_of(one, after)
+    with Workdir(one.workdir).locked(name=lock), Workdir(after.workdir).locked(name=lock):
+        engine._start(*engine.waiting.pop(0))
+        engine.waiting.clear()
+        end(engine, after, 2)  # another took it when this had started
+    assert not engine.running and engine.outcomes == dict.fromkeys(["one", "after"], local._ELSEWHERE)
+    for each in (one, after):
+        assert {file.name for file in pathlib.Path(each.workdir).iterdir()} <= {".lock", ".sweep.lock"}
+
+
+def test_a_trial_is_kept_from_other_sweeps_while_it_runs(tmp_path):
+    one, held = trial(tmp_path), contextlib.ExitStack()
+    assert local._take(one, held) and local._elsewhere(one)
+    held.close()
+    assert not local._elsewhere(one)
+
+
 def test_the_table_says_what_runs_and_what_its_trial_says(tmp_path):
     running_, waiting = trial(tmp_path, "lr=[0.1]"), trial(tmp_path, "waits")
     (tmp_path / "lr=[0.1]" / "log.txt").write_text("begun\n[     10/2000] loss 1.5\n")
