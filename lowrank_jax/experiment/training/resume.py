@@ -137,11 +137,10 @@ def _are_rows(rows: list[Any], names: set[str]) -> bool:
 
 
 def _are_evaluations(parts: Any, deciding: str) -> bool:
-    """Whether a value is what the loop evaluated, and found finite."""
+    """Whether a value is what the loop evaluated: a loss that is finite, and a metric that counts nobody need not be."""
     if not _has(parts, "eval"):
         return False
-    decisive = ("loss", deciding)
-    return all(_are_numbers(part, *decisive) and all(is_number(part[name]) for name in decisive) for part in parts.values())
+    return all(_are_numbers(part, "loss", deciding) and is_number(part["loss"]) for part in parts.values())
 
 
 def _has(value: Any, *names: str) -> bool:

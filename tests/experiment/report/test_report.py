@@ -187,7 +187,7 @@ def test_the_other_metrics_are_on_the_page(tmp_path):
         make(tmp_path, f"{method}{seed}", top1=0.5, seed=seed, lowrank__method=method)
         folder = Workdir(tmp_path / f"{method}{seed}")
         own = {"f1": 0.25, "nobody": None} if method == "none" else {}
-        result = folder.read_json("result.json")
+        result = folder.read_json("result.json") or {}
         folder.write_json("result.json", {**result, "eval": {"top1": 0.5, "top5": 0.8, **own, "loss": 0.5 + seed}})
     page = Report([str(tmp_path)]).markdown()
     assert "## Other metrics" in page and "top-5 | f1 | nobody | loss |" in page

@@ -146,7 +146,7 @@ RECORDS = [
     {"window": [{"loss": 1.0, "grad_norm": 1.0, "lr": 1.0}]},
     {"window": [{"loss": 1.0, "grad_norm": 1.0, "lr": 1.0, "top1": 1.0, "more": 1.0}]},
     {"evaluated": {"eval": {"top1": "x"}}}, {"evaluated": {"eval": {}}}, {"evaluated": {"eval": {"loss": 1.0}}},
-    {"evaluated": {"eval": {"loss": 1.0, "top1": float("nan")}}},
+    {"evaluated": {"eval": {"loss": float("nan"), "top1": 1.0}}},
     {"metrics": {"bytes": 1.0, "crc32": 1}},
 ]  # fmt: skip
 
