@@ -94,6 +94,7 @@ def used(folder: Workdir) -> Iterator[None]:
     Raises:
       WorkdirError: the record is damaged.
     """
+    folder.check_reachable()
     with datasets.recorded(read(folder)):
         yield
 

@@ -90,6 +90,11 @@ class Workdir:
         if not there:
             raise WorkdirError(f"there is no bucket {match[0]}, or this account has no access to it")
 
+    def check_reachable(self) -> None:
+        """The same where a folder is only read; reports also read from places that have no buckets."""
+        if str(self.path).startswith(_EPATH):
+            self.check_bucket()
+
     def check_path(self) -> None:
         """Raises WorkdirError for a path where orbax loses what it saves, links out of the folder, and a log that is none."""
         if not files.is_local(self.path):
@@ -179,8 +184,7 @@ class Workdir:
         Raises:
           WorkdirError: there is none, it does not belong to an experiment, or it is in a bucket out of reach.
         """
-        if str(self.path).startswith(_EPATH):  # reports also read from other places
-            self.check_bucket()
+        self.check_reachable()
         config = self.read_json("config.json")
         if config is None:
             raise WorkdirError(f"{self.path} is not a work directory: it has no config.json")
