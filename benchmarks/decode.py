@@ -17,12 +17,12 @@ import os
 import pathlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from benchmarks.turns import per_cpu_second
 from lowrank_jax.experiment.data import crops, datasets
 from lowrank_jax.experiment.data.augment import Augmentation
 from lowrank_jax.experiment.data.pipeline import EvalBatches, Feed, TrainBatches
@@ -81,17 +81,6 @@ def central_box(tf: Any, shape: Any) -> tuple[Any, bool]:
     return tf.concat([begin, [side, side]], 0), False
 
 
-def images_per_cpu_second(runs: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Of every run by turn; a first turn, not counted, warms up."""
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(TURNS + 1):
-        for name, run in runs.items():
-            begin = time.process_time()
-            run()
-            rates[name].append(IMAGES / (time.process_time() - begin))
-    return {name: column[1:] for name, column in rates.items()}
-
-
 def write(folder: pathlib.Path) -> tuple[pathlib.Path, float]:
     """The data folder and the mean size of an image in bytes."""
     images = [jpeg(image, quality=95) for image in natural_images(IMAGES, side=500)]
@@ -119,13 +108,15 @@ def main() -> None:
         split = datasets.load(dataset, "train", str(data_dir))
         records = str(data_dir / "train.tfrecord")
         copy_records(data_dir, records)
-        rates = images_per_cpu_second(
+        rates = per_cpu_second(
             {
                 "training": lambda: our_training(split),
                 "tf.data training": tf_data(records, random_box),
                 "evaluation": lambda: our_evaluation(split),
                 "tf.data evaluation": tf_data(records, central_box),
-            }
+            },
+            TURNS,
+            IMAGES,
         )
     print(f"{IMAGES} JPEGs of {size / 1000:.0f} kB on average, {SIZE}x{SIZE}, images per CPU-second; medians of {TURNS} turns")
     for name in ("training", "evaluation"):

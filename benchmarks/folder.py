@@ -14,11 +14,11 @@ import os
 import pathlib
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks.decode import AREA, random_box
+from benchmarks.turns import per_cpu_second
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.augment import Augmentation
 from lowrank_jax.experiment.data.pipeline import Feed, TrainBatches
@@ -80,22 +80,11 @@ def _exhaust(batches: Any) -> None:
         pass
 
 
-def images_per_cpu_second(runs: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Of every run by turn; a first turn, not counted, warms up."""
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(TURNS + 1):
-        for name, run in runs.items():
-            begin = time.process_time()
-            run()
-            rates[name].append(IMAGES / (time.process_time() - begin))
-    return {name: column[1:] for name, column in rates.items()}
-
-
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         write(folder)
-        rates = images_per_cpu_second({OURS: ours(folder), KERAS: keras(folder), BY_HAND: by_hand(folder)})
+        rates = per_cpu_second({OURS: ours(folder), KERAS: keras(folder), BY_HAND: by_hand(folder)}, TURNS, IMAGES)
     print(f"{IMAGES} JPEGs in folders, random crops of {SIZE}x{SIZE}, images per CPU-second; medians of {TURNS} turns")
     print(f"{OURS} {statistics.median(rates[OURS]):.0f}")
     for rival in (KERAS, BY_HAND):

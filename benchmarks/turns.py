@@ -8,15 +8,20 @@ from typing import Any
 Times = dict[str, list[float]]
 
 
-def take_turns(runs: dict[str, Callable[[], Any]], turns: int) -> Times:
+def take_turns(runs: dict[str, Callable[[], Any]], turns: int, clock: Callable[[], float] = time.perf_counter) -> Times:
     """Seconds of every run by turn; a first turn, not counted, warms up.  Runs return when they are done."""
     times: Times = {name: [] for name in runs}
     for _ in range(turns + 1):
         for name, run in runs.items():
-            begin = time.perf_counter()
+            begin = clock()
             run()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
     return {name: column[1:] for name, column in times.items()}
+
+
+def per_cpu_second(runs: dict[str, Callable[[], Any]], turns: int, count: int) -> Times:
+    """How many of the `count` things that a run does it does in a second of processor time, by turn."""
+    return {name: [count / used for used in column] for name, column in take_turns(runs, turns, time.process_time).items()}
 
 
 def ratio(times: Times, name: str, rival: str) -> float:
