@@ -20,9 +20,11 @@ SIGNALS = {signal.SIGHUP: "ended by SIGHUP", signal.SIGINT: "interrupted", signa
 
 Receive = Callable[[int], bool]
 _PATIENCE = 20.0  # seconds, after which clean-ups that hang are given up; several processes need 15 to agree
+_YIELDED = 2.0  # seconds, for which the main thread waits for the one that acts; a clean-up may wait for the main thread
 
 _pipe: int | None = None  # None: this process is not a command, and its signals are not handled here
 _lock = threading.Lock()  # held for good by whoever ends the process
+_main_inside = False  # the main thread has the lock or waits for it, so that a handler in it must not
 _receivers: list[Receive] = []
 _clean_ups: list[Callable[[], object]] = []
 _leave: list[Callable[[int, str], NoReturn]] = []
@@ -59,14 +61,14 @@ def install() -> None:
 def start_receiving(receive: Receive) -> None:
     """From now on signals go to `receive`, which returns whether it takes them; any other still ends the command."""
     install()
-    with _lock:
+    with _alone():
         _deliver()  # what came before
         _receivers.append(receive)
 
 
 def stop_receiving(receive: Receive) -> None:
     """Signals no longer go to `receive`, but for those that have come."""
-    with _lock:
+    with _alone():
         _deliver()
         _receivers.remove(receive)
 
@@ -74,12 +76,12 @@ def stop_receiving(receive: Receive) -> None:
 @contextlib.contextmanager
 def cleaning_up(clean_up: Callable[[], object]) -> Iterator[None]:
     """What a signal must not leave behind is removed by this, in a thread of its own, before the process ends."""
-    with _lock:
+    with _alone():
         _clean_ups.append(clean_up)
     try:
         yield
     finally:
-        with _lock:  # never, if a signal is ending the process
+        with _alone():  # never, if a signal is ending the process
             if clean_up in _clean_ups:
                 _clean_ups.remove(clean_up)
 
@@ -87,7 +89,7 @@ def cleaning_up(clean_up: Callable[[], object]) -> Iterator[None]:
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """Signals wait until this short work is complete."""
-    with _lock:
+    with _alone():
         yield
         _deliver()
 
@@ -107,23 +109,55 @@ def leave_by(leave: Callable[[int, str], NoReturn]) -> None:
 def too_late() -> None:
     """The work is done, and its status stands: SIGTERM and SIGHUP no longer change it; Ctrl-C is still obeyed."""
     global _too_late
-    with _lock:
+    with _alone():
         _too_late = True
 
 
-def _heard(number: int, frame: Any) -> None:
-    if _lock.acquire(blocking=False):  # else another thread delivers, or this one is about to
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One thread at a time; the main thread does not go on before what came meanwhile is delivered.
+
+    It may go on to code that never lets another thread run, so that it cannot leave a signal to that one.
+    """
+    global _main_inside
+    if threading.current_thread() is not threading.main_thread():
+        with _lock:
+            yield
+        return
+    _main_inside = True
+    try:
+        with _lock:
+            yield
+    finally:
+        _main_inside = False
+        _heard()
+
+
+def _heard(*_: Any) -> None:
+    """Python calls it in the main thread for a signal."""
+    global _main_inside
+    while not _main_inside and (_lock.locked() or _has_come()):
+        _main_inside = True
         try:
-            _deliver()
+            if not _lock.acquire(timeout=_YIELDED):
+                return
+            try:
+                _deliver()
+            finally:
+                _lock.release()
         finally:
-            _lock.release()
+            _main_inside = False
+
+
+def _has_come() -> bool:
+    return _pipe is not None and bool(select.select([_pipe], [], [], 0)[0])
 
 
 def _listen() -> None:
     assert _pipe is not None
     while True:
         select.select([_pipe], [], [])
-        with _lock:
+        with _alone():
             _deliver()
 
 
@@ -163,8 +197,8 @@ def _ignore() -> None:
 
 def _forget() -> None:
     """In a fork, which shares the pipe: its signals are not the command's."""
-    global _pipe, _lock
-    _pipe, _lock = None, threading.Lock()
+    global _pipe, _lock, _main_inside
+    _pipe, _lock, _main_inside = None, threading.Lock(), False
     _receivers.clear()
     _clean_ups.clear()
     _leave.clear()
