@@ -267,10 +267,7 @@ class Constructor:
         """
         argument = self.argument()
         number = {} if argument == NONE else {argument: outputs}
-        made = models.constructor(self.name, self.folder)(**number, **settings)
-        if not isinstance(made, nn.Module):
-            raise TypeError(f"{self.name} makes {type(made).__name__}, not a Linen module")
-        return made
+        return models.make(self.name, {**number, **settings}, self.folder)
 
     def argument(self) -> str:
         """The name of the argument for the number of outputs, or "none".

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -39,7 +39,17 @@ def build(name: str, *, num_classes: int, **kwargs: Any) -> nn.Module:
       ValueError: no such model.
       TypeError: what it names makes something else.
     """
-    model = constructor(name)(num_classes=num_classes, **kwargs)
+    return make(name, {"num_classes": num_classes, **kwargs})
+
+
+def make(name: str, settings: Mapping[str, Any], folder: str | None = None) -> nn.Module:
+    """The same with all settings in one mapping, for models that call the number of outputs something else.
+
+    Args:
+      name, settings: as for `build`.
+      folder: where code is looked up besides the installed packages.
+    """
+    model = constructor(name, folder)(**settings)
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} makes {type(model).__name__}, not a Linen module")
     return model

@@ -8,6 +8,7 @@ EXTRAS = {
     "array_record": "train",
     "clu": "train",
     "cv2": "train",
+    "datasets": "hf",
     "etils": "train",
     "filelock": "train",
     "google.cloud": "gcs",

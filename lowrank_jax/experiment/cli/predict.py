@@ -1,7 +1,6 @@
 """`lowrank predict`: the likeliest classes of image files."""
 
 import argparse
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,16 +12,14 @@ if TYPE_CHECKING:
     from lowrank_jax.experiment.evaluation.predictions import Prediction
 
 _TOP = 5
-_SECONDS = 5.0  # between lines of progress
 _WIDEST = 60  # column of file names
 
 
 def predict(args: argparse.Namespace) -> int:
     """Prints a line for each file, or writes files that hold them."""
-    from lowrank_jax.experiment.data import image_files
+    from lowrank_jax.experiment.data import image_files, progress
     from lowrank_jax.experiment.evaluation import predictions, trained
     from lowrank_jax.experiment.evaluation.results import as_json
-    from lowrank_jax.experiment.workdir.writer import duration
 
     found, others = image_files.find(args.images)
     if not found:
@@ -33,18 +30,15 @@ def predict(args: argparse.Namespace) -> int:
         complain(f"{args.workdir}: {line}")
     quiet = bool(args.csv or args.json)
     width = min(_WIDEST, max(len(one_line(file)) for file in found))
-    done, began, told = [], time.monotonic(), time.monotonic()
+    done, told = [], progress.Progress("predicting", len(found), complain if quiet else lambda line: None)
     with written_at_the_end(args.csv) as table, written_at_the_end(args.json) as objects:
-        for prediction in predictions.predictions(network, found, _TOP):
+        for prediction in predictions.of_files(network, found, _TOP):
             done.append(prediction)
             if prediction.error:
                 complain(f"{prediction.file}: {prediction.error}")
             elif not quiet:
                 say(prediction.line(width))
-            now = time.monotonic()
-            if quiet and now - told > _SECONDS:
-                told, left = now, (now - began) / len(done) * (len(found) - len(done))
-                complain(f"{len(done):,} of {len(found):,} images  eta {duration(left)}")
+            told.at(len(done))
         table.write(predictions.table(done, _TOP))
         objects.write(as_json([prediction.record() for prediction in done]))
     failed = sum(bool(prediction.error) for prediction in done)

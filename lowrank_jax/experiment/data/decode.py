@@ -1,7 +1,10 @@
 """Decodes one box of an encoded image at the size that a network takes."""
 
+import concurrent.futures
+import functools
 import io
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +20,13 @@ from lowrank_jax.text import first_line
 
 # Batches are decoded by one thread per core; OpenCV's own threads would only compete with them.
 cv2.setNumThreads(1)
+
+
+@functools.cache
+def pool() -> concurrent.futures.ThreadPoolExecutor:
+    """The one pool that images are decoded in; created on first use, so that the process can fork before."""
+    return concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
+
 
 Choose = Callable[[int, int], Box]
 """The box to decode, from the image's height and width."""

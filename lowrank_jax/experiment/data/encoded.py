@@ -1,8 +1,6 @@
 """A split of images that are stored encoded or in many sizes, and are read and decoded when they are needed."""
 
-import concurrent.futures
 import functools
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -13,7 +11,7 @@ from lowrank_jax.experiment.data import augment, crops
 from lowrank_jax.experiment.data.arrays import Arrays
 from lowrank_jax.experiment.data.augment import Augmentation
 from lowrank_jax.experiment.data.base import Batch, DataError, Dataset
-from lowrank_jax.experiment.data.decode import Choose, Undecodable, decode_box
+from lowrank_jax.experiment.data.decode import Choose, Undecodable, decode_box, pool
 from lowrank_jax.experiment.data.progress import Progress, to_stderr
 from lowrank_jax.experiment.data.random import uniforms
 
@@ -187,12 +185,6 @@ def _fill(batch: Batch, row: int, others: Mapping[str, Any]) -> None:
         out[row] = value
 
 
-@functools.cache
-def _pool() -> concurrent.futures.ThreadPoolExecutor:
-    """One pool for all splits; created on first use, so that the process can fork before."""
-    return concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
-
-
 def _in_parallel(make: Callable[[int], None], count: int) -> None:
     """Calls `make` for every number below `count`; an exception in one of the calls is raised here."""
 
@@ -201,5 +193,5 @@ def _in_parallel(make: Callable[[int], None], count: int) -> None:
             make(number)
 
     chunks = (range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
-    for _ in _pool().map(make_all, chunks):
+    for _ in pool().map(make_all, chunks):
         pass

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import special
 
 from lowrank_jax.experiment.data import image_files
-from lowrank_jax.experiment.data.decode import Undecodable
+from lowrank_jax.experiment.data.decode import Undecodable, pool
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation import classes
 from lowrank_jax.experiment.report.rendering import as_csv
@@ -74,10 +74,15 @@ def check(network: "TrainedNetwork") -> None:
 
 def predictions(network: "TrainedNetwork", paths: Iterable[str | os.PathLike[str]], top: int = 5) -> Iterator[Prediction]:
     """See `TrainedNetwork.predict`; one after the other, as they are known."""
+    found, _ = image_files.find(paths)
+    return of_files(network, found, top)
+
+
+def of_files(network: "TrainedNetwork", found: Sequence[str], top: int) -> Iterator[Prediction]:
+    """The same of files alone, which need not be looked for."""
     check(network)
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise UserError(f"top={shown(top)}; give a whole number of at least 1")
-    found, _ = image_files.find(paths)
     if not found:
         raise UserError(f"there are no image files ({', '.join(image_files.SUFFIXES)})")
     return _predicted(network, found, min(top, network.dataset.num_classes or top))
@@ -87,18 +92,17 @@ def _predicted(network: "TrainedNetwork", found: Sequence[str], top: int) -> Ite
     names = classes.names_of(network.dataset)
     shares_of = special.expit if network.config.objective.name == "sigmoid" else special.softmax
     size = network.batch_size
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode") as pool:
 
-        def start(place: int) -> list[concurrent.futures.Future[tuple[np.ndarray | None, Prediction]]]:
-            return [pool.submit(_read, network, file) for file in found[place : place + size]]
+    def start(place: int) -> list[concurrent.futures.Future[tuple[np.ndarray | None, Prediction]]]:
+        return [pool().submit(_read, network, file) for file in found[place : place + size]]
 
-        waiting = start(0)
-        for place in range(0, len(found), size):
-            read, waiting = [future.result() for future in waiting], start(place + size)
-            images = [image for image, _ in read if image is not None]
-            rows = iter(network(np.stack(images)) if images else ())
-            for image, prediction in read:
-                yield prediction if image is None else _ranked(prediction, next(rows), shares_of, names, top)
+    waiting = start(0)
+    for place in range(0, len(found), size):
+        read, waiting = [future.result() for future in waiting], start(place + size)
+        images = [image for image, _ in read if image is not None]
+        rows = iter(network(np.stack(images)) if images else ())
+        for image, prediction in read:
+            yield prediction if image is None else _ranked(prediction, next(rows), shares_of, names, top)
 
 
 def _read(network: "TrainedNetwork", file: str) -> tuple[np.ndarray | None, Prediction]:

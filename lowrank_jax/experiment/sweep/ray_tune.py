@@ -28,6 +28,7 @@ import jax
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment import temporary
+from lowrank_jax.experiment.data import kept
 from lowrank_jax.experiment.errors import InUse, UserError
 from lowrank_jax.experiment.sweep.asha import Asha, replay
 from lowrank_jax.experiment.sweep.ray_cluster import Resources, connected, fits
@@ -243,6 +244,7 @@ def _work(job: _Job, folder: str, flag: Any) -> None:
 
 
 def _train(job: _Job, flag: Any) -> dict[str, Any]:
+    kept.forget()  # the worker may have trained another trial
     config = configs.parse(job.config, devices=jax.device_count())
     metric, stop = config.best.metric, StopSignal()
     threading.Thread(target=_listen, args=(flag, stop), daemon=True).start()

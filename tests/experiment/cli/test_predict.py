@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lowrank_jax.experiment.cli import commands, predict
-from lowrank_jax.experiment.data import datasets
+from lowrank_jax.experiment.cli import commands
+from lowrank_jax.experiment.data import datasets, progress
 from lowrank_jax.experiment.evaluation.trained import restore
 from lowrank_jax.experiment.training.loop import train
 from tests import running
@@ -57,11 +57,11 @@ def test_each_image_has_a_line_with_its_five_likeliest_classes(run, folder):
 
 
 def test_a_folder_becomes_a_csv_or_json(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(predict, "_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
     files = [tmp_path / "out.csv", tmp_path / "out.json"]
     status, said, complaints = lowrank("predict", f"--workdir={run}", f"--csv={files[0]}", f"--json={files[1]}", folder)
     assert status == 0 and said == [f"8 images: {path}" for path in files]
-    assert complaints[-1] == "8 of 8 images  eta 0s"
+    assert complaints[-1] == "predicting: 7 of 8, about 0s left"
     _, *rows = csv.reader(files[0].read_text().splitlines())
     objects = json.loads(files[1].read_text())
     assert [row[0] for row in rows] == [entry["file"] for entry in objects] == [str(folder / f"{i}.png") for i in range(8)]
