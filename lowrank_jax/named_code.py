@@ -5,6 +5,7 @@ import contextvars
 import hashlib
 import importlib
 import importlib.util
+import os
 import pathlib
 import sys
 import types
@@ -45,13 +46,31 @@ def import_attribute(name: str, kind: str, folder: str | None = None) -> Any:
         form = 'it must look like "package.module:attribute" or "path/file.py:attribute"'
         raise ValueError(f"{kind} {name!r} cannot be imported: {form}")
     place, _, attribute = name.rpartition(":")
+    before = set(sys.modules.copy())  # another thread may be importing
     try:
-        module = _from_file(pathlib.Path(folder or "", place)) if is_file(name) else _imported(place, folder)
+        with folder_kept():
+            module = _from_file(pathlib.Path(folder or "", place)) if is_file(name) else _imported(place, folder)
         return getattr(module, attribute)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever somebody's module may raise, SystemExit too
         raise ValueError(f"{kind} {name!r} cannot be imported: {first_line(error)}{_hint(error, folder)}") from None
+    finally:
+        _note(set(sys.modules.copy()) - before)
+
+
+@contextlib.contextmanager
+def folder_kept() -> Iterator[None]:
+    """Whatever somebody's code does to the current folder, relative paths mean afterwards what they meant before.
+
+    Raises:
+      FileNotFoundError: the current folder has been deleted.
+    """
+    folder = pathlib.Path.cwd()
+    try:
+        yield
+    finally:
+        os.chdir(folder)
 
 
 def _hint(error: BaseException, folder: str | None) -> str:
@@ -138,6 +157,38 @@ def _from_file(file: pathlib.Path) -> types.ModuleType:
 
 _folders: list[pathlib.Path] = []
 """The users' folders that modules have been imported from."""
+
+_stamps: dict[str, tuple[int, int] | None] = {}
+"""The modules that were imported from them, and what tells whether their files have changed since."""
+
+
+def forget_changed() -> None:
+    """If a file that was imported from a user's folder has changed since, what was is imported anew when it is next needed.
+
+    All of it: modules that have imported one another belong together.  For where something new begins, as in a notebook.
+    """
+    if all(_stamp(sys.modules[name]) == stamp for name, stamp in _stamps.items() if name in sys.modules):
+        return
+    for name in _stamps:
+        sys.modules.pop(name, None)
+    _stamps.clear()
+    importlib.invalidate_caches()
+
+
+def _note(names: Iterable[str]) -> None:
+    """Of modules that have just been imported, those that lie in users' folders."""
+    for name in names:
+        top, module = name.partition(".")[0], sys.modules.get(name)
+        if module is not None and top in sys.modules and _place_of(top) in _folders:
+            _stamps[name] = _stamp(module)
+
+
+def _stamp(module: types.ModuleType) -> tuple[int, int] | None:
+    try:
+        found = pathlib.Path(module.__file__ or "").stat()
+    except (OSError, AttributeError):
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def _open(folder: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """Code by name: what is imported, and from where it never is."""
 
+import pathlib
 import sys
 import threading
 import types
@@ -66,6 +67,7 @@ def folders(tmp_path, monkeypatch):
     """Two folders of a user's, each with a module `beside_a_test` that imports another one."""
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(named_code, "_folders", [])
+    monkeypatch.setattr(named_code, "_stamps", {})
     before = set(sys.modules)
     for value, name in enumerate(("one", "two")):
         (tmp_path / name / "inside_a_test").mkdir(parents=True)
@@ -101,6 +103,30 @@ def test_a_module_of_the_same_name_in_another_folder_is_refused_rather_than_conf
         with pytest.raises(ValueError, match=r"cannot be told from the 'other_of_a_test' that was imported from .*one; rename"):
             import_attribute(name, "model", str(folders / "two"))
     assert import_attribute("other_of_a_test:value", "model", str(folders / "one")) == 0
+
+
+def test_the_current_folder_stays(folders):
+    (folders / "one" / "moving_of_a_test.py").write_text("import os; os.chdir('/'); value = 3")
+    before = pathlib.Path.cwd()
+    assert import_attribute("moving_of_a_test:value", "model", str(folders / "one")) == 3 and pathlib.Path.cwd() == before
+
+
+@pytest.mark.parametrize("name", ["beside_a_test:value", "beside_a_test.py:value"])
+def test_code_that_has_changed_is_imported_anew_where_something_begins(folders, name):
+    one = folders / "one"
+    assert import_attribute(name, "model", str(one)) == 0
+    before = {key for key in sys.modules if "_of_a_test" in key or "beside_a_test" in key}
+    named_code.forget_changed()
+    assert before <= sys.modules.keys()  # nothing has changed
+    (one / "other_of_a_test.py").write_text("value = 1000")
+    assert import_attribute(name, "model", str(one)) == 0  # within a run code stays what it was
+    named_code.forget_changed()
+    assert import_attribute(name, "model", str(one)) == 1000
+    (one / "beside_a_test.py").unlink()
+    named_code.forget_changed()
+    with pytest.raises(ValueError, match="cannot be imported"):
+        import_attribute(name, "model", str(one))
+    assert "json" in sys.modules and "lowrank_jax.text" in sys.modules
 
 
 def test_a_file_in_a_work_directory_is_not_imported(folders):

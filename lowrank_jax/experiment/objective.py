@@ -67,13 +67,19 @@ class Objective:
             weights = _weights_of(self.class_weights, batch["label"]) if self.class_weights else None
             ones = jnp.ones(len(batch["label"]), jnp.float32)
             batch = {**batch, "weight": ones if weights is None else _mean(weights)}
-        loss, metrics = self.measure(outputs, batch, train)
+        # Sums of whole numbers would wrap around, and those of 16 bits lose digits.
+        loss, metrics = jax.tree.map(_as_floats, self.measure(outputs, batch, train))
         loss = _mean(loss if weights is None else loss * weights)
         return loss, {name: _per_example(value) for name, value in metrics.items()}
 
 
 def _to_float32(leaf: Any) -> Any:
     return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+
+def _as_floats(values: Any) -> jax.Array:
+    values = jnp.asarray(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def _weights_of(class_weights: tuple[float, ...], labels: jax.Array) -> jax.Array:

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from lowrank_jax import named_code
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.cli import environment
 from lowrank_jax.experiment.config.files import Overrides
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.config.trust import Trust
-from lowrank_jax.experiment.data.kept import forget
+from lowrank_jax.experiment.data import kept
 from lowrank_jax.experiment.errors import UserError, ended_python, of_files
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator
 from lowrank_jax.experiment.evaluation.results import Evaluation
@@ -59,6 +60,12 @@ class Run:
     result: dict[str, Any] | None = dataclasses.field(repr=False)
 
 
+def _begin() -> None:
+    """What was read before is looked at anew: between two calls, as in a notebook, data and code may change."""
+    kept.forget()
+    named_code.forget_changed()
+
+
 def load_config(config: Path | ConfigDict, overrides: Overrides = ()) -> Config:
     """Loads a config, with some values replaced by dotted key, and checks all of it.
 
@@ -69,7 +76,7 @@ def load_config(config: Path | ConfigDict, overrides: Overrides = ()) -> Config:
     Raises:
       ConfigError: with all problems.
     """
-    forget()
+    _begin()
     with _explained():
         return configs.read(config if isinstance(config, ConfigDict) else os.fspath(config), overrides)
 
@@ -94,7 +101,7 @@ def train(config: Config, workdir: Path, *, restart: bool = False, extend: bool 
     if schedule not in (None, "restart", "constant"):
         raise UserError(f"schedule={shown(schedule)} must be restart or constant")
     workdir = os.fspath(workdir)
-    forget()
+    _begin()
     # From the beginning: a KeyboardInterrupt is lost where a library's callback happens to be running, as it does in compiling.
     with _explained(), StopSignal() as stop:
         checked = configs.parse(configs.to_dict(_a_config(config)), devices=jax.device_count())
@@ -138,7 +145,7 @@ def evaluate(
         trust_code=trust_code,
         classes=True,
     )
-    forget()
+    _begin()
     with _explained():
         evaluation = evaluator.evaluate(os.fspath(workdir), str(step))
     for line in evaluation.warnings():
@@ -184,6 +191,7 @@ def _of_arguments(text: str) -> str:
 def _explained() -> Iterator[None]:
     """What the command line has one line for is raised as a UserError with that text; accidents are raised as they are."""
     environment.quiet()
+    environment.check_modes()
     try:
         yield
     except (KeyboardInterrupt, GeneratorExit):

@@ -139,7 +139,7 @@ def test_it_is_evaluated_and_reported(own, capsys):
 def test_what_a_result_lacks_it_cannot_be_compared_by(own, tmp_path):
     shutil.copytree(own[0], tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    del result["eval"]["confidence"], result["metrics"]
+    del result["eval"]["confidence"], result["metrics"], result["check"]
     (tmp_path / "run" / "result.json").write_text(json.dumps(result))
     [run] = stored_runs.find([str(tmp_path)]).runs
     assert "its result has no confidence, by which its checkpoints were chosen" in run.reason
@@ -206,3 +206,13 @@ def test_mistakes_are_reported_with_all_others():
     with pytest.raises(configs.ConfigError, match="2 problems") as caught:
         running.config(objective__loss="mse", model__name="mlq")
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["objective.loss", "model.name"]
+
+
+def test_whole_numbers_and_halves_are_summed_as_float32():
+    def measure(outputs, batch, train):
+        large = jnp.full(4, 2**31 - 1, jnp.int32)
+        return outputs.sum(-1).astype(jnp.bfloat16), {"large": large, "ratio": (large, large > 0)}
+
+    loss, metrics = objective.Objective(measure)(jnp.ones((4, 3)), {"label": jnp.zeros(4, jnp.int32)}, train=False)
+    assert {values.dtype for values in jax.tree.leaves((loss, metrics))} == {jnp.dtype("float32")}
+    assert float(metrics["large"].sum()) == pytest.approx(4 * (2**31 - 1))

@@ -73,6 +73,9 @@ def _prepare() -> bool:
     except ValueError as error:  # a setting in the environment that jax does not understand
         complain(f"lowrank: jax cannot start: {first_line(error)}")
         return False
+    except UserError as error:
+        complain(str(error))
+        return False
     return True
 
 

@@ -4,6 +4,9 @@ import os
 import pathlib
 import sys
 import tempfile
+from typing import Any
+
+from lowrank_jax.experiment.errors import UserError
 
 
 def prepare() -> None:
@@ -19,6 +22,7 @@ def prepare() -> None:
     import jax
     from absl import logging
 
+    check_modes()
     os.environ["MPLBACKEND"] = "agg"  # pictures become files
     logging.set_verbosity(logging.ERROR)
     quiet()
@@ -29,6 +33,30 @@ def prepare() -> None:
     if folder and "://" not in folder and not _can_write(pathlib.Path(folder)):
         jax.config.update("jax_compilation_cache_dir", None)
         print(f"lowrank: {folder} cannot be written, so compiled programs are not kept", file=sys.stderr)
+
+
+_MODES: dict[str, tuple[Any, ...]] = {
+    "jax_disable_jit": (False,),
+    "jax_no_tracing": (False,),
+    "jax_numpy_dtype_promotion": ("standard",),
+    "jax_numpy_rank_promotion": ("allow", "warn"),
+    "jax_transfer_guard": (None, "allow", "log", "log_explicit"),
+    "jax_transfer_guard_host_to_device": (None, "allow", "log", "log_explicit"),
+    "jax_transfer_guard_device_to_device": (None, "allow", "log", "log_explicit"),
+    "jax_transfer_guard_device_to_host": (None, "allow", "log", "log_explicit"),
+}
+"""What these settings of jax may be: those of its debugging modes in which training cannot run are left out."""
+
+
+def check_modes() -> None:
+    """Raises UserError if jax is in a mode in which training cannot run, such as without compilation."""
+    import jax
+
+    for name, possible in _MODES.items():
+        value = getattr(jax.config, name, possible[0])
+        if value not in possible:
+            reason = f"training is compiled, and relies on {name}={possible[0]}; unset {name.upper()}"
+            raise UserError(f"lowrank: {name} is {value} in this environment; {reason}")
 
 
 def _can_write(folder: pathlib.Path) -> bool:

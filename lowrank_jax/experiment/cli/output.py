@@ -50,6 +50,9 @@ class Output:
             self.path.unlink(missing_ok=True)
 
 
+_open: set[pathlib.Path] = set()
+
+
 @contextlib.contextmanager
 def written_at_the_end(name: str | None) -> Iterator[Output]:
     """A file for the result of long work: it is opened first, so that a bad path is found early, and kept as it was on failure.
@@ -57,16 +60,22 @@ def written_at_the_end(name: str | None) -> Iterator[Output]:
     A failure includes a signal.
 
     Raises:
-      OSError: the file cannot be written.
+      OSError: the file cannot be written, or another result is going to be written to it.
     """
     output = Output(path := pathlib.Path(name) if name else None, new=path is not None and not path.exists())
     if path and path.is_fifo():
         raise OSError(errno.EINVAL, "a pipe, which nobody may ever read; name a file", name)
+    if path and path.resolve() in _open:
+        raise OSError(errno.EINVAL, "named for two results, and can hold one", name)
     with interrupts.cleaning_up(output.give_up):
         if path:
             path.open("a").close()
+            _open.add(path.resolve())
         try:
             yield output
         except BaseException:
             output.give_up()
             raise
+        finally:
+            if path:
+                _open.discard(path.resolve())

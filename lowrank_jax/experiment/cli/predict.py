@@ -24,6 +24,9 @@ def predict(args: argparse.Namespace) -> int:
     found, others = image_files.find(args.images)
     if not found:
         raise UserError(f"{', '.join(args.images)}: no image files there ({', '.join(image_files.SUFFIXES)})")
+    for flag, name in (("--csv", args.csv), ("--json", args.json)):
+        if name and image_files.is_image(name):
+            raise UserError(f"{flag}={name} would overwrite an image; name a file such as predictions.{flag.strip('-')}")
     trusted = args.trust_code or []
     network = trained.restore(args.workdir, args.step, raw=args.raw, trust_code=True in trusted or trusted)
     for line in network.warnings():

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import importlib.util
 import inspect
-import os
 import pathlib
 import typing
 import warnings
@@ -21,7 +20,7 @@ from lowrank_jax.experiment.config.code import code_names
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.experiment.errors import UserError
-from lowrank_jax.named_code import folder_of
+from lowrank_jax.named_code import folder_kept, folder_of
 from lowrank_jax.text import did_you_mean, first_line, shown
 
 Overrides = Mapping[str, Any] | Sequence[tuple[str, Any]]
@@ -153,15 +152,13 @@ def _file_and_argument(path: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _folder_kept() -> Iterator[None]:
-    """Whatever a config file does to the current folder, the paths of the command line mean what they meant."""
-    try:
-        folder = pathlib.Path.cwd()
-    except FileNotFoundError:
-        raise ConfigError("lowrank", ["the current folder has been deleted; cd to another"]) from None
-    try:
+    """`folder_kept`, whose error says what to do."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(folder_kept())
+        except FileNotFoundError:
+            raise ConfigError("lowrank", ["the current folder has been deleted; cd to another"]) from None
         yield
-    finally:
-        os.chdir(folder)
 
 
 def overridden(config: str | ConfigDict, overrides: Overrides = ()) -> ConfigDict:

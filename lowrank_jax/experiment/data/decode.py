@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from lowrank_jax.experiment.data import pillow
 from lowrank_jax.experiment.data.base import Decoding
 from lowrank_jax.experiment.data.crops import Box
 from lowrank_jax.experiment.data.orientation import UPRIGHT, Orientation, orientation
@@ -151,6 +151,7 @@ _MCU = 32  # rows that are coded together: at most 16, or 32 at the rarest subsa
 _CONTEXT = 2  # rows that the interpolation of colours looks ahead
 _END = b"\xff\xd9"
 _ENDS_EARLY = "Premature end of JPEG file"  # libjpeg's words
+_NO_IMAGE = f"not an image, or of another format than {', '.join(pillow.FORMATS)}"
 _MAX_PIXELS = 10**8  # ImageNet's largest has 2 * 10**7; a damaged header may ask for gigabytes
 _BASELINE, _EXTENDED, _SCAN = 0xC0, 0xC1, 0xDA
 
@@ -168,14 +169,14 @@ def _frame_header(data: bytes) -> int | None:
 def _decode_slowly(data: bytes, channels: int, alpha: str) -> np.ndarray:
     """Decodes whatever Pillow reads: other formats and colours, and JPEGs with flaws that leave the image complete."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with pillow.opened(data) as image:
             _check_size(image.height, image.width)
             return pixels(image, channels, alpha)
     except Undecodable:
         raise
     except UnidentifiedImageError:  # its message shows the address of an object
         tiff = data[:4] in (b"II*\0", b"MM\0*")
-        raise Undecodable(f"a TIFF of a kind that Pillow cannot read; {_REMEDY}" if tiff else "not an image") from None
+        raise Undecodable(f"a TIFF of a kind that Pillow cannot read; {_REMEDY}" if tiff else _NO_IMAGE) from None
     except Exception as error:  # every format has its own errors
         raise Undecodable(first_line(error)) from None
 

@@ -1,14 +1,12 @@
 """Image files as a network that was trained on a data set takes them."""
 
-import io
 import os
 import pathlib
 from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image
 
-from lowrank_jax.experiment.data import crops
+from lowrank_jax.experiment.data import crops, pillow
 from lowrank_jax.experiment.data.base import Dataset, Decoding
 from lowrank_jax.experiment.data.decode import decode_box
 
@@ -83,7 +81,7 @@ def read(dataset: Dataset, data: bytes) -> tuple[np.ndarray, str]:
 
 def _has_colours(data: bytes) -> bool:
     """Whether an image that could be decoded is not stored in grey."""
-    with Image.open(io.BytesIO(data)) as image:
+    with pillow.opened(data) as image:
         return image.mode not in ("1", "L", "LA", "I", "F") and not image.mode.startswith("I;")
 
 

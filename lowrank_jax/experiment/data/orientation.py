@@ -1,11 +1,11 @@
 """How an image is turned and mirrored to stand upright, as its EXIF data says."""
 
 import dataclasses
-import io
 
 import numpy as np
 from PIL import ExifTags, Image
 
+from lowrank_jax.experiment.data import pillow
 from lowrank_jax.experiment.data.crops import Box
 
 
@@ -86,7 +86,7 @@ def _exif_of_jpeg(data: bytes) -> Image.Exif | None:
 
 
 def _exif_of_others(data: bytes) -> Image.Exif | None:
-    with Image.open(io.BytesIO(data)) as image:
+    with pillow.opened(data) as image:
         return _exif_of_image(image)
 
 

@@ -17,5 +17,25 @@ def unseal(sealed: dict[str, Any]) -> dict[str, Any]:
     return sealed["body"]
 
 
+def with_check(record: dict[str, Any]) -> dict[str, Any]:
+    """The same record, with its checksum as one more entry: for files that people read too."""
+    return {**record, _CHECK: _checksum(json.loads(json.dumps(record)))}
+
+
+def without_check(record: dict[str, Any]) -> dict[str, Any]:
+    """The record without its checksum, which earlier versions did not write.
+
+    Raises:
+      ValueError: it has changed since it was written.
+    """
+    body = {key: value for key, value in record.items() if key != _CHECK}
+    if _CHECK in record and record[_CHECK] != _checksum(body):
+        raise ValueError(f"it was changed after it was written, or damaged: its {_CHECK!r} is of other values")
+    return body
+
+
+_CHECK = "check"
+
+
 def _checksum(body: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())

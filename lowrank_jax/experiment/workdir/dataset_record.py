@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from lowrank_jax.experiment.config.typed import read_value
 from lowrank_jax.experiment.data.base import Dataset, Decoding, Field
+from lowrank_jax.text import shown
 
 _TYPES: dict[str, Any] = {
     "name": str,
@@ -44,6 +47,8 @@ def from_record(record: Mapping[str, Any]) -> Dataset:
         decoding=decoding and Decoding(**{name: _value(decoding, name, hint) for name, hint in _DECODING.items()}),
         skipped=_counts(record, "skipped"),
     )
+    for name, field in dataset.fields.items():
+        _check_dtype(name, field.dtype)
     channels = dataset.image_shape[-1] if dataset.image_shape else 0
     for name, given in (("mean", dataset.mean), ("std", dataset.std)):
         if len(given) != channels or (name == "std" and min(given) <= 0):
@@ -75,6 +80,15 @@ def _counts(values: Mapping[str, Any], name: str) -> dict[str, int]:
 def _field(values: Mapping[str, Any], name: str) -> Field:
     found = _mapping(values, name)
     return Field(_value(found, "shape", tuple[int, ...]), _value(found, "dtype", str))
+
+
+def _check_dtype(name: str, dtype: str) -> None:
+    try:
+        is_number = np.dtype(dtype).kind in "biuf"
+    except TypeError:
+        is_number = False
+    if not is_number:
+        raise ValueError(f"its {name} is of the type {shown(dtype)}, which is none of numbers")
 
 
 def changes(old: Dataset, new: Dataset) -> list[str]:

@@ -15,6 +15,7 @@ from upath import UPath
 
 from lowrank_jax.experiment.errors import InUse, WorkdirError
 from lowrank_jax.experiment.workdir import files
+from lowrank_jax.experiment.workdir.checked_json import with_check, without_check
 from lowrank_jax.experiment.workdir.identity import defaults, differences, differing_keys, flatten
 from lowrank_jax.experiment.workdir.metrics import Metrics
 from lowrank_jax.text import first_line
@@ -68,7 +69,7 @@ class Workdir:
         self.check(config, earlier)
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json("config.json", config)
+            self.write_json("config.json", config, checked=False)  # each checkpoint has its digest
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -204,14 +205,15 @@ class Workdir:
             value = files.read_json(self.path / name)
             if not isinstance(value, dict):
                 raise ValueError("it is not an object")
-            return value
+            return without_check(value)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
             raise WorkdirError(f"{self.path}/{name} is damaged: {error}") from None
 
-    def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    def write_json(self, name: str, value: dict[str, Any], *, checked: bool = True) -> None:
+        """Writes a JSON object, by default with a checksum: a figure that changes later is noticed when it is read."""
+        self.write_text(name, json.dumps(with_check(value) if checked else value, indent=2, allow_nan=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a file completely or not at all."""

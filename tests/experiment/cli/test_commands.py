@@ -17,8 +17,10 @@ import jax
 import matplotlib
 import pytest
 
+import lowrank_jax.experiment as lx
 from lowrank_jax.experiment.cli import commands, environment
 from lowrank_jax.experiment.cli.flags import split_overrides
+from lowrank_jax.experiment.errors import UserError
 from tests import running
 
 CONFIG = f"--config={running.ROOT / 'configs' / 'digits_resnet.py'}"
@@ -431,6 +433,28 @@ def test_a_setting_that_jax_does_not_understand_is_one_line(name):
     done = subprocess.run(command, env={**os.environ, name: "bogus"}, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("lowrank: jax cannot start: ") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("jax_disable_jit", True),
+        ("jax_transfer_guard", "disallow"),
+        ("jax_numpy_dtype_promotion", "strict"),
+        ("jax_numpy_rank_promotion", "raise"),
+    ],
+)
+def test_a_mode_of_jax_in_which_training_cannot_run_is_named(name, value):
+    before = jax.config.values[name]
+    jax.config.update(name, value)
+    try:
+        result = lowrank("overview", CONFIG)
+        with pytest.raises(UserError, match=f"{name} is {value} in this environment"):
+            lx.load_config("digits_resnet")
+    finally:
+        jax.config.update(name, before)
+    assert result.status == 2 and result.stderr.startswith(f"lowrank: {name} is {value} in this environment; ")
+    assert name.upper() in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_the_status_is_right_where_nobody_can_be_told(tmp_path):

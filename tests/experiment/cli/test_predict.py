@@ -17,6 +17,8 @@ from lowrank_jax.experiment.evaluation.trained import restore
 from lowrank_jax.experiment.training.loop import train
 from tests import running
 
+NO_IMAGE = "not an image, or of another format than BMP, GIF, JPEG, PNG, TIFF, WEBP"
+
 
 def lowrank(*arguments):
     """The status of a command, and what it says on stdout and stderr."""
@@ -56,6 +58,17 @@ def test_each_image_has_a_line_with_its_five_likeliest_classes(run, folder):
     assert lowrank("predict", f"--workdir={run}", "--raw", folder)[1] != said[1:]
 
 
+def test_no_image_nor_other_result_is_overwritten(run, folder, tmp_path):
+    shutil.copy(folder / "3.png", tmp_path / "3.png")
+    image = (tmp_path / "3.png").read_bytes()
+    status, _, complaints = lowrank("predict", f"--workdir={run}", "--csv", tmp_path / "3.png", folder)
+    assert status == 2 and "would overwrite an image; name a file such as predictions.csv" in complaints[0]
+    assert (tmp_path / "3.png").read_bytes() == image
+    same = tmp_path / "out"
+    status, said, complaints = lowrank("predict", f"--workdir={run}", f"--csv={same}", f"--json={tmp_path}/./out", folder)
+    assert (status, said, len(complaints)) == (2, [], 1) and "named for two results" in complaints[0] and not same.exists()
+
+
 def test_a_folder_becomes_a_csv_or_json(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "_SECONDS", 0.0)
     files = [tmp_path / "out.csv", tmp_path / "out.json"]
@@ -79,7 +92,7 @@ def test_what_cannot_be_read_is_named_and_counted_and_the_status_says_so(run, fo
     status, said, complaints = lowrank("predict", *arguments)
     assert status == 2 and [line.split()[0] for line in said] == [str(folder / "0.png"), str(photo)]
     assert complaints == [
-        f"{tmp_path / 'bad.jpg'}: not an image",
+        f"{tmp_path / 'bad.jpg'}: {NO_IMAGE}",
         f"{tmp_path / 'nowhere.png'}: No such file or directory",
         f"1 of 4 images was changed before it was predicted: {photo} was resized from 30x20 to 8x8 and turned grey",
         "1 other file in the folders was passed over",
@@ -89,7 +102,7 @@ def test_what_cannot_be_read_is_named_and_counted_and_the_status_says_so(run, fo
     assert status == 2 and said == [f"2 images: {tmp_path / 'out.csv'}"]
     assert [row[-1] for row in csv.reader((tmp_path / "out.csv").read_text().splitlines())][1:] == [
         "",
-        "not an image",
+        NO_IMAGE,
         "",
         "No such file or directory",
     ]

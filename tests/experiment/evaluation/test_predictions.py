@@ -94,8 +94,8 @@ def test_what_cannot_be_read_is_named_and_the_others_are_predicted(net, images, 
     done = net.predict([bad[0], good, *bad[1:]])
     assert [prediction.file for prediction in done if not prediction.error] == [good]
     assert [prediction.error for prediction in done if prediction.error][1:] == [
-        "not an image",
-        "not an image",
+        "not an image, or of another format than BMP, GIF, JPEG, PNG, TIFF, WEBP",
+        "not an image, or of another format than BMP, GIF, JPEG, PNG, TIFF, WEBP",
         "it is not a plain file",
         "No such file or directory",
     ]

@@ -169,6 +169,7 @@ def test_a_value_that_is_something_else(home, file):
     place, name = home / "spoiled" / file, FILES[file]
     first, *rest = place.read_text().splitlines() if file.endswith(".jsonl") else [place.read_text()]
     tree, relied_on = json.loads(first), RELIED_ON[file]
+    tree.pop("check", None)  # as earlier versions wrote it; with it, every other value is damage
     assert relied_on.keys() <= set(leaves(tree))
     for number, path in enumerate(leaves(tree)):
         for wrong in WRONG if path in relied_on else WRONG[number % 9 :: 9]:
@@ -186,7 +187,9 @@ def test_a_key_that_is_missing_or_another_one(home):
         place = home / "spoiled" / file
         text = place.read_text()
         first, *rest = text.splitlines() if file.endswith(".jsonl") else [text]
-        for key in (tree := json.loads(first)):
+        tree = json.loads(first)
+        tree.pop("check", None)
+        for key in tree:
             for other in ({}, {"\ud800": tree[key]}, {f"a.{key}": tree[key]}):
                 changed = {**{old: tree[old] for old in tree if old != key}, **other}
                 place.write_text("\n".join([json.dumps(changed), *rest, ""]))

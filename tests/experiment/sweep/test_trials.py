@@ -147,7 +147,7 @@ def test_what_is_no_record_of_this_trial_does_not_end_it(tmp_path, name, content
     sweep = expand(CONFIG, HELD_OUT, "seed=0:2; tune(optim.lr=0.1)", str(tmp_path))
     (trial,) = sweep.first
     Workdir(trial.workdir).claim(to_dict(trial.config))
-    Workdir(trial.workdir).write_json(name, content)
+    Workdir(trial.workdir).write_text(name, json.dumps(content))
     assert trial.result() is None and known_outcome(trial) is None and sweep.chosen() == []
 
 

@@ -110,3 +110,16 @@ def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch, 
     monkeypatch.setattr(fcntl, "flock", flock)
     with Workdir(tmp_path).locked(seconds=0.2), Workdir(tmp_path).locked(seconds=0.2):
         pass
+
+
+def test_a_figure_that_changed_in_a_record_is_noticed(tmp_path):
+    folder, record = Workdir(tmp_path), {"mean": [0.1, 0.25], "sizes": {"train": 96}, "name": "é", "whole": None}
+    folder.write_json("dataset.json", record)
+    written = json.loads((tmp_path / "dataset.json").read_text())
+    assert folder.read_json("dataset.json") == record and written.keys() == {*record, "check"}
+    for name, value in {"mean": [0.1, 1.25], "sizes": {"train": 95}, "name": "e", "check": written["check"] + 1}.items():
+        (tmp_path / "dataset.json").write_text(json.dumps({**written, name: value}))
+        with pytest.raises(WorkdirError, match=r"dataset.json is damaged: it was changed after it was written"):
+            folder.read_json("dataset.json")
+    (tmp_path / "dataset.json").write_text(json.dumps(record))  # as earlier versions wrote it
+    assert folder.read_json("dataset.json") == record

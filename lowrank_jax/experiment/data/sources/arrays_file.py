@@ -79,7 +79,11 @@ def _data(file: str, arrays: Mapping[str, np.ndarray]) -> Data:
             split, field = field, split.lower()
         if not split or not field:
             raise DataError(f"{file}: the array {key!r} names no split; expected names like train_image and train_label")
-        splits.setdefault(split, {})[_WORDS.get(field, field)] = array
+        known = splits.setdefault(split, {})
+        if _WORDS.get(field, field) in known:
+            what = f"{_WORDS.get(field, field)}s of {split!r}"
+            raise DataError(f"{file}: the {what} are there under two names, {key!r} for one; keep one")
+        known[_WORDS.get(field, field)] = array
     return Data(
         splits,
         **{key: array.tolist() for key, array in facts.items()},

@@ -24,7 +24,7 @@ from lowrank_jax.experiment.data.sources.tfds_prepared import Keys
 from lowrank_jax.experiment.data.splits import split_parts
 from lowrank_jax.experiment.data.statistics import one_sided
 from lowrank_jax.experiment.frozen import FrozenDict, thaw
-from lowrank_jax.named_code import import_attribute
+from lowrank_jax.named_code import folder_kept, import_attribute
 from lowrank_jax.text import did_you_mean, first_line, shown
 
 _SAMPLED = 16  # examples of a split that are read to see what it holds
@@ -131,7 +131,8 @@ def _call(origin: _Origin) -> _Found:
     kwargs = thaw(origin.kwargs)
     _check_arguments(origin.name, function, kwargs)
     try:
-        made = function(**kwargs)
+        with folder_kept():
+            made = function(**kwargs)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever somebody's function may raise, SystemExit too

@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
+from lowrank_jax.experiment.data import pillow
 from lowrank_jax.experiment.data.arrays import check_memory
 from lowrank_jax.experiment.data.base import DataError, Dataset, Decoding, Request, Source, Split, one_of
 from lowrank_jax.experiment.data.encoded import EncodedImages, Example, read_whole
@@ -171,7 +171,7 @@ _one_size = Kept(_find_one_size, lambda found: None)
 def _stored_size(path: str, exif: bool) -> tuple[int, int] | None:
     """Height and width of an image, upright if `exif`; None if its header cannot be read."""
     try:
-        with Image.open(path) as image:
+        with pillow.opened(path) as image:
             turned = orientation_of_image(image) if exif else UPRIGHT
             return turned.size(image.height, image.width)
     except Exception:  # every format has its own errors

@@ -59,6 +59,10 @@ def test_another_file_in_its_place_is_seen_when_a_config_is_read(tmp_path):
         (lambda path: path.mkdir(), "data.npz cannot be read as arrays of NumPy's"),
         (lambda path: np.savez(path, images=IMAGES), "the array 'images' names no split; expected names like train_image"),
         (lambda path: np.savez(path, train_image=IMAGES), "train has no label"),
+        (
+            lambda path: np.savez(path, train_image=IMAGES, train_label=LABELS, train_images=0 * IMAGES),
+            "the images of 'train' are there under two names, 'train_images' for one; keep one",
+        ),
         (lambda path: np.savez(path, train_image=np.array([{}], object), train_label=[0]), "cannot be read as arrays.*pickle"),
     ],
 )
