@@ -100,7 +100,7 @@ def train(config: Config, workdir: Path, *, restart: bool = False, extend: bool 
     """
     if schedule not in (None, "restart", "constant"):
         raise UserError(f"schedule={shown(schedule)} must be restart or constant")
-    workdir = os.fspath(workdir)
+    workdir = _path("workdir", workdir)
     _begin()
     # From the beginning: a KeyboardInterrupt is lost where a library's callback happens to be running, as it does in compiling.
     with _explained(), StopSignal() as stop:
@@ -137,19 +137,20 @@ def evaluate(
       WorkdirError, ConfigError, DataError, CheckpointError: something that is needed cannot be used; the message says why.
       UntrustedCode: the run's config names code that is not trusted.
     """
+    workdir = _path("workdir", workdir)
     evaluator = Evaluator(
-        split=split,
-        data_dir=data_dir,
-        dataset=dataset,
+        split=None if split is None else _path("split", split),
+        data_dir=None if data_dir is None else _path("data_dir", data_dir),
+        dataset=None if dataset is None else _path("dataset", dataset),
         max_undecodable=max_undecodable,
         trust_code=trust_code,
         classes=True,
     )
     _begin()
     with _explained():
-        evaluation = evaluator.evaluate(os.fspath(workdir), str(step))
+        evaluation = evaluator.evaluate(workdir, str(step))
     for line in evaluation.warnings():
-        warnings.warn(f"{os.fspath(workdir)}: {line}", stacklevel=2)
+        warnings.warn(f"{workdir}: {line}", stacklevel=2)
     return evaluation
 
 
@@ -166,11 +167,21 @@ def restore(workdir: Path, step: int | str = "latest", *, raw: bool = False, tru
       WorkdirError, ConfigError, CheckpointError: the run cannot be read; the message says why.
       UntrustedCode: the run's config names code that is not trusted.
     """
+    workdir = _path("workdir", workdir)
     with _explained():
-        network = restore_network(os.fspath(workdir), str(step), raw=raw, trust_code=trust_code)
+        network = restore_network(workdir, str(step), raw=raw, trust_code=trust_code)
     for line in network.warnings():
-        warnings.warn(f"{os.fspath(workdir)}: {line}", stacklevel=2)
+        warnings.warn(f"{workdir}: {line}", stacklevel=2)
     return network
+
+
+def _path(name: str, value: Any) -> str:
+    """An argument that is a path, or another text; an empty one, as of a variable that is not set, means no place."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise UserError(f"{name}={shown(value)} must be text or a path")
+    if not os.fspath(value):
+        raise UserError(f"{name} is empty; name one")
+    return os.fspath(value)
 
 
 def _a_config(config: Any) -> Config:

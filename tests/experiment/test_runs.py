@@ -240,6 +240,17 @@ def test_only_a_config_is_trained(tmp_path):
         lx.train("digits_resnet", tmp_path)
 
 
+@pytest.mark.parametrize("wrong", ["", None, 3, b"runs/a"])
+def test_a_work_directory_is_named(config, tmp_path, monkeypatch, wrong):
+    monkeypatch.chdir(tmp_path)
+    for call in (lambda: lx.train(config, wrong), lambda: lx.evaluate(wrong), lambda: lx.restore(wrong)):
+        with pytest.raises(UserError, match=r"^workdir"):
+            call()
+    with pytest.raises(UserError, match="split is empty"):
+        lx.evaluate("run", split="")
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_are_loaded_when_they_are_used_and_known_to_type_checkers(repository):
     code = (
         "import sys, lowrank_jax.experiment as lx; print([n for n in ('jax', 'numpy', 'ml_collections') if n in sys.modules])"
