@@ -172,7 +172,7 @@ def forget_changed() -> None:
     for name in _stamps:
         sys.modules.pop(name, None)
     _stamps.clear()
-    importlib.invalidate_caches()
+    _look_anew()
 
 
 def _note(names: Iterable[str]) -> None:
@@ -198,7 +198,7 @@ def _open(folder: pathlib.Path) -> None:
       ImportError: a module of it has the name of one that was imported from another such folder; Python has a name once.
     """
     _check_open(str(folder / "module.py"))
-    importlib.invalidate_caches()
+    _look_anew()
     tops = [name for name in sys.modules.copy() if "." not in name]  # another thread may be importing
     for name in [name for name in tops if _is_module(folder, name) and _is_foreign(name, folder)]:
         raise ImportError(
@@ -208,6 +208,15 @@ def _open(folder: pathlib.Path) -> None:
         _folders.append(folder)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
+
+
+def _look_anew() -> None:
+    """New files are seen.  Python goes through a dictionary for that, which another thread's import may change."""
+    for _ in range(10):
+        with contextlib.suppress(RuntimeError):
+            importlib.invalidate_caches()
+            return
+    importlib.invalidate_caches()
 
 
 def _is_foreign(name: str, folder: pathlib.Path | None) -> bool:

@@ -30,7 +30,7 @@ def damaged(**changes):
     "record",
     [
         {}, damaged(mean=[1, 2]), damaged(mean=[1, 2, "3"]), damaged(std=None), damaged(label=3), damaged(decoding={"x": 1}),
-        damaged(image_dtype="banana"), damaged(extras={"a": {"shape": [], "dtype": "object"}}),
+        damaged(class_names=["a"]), damaged(image_dtype="banana"), damaged(extras={"a": {"shape": [], "dtype": "object"}}),
         damaged(image_shape=[]), damaged(image_shape=3), damaged(extras=[]), damaged(mean=[True] * 3), damaged(class_names=5),
         damaged(sizes=[]), damaged(label={"shape": 3, "dtype": 5}), damaged(std=[0.0, 1.0, 1.0]), damaged(num_classes="3"),
     ],
