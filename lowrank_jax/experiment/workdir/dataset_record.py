@@ -47,7 +47,7 @@ def from_record(record: Mapping[str, Any]) -> Dataset:
         decoding=decoding and Decoding(**{name: _value(decoding, name, hint) for name, hint in _DECODING.items()}),
         skipped=_counts(record, "skipped"),
     )
-    if dataset.class_names and len(dataset.class_names) != dataset.num_classes:
+    if dataset.class_names and dataset.num_classes not in (None, len(dataset.class_names)):
         raise ValueError(f"its class_names must be {dataset.num_classes}, as its num_classes says")
     for name, field in dataset.fields.items():
         _check_dtype(name, field.dtype)
