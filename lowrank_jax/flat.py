@@ -44,13 +44,17 @@ def unflatten(arrays: Any, like: Any) -> Any:
         optimiser states, boxes and the pairs of a model's own low-rank layers come back as well.  Ranks may be others.
 
     Raises:
-      ValueError: the arrays do not fit; all names that are missing or too many are told.
+      ValueError: the arrays do not fit; all names that are missing or too many are told.  Or the keys of the plan's model have
+        slashes, which only a tree tells from paths.
     """
     arrays = flatten(arrays)
     return _by_plan(arrays, like) if isinstance(like, Plan) else _by_tree(arrays, like)
 
 
 def _by_plan(arrays: dict[str, Any], plan: Plan) -> Any:
+    if plan.slashed:
+        advice = "names do not tell it from a path; give a tree in the plan's place, such as jax.eval_shape of the parameters"
+        raise ValueError(f"the model has the key {plan.slashed[0]!r}: {advice}")
     pairs = {name.removesuffix("/u") for name in arrays if name.endswith("/u") and name.removesuffix("u") + "v" in arrays}
     find = finder(plan)
     kernels = {name: kernel for name in pairs if (kernel := find(name))}

@@ -36,6 +36,13 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
     return named
 
 
+def keys_with_slashes(tree: Any) -> tuple[str, ...]:
+    """The keys of a tree that have a slash in them, such as those of `nn.WeightNorm`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    keys = dict.fromkeys(jax.tree_util.keystr((key,), simple=True) for path, _ in leaves for key in path)
+    return tuple(key for key in keys if "/" in key)
+
+
 def map_named(fn: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """Maps `fn(name, leaf)` over a tree."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(leaf_name(path), leaf), tree, is_leaf=is_leaf)

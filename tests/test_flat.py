@@ -193,3 +193,14 @@ def test_optax_masks_and_utilities_take_pairs(params):
     assert_same(optax.tree.cast(tree, jnp.bfloat16)["kernel"], pair.astype(jnp.bfloat16))
     zeros = optax.tree.zeros_like(params)
     assert jax.tree.structure(zeros) == jax.tree.structure(params)
+
+
+def test_keys_with_slashes_come_back_by_a_tree_alone():
+    model, x = nn.WeightNorm(nn.Dense(8)), jnp.ones((2, 12))
+    params = model.init(jax.random.key(0), x)["params"]
+    made = lr.plan(model, x, [lr.Rule(".*kernel", rank=2)])
+    low = lr.factorize(params, made, key=jax.random.key(1))
+    back = lr.unflatten(lr.flatten(low), jax.eval_shape(lambda: low))
+    assert jax.tree.structure(back) == jax.tree.structure(low)
+    with pytest.raises(ValueError, match=r"the model has the key '.*/.*': names do not tell it from a path; give a tree"):
+        lr.unflatten(lr.flatten(low), made)

@@ -150,7 +150,7 @@ def kernel_of(layer: nn.Module, name: str) -> Any:
     node: Any = layer.variables.get("params", {})
     for part in name.split("/"):
         node = node.get(part) if isinstance(node, Mapping) else None
-    return nn.meta.unbox(node)
+    return None if isinstance(node, Mapping) else nn.meta.unbox(node)  # a module inside may have the name of a kernel
 
 
 def kernels_of(layer: nn.Module) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from lowrank_jax.linen import discover
 from lowrank_jax.linen.model_call import ModelCall
 from lowrank_jax.linen.model_check import check_model
 from lowrank_jax.linen.readers import foreign_readers
-from lowrank_jax.paths import first_match, named_leaves
+from lowrank_jax.paths import first_match, keys_with_slashes, named_leaves
 from lowrank_jax.planning.decide import check_rules, is_matrix, plan_kernel, premerged
 from lowrank_jax.planning.kernel_use import KernelUse
 from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
@@ -76,7 +76,7 @@ def plan(
         kernels = _with_premerged(each, variables, kernels)
     low_rank = [leaf for leaf in leaves.values() if is_low_rank(leaf)]
     plain = sum(leaf.size for name, leaf in leaves.items() if name not in matches and not is_low_rank(leaf))
-    return Plan(tuple(kernels), plain + sum(leaf.u.size + leaf.v.size for leaf in low_rank))
+    return Plan(tuple(kernels), plain + sum(leaf.u.size + leaf.v.size for leaf in low_rank), keys_with_slashes(variables))
 
 
 def _in_all_calls(calls: Sequence[dict[str, KernelUse]]) -> dict[str, KernelUse]:

@@ -192,10 +192,12 @@ class Plan:
     Attributes:
       kernels: a line for every parameter with at least two axes.
       other_params: how many parameters the model has besides.
+      slashed: keys of the model's variables that have a slash in them, which their names do not tell from paths.
     """
 
     kernels: tuple[PlannedKernel, ...]
     other_params: int
+    slashed: tuple[str, ...] = ()
 
     @property
     def factored(self) -> tuple[FactoredKernel, ...]:

@@ -1,6 +1,7 @@
 """What tracing sees of a model: its kernels, and how much work each does."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -143,3 +144,19 @@ def test_a_bias_is_factored_where_a_rule_with_rows_calls_it_so():
     assert [kernel.name for kernel in lr.plan(Biased(), X, named).factored] == ["layer/kernel", "bias"]
     everything = [lr.Rule(".*", rank=2, rows="all_but_last")]
     assert [kernel.name for kernel in lr.plan(Biased(), X, everything).factored] == ["layer/kernel"]
+
+
+class CalledKernel(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="embedding")(nn.Dense(8, name="kernel")(x))
+
+
+def test_a_module_may_have_the_name_of_a_kernel():
+    x = jnp.ones((2, 12))
+    made = lr.plan(CalledKernel(), x, [lr.Rule("kernel/kernel", rank=2)])
+    assert [kernel.name for kernel in made.factored] == ["kernel/kernel"] and made.dense_params == 12 * 8 + 8 + 8 * 3 + 3
+    params = CalledKernel().init(jax.random.key(0), x)["params"]
+    low = lr.factorize(params, made, key=jax.random.key(1))
+    expected = CalledKernel().apply({"params": lr.merge(low)}, x)
+    np.testing.assert_allclose(lr.apply(CalledKernel(), {"params": low}, x), expected, atol=1e-5)

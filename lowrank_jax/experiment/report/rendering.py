@@ -62,7 +62,8 @@ def _markdown(block: Any) -> str:
 _LIST = re.compile(r"^(\s*\d*)([-+=.)])")  # would begin a list, or underline a heading
 # What has a meaning in Markdown or one of its dialects; letters on both sides of an underscore take it away.
 _MEANING = re.compile(r"[\\`*\[\]|$~#^]|(?<![^\W_])_|_(?![^\W_])|:(?=/)|(?<=www)\.", re.I)
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+# An address or a mention would become a link: there is no escape for it, but a comment ends the word.
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "@<!-- -->"}
 
 
 def _inline(part: Inline) -> str:
@@ -78,7 +79,7 @@ def _inline(part: Inline) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub("[&<>]", lambda found: _ENTITIES[found[0]], _MEANING.sub(r"\\\g<0>", one_line(text)))
+    return re.sub("[&<>@]", lambda found: _ENTITIES[found[0]], _MEANING.sub(r"\\\g<0>", one_line(text)))
 
 
 # Before what a spreadsheet would take for a formula, in a cell or, where it splits lines at semicolons, within a text.
