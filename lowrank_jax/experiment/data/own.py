@@ -159,15 +159,23 @@ class Items:
       name: what to call it in messages.
       channels: of images that are encoded or Pillow's.
       decoding: how images that are encoded are decoded.
+
+    Raises:
+      DataError: it does not say how many there are.
     """
 
     def __init__(self, source: Any, name: str, channels: int, decoding: Decoding):
         self._source, self.name = source, name
+        try:
+            self._size = len(source)
+        except Exception as error:  # whatever somebody's source may raise, as one that streams does
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise DataError(f"{name} does not say how many examples it has ({reason})") from error
         self._channels, self._decoding = channels, decoding
         self._lock = threading.Lock()  # not every source may be read by several threads at once
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._size
 
     def read(self, index: int) -> Example:
         """An example; its image is encoded, or an array with an axis for the channels.

@@ -242,6 +242,9 @@ def _of_many_sizes(name: str, found: _Found, image: Field) -> Field:
     return Field((DEFAULT_SIZE, DEFAULT_SIZE, image.shape[-1]), "uint8")
 
 
+_MOST_CLASSES = 2**24  # of a network: more are no classes, but such as the numbers of rows
+
+
 def _num_classes(name: str, found: _Found, label: Field) -> int | None:
     """The number of classes; None if labels are no classes."""
     if label.dtype != "int32":
@@ -251,7 +254,10 @@ def _num_classes(name: str, found: _Found, label: Field) -> int | None:
     if not known and len(arrays) < len(found.splits):
         raise DataError(f"{name} does not say how many classes there are; return Data(splits, num_classes=...) of lowrank_jax")
     largest = max((int(examples.labels.max()) for examples in arrays.values()), default=-1)
+    what = "num_classes" if found.data.num_classes else "the largest label"
     known = known or largest + 1
+    if known > _MOST_CLASSES:
+        raise DataError(f"{name}: {what} makes {known:,} classes; labels are whole numbers from 0 on, one for each class")
     for split, examples in arrays.items():
         low, high = int(examples.labels.min()), int(examples.labels.max())
         if low < 0 or high >= known:

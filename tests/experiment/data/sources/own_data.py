@@ -101,6 +101,21 @@ def broken():
     raise SystemExit("no")
 
 
+class Streaming:
+    """Has a length in name alone."""
+
+    def __init__(self, size=None):
+        self.size = size
+
+    def __len__(self):
+        if self.size is None:
+            raise NotImplementedError("it streams")
+        return self.size
+
+    def __getitem__(self, index):
+        return np.zeros((4, 4, 3), np.uint8), 0
+
+
 def returning(what):
     images, labels = _draw(6, 4, 4, 3)
     return {
@@ -121,6 +136,10 @@ def returning(what):
         "split name": {"the train": (images, labels)},
         "five axes": {"train": (images[None, None], labels[:1])},
         "items": Data({"train": [1, 2, 3]}, num_classes=2),
+        "ids": {"train": (images, np.array([0, 1, 2, 3, 4, 1_900_000_000]))},
+        "many classes": Data({"train": (images, labels)}, num_classes=10**9),
+        "streaming": Data({"train": Streaming()}, num_classes=2),
+        "a fraction": Data({"train": Streaming(80.0)}, num_classes=2),
         "unsaid classes": {"train": [(image, 0) for image in images]},
         "label of an item": Data({"train": [(image, 0) for image in images] + [(images[0], 0.5)]}, num_classes=2),
     }[what]
