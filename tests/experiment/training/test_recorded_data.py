@@ -271,6 +271,6 @@ def test_mean_and_deviation_may_be_given(pictures, tmp_path, capsys):
 
 def test_published_data_may_have_got_names_for_its_classes(tmp_path):
     digits = running.config(dataset__name="digits")
-    record = dataclasses.replace(digits.description, class_names=("zero",))
+    record = dataclasses.replace(digits.description, class_names=tuple("abcdefghij"))
     (tmp_path / "dataset.json").write_text(json.dumps(to_record(record)))
     assert recorded_data.as_trained(digits, Workdir(str(tmp_path))).description.mean == record.mean
