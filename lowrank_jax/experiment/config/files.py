@@ -219,7 +219,10 @@ def _unset(config: ConfigDict, seen: set[int], prefix: str = "") -> Iterator[str
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-    """Sets a dotted key to a value given as text, read by the type of the key. `parse` checks both later."""
+    """Sets a dotted key to a value given as text, read by the type of the key. `parse` checks both later.
+
+    A mapping for a section sets what is in it, and leaves the section's other values as they are.
+    """
     *sections, last = parts = key.split(".")
     if not all(part.isidentifier() for part in parts):
         raise ConfigError("config", [f"{shown(key)}: no key; keys look like optim.lr, and a value follows an equals sign"])
@@ -232,9 +235,14 @@ def override(config: ConfigDict, key: str, text: str) -> None:
             if not isinstance(node.get(section), ConfigDict):
                 node[section] = ConfigDict(type_safe=False)
             node = node[section]
+        value = _unquoted(text) if keep_text else _literal(text)
+        if isinstance(value, dict) and dataclasses.is_dataclass(hint) and all(isinstance(name, str) for name in value):
+            for name, inner in value.items():
+                override(config, f"{key}.{name}", repr(inner))
+            return
         node[last] = None  # a ConfigDict turns True into 1.0 where there was a 0.1
         try:
-            node[last] = _unquoted(text) if keep_text else _literal(text)
+            node[last] = value
         except (TypeError, ValueError) as error:  # a mapping whose keys are numbers, or have dots in them
             raise ConfigError("config", [f"{key}: {shown(text)}; {first_line(error)}"]) from None
 

@@ -81,6 +81,14 @@ def test_overrides_are_read_by_the_keys_type():
     assert mlp.model.kwargs == {"widths": (8, 4), "batch_norm": True}
 
 
+def test_a_mapping_sets_what_is_in_it_and_leaves_the_rest_of_its_section():
+    name, one = "fashion_mnist_mlp", configs.read("fashion_mnist_mlp", {"optim.lr": 0.125, "eval.best": "-loss"})
+    assert configs.read(name, {"optim": {"lr": 0.125}, "eval": {"best": "-loss"}}) == one
+    assert configs.read(name, [("optim", "{'lr': 0.125}"), ("eval.best", "-loss")]) == one and one.optim.clip_norm == 1.0
+    with pytest.raises(configs.ConfigError, match=r"optim\.lrr: unknown key; did you mean optim\.lr\?"):
+        configs.read(name, {"optim": {"lrr": 1}})
+
+
 def test_a_learning_rate_for_so_many_images_grows_with_the_batch():
     assert parse(changed(optim__lr="0.1", batch_size="1024")).peak_lr == pytest.approx(0.1)
     assert parse(changed(optim__lr="0.1", optim__lr_per_images="256", batch_size="1024")).peak_lr == pytest.approx(0.4)
