@@ -112,6 +112,9 @@ def _length_problems(config: Config) -> list[str]:
         for moment in given
         if config.in_steps(moment) >= 2**31
     ]
+    at = [config.in_steps(moment) for moment in optim.step_at]
+    if twice := [moment for place, moment in enumerate(optim.step_at) if at[place] in at[:place]]:
+        problems.append(f"optim.step_at: {twice[0]}; the same step as another one, where the rate is multiplied once")
     epoch = -(-config.epoch_size // config.batch_size)
     if config.lowrank.moment_batches > epoch:
         problems.append(f"lowrank.moment_batches: {config.lowrank.moment_batches}; an epoch has {epoch} batches")

@@ -185,6 +185,10 @@ def test_all_problems_come_at_once_each_with_its_key():
         ({"batch_size": str(2**70)}, f"batch_size: {2**70}; must be a whole number of at most 64 bits"),
         ({"eval__batch_size": "999999999999"}, "eval.batch_size: 999999999999; must be at most 2147483647"),
         ({"optim__step_at": "('1e10 steps',)"}, "optim.step_at: 10000000000 steps; more than 2^31 steps"),
+        (
+            {"optim__step_at": "('10 steps', '10 steps')"},
+            "optim.step_at: 10 steps; the same step as another one, where the rate is",
+        ),
         ({"dataset__data_dir": "''"}, "dataset.data_dir: ''; must be the name of a folder"),
         ({"model__name": "mlp", "model__kwargs__widths": "(0,)"}, "setting widths: (0,); must be at least 1"),
         ({"model__kwargs__widths": "(4, 4)"}, "settings widths and blocks: (4, 4) and (1, 1, 1); must be of one length"),
