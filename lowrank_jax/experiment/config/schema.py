@@ -292,9 +292,10 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """How often training metrics are written."""
+    """How often training metrics are written, and whether for TensorBoard too, which imports TensorFlow."""
 
     every: Duration = _option(Duration(50, "step"), lambda d: _positive(d))
+    tensorboard: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,7 +123,7 @@ class _WatchedRun:
         metrics = Metrics(self._folder.path / f"{part}.jsonl")
         metrics.drop_cut_line()
         self._done = {line["step"] for line in metrics.read()}
-        self._writer = self._stack.enter_context(Writer(self._folder, part))
+        self._writer = self._stack.enter_context(Writer(self._folder, part, board=subject.experiment.config.log.tensorboard))
         return subject
 
     def _look(self, subject: Subject) -> None:

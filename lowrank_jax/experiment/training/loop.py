@@ -81,7 +81,7 @@ def train(
         folder.forget_failure()
         folder.set_earlier_result_aside(earlier_digests(config))
         folder.write_text("overview.txt", f"{describe(experiment)}\n")
-        with Writer(folder) as writer, _checkpoints(folder, config) as checkpoints:
+        with Writer(folder, board=config.log.tensorboard) as writer, _checkpoints(folder, config) as checkpoints:
             writer.say(headline(experiment))
             for line in extensions(experiment):
                 writer.say(line)

@@ -20,19 +20,20 @@ class Writer:
     Args:
       workdir: of the run.
       part: for another process than training, which writes to PART.jsonl and, for TensorBoard, to PART/ instead.
+      board: whether to write for TensorBoard at all.
     """
 
-    def __init__(self, workdir: Workdir, part: str = ""):
+    def __init__(self, workdir: Workdir, part: str = "", *, board: bool = True):
         self._active = jax.process_index() == 0
         self._metrics = Metrics(workdir.path / f"{part or 'metrics'}.jsonl")
         # clu's writer imports TensorFlow, which takes seconds; a thread does that while the model compiles.
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._folder = str(workdir.path / part)
-        self._board = self._thread.submit(_open_board, self._folder) if self._active else None
+        self._board = self._thread.submit(_open_board, self._folder) if self._active and board else None
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes a line of metrics.jsonl, and the same to TensorBoard."""
-        if self._board is None:
+        if not self._active:
             return
         # JSON has no NaN; readers expect null in its place.
         values = {name: value if math.isfinite(value) else None for name, value in scalars.items()}

@@ -1,6 +1,8 @@
 """What TensorBoard makes of the files, by its own reading of them."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -57,6 +59,21 @@ def test_settings_and_numbers_reach_every_reader(tmp_path):
     assert settings["lowrank.method"].string_value == "spectral" and settings["mesh.rules"].string_value == "()"
     assert "seed" not in settings
     assert metrics["eval/top1"] == 0.5
+
+
+def test_without_a_board_there_are_the_metrics_alone_and_no_tensorflow(tmp_path):
+    code = """if True:
+    import pathlib, sys
+    from lowrank_jax.experiment.workdir.workdir import Workdir
+    from lowrank_jax.experiment.workdir.writer import Writer
+    with Writer(Workdir(sys.argv[1]), board=False) as writer:
+        writer.show_settings({"optim.lr": 0.01})
+        writer.write(1, {"eval/top1": 0.25})
+        writer.flush()
+    assert "tensorflow" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.slow
