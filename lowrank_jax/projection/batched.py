@@ -175,7 +175,7 @@ def _best_lengths(parts: Sequence[PaddedStack], whole: Sequence[jax.Array], kept
     runs = [(act, i, run) for i, part in enumerate(parts) for act, run in part.runs()]
     found: list[dict[int, jax.Array]] = [{} for _ in parts]  # by where a run starts
     for act in dict.fromkeys(act for act, _, _ in runs):
-        mine = [(i, run) for other, i, run in runs if other is act]
+        mine = [(i, run) for other, i, run in runs if other == act]  # two may be made of one function
         units = [jnp.broadcast_to(measure(act, parts[i].unit[run, 0]), whole[i][run].shape) for i, run in mine]
         length, unit = _flat([whole[i][run] for i, run in mine]), _flat(units)
         cosine = jnp.minimum(ratio(_flat([kept[i][run] for i, run in mine]), length), 1)

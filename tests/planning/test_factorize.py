@@ -344,3 +344,16 @@ def test_kernels_that_are_not_finite_are_named(zoo):
     broken = {**params, "shared": {**params["shared"], "kernel": kernel}}
     with pytest.raises(ValueError, match="kernels contain non-finite values: shared/kernel"):
         lr.factorize(broken, plan, key=KEY)
+
+
+@pytest.mark.parametrize("activation", [nn.silu, nn.relu, lambda x: nn.silu(x)])
+def test_a_function_after_kernels_of_several_shapes_is_that_activation(activation):
+    model, x = nn.Sequential([nn.Dense(24), nn.silu, nn.Dense(16)]), jnp.ones((2, 20))
+    params = model.init(jax.random.key(0), x)["params"]
+    name = "relu" if activation is nn.relu else "silu"
+    found, expected = (
+        lr.merge(lr.factorize(params, lr.plan(model, x, [lr.Rule(".*kernel", rank=4, activation=act)]), key=jax.random.key(1)))
+        for act in (activation, name)
+    )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-3 if name == "relu" else 1e-6)  # a kink costs a series digits
