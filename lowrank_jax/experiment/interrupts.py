@@ -173,10 +173,18 @@ def _deliver() -> None:
             _end(number)
 
 
+def end(status: int, message: str) -> NoReturn:
+    """Ends the process at once, from any thread, as a signal does."""
+    with _alone():
+        _end_with(status, message)
+
+
 def _end(number: int) -> None:
-    if _too_late and number != signal.SIGINT:
-        return
-    status, message = 128 + number, f"lowrank: {SIGNALS[signal.Signals(number)]}"
+    if not (_too_late and number != signal.SIGINT):
+        _end_with(128 + number, f"lowrank: {SIGNALS[signal.Signals(number)]}")
+
+
+def _end_with(status: int, message: str) -> NoReturn:
     with contextlib.suppress(RuntimeError):  # no memory for a thread
         timer = threading.Timer(_PATIENCE, os._exit, [status])
         timer.daemon = True

@@ -1,5 +1,6 @@
 """Means of the loss and the metrics over a whole split, exact whatever the batch size."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,7 @@ def evaluate(
     batch_size: int,
     mesh: Mesh,
     stop_requested: Callable[[], bool] = lambda: False,
+    waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     tallies: dict[str, Tally] | None = None,
 ) -> Evaluated:
     """The means of the loss and the metrics over every example once, whatever the batch size.
@@ -53,6 +55,7 @@ def evaluate(
       batch_size: over all devices.
       mesh: the devices.
       stop_requested: called before every batch.
+      waiting: entered while a batch is waited for.
       tallies: receives, for every set of variables, the sums of what the step counts in its `tally`, if it does.
 
     Raises:
@@ -70,7 +73,8 @@ def evaluate(
         if votes.outcome == FAIL:
             break
         try:
-            batch = batches.blank() if failure else next(reader)
+            with waiting():
+                batch = batches.blank() if failure else next(reader)
         except DataError as error:
             if not votes.shared:
                 raise

@@ -1,5 +1,6 @@
 """The training loop, top to bottom as a run happens."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -303,7 +304,11 @@ class Loop:
             batch_size=self.config.eval.batch_size,
             mesh=self.tools.experiment.mesh,
             stop_requested=lambda: self.tools.stop.requested,
+            waiting=self.waiting_for_data,
         )
+
+    def waiting_for_data(self) -> contextlib.AbstractContextManager[None]:
+        return self.tools.stop.waiting_for_data(saved=self.saved is not None)
 
     def check_finite(self, evaluated: Evaluated) -> None:
         for name in dict.fromkeys(("loss", self.objective.best.metric)):
@@ -352,7 +357,9 @@ class Loop:
         assert self.train_step is not None
         mesh = self.tools.experiment.mesh
         with self.profiler.step(self.step + 1):
-            batch = self.votes.cast(put_batch(next(self.feed), mesh), failed=self.feed.error is not None)
+            with self.waiting_for_data():
+                batch = next(self.feed)
+            batch = self.votes.cast(put_batch(batch, mesh), failed=self.feed.error is not None)
             self.state, metrics = self.train_step(self.state, batch)
         [metrics] = self.votes.count(metrics)
         self.step, self.evaluated = self.step + 1, None

@@ -1,10 +1,16 @@
 """A request to stop, from SIGTERM, SIGHUP or Ctrl-C."""
 
+import contextlib
 import signal
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from lowrank_jax.experiment import interrupts
+from lowrank_jax.experiment.errors import INTERRUPTED
+
+_PATIENCE = 10.0  # seconds, for which a request waits for a batch; a machine that is taken away gives 30
 
 
 class StopSignal:
@@ -22,10 +28,24 @@ class StopSignal:
         self.requested = False
         self._before: dict[int, Any] = {}
         self._depth = 0
+        self._waiting: tuple[float, bool] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray pickles what holds one; the handlers of this process stay here."""
-        return {"requested": self.requested, "_before": {}, "_depth": 0}
+        return {"requested": self.requested, "_before": {}, "_depth": 0, "_waiting": None}
+
+    @contextlib.contextmanager
+    def waiting_for_data(self, *, saved: bool) -> Iterator[None]:
+        """Within, a request does not wait for ever: a stalled file system or the user's own data may never answer.
+
+        Args:
+          saved: whether there is a checkpoint, from which the same command goes on.
+        """
+        self._waiting = time.monotonic(), saved
+        try:
+            yield
+        finally:
+            self._waiting = None
 
     def __enter__(self) -> "StopSignal":
         self._depth += 1  # whoever made it may have entered it before the run does
@@ -57,7 +77,25 @@ class StopSignal:
     def _take(self, number: int) -> bool:
         """Takes a signal of a command, but for a second Ctrl-C."""
         again, self.requested = self.requested, True
+        if not again and interrupts.obeyed():
+            threading.Thread(target=self._watch, args=(number,), name="stop", daemon=True).start()
         return not (again and number == signal.SIGINT)
+
+    def _watch(self, number: int) -> None:
+        """Ends a command whose loop cannot hear of the request, as of its last checkpoint."""
+        asked = time.monotonic()
+        while self._depth:
+            time.sleep(0.2)
+            waiting = self._waiting
+            if waiting is None or time.monotonic() - max(asked, waiting[0]) < _PATIENCE:
+                continue
+            since, saved = waiting
+            what = f"no batch of data came for {time.monotonic() - since:.0f}s"
+            if saved:
+                interrupts.end(
+                    INTERRUPTED, f"lowrank: {what}; ended without saving, and the same command goes on from what was saved"
+                )
+            interrupts.end(128 + number, f"lowrank: {interrupts.SIGNALS[signal.Signals(number)]}; {what}")
 
     def _request(self, number: int, frame: Any) -> None:
         if not self._take(number):

@@ -1,9 +1,11 @@
 """Signals: a run's own, and those that are meant for the program around it."""
 
 import pickle
+import re
 import signal
 import sys
 import threading
+import time
 
 import pytest
 
@@ -107,3 +109,57 @@ def test_a_stop_is_pickled_without_the_handlers_of_its_process():
     stop = StopSignal()
     stop.requested, stop._before = True, {15: threading.Lock()}
     assert pickle.loads(pickle.dumps(stop)).requested
+
+
+STALLING = '''
+import pathlib, time
+import numpy as np
+from lowrank_jax.experiment.data.own import Data
+
+class Photographs:
+    """Of many sizes, so that they are read as they are needed; after a while the disk stalls."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        while pathlib.Path(__file__).with_name("stalled").exists():
+            time.sleep(0.1)
+        return np.full((8 + index % 2, 9, 3), index % 3 * 80, np.uint8), index % 3
+
+def splits():
+    return Data({"train": Photographs(48), "test": Photographs(12)}, num_classes=3)
+'''
+
+
+@pytest.mark.slow
+def test_a_batch_that_never_comes_does_not_keep_a_run_from_ending(tmp_path):
+    (tmp_path / "stalling.py").write_text(STALLING)
+    changes = {
+        "dataset__name": "stalling:splits", "dataset__image_size": 8, "dataset__crop_padding": 0, "code_dir": str(tmp_path),
+        "objective__metrics": "('top1',)", "steps": 2000, "checkpoint__every": "5 steps", "eval__every": "2000 steps",
+    }  # fmt: skip
+    command = running.command(tmp_path / "run", **changes)
+    with running.start(command) as process:
+        said = []
+        while "saved@" not in "".join(said):
+            said.append(process.stdout.readline())
+            assert said[-1], "".join(said)
+        (tmp_path / "stalled").touch()
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Traceback" not in output, output
+    assert re.search(r"lowrank: no batch of data came for \d+s; ended without saving, and the same command goes on", output)
+    (tmp_path / "stalled").unlink()
+    with running.start(command) as process:
+        while "resuming" not in (line := process.stdout.readline()):
+            assert line
+        while "saved@" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the same command continues it" in output
