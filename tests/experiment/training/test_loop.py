@@ -272,7 +272,6 @@ def test_training_does_not_depend_on_the_devices(tmp_path):
     losses = {}
     for name, mesh in {
         "data": {},
-        "fsdp": {"mesh__data": 2, "mesh__fsdp": 4},
         "all": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__model": 2},
     }.items():
         run = train(running.config(steps=20, optim__accumulate=4, **mesh), str(tmp_path / name))
