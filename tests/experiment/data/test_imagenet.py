@@ -155,12 +155,12 @@ def test_so_do_those_of_an_evaluation(small_imagenet, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_figures(small_imagenet, tmp_path):
-    steps = {"steps": 200, "checkpoint__every": "35 steps", "log__every": "50 steps", "eval__every": "100 steps"}
+    steps = {"steps": 120, "checkpoint__every": "21 steps", "log__every": "30 steps", "eval__every": "60 steps"}
     whole, broken = (running.command(tmp_path / name, **settings(small_imagenet, **steps)) for name in ("whole", "broken"))
     done = running.run(whole)
     assert done.returncode == 0, done.stderr
     with running.start(broken) as process:
-        wait_for(process, "[100/200")
+        wait_for(process, "[ 60/120")
         process.kill()
     assert process.returncode == -signal.SIGKILL
     resumed = running.run(broken)

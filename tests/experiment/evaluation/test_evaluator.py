@@ -202,7 +202,7 @@ def test_a_watch_sees_a_run_begin_and_end(trained, tmp_path, evaluator):
 def test_a_watch_beside_training_sees_it_begin_and_end(tmp_path):
     folder = tmp_path / "run"
     arguments = ["evaluate", f"--workdir={folder}", "--watch", "--poll=0.2"]
-    every = {"steps": 3000, "checkpoint__every": "100 steps", "eval__every": "100 steps", "log__every": "1000 steps"}
+    every = {"steps": 1500, "checkpoint__every": "50 steps", "eval__every": "50 steps", "log__every": "500 steps"}
     with running.start([*running.command(folder)[:3], *arguments]) as watcher:
         assert watcher.stdout.readline() == f"waiting for {folder}\n"
         trained = running.run(running.command(folder, **every, checkpoint__keep=2))
@@ -214,7 +214,7 @@ def test_a_watch_beside_training_sees_it_begin_and_end(tmp_path):
     assert "damaged" not in output and "Traceback" not in output
     found = {line["step"]: line for line in watched(folder)}
     assert len(found) == len(watched(folder)) == len(output.splitlines()) - 1
-    assert max(found) == 3000 and len(found) > 2  # it saw some on the way, not the last ones only
+    assert max(found) == 1500 and len(found) > 2  # it saw some on the way, not the last ones only
     for line in running.metrics(folder):
         if "eval/loss" in line and line["step"] in found:
             assert line["eval/loss"] == pytest.approx(found[line["step"]]["eval/loss"], rel=1e-5)

@@ -274,7 +274,7 @@ def test_a_killed_trial_is_tried_once_more_and_an_interrupted_sweep_goes_on(tmp_
 @pytest.mark.slow
 def test_a_terminal_shows_what_runs(tmp_path):
     master, slave = pty.openpty()
-    command = sweep(tmp_path, "seed=0:1", steps=2000)
+    command = sweep(tmp_path, "seed=0:1", steps=1000)
     environment = {**running.environment(1), "TERM": "xterm", "COLUMNS": "120"}
     with subprocess.Popen(command, stdout=slave, stderr=slave, env=environment) as process:
         os.close(slave)
@@ -286,7 +286,7 @@ def test_a_terminal_shows_what_runs(tmp_path):
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
     assert process.returncode == 0, text
     assert "0 done, 1 running, 0 failed, 0 waiting, 1 in total" in text and "eta" in text
-    assert re.search(r"seed=0 +\d+s +\[ *\d+/2000", text)  # the last line of the trial's own output
+    assert re.search(r"seed=0 +\d+s +\[ *\d+/1000", text)  # the last line of the trial's own output
     assert "[1/1] done" in text
 
 

@@ -40,8 +40,9 @@ def cluster():
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """For the workers; in this process jax has its devices by then."""
+    """For the workers, which import no TensorFlow to write for TensorBoard; in this process jax has its devices by then."""
     jax.devices()
+    monkeypatch.syspath_prepend(running.ROOT / "tests" / "light")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 
 
@@ -72,12 +73,12 @@ def once_it_says():
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_trial_whose_worker_is_killed_ends_where_an_undisturbed_one_does(cluster, tmp_path, once_it_says):
-    long = {"steps": 500, "checkpoint__every": "70 steps", "log__every": "100 steps", "eval__every": "250 steps"}
+    long = {"steps": 250, "checkpoint__every": "35 steps", "log__every": "50 steps", "eval__every": "125 steps"}
     broken, whole = trial(tmp_path, "broken", **long), trial(tmp_path, "whole", **long)
     log, said = tmp_path / "broken" / "log.txt", []
     once_it_says(
         log,
-        "[200/500",  # then 70 has been written; 140 may not be
+        "[100/250",  # then 35 has been written; 70 may not be
         lambda: os.kill(int(log.read_text().split()[1]), signal.SIGKILL),
     )
     outcomes = ray_tune.run([broken, whole], address=cluster, say=said.append)

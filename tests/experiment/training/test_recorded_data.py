@@ -128,7 +128,7 @@ def test_other_data_of_another_type_is_refused(trained, tmp_path, images, labels
 @pytest.mark.slow
 def test_two_processes_measure_and_read_what_one_does(pictures, trained, tmp_path):
     own = {"dataset__name": "folder:pictures", "dataset__data_dir": str(pictures.parent), "objective__metrics": ("top1",)}
-    processes = running.start_all(running.command(tmp_path / "two", **own), 2)
+    processes = running.start_all(running.command(tmp_path / "two", **own, steps=6), 2)  # two epochs
     first, second = running.wait_all(processes)
     assert [process.returncode for process in processes] == [0, 0], first
     assert second == ""
