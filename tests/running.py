@@ -108,7 +108,8 @@ class Stop(StopSignal):
 
 
 def command(workdir: pathlib.Path, name: str = "train", **changes: Any) -> list[str]:
-    """The command line that trains the tiny experiment from a shipped config file."""
+    """The command line that trains the tiny experiment from a shipped config file; by default without importing TensorFlow."""
+    changes = {"log__tensorboard": False, **changes} if name == "train" else changes
     flags = [f"--config.{key}={value}" for key, value in settings(epochs=None, **changes).items()]
     file = ROOT / "configs" / "digits_resnet.py"
     # The rules of the shipped config name layers of its own network.
@@ -116,9 +117,9 @@ def command(workdir: pathlib.Path, name: str = "train", **changes: Any) -> list[
     return [sys.executable, "-m", "lowrank_jax", name, f"--config={file}", f"--workdir={workdir}", *flags]
 
 
-def run(arguments: list[str], *, devices: int = 1, board: bool = False, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], *, devices: int = 1, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end."""
-    return subprocess.run(arguments, env=environment(devices, board), capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(arguments, env=environment(devices), capture_output=True, text=True, timeout=300, **kwargs)
 
 
 class _Process(subprocess.Popen[str]):
@@ -130,10 +131,10 @@ class _Process(subprocess.Popen[str]):
         super().__exit__(kind, *rest)
 
 
-def start(arguments: list[str], *, devices: int = 1, board: bool = False, **kwargs: Any) -> subprocess.Popen[str]:
+def start(arguments: list[str], *, devices: int = 1, **kwargs: Any) -> subprocess.Popen[str]:
     """Starts a command; its output is one stream."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "bufsize": 1}
-    return _Process(arguments, env=environment(devices, board), **pipes, **kwargs)
+    return _Process(arguments, env=environment(devices), **pipes, **kwargs)
 
 
 def start_all(arguments: list[str], processes: int) -> list[subprocess.Popen[str]]:
@@ -154,11 +155,9 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def environment(devices: int, board: bool = False) -> dict[str, str]:
-    """Of a process with so many devices.  Without `board` it imports no TensorFlow to write for TensorBoard."""
+def environment(devices: int) -> dict[str, str]:
     flags = re.sub("device_count=[0-9]+", f"device_count={devices}", os.environ["XLA_FLAGS"])
-    path = [*([] if board else [str(ROOT / "tests" / "light")]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    return {**os.environ, "XLA_FLAGS": flags}
 
 
 FIELDS = {"step", "params", "batch_stats", "opt_state", "ema"}

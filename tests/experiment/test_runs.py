@@ -284,7 +284,7 @@ print("control", run.interrupted, run.step, flush=True)
 def test_ctrl_c_in_a_program_of_its_own(tmp_path, words):
     """Where a KeyboardInterrupt would be lost in a callback of the compiler's."""
     program = [sys.executable, "-c", PROGRAM.format(config=str(CONFIG)), str(tmp_path / "run")]
-    with running.start(program, board=True) as process:  # a thread imports TensorFlow beside it
+    with running.start(program) as process:  # a thread imports TensorFlow beside it
         seen = ""
         while words not in seen:
             line = process.stdout.readline()

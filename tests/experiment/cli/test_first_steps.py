@@ -105,7 +105,7 @@ def test_a_new_project_trains_as_it_is(tmp_path):
     folder = tmp_path / "mynet"
     command = [sys.executable, "-m", "lowrank_jax"]
     running.run([*command, "new", "mynet"], cwd=tmp_path)
-    trained = running.run([*command, "train", "--config=mynet/config.py", "--workdir=mynet/runs/a"], cwd=tmp_path, board=True)
+    trained = running.run([*command, "train", "--config=mynet/config.py", "--workdir=mynet/runs/a"], cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     again = running.run([*command, "train", "--config=config.py", "--workdir=runs/a"], cwd=folder)
     assert "runs/a has finished" in again.stdout

@@ -40,14 +40,13 @@ def cluster():
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """For the workers, which import no TensorFlow to write for TensorBoard; in this process jax has its devices by then."""
+    """For the workers; in this process jax has its devices by then."""
     jax.devices()
-    monkeypatch.syspath_prepend(running.ROOT / "tests" / "light")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 
 
 def trial(folder, name, **changes):
-    return Trial(name, {}, running.config(**changes), str(folder / name), ())
+    return Trial(name, {}, running.config(log__tensorboard=False, **changes), str(folder / name), ())
 
 
 @pytest.fixture

@@ -317,7 +317,7 @@ def test_a_state_saved_on_eight_devices_goes_on_with_one(whole, tmp_path):
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     steps = {"steps": 600, "checkpoint__every": "100000 steps", "log__every": "50 steps"}
-    with running.start(running.command(tmp_path, **steps), board=True) as process:
+    with running.start(running.command(tmp_path, **steps, log__tensorboard=True)) as process:
         wait_for(process, "[100/600")
         process.send_signal(signal.SIGTERM)
         output = process.stdout.read()
