@@ -29,7 +29,8 @@ def frobenius_penalty(params: Any) -> jax.Array:
 def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
     """Adds the gradient of `decay * frobenius_penalty` to the updates of factor pairs; others stay unchanged.
 
-    Updates keep their dtypes.  `update` raises ValueError if it is not given the parameters.
+    Updates keep their dtypes.  `update` raises ValueError if it is not given the parameters, or one factor of a pair without
+    the other, as under `optax.masked` with a mask that tells them apart.
     """
 
     def update(updates, state, params=None):
@@ -37,7 +38,7 @@ def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
             raise ValueError("add_frobenius_decay needs the parameters: call update(updates, state, params)")
 
         def add(update, param):
-            return _decayed(update, param, decay) if is_low_rank(param) else update
+            return _decayed(update, param, decay) if is_low_rank(param) and not _is_masked(param) else update
 
         return jax.tree.map(add, updates, params, is_leaf=is_low_rank), state
 
@@ -69,6 +70,14 @@ def _matrices(kernel: LowRankKernel) -> Pair:
     """U `[*stack, n, r]` and V `[*stack, r, m]` in float32 or better."""
     u, v = kernel.matrices()
     return u.astype(wide(u.dtype)), v.astype(wide(v.dtype))
+
+
+def _is_masked(pair: LowRankKernel) -> bool:
+    """Whether optax has put nothing in the place of both factors.  Raises ValueError if it did so to one of them."""
+    there = [bool(jax.tree.leaves(factor)) for factor in (pair.u, pair.v)]
+    if any(there) != all(there):
+        raise ValueError("the gradient of a factor needs the other one: mask pairs as a whole (is_leaf=is_low_rank)")
+    return not any(there)
 
 
 def _decayed(update: LowRankKernel, param: LowRankKernel, decay: float) -> LowRankKernel:

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lowrank_jax as lr
@@ -105,3 +106,23 @@ def test_decay_of_16_bit_factors_is_finite_and_keeps_the_updates_dtype(dtype):
     assert updates.u.dtype == updates.v.dtype == dtype
     np.testing.assert_allclose(np.asarray(updates.u, np.float64), 1e-3 * u @ (v @ v.T), rtol=5e-3)
     np.testing.assert_allclose(np.asarray(updates.v, np.float64), 1e-3 * (u.T @ u) @ v, rtol=5e-3)
+
+
+def test_a_mask_by_path_leaves_the_other_pairs_alone():
+    def pair(seed):
+        return LowRankKernel(*(jax.random.normal(jax.random.key(seed + i), shape) for i, shape in enumerate([(6, 2), (2, 5)])))
+
+    params = {"one": {"kernel": pair(0)}, "other": {"kernel": pair(2)}}
+    mask = jax.tree_util.tree_map_with_path(lambda path, leaf: "one" in str(path), params)
+    updates = jax.tree.map(jnp.zeros_like, params)
+    for decay in (lr.add_frobenius_decay(0.1), lr.add_nuclear_decay(0.1)):
+        masked = optax.masked(decay, mask)
+        found, _ = masked.update(updates, masked.init(params), params)
+        alone, _ = decay.update({"one": updates["one"]}, decay.init({"one": params["one"]}), {"one": params["one"]})
+        assert jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b), found["one"], alone["one"]))
+        assert not any(leaf.any() for leaf in jax.tree.leaves(found["other"]))
+    halves = jax.tree_util.tree_map_with_path(lambda path, leaf: jax.tree_util.keystr(path).endswith("u"), params)
+    assert sum(jax.tree.leaves(halves)) == 2
+    masked = optax.masked(lr.add_frobenius_decay(0.1), halves)
+    with pytest.raises(ValueError, match="mask pairs as a whole"):
+        masked.update(updates, masked.init(params), params)
