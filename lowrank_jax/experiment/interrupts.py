@@ -136,7 +136,8 @@ def _alone() -> Iterator[None]:
 def _heard(*_: Any) -> None:
     """Python calls it in the main thread for a signal."""
     global _main_inside
-    while not _main_inside and (_lock.locked() or _has_come()):
+    # In this order: what another thread has read by now, it has read under the lock.
+    while not _main_inside and (_has_come() or _lock.locked()):
         _main_inside = True
         try:
             if not _lock.acquire(timeout=_YIELDED):
