@@ -168,6 +168,7 @@ def restore(workdir: Path, step: int | str = "latest", *, raw: bool = False, tru
       UntrustedCode: the run's config names code that is not trusted.
     """
     workdir = _path("workdir", workdir)
+    _begin()
     with _explained():
         network = restore_network(workdir, str(step), raw=raw, trust_code=trust_code)
     for line in network.warnings():

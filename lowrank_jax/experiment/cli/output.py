@@ -63,19 +63,20 @@ def written_at_the_end(name: str | None) -> Iterator[Output]:
       OSError: the file cannot be written, or another result is going to be written to it.
     """
     output = Output(path := pathlib.Path(name) if name else None, new=path is not None and not path.exists())
+    place = path.resolve() if path else None
     if path and path.is_fifo():
         raise OSError(errno.EINVAL, "a pipe, which nobody may ever read; name a file", name)
-    if path and path.resolve() in _open:
+    if place in _open:
         raise OSError(errno.EINVAL, "named for two results, and can hold one", name)
     with interrupts.cleaning_up(output.give_up):
-        if path:
+        if path and place:
             path.open("a").close()
-            _open.add(path.resolve())
+            _open.add(place)
         try:
             yield output
         except BaseException:
             output.give_up()
             raise
         finally:
-            if path:
-                _open.discard(path.resolve())
+            if place:
+                _open.discard(place)

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax import named_code
 from lowrank_jax.experiment.config.schema import Config, MeshConfig
 from lowrank_jax.experiment.config.trust import Trust
 from lowrank_jax.experiment.data.base import Dataset
@@ -141,7 +140,6 @@ class TrainedNetwork:
 
 def restore(workdir: str, step: str = "latest", *, raw: bool = False, trust_code: Trust = False) -> TrainedNetwork:
     """See `lowrank_jax.experiment.restore`."""
-    named_code.forget_changed()
     folder = Workdir(workdir)
     with recorded_data.used(folder):
         stored = selection.read_config(folder, trust_code)
