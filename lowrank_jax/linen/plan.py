@@ -16,7 +16,7 @@ from lowrank_jax.linen.readers import foreign_readers
 from lowrank_jax.paths import first_match, keys_with_slashes, named_leaves
 from lowrank_jax.planning.decide import check_rules, is_matrix, plan_kernel, premerged
 from lowrank_jax.planning.kernel_use import KernelUse
-from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
+from lowrank_jax.planning.plans import Plan, PlannedKernel
 from lowrank_jax.planning.rules import Rule
 from lowrank_jax.text import shown
 
@@ -98,18 +98,15 @@ def _with_premerged(call: ModelCall, variables: Any, kernels: list[PlannedKernel
     pairs = {
         kernel.name: _factor_shapes(kernel, rank, leaves[kernel.name].dtype)
         for kernel in kernels
-        if isinstance(kernel, FactoredKernel) and kernel.execution != "premerged"
+        if kernel.choices and kernel.execution != "premerged"  # a budget may factor what the rule leaves dense
     }
     reasons = foreign_readers(call, variables, pairs)
-    return [
-        premerged(kernel, reasons[kernel.name]) if isinstance(kernel, FactoredKernel) and kernel.name in reasons else kernel
-        for kernel in kernels
-    ]
+    return [premerged(kernel, reasons[kernel.name]) if kernel.name in reasons else kernel for kernel in kernels]
 
 
-def _factor_shapes(kernel: FactoredKernel, rank: int, dtype: Any) -> Any:
-    """The factor pair that a kernel will become, as shapes, at another rank."""
-    view, stack = kernel.view, kernel.stack
+def _factor_shapes(kernel: PlannedKernel, rank: int, dtype: Any) -> Any:
+    """The factor pair that a kernel will become, or may, as shapes, at another rank."""
+    view, stack = kernel.choices[0].view, kernel.stack
     return jax.eval_shape(
         lambda: view.from_factors(jnp.zeros((*stack, view.n, rank), dtype), jnp.zeros((*stack, rank, view.m), dtype))
     )

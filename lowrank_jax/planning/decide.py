@@ -61,9 +61,9 @@ def plan_kernel(name: str, leaf: Any, use: KernelUse | None, rule: Rule | None, 
     rank = wanted_rank(rule, choices[0].view)
     if rank is None:
         return dense(note=f"kept dense by rule {index + 1}")
-    if problem := _problem(choices[0], rank):
-        return dense(note=problem, choices=choices)
     execution = None if rule.execution == "auto" else rule.execution
+    if problem := _problem(choices[0], rank):
+        return dense(note=problem, choices=choices, execution=execution, own_run=use.own_run)
     return FactoredKernel(
         name=name,
         shape=shape,
@@ -100,14 +100,18 @@ def _by_rows(name: str, shape: tuple[int, ...], use: KernelUse | None, rule: Rul
     if rule.execution == "factored":
         return dense(note=f"runs on factors in known layers alone; {use.refusal if use else 'no layer is known to use it'}")
     if problem := _problem(choices[0], rank):
-        return dense(note=problem, choices=choices)
+        return dense(note=problem, choices=choices, execution="premerged")
     return FactoredKernel(
         name=name, shape=shape, macs=macs, rule=rule, choices=choices, choice=choices[0], rank=rank, execution="premerged"
     )
 
 
-def premerged(kernel: FactoredKernel, reason: str) -> PlannedKernel:
+def premerged(kernel: PlannedKernel, reason: str) -> PlannedKernel:
     """The line of a kernel that something besides its layer reads: its factors are multiplied out before that."""
+    if isinstance(kernel, DenseKernel):
+        open_ = kernel.rule is not None and kernel.rule.execution != "factored"
+        return dataclasses.replace(kernel, execution="premerged") if open_ else dataclasses.replace(kernel, choices=())
+    assert isinstance(kernel, FactoredKernel)
     if kernel.rule.execution == "factored":
         note = f"{reason} and cannot work on factors"
         return DenseKernel(name=kernel.name, shape=kernel.shape, macs=kernel.macs, rule=kernel.rule, note=note)

@@ -79,6 +79,10 @@ class PlannedKernel(abc.ABC):
       rule: the rule that decided; None if none matches.
       choices: the ways to factor the kernel that are open to a budget, the rule's own scheme first; empty where the rule, or
         the layer, keeps the kernel dense.
+      execution: how its layer runs on factors, or would; None if that is not known yet.
+      own_run: whether its layer computes with it in a way that only the layer knows (`register_layer(run=...)`).
+      risk: what its layer loses of its function as planned, relative to all of it; None unless a budget was allocated.
+      next_gain: what the next per cent of the budget would take off the objective here; None if nothing more would.
     """
 
     name: str
@@ -86,6 +90,15 @@ class PlannedKernel(abc.ABC):
     macs: int
     rule: Rule | None
     choices: tuple[Choice, ...] = ()
+    execution: Execution | None = None
+    own_run: bool = False
+    risk: float | None = None
+    next_gain: float | None = None
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading axes that `nn.scan` and `nn.vmap` add to a repeated module's parameters, if it can be factored."""
+        return self.shape[: len(self.shape) - len(self.choices[0].view.shape)] if self.choices else ()
 
     @property
     def params(self) -> int:
@@ -109,6 +122,10 @@ class PlannedKernel(abc.ABC):
         macs = with_change(self.planned_macs, self.macs) if self.macs else "-"
         return [self.name, "x".join(map(str, self.shape)), rank, method, execution, params, macs, note]
 
+    def worth(self) -> list[str]:
+        """What its rank loses, and what more of the budget would buy, as text."""
+        return ["-" if value is None else f"{value:.{digits}f}" for value, digits in ((self.risk, 4), (self.next_gain, 5))]
+
     @abc.abstractmethod
     def _cells(self) -> tuple[str, str, str, str]:
         """Rank, method, execution and note, as text."""
@@ -122,16 +139,12 @@ class FactoredKernel(PlannedKernel):
       rule: the rule that decided.
       choice: which of `choices` was taken.
       rank: the rank.
-      execution: how the layer will run; None if that is not known yet.
-      own_run: whether its layer computes with it in a way that only the layer knows (`register_layer(run=...)`).
       note: why the execution is not the rule's own.
     """
 
     rule: Rule
     choice: Choice
     rank: int
-    execution: Execution | None = None
-    own_run: bool = False
     note: str = ""
 
     @property
@@ -143,11 +156,6 @@ class FactoredKernel(PlannedKernel):
     def traffic(self) -> Traffic:
         """What the layer reads and writes."""
         return self.choice.traffic
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """The leading axes that `nn.scan` and `nn.vmap` add to a repeated module's parameters."""
-        return self.shape[: len(self.shape) - len(self.view.shape)]
 
     @property
     def planned_params(self) -> int:
@@ -239,7 +247,11 @@ class Plan:
             f"MACs of all but the {unknown} that are not known" if unknown else "",
         ]  # fmt: skip
         header = ["parameter", "shape", "rank", "method", "execution", "params", "MACs", "note"]
-        return [header, *(kernel.row() for kernel in self.kernels), rest, total]
+        rows = [header, *(kernel.row() for kernel in self.kernels), rest, total]
+        if all(kernel.risk is None for kernel in self.kernels):
+            return rows
+        worth = [["risk", "next 1%"], *(kernel.worth() for kernel in self.kernels), ["", ""], ["", ""]]
+        return [[*row[:-1], *more, row[-1]] for row, more in zip(rows, worth, strict=True)]
 
     def __str__(self) -> str:
         return align(self.rows())
