@@ -16,7 +16,7 @@ import numpy as np
 
 from lowrank_jax.kernel import SPATIAL_ROWS, Execution
 from lowrank_jax.planning.chips import Chip
-from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
+from lowrank_jax.planning.plans import Choice, FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.text import shown
 
 Operation = tuple[float, float]  # FLOPs, and bytes to and from memory
@@ -68,6 +68,29 @@ def seconds(kernel: FactoredKernel, execution: Execution, chip: Chip, batch: int
     """
     operations = _factored if execution == "factored" else _merged
     return sum(chip.seconds(flops, moved) for flops, moved in operations(kernel, chip, batch, itemsize))
+
+
+def seconds_of(
+    kernel: PlannedKernel, choice: Choice, rank: int, execution: Execution, chip: Chip, batch: int, itemsize: int = 4
+) -> float:
+    """`seconds` of a kernel at one of its choices and a rank."""
+    line = dataclasses.replace(_as_factored(kernel), choice=choice, rank=rank)
+    return seconds(line, execution, chip, batch, itemsize)
+
+
+def dense_seconds(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int = 4) -> float:
+    """The time of the dense layer; of a kernel whose work is not known, 0."""
+    if not kernel.choices:
+        return chip.seconds(6 * batch * kernel.macs, 0)
+    x, y = _ends(_as_factored(kernel), chip, batch, itemsize)
+    flops = 2 * batch * kernel.macs
+    return sum(chip.seconds(flops, moved) for moved in (x + y, x + 2 * y, 2 * y + 2 * x))
+
+
+def _as_factored(kernel: PlannedKernel) -> FactoredKernel:
+    assert kernel.rule is not None
+    common = {field: getattr(kernel, field) for field in ("name", "shape", "macs", "rule", "choices")}
+    return FactoredKernel(**common, choice=kernel.choices[0], rank=1)
 
 
 def _factored(kernel: FactoredKernel, chip: Chip, batch: int, itemsize: int) -> Sequence[Operation]:

@@ -1,0 +1,117 @@
+"""What every rank of a plan's kernels loses: of the kernels at hand, or of Gaussian ones."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax.kernel import is_low_rank
+from lowrank_jax.paths import named_leaves
+from lowrank_jax.planning.plans import PlannedKernel
+from lowrank_jax.projection import linalg
+from lowrank_jax.projection.activations import ActivationLike
+from lowrank_jax.projection.curves import risk_curves
+from lowrank_jax.projection.stack import Stack
+
+_KEY = 0  # of the Gaussian kernels: plans depend on shapes alone
+
+
+def relative_risks(
+    kernels: Sequence[PlannedKernel], variables: Any = None, moments: Mapping[str, jax.Array] | None = None
+) -> dict[str, list[np.ndarray]]:
+    """By kernel, for each of its choices, the relative risk of every rank from 1 to full rank, never growing.
+
+    Args:
+      kernels: of a plan; all have choices.
+      variables: the dense model's variables or parameters; None for Gaussian kernels with columns of length one, one draw for
+        each shape.
+      moments: by kernel, `[*stack, n, n]`: second moments of inputs.  Those of a choice with other rows are not used.
+
+    Raises:
+      ValueError: the variables do not fit the kernels, or are not finite.
+    """
+    asked = [(kernel, place) for kernel in kernels for place in range(len(kernel.choices))]
+    if variables is None:
+        curves = _gaussian_curves([_gaussian(kernel, place) for kernel, place in asked])
+    else:
+        values = _values(kernels, variables)
+        curves = _means(_computed([_stack(kernel, place, values, moments) for kernel, place in asked]))
+    found: dict[str, list[np.ndarray]] = {kernel.name: [] for kernel in kernels}
+    for (kernel, _), curve in zip(asked, curves, strict=True):
+        found[kernel.name].append(curve)
+    return found
+
+
+class _Gaussian(NamedTuple):
+    """A Gaussian kernel as a matrix, and what follows it."""
+
+    n: int
+    m: int
+    group: int
+    activation: ActivationLike
+
+    def stack(self) -> Stack:
+        w = jax.random.normal(jax.random.key(_KEY), (1, self.n, self.m)) / np.sqrt(self.n * self.group)
+        return Stack(None, w, 1, self.activation, self.group)
+
+
+_known: dict[_Gaussian, np.ndarray] = {}
+
+
+def _gaussian(kernel: PlannedKernel, place: int) -> _Gaussian:
+    assert kernel.rule is not None
+    view = kernel.choices[place].view
+    return _Gaussian(view.n, view.m, view.group, kernel.rule.activation)
+
+
+def _gaussian_curves(asked: Sequence[_Gaussian]) -> list[np.ndarray]:
+    """Each shape is decomposed once a process: plans of one network are made again and again, as in a sweep."""
+    new = [one for one in dict.fromkeys(asked) if one not in _known]
+    _known.update(zip(new, _means(_computed([one.stack() for one in new])), strict=True))
+    return [_known[one] for one in asked]
+
+
+def _means(curves: Sequence[jax.Array]) -> list[np.ndarray]:
+    """A repeated module has one rank for all its kernels, which lose what they lose on average; never growing with the rank."""
+    return [np.minimum.accumulate(np.clip(np.asarray(curve, np.float64).mean(axis=0), 0, None)) for curve in curves]
+
+
+def _computed(stacks: Sequence[Stack]) -> list[jax.Array]:
+    """One program for all of them; `Stack` is no tree, and activations are no arrays."""
+
+    def run(matrices: list[jax.Array]) -> list[jax.Array]:
+        made = [Stack(None, w, 1, stack.activation, stack.group) for w, stack in zip(matrices, stacks, strict=True)]
+        return risk_curves(made, [False] * len(made))
+
+    return jax.jit(run)([stack.w for stack in stacks]) if stacks else []
+
+
+def _stack(
+    kernel: PlannedKernel, place: int, values: Mapping[str, jax.Array], moments: Mapping[str, jax.Array] | None
+) -> Stack:
+    assert kernel.rule is not None
+    view = kernel.choices[place].view
+    w = view.to_matrix(values[kernel.name]).reshape(-1, view.n, view.m)
+    w = w.astype(linalg.wide(w.dtype))
+    if moments is not None and kernel.name in moments and moments[kernel.name].shape[-1] == view.n:
+        roots = jax.lax.map(linalg.square_root, moments[kernel.name].reshape(-1, view.n, view.n).astype(w.dtype))
+        w = jnp.matmul(roots, w, precision="highest")
+    return Stack(None, w, 1, kernel.rule.activation, view.group)
+
+
+def _values(kernels: Sequence[PlannedKernel], variables: Any) -> dict[str, jax.Array]:
+    params = variables["params"] if isinstance(variables, Mapping) and "params" in variables else variables
+    leaves = named_leaves(params, is_leaf=is_low_rank)
+    problems = []
+    for kernel in kernels:
+        leaf = leaves.get(kernel.name)
+        if leaf is None or is_low_rank(leaf) or tuple(leaf.shape) != kernel.shape:
+            found = "is missing" if leaf is None else "is factored" if is_low_rank(leaf) else f"is {list(leaf.shape)}"
+            problems.append(f"{kernel.name}: planned as {list(kernel.shape)}, {found}")
+        elif not linalg.known_finite(leaf):
+            problems.append(f"{kernel.name}: has values that are not finite")
+    if problems:
+        raise ValueError("the variables do not fit the plan:\n  " + "\n  ".join(problems))
+    return {kernel.name: leaves[kernel.name] for kernel in kernels}
