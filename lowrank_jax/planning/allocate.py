@@ -11,7 +11,7 @@ import numpy as np
 from lowrank_jax.kernel import Execution
 from lowrank_jax.planning import knapsack
 from lowrank_jax.planning.chips import Chip
-from lowrank_jax.planning.curves import relative_risks
+from lowrank_jax.planning.curves import Losses, curves_of_kernels
 from lowrank_jax.planning.execution import dense_seconds, seconds_of
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.rules import Rule, wanted_rank
@@ -58,8 +58,9 @@ def allocate(
       chip, batch: for `seconds`: the device, and the examples per step on it.
       itemsize: bytes of a parameter; for `seconds`, of an activation.
       rest: for `seconds`: how long the dense step takes besides its kernels, in seconds.
-      objective: what is lost: `correlation`, the sum over kernels of -log(1 - R) for the relative function risk R; `risk`, the sum
-        of R; or `tolerance`, the largest R.
+      objective: what is to be least: `correlation`, minus the logarithm of the product of what kernels keep of their outputs'
+        squared correlation with the dense ones, means aside; `risk`, the sum of their relative function risks; or `tolerance`,
+        the largest relative risk.
       min_scale: no rank is below this fraction of full rank.
       multiple_of: ranks are multiples of this, where a kernel has so many.
       variables: the dense model's variables or parameters, whose kernels are decomposed; None for Gaussian kernels.
@@ -84,8 +85,8 @@ def allocate(
         raise ValueError(f"the MACs of {', '.join(unknown)} are not known, so that a budget of MACs cannot hold; give another one")
     if moments is not None and variables is None:
         raise ValueError("moments need the variables too: they say what the kernels do with the inputs")
-    risks = relative_risks(open_, variables, moments)
-    points = [_points(kernel, risks[kernel.name], request, tuple(given)) for kernel in open_]
+    curves = curves_of_kernels(open_, variables, moments)
+    points = [_points(kernel, curves[kernel.name], request, tuple(given)) for kernel in open_]
     fixed = np.array([_fixed(plan, open_, kind, request) for kind in given])
     whole = np.array([_whole(plan, kind, request) for kind in given])
     limits = np.array([_limit(value, total) for value, total in zip(given.values(), whole, strict=True)])
@@ -157,33 +158,40 @@ class _Points:
       rank: the rank, 0 for dense.
       execution: by option.
       risk: relative.
+      correlation: one minus the squared correlation that is kept.
       cost: `[budgets, options]`.
-      uniform: by growing rank, the options of the rule's own scheme, and the dense one last if there is one.
+      scale: the rank as a fraction of full rank, 1 for dense.
     """
 
     choice: np.ndarray
     rank: np.ndarray
     execution: list[Execution | None]
     risk: np.ndarray
+    correlation: np.ndarray
     cost: np.ndarray
     scale: np.ndarray
 
 
-def _points(kernel: PlannedKernel, risks: Sequence[np.ndarray], request: _Request, kinds: tuple[Kind, ...]) -> _Points:
-    rows: list[tuple[int, int, Execution | None, float, float]] = []
-    for place, choice in enumerate(kernel.choices):
-        for rank in _ranks(kernel, choice, request):
-            risk, scale = float(risks[place][rank - 1]), rank / choice.view.full_rank
-            rows += [(place, rank, execution, risk, scale) for execution in _executions(kernel, kinds)]
+def _points(kernel: PlannedKernel, losses: Sequence[Losses], request: _Request, kinds: tuple[Kind, ...]) -> _Points:
+    ranks = [(place, rank) for place, choice in enumerate(kernel.choices) for rank in _ranks(kernel, choice, request)]
+    if not ranks and isinstance(kernel, FactoredKernel):  # none is allowed: it stays what the plan says
+        ranks = [(0, kernel.rank)]
+    rows = [(place, rank, execution) for place, rank in ranks for execution in _executions(kernel, kinds)]
     if isinstance(kernel, DenseKernel):
-        rows.append((-1, 0, None, 0.0, 1.0))
-    if not rows:  # no rank is allowed: it stays what the plan says
-        assert isinstance(kernel, FactoredKernel)
-        risk = float(risks[0][kernel.rank - 1])
-        rows = [(0, kernel.rank, execution, risk, 1.0) for execution in _executions(kernel, kinds)]
-    choices, ranks, executions, risk_, scales = zip(*rows, strict=True)
-    cost = np.array([[_cost(kernel, place, rank, execution, kind, request) for place, rank, execution, *_ in rows] for kind in kinds])
-    return _Points(np.array(choices), np.array(ranks), list(executions), np.array(risk_), cost, np.array(scales))
+        rows.append((-1, 0, None))
+
+    def lost(curve: str) -> np.ndarray:
+        return np.array([getattr(losses[place], curve)[rank - 1] if rank else 0.0 for place, rank, _ in rows])
+
+    return _Points(
+        choice=np.array([place for place, *_ in rows]),
+        rank=np.array([rank for _, rank, _ in rows]),
+        execution=[execution for *_, execution in rows],
+        risk=lost("risk"),
+        correlation=lost("correlation"),
+        cost=np.array([[_cost(kernel, *row, kind, request) for row in rows] for kind in kinds]),
+        scale=np.array([rank / kernel.choices[place].view.full_rank if rank else 1.0 for place, rank, _ in rows]),
+    )
 
 
 def _ranks(kernel: PlannedKernel, choice: Choice, request: _Request) -> range:
@@ -260,7 +268,7 @@ def _weighted(
 ) -> list[knapsack.Options]:
     found = []
     for kernel, of_kernel in zip(kernels, points, strict=True):
-        loss = -np.log1p(-np.minimum(of_kernel.risk, 1 - 1e-12)) if objective == "correlation" else of_kernel.risk
+        loss = -np.log1p(-np.minimum(of_kernel.correlation, 1 - 1e-12)) if objective == "correlation" else of_kernel.risk
         found.append(knapsack.Options(of_kernel.cost, sensitivity.get(kernel.name, 1.0) * loss))
     return found
 

@@ -12,16 +12,28 @@ from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import PlannedKernel
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.activations import ActivationLike
-from lowrank_jax.projection.curves import risk_curves
+from lowrank_jax.projection.curves import Curves, curves_of_stacks
 from lowrank_jax.projection.stack import Stack
 
 _KEY = 0  # of the Gaussian kernels: plans depend on shapes alone
 
 
-def relative_risks(
+class Losses(NamedTuple):
+    """By rank, `[full_rank]`, never growing.
+
+    Attributes:
+      risk: the relative function risk.
+      correlation: one minus the squared correlation that is kept.
+    """
+
+    risk: np.ndarray
+    correlation: np.ndarray
+
+
+def curves_of_kernels(
     kernels: Sequence[PlannedKernel], variables: Any = None, moments: Mapping[str, jax.Array] | None = None
-) -> dict[str, list[np.ndarray]]:
-    """By kernel, for each of its choices, the relative risk of every rank from 1 to full rank, never growing.
+) -> dict[str, list[Losses]]:
+    """By kernel, for each of its choices, what every rank from 1 to full rank loses.
 
     Args:
       kernels: of a plan; all have choices.
@@ -38,7 +50,7 @@ def relative_risks(
     else:
         values = _values(kernels, variables)
         curves = _means(_computed([_stack(kernel, place, values, moments) for kernel, place in asked]))
-    found: dict[str, list[np.ndarray]] = {kernel.name: [] for kernel in kernels}
+    found: dict[str, list[Losses]] = {kernel.name: [] for kernel in kernels}
     for (kernel, _), curve in zip(asked, curves, strict=True):
         found[kernel.name].append(curve)
     return found
@@ -57,7 +69,7 @@ class _Gaussian(NamedTuple):
         return Stack(None, w, 1, self.activation, self.group)
 
 
-_known: dict[_Gaussian, np.ndarray] = {}
+_known: dict[_Gaussian, Losses] = {}
 
 
 def _gaussian(kernel: PlannedKernel, place: int) -> _Gaussian:
@@ -66,24 +78,28 @@ def _gaussian(kernel: PlannedKernel, place: int) -> _Gaussian:
     return _Gaussian(view.n, view.m, view.group, kernel.rule.activation)
 
 
-def _gaussian_curves(asked: Sequence[_Gaussian]) -> list[np.ndarray]:
+def _gaussian_curves(asked: Sequence[_Gaussian]) -> list[Losses]:
     """Each shape is decomposed once a process: plans of one network are made again and again, as in a sweep."""
     new = [one for one in dict.fromkeys(asked) if one not in _known]
     _known.update(zip(new, _means(_computed([one.stack() for one in new])), strict=True))
     return [_known[one] for one in asked]
 
 
-def _means(curves: Sequence[jax.Array]) -> list[np.ndarray]:
-    """A repeated module has one rank for all its kernels, which lose what they lose on average; never growing with the rank."""
-    return [np.minimum.accumulate(np.clip(np.asarray(curve, np.float64).mean(axis=0), 0, None)) for curve in curves]
+def _means(curves: Sequence[Curves]) -> list[Losses]:
+    """A repeated module has one rank for all its kernels, which lose what they lose on average."""
+
+    def falling(curve: jax.Array) -> np.ndarray:
+        return np.minimum.accumulate(np.clip(np.asarray(curve, np.float64).mean(axis=0), 0, 1))
+
+    return [Losses(falling(curve.risk), falling(1 - curve.correlation)) for curve in curves]
 
 
-def _computed(stacks: Sequence[Stack]) -> list[jax.Array]:
+def _computed(stacks: Sequence[Stack]) -> list[Curves]:
     """One program for all of them; `Stack` is no tree, and activations are no arrays."""
 
-    def run(matrices: list[jax.Array]) -> list[jax.Array]:
+    def run(matrices: list[jax.Array]) -> list[Curves]:
         made = [Stack(None, w, 1, stack.activation, stack.group) for w, stack in zip(matrices, stacks, strict=True)]
-        return risk_curves(made, [False] * len(made))
+        return curves_of_stacks(made, [False] * len(made))
 
     return jax.jit(run)([stack.w for stack in stacks]) if stacks else []
 

@@ -1,7 +1,7 @@
-"""The relative risk of a kernel's projection at every rank at once, from one decomposition.
+"""What a kernel's projection loses at every rank at once, from one decomposition.
 
 In the leading left singular vectors an output j keeps c_j(r) = Σ_{i≤r} (σ_i B_ji)² of its squared length.  So the cosines of all
-ranks are a cumulative sum, and each gives the output's risk at its best length (docs/mathematics.md, section 12).
+ranks are a cumulative sum, and each says what is lost of the output's function (docs/mathematics.md, section 12).
 """
 
 from collections.abc import Sequence
@@ -33,10 +33,21 @@ class _Outputs(NamedTuple):
     cosine: jax.Array
 
 
-def risk_curve(
-    w: jax.Array, *, activation: ActivationLike = "relu", group: int = 1, normalized: bool = False
-) -> jax.Array:
-    """R(r) / R(0) of the kernel projection at every rank r, in the leading singular subspace.
+class Curves(NamedTuple):
+    """By rank, from 1 to full rank, on the last axis.
+
+    Attributes:
+      risk: R(r) / R(0) of the kernel projection, falling to 0.
+      correlation: the squared correlation of the outputs with those of the dense layer, rising to 1.  The outputs' means, which
+        a bias holds, do not count.
+    """
+
+    risk: jax.Array
+    correlation: jax.Array
+
+
+def curves(w: jax.Array, *, activation: ActivationLike = "relu", group: int = 1, normalized: bool = False) -> Curves:
+    """Of a kernel in its leading singular subspace at every rank.
 
     Args:
       w: `[n, m]`.
@@ -44,28 +55,29 @@ def risk_curve(
       normalized: a normalisation layer follows, which gives all outputs the same length: each counts the same.
 
     Returns:
-      `[min(n, m)]`, float32 or better: falling from rank 1 to 0 at full rank.
+      Arrays `[min(n, m)]`, float32 or better.
 
     Raises:
       ValueError: as in `kernel_projection`.
     """
     linalg.check_matrix(w)
     linalg.check_group(w, group)
-    act = activations.get(activation)
-    return risk_curves([Stack(None, w[None], 1, act, group)], [normalized])[0][0]
+    [found] = curves_of_stacks([Stack(None, w[None], 1, activations.get(activation), group)], [normalized])
+    return Curves(*(curve[0] for curve in found))
 
 
-def risk_curves(stacks: Sequence[Stack], normalized: Sequence[bool]) -> list[jax.Array]:
-    """`risk_curve` of many kernels: `[k, p]` for every stack, p = min(n, m) of its matrices; their ranks do not matter.
+def curves_of_stacks(stacks: Sequence[Stack], normalized: Sequence[bool]) -> list[Curves]:
+    """`curves` of many kernels: arrays `[k, p]` for every stack, p = min(n, m) of its matrices; their ranks do not matter.
 
     Decompositions and products are compiled for few shapes, as in `batched.project`.
     """
-    found: dict[int, jax.Array] = {}
+    found: dict[int, Curves] = {}
     for part, outputs in zip(parts := padded_stacks(stacks), _outputs(parts), strict=True):
         flags = np.repeat([normalized[i] for i in part.bucket.members], part.bucket.counts)
-        curves = jnp.concatenate([_curves(act, part, run, outputs, flags) for act, run in part.runs()])
-        for i, of_one in zip(part.bucket.members, part.bucket.split(curves), strict=True):
-            found[i] = of_one[:, : min(stacks[i].w.shape[1:])]
+        of_runs = [_curves(act, part, run, outputs, flags) for act, run in part.runs()]
+        whole = [part.bucket.split(jnp.concatenate(curve)) for curve in zip(*of_runs, strict=True)]
+        for i, *of_one in zip(part.bucket.members, *whole, strict=True):
+            found[i] = Curves(*(curve[:, : min(stacks[i].w.shape[1:])] for curve in of_one))
     return [found[i] for i in range(len(stacks))]
 
 
@@ -88,30 +100,38 @@ def _kept(part: PaddedStack, vectors: jax.Array) -> _Outputs:
     return _Outputs(length, jnp.minimum(root(ratio(kept, kept[:, -1:])), 1))
 
 
-def _curves(act: Activation, part: PaddedStack, run: slice, outputs: _Outputs, normalized: np.ndarray) -> jax.Array:
+def _curves(act: Activation, part: PaddedStack, run: slice, outputs: _Outputs, normalized: np.ndarray) -> Curves:
     """`[k, p]` of the kernels in `run`, which are followed by one activation."""
     flags = jnp.asarray(normalized[run])[:, None]
     length, cosine = outputs.length[run], outputs.cosine[run]
     size = jnp.where(flags, (length > 0).astype(length.dtype), length * measure(act, part.unit[run, 0]))
-    whole = act.risk(size, jnp.zeros_like(size), jnp.zeros_like(size))
+    nothing = jnp.zeros_like(size)
     if isinstance(act, activations.Homogeneous):
-        share = 1 - jnp.maximum(act.h(cosine), 0) ** 2
+        lost, kept = _shares(act, jnp.ones_like(size)[:, None], cosine)
     else:
-        share = _tabulated(act, size, cosine)
-    return ratio(jnp.sum(share * whole[:, None], axis=-1), jnp.sum(whole, axis=-1)[:, None])
+        lost, kept = _tabulated(act, size, cosine)
+    return Curves(_mean(lost, act.risk(size, nothing, nothing)), _mean(kept**2, act.risk(size, size, nothing)))
 
 
-def _tabulated(act: Activation, size: jax.Array, cosine: jax.Array) -> jax.Array:
-    """What outputs of sizes `[k, outputs]` lose of their function at their best lengths, by cosine `[k, ranks, outputs]`.
+def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Over outputs: `[k, p, outputs]` and `[k, outputs]` to `[k, p]`."""
+    return ratio(jnp.sum(values * weights[:, None], axis=-1), jnp.sum(weights, axis=-1)[:, None])
 
-    By a table for each kernel, over the lengths that it has and all cosines, read linearly.
+
+def _shares(act: Activation, length: jax.Array, rho: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of outputs at a cosine: the share of the risk that is left at the best length, and the correlation that is kept."""
+    nothing = jnp.zeros_like(length)
+    lost = ratio(act.risk(length, act.best_length(length, rho), rho), act.risk(length, nothing, nothing))
+    return lost, 1 - ratio(act.risk(length, length, rho), act.risk(length, length, nothing))
+
+
+def _tabulated(act: Activation, size: jax.Array, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`_shares` of outputs of sizes `[k, outputs]` at cosines `[k, ranks, outputs]`.
+
+    By tables for each kernel, over the lengths that it has and all cosines, read linearly.
     """
 
-    def lost(length: jax.Array, rho: jax.Array) -> jax.Array:
-        nothing = jnp.zeros_like(length)
-        return ratio(act.risk(length, act.best_length(length, rho), rho), act.risk(length, nothing, nothing))
-
-    def of_one(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def of_one(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         size, cosine = pair
         present = size > 0
         low = jnp.log(jnp.min(jnp.where(present, size, jnp.inf), initial=jnp.inf))
@@ -119,9 +139,10 @@ def _tabulated(act: Activation, size: jax.Array, cosine: jax.Array) -> jax.Array
         width = jnp.maximum(jnp.log(jnp.max(size, initial=1e-30)) - low, 1e-6)
         grid = jnp.exp(low + width * jnp.arange(_LENGTHS) / (_LENGTHS - 1)).astype(size.dtype)
         rho = jnp.arange(_COSINES, dtype=size.dtype) / (_COSINES - 1)
-        table = jax.lax.map(lambda length: lost(length, rho), grid)
+        tables = jax.lax.map(lambda length: _shares(act, jnp.full_like(rho, length), rho), grid)
         place = (jnp.log(jnp.where(present, size, 1)) - low) / width * (_LENGTHS - 1)
         places = [jnp.broadcast_to(place, cosine.shape), cosine * (_COSINES - 1)]
-        return map_coordinates(table, places, order=1, mode="nearest")
+        lost, kept = (map_coordinates(table, places, order=1, mode="nearest") for table in tables)
+        return lost, kept
 
     return jax.lax.map(of_one, (size, cosine))
