@@ -4,6 +4,7 @@ In the leading left singular vectors an output j keeps c_j(r) = Σ_{i≤r} (σ_i
 ranks are a cumulative sum, and each says what is lost of the output's function (docs/mathematics.md, section 12).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,7 +63,12 @@ def curves(w: jax.Array, *, activation: ActivationLike = "relu", group: int = 1,
     """
     linalg.check_matrix(w)
     linalg.check_group(w, group)
-    [found] = curves_of_stacks([Stack(None, w[None], 1, activations.get(activation), group)], [normalized])
+    return _of_one(w, activations.get(activation), group, normalized)
+
+
+@functools.partial(jax.jit, static_argnames=("act", "group", "normalized"))
+def _of_one(w: jax.Array, act: Activation, group: int, normalized: bool) -> Curves:
+    [found] = curves_of_stacks([Stack(None, w[None], 1, act, group)], [normalized])
     return Curves(*(curve[0] for curve in found))
 
 

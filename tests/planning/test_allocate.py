@@ -1,0 +1,192 @@
+"""Plans from a budget."""
+
+import dataclasses
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_jax as lr
+from lowrank_jax.planning.allocate import OBJECTIVES, allocate
+from lowrank_jax.planning.curves import curves_of_kernels
+from lowrank_jax.planning.plans import DenseKernel, FactoredKernel
+from lowrank_jax.planning.rules import wanted_rank
+
+X = jnp.ones((2, 8, 8, 3))
+EVERYTHING = (lr.Rule(".*kernel", scale=1.0),)
+
+
+class Net(nn.Module):
+    """Kernels of many shapes: costs in parameters and in MACs order them differently."""
+
+    @nn.compact
+    def __call__(self, x):
+        for features, window, strides in ((12, 3, 1), (24, 3, 2), (16, 1, 1)):
+            x = nn.relu(nn.Conv(features, (window, window), strides)(x))
+        x = x.reshape(len(x), -1)
+        return nn.Dense(5)(nn.relu(nn.Dense(20)(x)))
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return lr.plan(Net(), X, EVERYTHING)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return Net().init(jax.random.key(3), X)
+
+
+def loss(plan, objective):
+    """What a plan loses of Gaussian kernels, from the curves."""
+    curves = curves_of_kernels([kernel for kernel in plan.kernels if kernel.choices])
+    losses = []
+    for kernel in plan.kernels:
+        if isinstance(kernel, FactoredKernel):
+            curve = curves[kernel.name][kernel.choices.index(kernel.choice)]
+            risk, correlation = curve.risk[kernel.rank - 1], curve.correlation[kernel.rank - 1]
+            losses.append(-np.log(1 - correlation) if objective == "correlation" else risk)
+    return max(losses, default=0.0) if objective == "tolerance" else sum(losses)
+
+
+@pytest.fixture(scope="module")
+def uniform():
+    """Plans of uniform scales, by growing scale."""
+    return [lr.plan(Net(), X, [lr.Rule(".*kernel", scale=scale)]) for scale in np.arange(0.05, 1, 0.05)]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("budget", [0.2, 0.5])
+def test_it_holds_the_budget_and_loses_no_more_than_a_uniform_scale(plan, uniform, budget, objective):
+    made = allocate(plan, params=budget, objective=objective)
+    assert made.params <= budget * plan.dense_params < made.params + 0.06 * plan.dense_params
+    rivals = [rival for rival in uniform if rival.params <= budget * plan.dense_params]
+    assert rivals and loss(made, objective) <= min(loss(rival, objective) for rival in rivals) + 1e-9
+    for kernel in made.factored:
+        assert kernel.choice.params(kernel.rank) < kernel.params
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_more_budget_never_loses_more(plan, objective):
+    for kind in ("params", "macs"):
+        losses = [loss(allocate(plan, **{kind: share}, objective=objective), objective) for share in np.linspace(0.1, 1, 12)]
+        assert all(one >= other - 1e-12 for one, other in itertools.pairwise(losses)) and losses[-1] == 0
+
+
+def test_macs_count_in_positions_and_fix_the_execution(plan):
+    made = allocate(plan, macs=0.4)
+    assert made.macs <= 0.4 * plan.dense_macs and made != allocate(plan, params=0.4)
+    assert {kernel.execution for kernel in made.factored} == {"factored"}
+    assert {kernel.execution for kernel in allocate(plan, params=0.4).factored} == {None}
+
+
+def test_counts_and_fractions_bytes_and_both_at_once(plan):
+    count = int(0.3 * plan.dense_params)
+    assert allocate(plan, params=count).params <= count
+    assert allocate(plan, bytes=0.3, itemsize=2).params == allocate(plan, params=0.3).params
+    both = allocate(plan, params=0.5, macs=0.3)
+    assert both.params <= 0.5 * plan.dense_params and both.macs <= 0.3 * plan.dense_macs
+
+
+def test_the_whole_network_fits_the_whole_budget(plan):
+    made = allocate(plan, params=1.0)
+    assert not made.factored and made.params == plan.dense_params
+    assert all(kernel.risk == 0 for kernel in made.kernels)
+
+
+def test_rules_are_bounds():
+    rules = [lr.Rule("Dense_1/kernel"), lr.Rule("Conv_0/kernel", rank=2), lr.Rule("Conv.*kernel", scale=0.25), *EVERYTHING]
+    plan = lr.plan(Net(), X, rules)
+    made = {kernel.name: kernel for kernel in allocate(plan, params=0.9).kernels}
+    planned = {kernel.name: kernel for kernel in plan.kernels}
+    assert made["Dense_1/kernel"] == planned["Dense_1/kernel"] and isinstance(made["Dense_1/kernel"], DenseKernel)
+    for name in ("Conv_0/kernel", "Conv_1/kernel", "Conv_2/kernel"):
+        assert made[name].rank <= wanted_rank(planned[name].rule, made[name].view)
+
+
+def test_least_scales_and_multiples(plan):
+    made = allocate(plan, params=0.35, min_scale=0.1, multiple_of=4)
+    assert all(kernel.rank % 4 == 0 for kernel in made.factored if kernel.view.full_rank > 8)
+    assert all(kernel.rank >= 0.1 * kernel.view.full_rank for kernel in made.factored)
+
+
+def test_a_kernel_that_counts_more_keeps_more(plan):
+    names = [kernel.name for kernel in plan.kernels if kernel.choices]
+    usual = {kernel.name: kernel.risk for kernel in allocate(plan, params=0.3).kernels}
+    for name in names[:3]:
+        heavy = {kernel.name: kernel.risk for kernel in allocate(plan, params=0.3, sensitivity={name: 50.0}).kernels}
+        assert heavy[name] <= usual[name] and (heavy[name] < usual[name] or usual[name] == 0)
+
+
+def test_trained_kernels_are_ranked_by_what_they_are(plan, variables):
+    """A kernel of rank 2 needs no more, whatever its shape asks for."""
+    params = jax.tree.map(lambda leaf: leaf, variables["params"])
+    draw = np.random.default_rng(0)
+    params["Dense_1"]["kernel"] = jnp.asarray(draw.normal(size=(256, 2)) @ draw.normal(size=(2, 20)), jnp.float32)
+    made = {kernel.name: kernel for kernel in allocate(plan, params=0.3, variables={"params": params}).kernels}
+    assert made["Dense_1/kernel"].rank == 2 and made["Dense_1/kernel"].risk < 1e-6
+    assert {kernel.name: kernel for kernel in allocate(plan, params=0.3).kernels}["Dense_1/kernel"].rank > 2
+
+
+def test_a_plan_that_was_allocated_runs(plan, variables):
+    made = allocate(plan, macs=0.5, variables=variables)
+    params = lr.factorize(variables["params"], made, key=jax.random.key(0))
+    expected = Net().apply({"params": lr.merge(params)}, X)
+    np.testing.assert_allclose(lr.apply(Net(), {"params": params}, X), expected, atol=1e-4)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == made.params
+
+
+def test_seconds_choose_the_faster_execution(plan):
+    chip = lr.chips.CHIPS["v5e"]
+    made = allocate(plan, seconds=0.9, chip=chip, batch=256, itemsize=2)
+    assert {kernel.execution for kernel in made.factored} <= {"factored", "merged"} and made.factored
+    with pytest.raises(ValueError, match="seconds needs chip"):
+        allocate(plan, seconds=0.9)
+
+
+def test_the_table_says_what_is_lost_and_what_more_would_buy(plan):
+    header, *rows = allocate(plan, params=0.3).rows()
+    assert header[-3:] == ["risk", "next 1%", "note"] and all(len(row) == len(header) for row in rows)
+    assert plan.rows()[0][-1] == "note" and "risk" not in plan.rows()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give one budget, or two"),
+        ({"params": 0.1, "macs": 0.1, "bytes": 0.1}, "give one budget, or two"),
+        ({"params": 0.0}, "params=0.0 must be a fraction above 0 and up to 1, such as 0.5, or a whole number"),
+        ({"macs": 1.5}, "macs=1.5 must be a fraction"),
+        ({"params": True}, "params=True must be"),
+        ({"seconds": 2}, "seconds=2 must be a fraction above 0 and up to 1$"),
+        ({"params": 0.5, "objective": "risks"}, "unknown objective 'risks'; did you mean risk"),
+        ({"params": 0.5, "min_scale": 2}, "min_scale 2 must be from 0 to 1"),
+        ({"params": 0.5, "multiple_of": 0}, "multiple_of 0 must be a whole number"),
+        ({"params": 0.5, "sensitivity": {"Dense_7/kernel": 1.0}}, "'Dense_7/kernel' is no kernel that the plan's rules leave"),
+        ({"params": 0.5, "moments": {}}, "moments need the variables too"),
+        ({"params": 0.5, "variables": {"params": {}}}, "the variables do not fit the plan"),
+        ({"params": 100}, r"the budget is impossible; params=100: the smallest possible is 0\.\d+ of the dense network, \d+"),
+        ({"params": 0.3, "macs": 0.001}, r"impossible; .*macs=0\.001: the smallest possible is .*\(each for itself"),
+    ],
+)
+def test_bad_budgets_are_refused(plan, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        allocate(plan, **arguments)
+
+
+def test_the_smallest_possible_budget_is_possible(plan):
+    with pytest.raises(ValueError, match="impossible") as refused:
+        allocate(plan, params=100)
+    least = int(str(refused.value).rpartition("network, ")[2].replace(",", ""))
+    assert allocate(plan, params=least).params == least
+    with pytest.raises(ValueError, match="impossible"):
+        allocate(plan, params=least - 1)
+
+
+def test_unknown_macs_are_refused_by_name(plan):
+    kernels = [dataclasses.replace(kernel, macs=0) if kernel.name == "Dense_0/kernel" else kernel for kernel in plan.kernels]
+    with pytest.raises(ValueError, match="the MACs of Dense_0/kernel are not known"):
+        allocate(dataclasses.replace(plan, kernels=tuple(kernels)), macs=0.5)
