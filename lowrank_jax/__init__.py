@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply, factored
     from lowrank_jax.linen.plan import plan
     from lowrank_jax.planning import chips
+    from lowrank_jax.planning.allocate import allocate
     from lowrank_jax.planning.execution import choose_execution
     from lowrank_jax.planning.plans import Plan
     from lowrank_jax.planning.relabel import with_execution
@@ -33,6 +34,7 @@ __all__ = [
     "activations",
     "add_frobenius_decay",
     "add_nuclear_decay",
+    "allocate",
     "apply",
     "chips",
     "choose_execution",
@@ -70,6 +72,7 @@ _HOMES = {
     "Rule": "planning.rules",
     "add_frobenius_decay": "decay",
     "add_nuclear_decay": "decay",
+    "allocate": "planning.allocate",
     "apply": "linen.layers",
     "choose_execution": "planning.execution",
     "factored": "linen.layers",

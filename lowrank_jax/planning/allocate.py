@@ -14,7 +14,7 @@ from lowrank_jax.planning.chips import Chip
 from lowrank_jax.planning.curves import Losses, curves_of_kernels
 from lowrank_jax.planning.execution import dense_seconds, seconds_of
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
-from lowrank_jax.planning.rules import Rule, wanted_rank
+from lowrank_jax.planning.rules import wanted_rank
 from lowrank_jax.text import did_you_mean, shown
 
 OBJECTIVES = ("correlation", "risk", "tolerance")
@@ -45,22 +45,22 @@ def allocate(
         plan = lr.plan(model, inputs, [lr.Rule(".*kernel", scale=1.0)])
         plan = lr.allocate(plan, macs=0.5)
 
-    The rules of the plan are bounds: no rank is above that of its rule, what they keep dense stays dense, and a kernel may become
-    dense again where its rule's rank would save no parameters, as with a scale of 1.  Uniform scales are always a candidate.
-    Before training all kernels of a shape are alike, so that without `variables` shapes and costs alone decide.
+    The rules of the plan are bounds: no rank is above that of its rule, and what they keep dense stays dense.  A kernel whose
+    rule's rank would save no parameters, as with a scale of 1, may be factored or stay dense.  The largest uniform scale is
+    always a candidate.  Before training all kernels of a shape are alike: without `variables` shapes and costs alone decide.
 
     Args:
       plan: from `plan`.
-      params, macs, bytes, seconds: one budget, or two.  A float up to 1 is a fraction of the whole dense network, what cannot be
-        factored included; a whole number is an absolute count.  `bytes` are those of the parameters.  `seconds` is a fraction of
-        the dense training step, by the model of `chip`.  A budget in MACs fixes the execution that it counted on, `factored`;
-        one in seconds the faster one.
+      params, macs, bytes, seconds: one budget, or two.  A float up to 1 is a fraction of the whole dense network, what cannot
+        be factored included; a whole number is an absolute count.  `bytes` are those of the parameters.  `seconds` is a
+        fraction of the dense training step, by the model of `chip`.  A budget in MACs fixes the execution that it counted on,
+        `factored`; one in seconds the faster one.
       chip, batch: for `seconds`: the device, and the examples per step on it.
       itemsize: bytes of a parameter; for `seconds`, of an activation.
       rest: for `seconds`: how long the dense step takes besides its kernels, in seconds.
-      objective: what is to be least: `correlation`, minus the logarithm of the product of what kernels keep of their outputs'
-        squared correlation with the dense ones, means aside; `risk`, the sum of their relative function risks; or `tolerance`,
-        the largest relative risk.
+      objective: what is to be least: `correlation`, minus the logarithm of the product over kernels of the squared
+        correlation that their outputs keep with the dense ones; `risk`, the sum of their relative function risks; or
+        `tolerance`, the largest of them.
       min_scale: no rank is below this fraction of full rank.
       multiple_of: ranks are multiples of this, where a kernel has so many.
       variables: the dense model's variables or parameters, whose kernels are decomposed; None for Gaussian kernels.
@@ -72,8 +72,8 @@ def allocate(
       objective there.
 
     Raises:
-      ValueError: no budget, or more than two; it is impossible (the smallest possible one is named), or MACs of a kernel are not
-        known; an argument is out of range; the variables do not fit the plan.
+      ValueError: no budget, or more than two; it is impossible (the smallest possible one is named), or MACs of a kernel are
+        not known; an argument is out of range; the variables do not fit the plan.
     """
     request = _Request(chip, batch, itemsize, rest, objective, min_scale, multiple_of)
     budgets = {"params": params, "macs": macs, "bytes": bytes, "seconds": seconds}
@@ -82,7 +82,7 @@ def allocate(
     open_ = [kernel for kernel in plan.kernels if kernel.choices]
     _check_names(sensitivity, open_, "sensitivity")
     if "macs" in given and (unknown := [kernel.name for kernel in open_ if not kernel.macs]):
-        raise ValueError(f"the MACs of {', '.join(unknown)} are not known, so that a budget of MACs cannot hold; give another one")
+        raise ValueError(f"the MACs of {', '.join(unknown)} are not known, so that no budget of MACs can hold")
     if moments is not None and variables is None:
         raise ValueError("moments need the variables too: they say what the kernels do with the inputs")
     curves = curves_of_kernels(open_, variables, moments)
@@ -176,7 +176,8 @@ def _points(kernel: PlannedKernel, losses: Sequence[Losses], request: _Request, 
     ranks = [(place, rank) for place, choice in enumerate(kernel.choices) for rank in _ranks(kernel, choice, request)]
     if not ranks and isinstance(kernel, FactoredKernel):  # none is allowed: it stays what the plan says
         ranks = [(0, kernel.rank)]
-    rows = [(place, rank, execution) for place, rank in ranks for execution in _executions(kernel, kinds)]
+    ways = _executions(kernel, kinds)
+    rows: list[tuple[int, int, Execution | None]] = [(place, rank, way) for place, rank in ranks for way in ways]
     if isinstance(kernel, DenseKernel):
         rows.append((-1, 0, None))
 
@@ -215,9 +216,7 @@ def _executions(kernel: PlannedKernel, kinds: tuple[Kind, ...]) -> tuple[Executi
     return ("factored",) if "macs" in kinds else (None,)
 
 
-def _cost(
-    kernel: PlannedKernel, place: int, rank: int, execution: Execution | None, kind: Kind, request: _Request
-) -> float:
+def _cost(kernel: PlannedKernel, place: int, rank: int, execution: Execution | None, kind: Kind, request: _Request) -> float:
     if place < 0:
         return _dense_cost(kernel, kind, request)
     choice = kernel.choices[place]
@@ -346,15 +345,16 @@ def _next_gains(options: Sequence[knapsack.Options], chosen: Sequence[int], more
 
 def _line(kernel: PlannedKernel, points: _Points, option: int, gain: float | None) -> PlannedKernel:
     """The kernel as it was chosen."""
-    rule: Rule | None = kernel.rule
-    assert rule is not None
     place, risk = int(points.choice[option]), float(points.risk[option])
     common = {field: getattr(kernel, field) for field in ("name", "shape", "macs", "rule", "choices", "own_run")}
     if place < 0:
         return DenseKernel(**common, execution=kernel.execution, note="the budget affords it", risk=0.0, next_gain=gain)
     return FactoredKernel(
-        **common, choice=kernel.choices[place], rank=int(points.rank[option]), execution=points.execution[option], risk=risk,
-        next_gain=gain, note=getattr(kernel, "note", "") if isinstance(kernel, FactoredKernel) else "",
-    )  # fmt: skip
-
-
+        **common,
+        choice=kernel.choices[place],
+        rank=int(points.rank[option]),
+        execution=points.execution[option],
+        note=kernel.note if isinstance(kernel, FactoredKernel) else "",
+        risk=risk,
+        next_gain=gain,
+    )

@@ -10,6 +10,7 @@ import numpy as np
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import PlannedKernel
+from lowrank_jax.planning.rules import Rule
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.activations import ActivationLike
 from lowrank_jax.projection.curves import Curves, curves_of_stacks
@@ -49,7 +50,8 @@ def curves_of_kernels(
         curves = _gaussian_curves([_gaussian(kernel, place) for kernel, place in asked])
     else:
         values = _values(kernels, variables)
-        curves = _means(_computed([_stack(kernel, place, values, moments) for kernel, place in asked]))
+        stacks = [_stack(kernel, place, values, moments) for kernel, place in asked]
+        curves = _means(_computed(stacks, [_rule(kernel).normalized for kernel, _ in asked]))
     found: dict[str, list[Losses]] = {kernel.name: [] for kernel in kernels}
     for (kernel, _), curve in zip(asked, curves, strict=True):
         found[kernel.name].append(curve)
@@ -63,6 +65,7 @@ class _Gaussian(NamedTuple):
     m: int
     group: int
     activation: ActivationLike
+    normalized: bool
 
     def stack(self) -> Stack:
         w = jax.random.normal(jax.random.key(_KEY), (1, self.n, self.m)) / np.sqrt(self.n * self.group)
@@ -73,15 +76,19 @@ _known: dict[_Gaussian, Losses] = {}
 
 
 def _gaussian(kernel: PlannedKernel, place: int) -> _Gaussian:
-    assert kernel.rule is not None
-    view = kernel.choices[place].view
-    return _Gaussian(view.n, view.m, view.group, kernel.rule.activation)
+    view, rule = kernel.choices[place].view, _rule(kernel)
+    return _Gaussian(view.n, view.m, view.group, rule.activation, rule.normalized)
+
+
+def _rule(kernel: PlannedKernel) -> Rule:
+    assert kernel.rule is not None  # it has choices
+    return kernel.rule
 
 
 def _gaussian_curves(asked: Sequence[_Gaussian]) -> list[Losses]:
     """Each shape is decomposed once a process: plans of one network are made again and again, as in a sweep."""
     new = [one for one in dict.fromkeys(asked) if one not in _known]
-    _known.update(zip(new, _means(_computed([one.stack() for one in new])), strict=True))
+    _known.update(zip(new, _means(_computed([one.stack() for one in new], [one.normalized for one in new])), strict=True))
     return [_known[one] for one in asked]
 
 
@@ -94,12 +101,12 @@ def _means(curves: Sequence[Curves]) -> list[Losses]:
     return [Losses(falling(curve.risk), falling(1 - curve.correlation)) for curve in curves]
 
 
-def _computed(stacks: Sequence[Stack]) -> list[Curves]:
+def _computed(stacks: Sequence[Stack], normalized: Sequence[bool]) -> list[Curves]:
     """One program for all of them; `Stack` is no tree, and activations are no arrays."""
 
     def run(matrices: list[jax.Array]) -> list[Curves]:
         made = [Stack(None, w, 1, stack.activation, stack.group) for w, stack in zip(matrices, stacks, strict=True)]
-        return curves_of_stacks(made, [False] * len(made))
+        return curves_of_stacks(made, normalized)
 
     return jax.jit(run)([stack.w for stack in stacks]) if stacks else []
 
@@ -107,14 +114,13 @@ def _computed(stacks: Sequence[Stack]) -> list[Curves]:
 def _stack(
     kernel: PlannedKernel, place: int, values: Mapping[str, jax.Array], moments: Mapping[str, jax.Array] | None
 ) -> Stack:
-    assert kernel.rule is not None
     view = kernel.choices[place].view
     w = view.to_matrix(values[kernel.name]).reshape(-1, view.n, view.m)
     w = w.astype(linalg.wide(w.dtype))
     if moments is not None and kernel.name in moments and moments[kernel.name].shape[-1] == view.n:
         roots = jax.lax.map(linalg.square_root, moments[kernel.name].reshape(-1, view.n, view.n).astype(w.dtype))
         w = jnp.matmul(roots, w, precision="highest")
-    return Stack(None, w, 1, kernel.rule.activation, view.group)
+    return Stack(None, w, 1, _rule(kernel).activation, view.group)
 
 
 def _values(kernels: Sequence[PlannedKernel], variables: Any) -> dict[str, jax.Array]:

@@ -1,12 +1,13 @@
 """One option for each kernel, of the least total loss within budgets (docs/mathematics.md, section 12).
 
-The problem is separable.  With one budget, the lower convex hulls of all kernels' (cost, loss) points, cut into segments and taken
-by slope, give the optimum of every budget that a corner hits; between two corners the rest is filled by points off the hulls.  With
-two budgets the hulls are those of weighted costs, and the best weights are searched.
+The problem is separable.  With one budget, the lower convex hulls of all kernels' (cost, loss) points, cut into segments and
+taken by slope, give the optimum of every budget that a corner hits; between two corners the rest is filled by points off the
+hulls.  With two budgets the hulls are those of weighted costs, and the best weights are searched.
 """
 
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -109,7 +110,7 @@ def segments(kernels: Sequence[Options], weights: np.ndarray) -> list[tuple[floa
     for number, kernel in enumerate(kernels):
         cost = weights @ kernel.cost
         corners = hull(cost, kernel.loss)
-        for one, other in zip(corners, corners[1:], strict=False):
+        for one, other in itertools.pairwise(corners):
             slope = (kernel.loss[other] - kernel.loss[one]) / (cost[other] - cost[one])
             found.append((float(slope), number, int(other)))
     return sorted(found)  # within a kernel slopes grow, so that its segments keep their order

@@ -41,6 +41,7 @@ class Rule:
       rows: which axes of the parameter are the rows of its matrix, (0,) or "all_but_last"; with it, parameters of two or more
         axes in any module are factored, and those that are no kernel of a known layer are `premerged`.  Of a known layer's
         kernel the axes of `nn.scan` and `nn.vmap` do not count; elsewhere they do, so that negative axes are safer.
+      normalized: for `allocate`: a normalisation of every output follows, such as BatchNorm, so that all count the same.
 
     Raises:
       ValueError: a field is out of range or unknown, or both scale and rank are given.
@@ -57,6 +58,7 @@ class Rule:
     scale_of: Literal["full_rank", "columns"] = "full_rank"
     execution: Literal["auto", "factored", "merged", "premerged"] = "auto"
     rows: tuple[int, ...] | Literal["all_but_last"] | None = None
+    normalized: bool = False
 
     def __post_init__(self):
         if not isinstance(self.path, str):

@@ -1,7 +1,7 @@
 """What a kernel's projection loses at every rank at once, from one decomposition.
 
-In the leading left singular vectors an output j keeps c_j(r) = Σ_{i≤r} (σ_i B_ji)² of its squared length.  So the cosines of all
-ranks are a cumulative sum, and each says what is lost of the output's function (docs/mathematics.md, section 12).
+In the leading left singular vectors an output j keeps c_j(r) = Σ_{i≤r} (σ_i B_ji)² of its squared length.  So the cosines of
+all ranks are a cumulative sum, and each says what is lost of the output's function (docs/mathematics.md, section 12).
 """
 
 import functools
