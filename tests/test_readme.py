@@ -13,13 +13,15 @@ from lowrank_jax.paths import named_leaves
 @pytest.mark.slow
 def test_the_python_runs_as_written(repository, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
-    first, others, execution, moments, learning = blocks
+    first, others, budget, execution, moments, learning = blocks
     names = {}
     exec(first, names)
     plain = names["params"]
     exec(others, names)
     unknown, taught = (table.split() for table in capsys.readouterr().out.split("total", 1))
     assert (unknown.count("premerged"), taught.count("premerged"), taught.count("auto")) == (3, 1, 2)
+    exec(budget, names)
+    assert names["half"].macs <= names["whole"].dense_macs / 2 and names["seen"].params <= names["whole"].dense_params / 4
     exec(execution, names)
     assert all(kernel.execution for kernel in names["plan"].factored)
     exec(moments, names)
