@@ -1,6 +1,7 @@
 """Ranks from a budget: the plan that loses least within so many parameters, multiply-accumulates, bytes or seconds."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -12,9 +13,10 @@ from lowrank_jax.kernel import Execution
 from lowrank_jax.planning import knapsack
 from lowrank_jax.planning.chips import Chip
 from lowrank_jax.planning.curves import Losses, curves_of_kernels
+from lowrank_jax.planning.decide import problem
 from lowrank_jax.planning.execution import dense_seconds, seconds_of
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
-from lowrank_jax.planning.rules import wanted_rank
+from lowrank_jax.planning.rules import Rule, wanted_rank
 from lowrank_jax.text import did_you_mean, shown
 
 OBJECTIVES = ("correlation", "risk", "tolerance")
@@ -46,8 +48,8 @@ def allocate(
         plan = lr.allocate(plan, macs=0.5)
 
     The rules of the plan are bounds: no rank is above that of its rule, and what they keep dense stays dense.  A kernel whose
-    rule's rank would save no parameters, as with a scale of 1, may be factored or stay dense.  The largest uniform scale is
-    always a candidate.  Before training all kernels of a shape are alike: without `variables` shapes and costs alone decide.
+    rule's rank would save no parameters, as with a scale of 1, may be factored or stay dense.  Uniform scales are always
+    candidates.  Before training all kernels of a shape are alike: without `variables` shapes and costs alone decide.
 
     Args:
       plan: from `plan`.
@@ -62,26 +64,28 @@ def allocate(
         correlation that their outputs keep with the dense ones; `risk`, the sum of their relative function risks; or
         `tolerance`, the largest of them.
       min_scale: no rank is below this fraction of full rank.
-      multiple_of: ranks are multiples of this, where a kernel has so many.
+      multiple_of: ranks are multiples of this and of the rule's, where a kernel has so many.
       variables: the dense model's variables or parameters, whose kernels are decomposed; None for Gaussian kernels.
-      moments: from `inputs.second_moments`, for the layers' real inputs; needs `variables`.
+      moments: from `inputs.second_moments(..., plan.opened())`, for the layers' real inputs; needs `variables`.  A scheme whose
+        moments are not there is not considered.
       sensitivity: by name, what a kernel's loss counts; 1 for those that are not there.
 
     Returns:
-      A plan whose table also shows each kernel's relative risk, and what the next per cent of the budget would take off the
-      objective there.
+      A plan whose table also shows each kernel's relative risk, and what the next per cent of the budget would take off
+      what is lost there.
 
     Raises:
       ValueError: no budget, or more than two; it is impossible (the smallest possible one is named), or MACs of a kernel are
         not known; an argument is out of range; the variables do not fit the plan.
     """
-    request = _Request(chip, batch, itemsize, rest, objective, min_scale, multiple_of)
+    request = _Request(chip, _plain(batch), _plain(itemsize), _plain(rest), objective, _plain(min_scale), _plain(multiple_of))
     budgets = {"params": params, "macs": macs, "bytes": bytes, "seconds": seconds}
-    given: dict[Kind, float | int] = {kind: value for kind, value in budgets.items() if value is not None}  # type: ignore[misc]
+    given: dict[Kind, Any] = {kind: _plain(value) for kind, value in budgets.items() if value is not None}  # type: ignore[misc]
     request.check(given)
     open_ = [kernel for kernel in plan.kernels if kernel.choices]
-    _check_names(sensitivity, open_, "sensitivity")
-    if "macs" in given and (unknown := [kernel.name for kernel in open_ if not kernel.macs]):
+    _check_sensitivity(sensitivity or {}, open_)
+    unknown = [kernel.name for kernel in open_ if not kernel.macs and kernel.execution != "premerged"]
+    if "macs" in given and unknown:
         raise ValueError(f"the MACs of {', '.join(unknown)} are not known, so that no budget of MACs can hold")
     if moments is not None and variables is None:
         raise ValueError("moments need the variables too: they say what the kernels do with the inputs")
@@ -91,7 +95,7 @@ def allocate(
     whole = np.array([_whole(plan, kind, request) for kind in given])
     limits = np.array([_limit(value, total) for value, total in zip(given.values(), whole, strict=True)])
     options = _weighted(points, open_, sensitivity or {}, objective)
-    chosen = _solve(options, limits - fixed, objective, _uniform(points, options, limits - fixed))
+    chosen = _solve(options, limits - fixed, objective, _uniforms(open_, points))
     if chosen is None:
         raise ValueError(_impossible(options, given, fixed, whole))
     gains = _next_gains(options, chosen, 0.01 * limits)
@@ -121,7 +125,7 @@ class _Request:
             _check_budget(kind, value)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.objective!r}{did_you_mean(self.objective, OBJECTIVES)}")
-        if isinstance(self.min_scale, bool) or not 0 <= self.min_scale <= 1:
+        if not _is_number(self.min_scale) or not 0 <= self.min_scale <= 1:
             raise ValueError(f"min_scale {shown(self.min_scale)} must be from 0 to 1")
         for name in ("multiple_of", "itemsize"):
             value = getattr(self, name)
@@ -129,7 +133,7 @@ class _Request:
                 raise ValueError(f"{name} {shown(value)} must be a whole number of at least 1")
         if "seconds" in given and (not isinstance(self.chip, Chip) or type(self.batch) is not int or self.batch < 1):
             raise ValueError("a budget of seconds needs chip, one of lowrank_jax.chips.CHIPS, and batch, the examples on it")
-        if self.rest < 0 or not math.isfinite(self.rest):
+        if not _is_number(self.rest) or self.rest < 0:
             raise ValueError(f"rest {shown(self.rest)} must be a number of seconds")
 
 
@@ -142,11 +146,22 @@ def _check_budget(kind: str, value: float | int) -> None:
     raise ValueError(f"{kind}={shown(value)} must be {what}")
 
 
-def _check_names(values: Mapping[str, Any] | None, kernels: Sequence[PlannedKernel], what: str) -> None:
+def _check_sensitivity(values: Mapping[str, Any], kernels: Sequence[PlannedKernel]) -> None:
     names = [kernel.name for kernel in kernels]
-    for name in values or {}:
+    for name, value in values.items():
         if name not in names:
-            raise ValueError(f"{what}: {name!r} is no kernel that the plan's rules leave open{did_you_mean(name, names)}")
+            raise ValueError(f"sensitivity: {name!r} is no kernel that the plan's rules leave open{did_you_mean(name, names)}")
+        if not _is_number(_plain(value)) or value < 0:
+            raise ValueError(f"sensitivity of {name!r}: {shown(value)} must be a number of at least 0")
+
+
+def _plain(value: Any) -> Any:
+    """A number of Python's for one of NumPy's or jax's."""
+    return value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +173,8 @@ class _Points:
       rank: the rank, 0 for dense.
       execution: by option.
       risk: relative.
-      correlation: one minus the squared correlation that is kept.
+      correlation: minus the logarithm of the squared correlation that is kept.
       cost: `[budgets, options]`.
-      scale: the rank as a fraction of full rank, 1 for dense.
     """
 
     choice: np.ndarray
@@ -169,16 +183,14 @@ class _Points:
     risk: np.ndarray
     correlation: np.ndarray
     cost: np.ndarray
-    scale: np.ndarray
 
 
-def _points(kernel: PlannedKernel, losses: Sequence[Losses], request: _Request, kinds: tuple[Kind, ...]) -> _Points:
-    ranks = [(place, rank) for place, choice in enumerate(kernel.choices) for rank in _ranks(kernel, choice, request)]
-    if not ranks and isinstance(kernel, FactoredKernel):  # none is allowed: it stays what the plan says
-        ranks = [(0, kernel.rank)]
+def _points(kernel: PlannedKernel, losses: Sequence[Losses | None], request: _Request, kinds: tuple[Kind, ...]) -> _Points:
+    places = [place for place, curve in enumerate(losses) if curve is not None]
+    ranks = [(place, rank) for place in places for rank in _ranks(kernel, kernel.choices[place], request)]
     ways = _executions(kernel, kinds)
     rows: list[tuple[int, int, Execution | None]] = [(place, rank, way) for place, rank in ranks for way in ways]
-    if isinstance(kernel, DenseKernel):
+    if _may_be_dense(kernel):
         rows.append((-1, 0, None))
 
     def lost(curve: str) -> np.ndarray:
@@ -191,26 +203,49 @@ def _points(kernel: PlannedKernel, losses: Sequence[Losses], request: _Request, 
         risk=lost("risk"),
         correlation=lost("correlation"),
         cost=np.array([[_cost(kernel, *row, kind, request) for row in rows] for kind in kinds]),
-        scale=np.array([rank / kernel.choices[place].view.full_rank if rank else 1.0 for place, rank, _ in rows]),
     )
 
 
+def _rule(kernel: PlannedKernel) -> Rule:
+    assert kernel.rule is not None  # it has choices
+    return kernel.rule
+
+
+def _may_be_dense(kernel: PlannedKernel) -> bool:
+    """Whether the rule itself would keep the kernel dense, since its rank saves nothing; a former budget does not matter."""
+    rank = wanted_rank(_rule(kernel), kernel.choices[0].view)
+    return rank is None or bool(problem(kernel.choices[0], rank))
+
+
 def _ranks(kernel: PlannedKernel, choice: Choice, request: _Request) -> range:
-    """The ranks that a kernel may have: those of which the rule's is the largest, and that save parameters."""
-    assert kernel.rule is not None
-    view, step = choice.view, math.lcm(request.multiple_of, kernel.rule.multiple_of)
-    bound = min(wanted_rank(kernel.rule, view) or view.full_rank, view.full_rank)
-    bound = min(bound, (view.n * view.m - 1) // (view.n + view.m))
+    """The ranks that a kernel may have: those of which the rule's is the largest, and that save parameters.
+
+    Raises:
+      ValueError: the rule's rank is below `min_scale`, and the kernel cannot stay dense.
+    """
+    view, rule = choice.view, _rule(kernel)
+    wanted = min(wanted_rank(rule, view) or view.full_rank, view.full_rank)
+    bound = min(wanted, (view.n * view.m - 1) // (view.n + view.m))
     low = max(1, math.ceil(request.min_scale * view.full_rank - 1e-9))
-    if bound < step:  # too few for a multiple
-        return range(low, bound + 1)
-    first = -(-low // step) * step
-    return range(first, bound + 1, step)
+    if wanted < low and not _may_be_dense(kernel):
+        raise ValueError(f"{kernel.name}: min_scale {request.min_scale} needs a rank of {low}; its rule allows {wanted}")
+    steps = (math.lcm(request.multiple_of, rule.multiple_of), rule.multiple_of, request.multiple_of, 1)
+    step = next(step for step in steps if step <= max(bound, 1))  # of small kernels there may be no multiple
+    return range(-(-low // step) * step, bound + 1, step)
+
+
+def _execution(kernel: PlannedKernel) -> Execution | None:
+    """How a kernel runs on factors, whatever a former budget chose; None if that is open."""
+    execution = _rule(kernel).execution
+    if kernel.execution == "premerged":
+        return "premerged"
+    return None if execution == "auto" else execution
 
 
 def _executions(kernel: PlannedKernel, kinds: tuple[Kind, ...]) -> tuple[Execution | None, ...]:
-    if kernel.execution is not None:
-        return (kernel.execution,)
+    execution = _execution(kernel)
+    if execution is not None:
+        return (execution,)
     if "seconds" in kinds:
         return ("factored", "merged")
     return ("factored",) if "macs" in kinds else (None,)
@@ -267,65 +302,71 @@ def _weighted(
 ) -> list[knapsack.Options]:
     found = []
     for kernel, of_kernel in zip(kernels, points, strict=True):
-        loss = -np.log1p(-np.minimum(of_kernel.correlation, 1 - 1e-12)) if objective == "correlation" else of_kernel.risk
-        found.append(knapsack.Options(of_kernel.cost, sensitivity.get(kernel.name, 1.0) * loss))
+        loss = of_kernel.correlation if objective == "correlation" else of_kernel.risk
+        copies = 1 if objective == "tolerance" else math.prod(kernel.stack)  # of a repeated module, each loses so much
+        found.append(knapsack.Options(of_kernel.cost, sensitivity.get(kernel.name, 1.0) * copies * loss))
     return found
 
 
 def _solve(
-    options: Sequence[knapsack.Options], limits: np.ndarray, objective: str, uniform: list[int] | None
+    options: Sequence[knapsack.Options], limits: np.ndarray, objective: str, uniforms: Sequence[list[int]]
 ) -> list[int] | None:
-    """The better one of what the solver finds and the uniform plan; None if nothing fits."""
-    if (limits <= 0).any():
-        return None
+    """The best one of what the solver finds and the uniform plans that fit; None if nothing fits."""
+    if (limits < 0).any() or not options:
+        return None if (limits < 0).any() else []
     least: Callable[..., list[int] | None] = knapsack.least_worst if objective == "tolerance" else knapsack.least_sum
-    found = [chosen for chosen in (least(options, limits), uniform) if chosen is not None]
+    solved = least(options, np.maximum(limits, 1e-300))
+    found = [chosen for chosen in uniforms if (knapsack.total_cost(options, chosen) <= limits).all()]
 
     def lost(chosen: list[int]) -> float:
         losses = [of_kernel.loss[option] for of_kernel, option in zip(options, chosen, strict=True)]
         return float(max(losses, default=0) if objective == "tolerance" else sum(losses))
 
-    return min(found, key=lost, default=None)
+    return min([*([] if solved is None else [solved]), *found], key=lost, default=None)
 
 
-def _uniform(points: Sequence[_Points], options: Sequence[knapsack.Options], limits: np.ndarray) -> list[int] | None:
-    """The largest uniform scale that fits; None if none does."""
+_SCALES = np.arange(1, 201) / 200  # uniform plans that are candidates
 
-    def at(scale: float) -> list[int]:
-        chosen = []
-        for of_kernel, kernel in zip(points, options, strict=True):
-            own = np.flatnonzero(of_kernel.choice <= 0)  # in the rule's own scheme, or dense
-            wanted = np.flatnonzero(of_kernel.scale[own] <= scale + 1e-9)
-            best = of_kernel.scale[own][wanted].max() if len(wanted) else of_kernel.scale[own].min()
-            same = own[of_kernel.scale[own] == best]
-            chosen.append(int(same[np.argmin((kernel.cost[:, same] / limits[:, None]).max(axis=0))]))
-        return chosen
 
-    def fits(scale: float) -> bool:
-        return bool((knapsack.total_cost(options, at(scale)) <= limits).all())
+def _uniforms(kernels: Sequence[PlannedKernel], points: Sequence[_Points]) -> list[list[int]]:
+    """The plans of uniform scales, as `plan` makes them, within the rules' bounds; in either execution."""
+    found = {}
+    for scale, last in itertools.product(_SCALES, (False, True)):
+        chosen = [_uniform(kernel, of_kernel, scale, last) for kernel, of_kernel in zip(kernels, points, strict=True)]
+        found[tuple(chosen)] = chosen
+    return list(found.values())
 
-    if (limits <= 0).any() or not fits(0.0):
-        return None
-    if fits(1.0):
-        return at(1.0)
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return at(low)
+
+def _uniform(kernel: PlannedKernel, points: _Points, scale: float, last: bool) -> int:
+    """A kernel's option at a scale, in its rule's own scheme if that is open; `last` of its executions or the first."""
+    place = 0 if (points.choice == 0).any() else int(points.choice.max())
+    own = np.flatnonzero((points.choice == place) & (points.rank > 0))
+    dense = np.flatnonzero(points.rank == 0)
+    choice = kernel.choices[place] if len(own) else kernel.choices[0]
+    wanted = wanted_rank(dataclasses.replace(_rule(kernel), scale=float(scale), rank=None), choice.view)
+    assert wanted is not None
+    if not len(own) or (len(dense) and problem(choice, wanted)):
+        return int(dense[0])
+    below = own[points.rank[own] <= wanted]
+    rank = points.rank[below].max() if len(below) else points.rank[own].min()
+    same = own[points.rank[own] == rank]
+    return int(same[-1] if last else same[0])
 
 
 def _impossible(
     options: Sequence[knapsack.Options], given: Mapping[Kind, float | int], fixed: np.ndarray, whole: np.ndarray
 ) -> str:
+    if not options:
+        return "the budget is impossible: the plan's rules leave no kernel open"
     parts = []
     for place, (kind, value) in enumerate(given.items()):
         weights = np.eye(len(given))[place]
         least = fixed[place] + knapsack.total_cost(options, knapsack.cheapest(options, weights))[place]
-        smallest = f"{_rounded_up(least / whole[place])} of the dense network"
         count = "" if kind == "seconds" else f", {math.ceil(least):,}"
-        parts.append(f"{kind}={value}: the smallest possible is {smallest}{count}")
-    both = " (each for itself; together they may need more)" if len(given) > 1 else ""
+        parts.append(
+            f"{kind}={value}: the smallest possible is {_rounded_up(least / whole[place])} of the dense network{count}"
+        )
+    both = " (each for itself), and no plan was found that holds both" if len(given) > 1 else ""
     return f"the budget is impossible; {'; '.join(parts)}{both}"
 
 
@@ -347,14 +388,18 @@ def _line(kernel: PlannedKernel, points: _Points, option: int, gain: float | Non
     """The kernel as it was chosen."""
     place, risk = int(points.choice[option]), float(points.risk[option])
     common = {field: getattr(kernel, field) for field in ("name", "shape", "macs", "rule", "choices", "own_run")}
+    forced = kernel.execution if kernel.execution == "premerged" else None
+    note = getattr(kernel, "note", "")
     if place < 0:
-        return DenseKernel(**common, execution=kernel.execution, note="the budget affords it", risk=0.0, next_gain=gain)
+        execution = _execution(kernel)
+        note = "the budget affords it" if len(points.rank) > 1 and not forced else note
+        return DenseKernel(**common, execution=execution, note=note, risk=0.0, next_gain=gain)
     return FactoredKernel(
         **common,
         choice=kernel.choices[place],
         rank=int(points.rank[option]),
         execution=points.execution[option],
-        note=kernel.note if isinstance(kernel, FactoredKernel) else "",
+        note=note if forced else "",
         risk=risk,
         next_gain=gain,
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.kernel import is_low_rank
+from lowrank_jax.kernel import is_low_rank, without_box
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import PlannedKernel
 from lowrank_jax.planning.rules import Rule
@@ -24,7 +24,7 @@ class Losses(NamedTuple):
 
     Attributes:
       risk: the relative function risk.
-      correlation: one minus the squared correlation that is kept.
+      correlation: minus the logarithm of the squared correlation that is kept.
     """
 
     risk: np.ndarray
@@ -33,29 +33,59 @@ class Losses(NamedTuple):
 
 def curves_of_kernels(
     kernels: Sequence[PlannedKernel], variables: Any = None, moments: Mapping[str, jax.Array] | None = None
-) -> dict[str, list[Losses]]:
-    """By kernel, for each of its choices, what every rank from 1 to full rank loses.
+) -> dict[str, list[Losses | None]]:
+    """By kernel, for each of its choices, what every rank from 1 to full rank loses; None for a choice without moments.
 
     Args:
       kernels: of a plan; all have choices.
       variables: the dense model's variables or parameters; None for Gaussian kernels with columns of length one, one draw for
         each shape.
-      moments: by kernel, `[*stack, n, n]`: second moments of inputs.  Those of a choice with other rows are not used.
+      moments: by kernel, `[*stack, n, n]`: second moments of the inputs of one of its choices.  Kernels that are premerged, or
+        that only their layer knows how to use, have none.
 
     Raises:
-      ValueError: the variables do not fit the kernels, or are not finite.
+      ValueError: the variables or moments do not fit the kernels, or are not finite.
     """
     asked = [(kernel, place) for kernel in kernels for place in range(len(kernel.choices))]
     if variables is None:
-        curves = _gaussian_curves([_gaussian(kernel, place) for kernel, place in asked])
+        with jax.ensure_compile_time_eval():  # shapes are known under an outer jit too
+            curves: list[Losses | None] = [*_gaussian_curves([_gaussian(kernel, place) for kernel, place in asked])]
     else:
         values = _values(kernels, variables)
+        if moments is not None:
+            _check_moments(kernels, moments)
+            asked = [(kernel, place) for kernel, place in asked if _has_moments(kernel, place, moments)]
         stacks = [_stack(kernel, place, values, moments) for kernel, place in asked]
-        curves = _means(_computed(stacks, [_rule(kernel).normalized for kernel, _ in asked]))
-    found: dict[str, list[Losses]] = {kernel.name: [] for kernel in kernels}
-    for (kernel, _), curve in zip(asked, curves, strict=True):
-        found[kernel.name].append(curve)
+        curves = [*_means(_computed(stacks, [_rule(kernel).normalized for kernel, _ in asked]))]
+    found: dict[str, list[Losses | None]] = {kernel.name: [None] * len(kernel.choices) for kernel in kernels}
+    for (kernel, place), curve in zip(asked, curves, strict=True):
+        found[kernel.name][place] = curve
     return found
+
+
+def _is_captured(kernel: PlannedKernel) -> bool:
+    return kernel.execution != "premerged" and not kernel.own_run
+
+
+def _has_moments(kernel: PlannedKernel, place: int, moments: Mapping[str, jax.Array]) -> bool:
+    """Whether a choice's inputs are those of the moments; of what has none, isotropic inputs are assumed."""
+    return not _is_captured(kernel) or moments[kernel.name].shape[-1] == kernel.choices[place].view.n
+
+
+def _check_moments(kernels: Sequence[PlannedKernel], moments: Mapping[str, jax.Array]) -> None:
+    captured = {kernel.name: kernel for kernel in kernels if _is_captured(kernel)}
+    problems = [f"{name}: has moments but is not open to the budget" for name in moments if name not in captured]
+    for name, kernel in captured.items():
+        moment, sizes = moments.get(name), [choice.view.n for choice in kernel.choices]
+        if moment is None:
+            problems.append(f"{name}: has no moments; capture them for plan.opened()")
+        elif not any(tuple(moment.shape) == (*kernel.stack, n, n) for n in sizes):
+            wanted = " or ".join(str([*kernel.stack, n, n]) for n in dict.fromkeys(sizes))
+            problems.append(f"{name}: moments must have shape {wanted}, not {list(moment.shape)}")
+        elif not linalg.known_finite(moment):
+            problems.append(f"{name}: moments are not finite")
+    if problems:
+        raise ValueError("the moments do not fit the plan:\n  " + "\n  ".join(problems))
 
 
 class _Gaussian(NamedTuple):
@@ -93,12 +123,15 @@ def _gaussian_curves(asked: Sequence[_Gaussian]) -> list[Losses]:
 
 
 def _means(curves: Sequence[Curves]) -> list[Losses]:
-    """A repeated module has one rank for all its kernels, which lose what they lose on average."""
+    """A repeated module has one rank for all its kernels: what each loses on average."""
 
-    def falling(curve: jax.Array) -> np.ndarray:
-        return np.minimum.accumulate(np.clip(np.asarray(curve, np.float64).mean(axis=0), 0, 1))
+    def falling(values: np.ndarray) -> np.ndarray:
+        return np.minimum.accumulate(np.clip(values, 0, None).mean(axis=0))
 
-    return [Losses(falling(curve.risk), falling(1 - curve.correlation)) for curve in curves]
+    def logarithm(kept: jax.Array) -> np.ndarray:
+        return -np.log(np.clip(np.asarray(kept, np.float64), 1e-12, 1))
+
+    return [Losses(falling(np.asarray(curve.risk, np.float64)), falling(logarithm(curve.correlation))) for curve in curves]
 
 
 def _computed(stacks: Sequence[Stack], normalized: Sequence[bool]) -> list[Curves]:
@@ -117,21 +150,30 @@ def _stack(
     view = kernel.choices[place].view
     w = view.to_matrix(values[kernel.name]).reshape(-1, view.n, view.m)
     w = w.astype(linalg.wide(w.dtype))
-    if moments is not None and kernel.name in moments and moments[kernel.name].shape[-1] == view.n:
+    if moments is not None and kernel.name in moments:
         roots = jax.lax.map(linalg.square_root, moments[kernel.name].reshape(-1, view.n, view.n).astype(w.dtype))
         w = jnp.matmul(roots, w, precision="highest")
     return Stack(None, w, 1, _rule(kernel).activation, view.group)
 
 
+def _is_leaf(node: Any) -> bool:
+    """Whether it is a pair, or the box of an array."""
+    return is_low_rank(node) or (not isinstance(node, Mapping) and hasattr(node, "unbox"))
+
+
 def _values(kernels: Sequence[PlannedKernel], variables: Any) -> dict[str, jax.Array]:
     params = variables["params"] if isinstance(variables, Mapping) and "params" in variables else variables
-    leaves = named_leaves(params, is_leaf=is_low_rank)
+    leaves = named_leaves(jax.tree.map(without_box, params, is_leaf=_is_leaf), is_leaf=is_low_rank)
     problems = []
     for kernel in kernels:
         leaf = leaves.get(kernel.name)
         if leaf is None or is_low_rank(leaf) or tuple(leaf.shape) != kernel.shape:
             found = "is missing" if leaf is None else "is factored" if is_low_rank(leaf) else f"is {list(leaf.shape)}"
             problems.append(f"{kernel.name}: planned as {list(kernel.shape)}, {found}")
+        elif isinstance(leaf, jax.ShapeDtypeStruct):
+            problems.append(f"{kernel.name}: is a shape without values")
+        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+            problems.append(f"{kernel.name}: is {leaf.dtype}, not real numbers")
         elif not linalg.known_finite(leaf):
             problems.append(f"{kernel.name}: has values that are not finite")
     if problems:

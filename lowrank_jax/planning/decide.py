@@ -62,8 +62,8 @@ def plan_kernel(name: str, leaf: Any, use: KernelUse | None, rule: Rule | None, 
     if rank is None:
         return dense(note=f"kept dense by rule {index + 1}")
     execution = None if rule.execution == "auto" else rule.execution
-    if problem := _problem(choices[0], rank):
-        return dense(note=problem, choices=choices, execution=execution, own_run=use.own_run)
+    if reason := problem(choices[0], rank):
+        return dense(note=reason, choices=choices, execution=execution, own_run=use.own_run)
     return FactoredKernel(
         name=name,
         shape=shape,
@@ -99,8 +99,8 @@ def _by_rows(name: str, shape: tuple[int, ...], use: KernelUse | None, rule: Rul
         return dense(note="the rule has rows and no rank")
     if rule.execution == "factored":
         return dense(note=f"runs on factors in known layers alone; {use.refusal if use else 'no layer is known to use it'}")
-    if problem := _problem(choices[0], rank):
-        return dense(note=problem, choices=choices, execution="premerged")
+    if reason := problem(choices[0], rank):
+        return dense(note=reason, choices=choices, execution="premerged")
     return FactoredKernel(
         name=name, shape=shape, macs=macs, rule=rule, choices=choices, choice=choices[0], rank=rank, execution="premerged"
     )
@@ -110,7 +110,9 @@ def premerged(kernel: PlannedKernel, reason: str) -> PlannedKernel:
     """The line of a kernel that something besides its layer reads: its factors are multiplied out before that."""
     if isinstance(kernel, DenseKernel):
         open_ = kernel.rule is not None and kernel.rule.execution != "factored"
-        return dataclasses.replace(kernel, execution="premerged") if open_ else dataclasses.replace(kernel, choices=())
+        if not open_:
+            return dataclasses.replace(kernel, choices=())
+        return dataclasses.replace(kernel, execution="premerged", note=f"{kernel.note}; {reason}")
     assert isinstance(kernel, FactoredKernel)
     if kernel.rule.execution == "factored":
         note = f"{reason} and cannot work on factors"
@@ -131,7 +133,7 @@ def _choices(use: KernelUse, rule: Rule, batch: int) -> tuple[Choice, ...]:
     return tuple(Choice(view, Traffic.traced(batch, use.inputs, use.positions, use.hidden_positions(view))) for view in views)
 
 
-def _problem(choice: Choice, rank: int) -> str:
+def problem(choice: Choice, rank: int) -> str:
     """Why a kernel cannot be factored, or is not worth factoring, at this rank; empty if it is."""
     view = choice.view
     if rank > view.full_rank:

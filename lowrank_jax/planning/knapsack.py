@@ -38,7 +38,8 @@ def total_loss(kernels: Sequence[Options], chosen: Chosen) -> float:
 
 def total_cost(kernels: Sequence[Options], chosen: Chosen) -> np.ndarray:
     """`[budgets]`."""
-    return sum((kernel.cost[:, option] for kernel, option in zip(kernels, chosen, strict=True)), np.zeros(()))
+    budgets = len(kernels[0].cost) if kernels else 1
+    return sum((kernel.cost[:, option] for kernel, option in zip(kernels, chosen, strict=True)), np.zeros(budgets))
 
 
 def cheapest(kernels: Sequence[Options], weights: np.ndarray) -> Chosen:
@@ -48,10 +49,7 @@ def cheapest(kernels: Sequence[Options], weights: np.ndarray) -> Chosen:
 
 def least_sum(kernels: Sequence[Options], limits: np.ndarray) -> Chosen | None:
     """The options of least total loss whose costs stay within `limits`, `[budgets]`; None if there are none."""
-    if len(limits) == 1:
-        return _by_weights(kernels, limits, np.ones(1))
-    shares = np.linspace(0, 1, _WEIGHTS)
-    found = [_by_weights(kernels, limits, np.array([share, 1 - share]) / limits) for share in shares]
+    found = [_by_weights(kernels, limits, weights) for weights in _weights(limits)]
     possible = [chosen for chosen in found if chosen is not None]
     return min(possible, key=lambda chosen: total_loss(kernels, chosen), default=None)
 
@@ -59,17 +57,16 @@ def least_sum(kernels: Sequence[Options], limits: np.ndarray) -> Chosen | None:
 def least_worst(kernels: Sequence[Options], limits: np.ndarray) -> Chosen | None:
     """The same for the largest loss of any kernel; what is left of the budget lowers the others."""
     levels = np.unique(np.concatenate([kernel.loss for kernel in kernels])) if kernels else np.zeros(1)
-    weights = 1 / limits
 
     def within(level: float) -> Chosen | None:
-        chosen = []
-        for kernel in kernels:
-            open_ = np.flatnonzero(kernel.loss <= level)
-            if not len(open_):
-                return None
-            costs = weights @ kernel.cost[:, open_]
-            chosen.append(int(open_[np.lexsort((kernel.loss[open_], costs))[0]]))
-        return chosen if (total_cost(kernels, chosen) <= limits).all() else None
+        bounded = [Options(kernel.cost, np.where(kernel.loss <= level, kernel.loss, np.inf)) for kernel in kernels]
+        if any(np.isinf(kernel.loss).all() for kernel in bounded):
+            return None
+        for weights in _weights(limits):
+            chosen = _cheapest_finite(bounded, weights)
+            if (total_cost(kernels, chosen) <= limits).all():
+                return chosen
+        return None
 
     if (best := within(levels[-1])) is None:
         return None
@@ -81,6 +78,22 @@ def least_worst(kernels: Sequence[Options], limits: np.ndarray) -> Chosen | None
         else:
             high, best = middle, chosen
     return _filled(kernels, best, limits)
+
+
+def _weights(limits: np.ndarray) -> list[np.ndarray]:
+    """How budgets are weighed against each other."""
+    if len(limits) == 1:
+        return [np.ones(1)]
+    return [np.array([share, 1 - share]) / limits for share in np.linspace(0, 1, _WEIGHTS)]
+
+
+def _cheapest_finite(kernels: Sequence[Options], weights: np.ndarray) -> Chosen:
+    """`cheapest` among the options of finite loss."""
+    found = []
+    for kernel in kernels:
+        open_ = np.flatnonzero(np.isfinite(kernel.loss))
+        found.append(int(open_[np.lexsort((kernel.loss[open_], weights @ kernel.cost[:, open_]))[0]]))
+    return found
 
 
 def _by_weights(kernels: Sequence[Options], limits: np.ndarray, weights: np.ndarray) -> Chosen | None:
@@ -99,8 +112,8 @@ def _by_weights(kernels: Sequence[Options], limits: np.ndarray, weights: np.ndar
         return chosen
     steps = [cost + (missing - cost) * step / _FILLS for step in range(_FILLS)]
     fills = [_filled(kernels, chosen, step) for step in steps if (step <= limits).all()]
-    if len(limits) > 1:
-        fills.append(_filled(kernels, chosen, limits))
+    # Of a single move, too, more budget never loses more.
+    fills.append(_filled(kernels, chosen, limits, moves=1) if len(limits) == 1 else _filled(kernels, chosen, limits))
     return min(fills, key=lambda filled: total_loss(kernels, filled))
 
 
@@ -136,8 +149,8 @@ def _turns(cost: np.ndarray, loss: np.ndarray, one: int, two: int, three: int) -
     return first < (loss[three] - loss[two]) / (cost[three] - cost[two])
 
 
-def _filled(kernels: Sequence[Options], chosen: Chosen, limits: np.ndarray) -> Chosen:
-    """Takes the largest drop in loss that still fits, again and again."""
+def _filled(kernels: Sequence[Options], chosen: Chosen, limits: np.ndarray, moves: int | None = None) -> Chosen:
+    """Takes the largest drop in loss that still fits, again and again, or so many times."""
     chosen = list(chosen)
     left = limits - total_cost(kernels, chosen)
 
@@ -151,6 +164,7 @@ def _filled(kernels: Sequence[Options], chosen: Chosen, limits: np.ndarray) -> C
 
     heap = [(best(number)[0], number) for number in range(len(kernels))]
     heapq.heapify(heap)
+    taken = 0
     while heap:
         drop, number = heapq.heappop(heap)
         now, option = best(number)  # what is left has shrunk since, and so have drops
@@ -162,4 +176,7 @@ def _filled(kernels: Sequence[Options], chosen: Chosen, limits: np.ndarray) -> C
         left = left - (kernels[number].cost[:, option] - kernels[number].cost[:, chosen[number]])
         chosen[number] = option
         heapq.heappush(heap, (best(number)[0], number))
+        taken += 1
+        if taken == moves:
+            break
     return chosen

@@ -81,8 +81,9 @@ class PlannedKernel(abc.ABC):
         the layer, keeps the kernel dense.
       execution: how its layer runs on factors, or would; None if that is not known yet.
       own_run: whether its layer computes with it in a way that only the layer knows (`register_layer(run=...)`).
-      risk: what its layer loses of its function as planned, relative to all of it; None unless a budget was allocated.
-      next_gain: what the next per cent of the budget would take off the objective here; None if nothing more would.
+      risk: what kernel projection at the planned rank loses of its layer's function, relative to all of it; None unless a
+        budget was allocated.
+      next_gain: what the next per cent of the budget would take off what is lost here; None if nothing more would.
     """
 
     name: str
@@ -92,8 +93,8 @@ class PlannedKernel(abc.ABC):
     choices: tuple[Choice, ...] = ()
     execution: Execution | None = None
     own_run: bool = False
-    risk: float | None = None
-    next_gain: float | None = None
+    risk: float | None = dataclasses.field(default=None, compare=False)  # plans of the same ranks are equal
+    next_gain: float | None = dataclasses.field(default=None, compare=False)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -236,6 +237,20 @@ class Plan:
     def dense_macs(self) -> int:
         """Multiply-accumulates in the dense model of all kernels whose MACs are known, per example."""
         return sum(kernel.macs for kernel in self.kernels)
+
+    def opened(self) -> "Plan":
+        """The same with every kernel that is open to a budget factored at rank 1, in its rule's own scheme.
+
+        For `inputs.second_moments`, which `allocate` takes: the inputs of a kernel do not depend on its rank.
+        """
+
+        def opened(kernel: PlannedKernel) -> PlannedKernel:
+            if not isinstance(kernel, DenseKernel) or not kernel.choices or kernel.rule is None:
+                return kernel
+            fields = ("name", "shape", "macs", "rule", "choices", "execution", "own_run")
+            return FactoredKernel(**{field: getattr(kernel, field) for field in fields}, choice=kernel.choices[0], rank=1)
+
+        return dataclasses.replace(self, kernels=tuple(map(opened, self.kernels)))
 
     def rows(self) -> list[list[str]]:
         """The table as text: a header, a row per kernel, a row for all other parameters and the total."""

@@ -86,6 +86,8 @@ class Rule:
             raise self._error(str(error)) from None
         self._check_name("scale_of", SCALE_OF)
         self._check_name("execution", EXECUTIONS)
+        if type(self.normalized) is not bool:
+            raise self._error(f"normalized {self.normalized!r} must be True or False")
         if isinstance(self.rows, list):  # of a config file
             object.__setattr__(self, "rows", tuple(self.rows))
         if self.rows is not None and self.rows != ALL_BUT_LAST and not _are_axes(self.rows):

@@ -116,7 +116,8 @@ def _curves(act: Activation, part: PaddedStack, run: slice, outputs: _Outputs, n
         lost, kept = _shares(act, jnp.ones_like(size)[:, None], cosine)
     else:
         lost, kept = _tabulated(act, size, cosine)
-    return Curves(_mean(lost, act.risk(size, nothing, nothing)), _mean(kept**2, act.risk(size, size, nothing)))
+    # Of a zero kernel nothing is lost.
+    return Curves(_mean(lost, act.risk(size, nothing, nothing)), 1 - _mean(1 - kept**2, act.risk(size, size, nothing)))
 
 
 def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
