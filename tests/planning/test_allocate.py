@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import flax.linen as nn
 import jax
@@ -12,7 +13,7 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax.planning.allocate import OBJECTIVES, allocate
 from lowrank_jax.planning.curves import curves_of_kernels
-from lowrank_jax.planning.plans import DenseKernel, FactoredKernel
+from lowrank_jax.planning.plans import DenseKernel
 from lowrank_jax.planning.rules import wanted_rank
 
 X = jnp.ones((2, 8, 8, 3))
@@ -44,11 +45,10 @@ def loss(plan, objective):
     """What a plan loses of Gaussian kernels, from the curves."""
     curves = curves_of_kernels([kernel for kernel in plan.kernels if kernel.choices])
     losses = []
-    for kernel in plan.kernels:
-        if isinstance(kernel, FactoredKernel):
-            curve = curves[kernel.name][kernel.choices.index(kernel.choice)]
-            risk, correlation = curve.risk[kernel.rank - 1], curve.correlation[kernel.rank - 1]
-            losses.append(-np.log(1 - correlation) if objective == "correlation" else risk)
+    for kernel in plan.factored:
+        curve = curves[kernel.name][kernel.choices.index(kernel.choice)]
+        lost = (curve.correlation if objective == "correlation" else curve.risk)[kernel.rank - 1]
+        losses.append(lost * (1 if objective == "tolerance" else math.prod(kernel.stack)))
     return max(losses, default=0.0) if objective == "tolerance" else sum(losses)
 
 
@@ -166,6 +166,12 @@ def test_the_table_says_what_is_lost_and_what_more_would_buy(plan):
         ({"params": 0.5, "min_scale": 2}, "min_scale 2 must be from 0 to 1"),
         ({"params": 0.5, "multiple_of": 0}, "multiple_of 0 must be a whole number"),
         ({"params": 0.5, "sensitivity": {"Dense_7/kernel": 1.0}}, "'Dense_7/kernel' is no kernel that the plan's rules leave"),
+        (
+            {"params": 0.5, "sensitivity": {"Dense_0/kernel": -1.0}},
+            "sensitivity of 'Dense_0/kernel': -1.0 must be a number of at",
+        ),
+        ({"params": 0.5, "sensitivity": {"Dense_0/kernel": np.nan}}, "sensitivity of 'Dense_0/kernel': nan must be"),
+        ({"params": 0.5, "min_scale": "a"}, "min_scale 'a' must be from 0 to 1"),
         ({"params": 0.5, "moments": {}}, "moments need the variables too"),
         ({"params": 0.5, "variables": {"params": {}}}, "the variables do not fit the plan"),
         ({"params": 100}, r"the budget is impossible; params=100: the smallest possible is 0\.\d+ of the dense network, \d+"),
@@ -190,3 +196,114 @@ def test_unknown_macs_are_refused_by_name(plan):
     kernels = [dataclasses.replace(kernel, macs=0) if kernel.name == "Dense_0/kernel" else kernel for kernel in plan.kernels]
     with pytest.raises(ValueError, match="the MACs of Dense_0/kernel are not known"):
         allocate(dataclasses.replace(plan, kernels=tuple(kernels)), macs=0.5)
+
+
+def test_numbers_of_numpy_and_jax_are_numbers(plan):
+    assert allocate(plan, params=np.float32(0.5)) == allocate(plan, params=jnp.asarray(0.5)) == allocate(plan, params=0.5)
+    assert allocate(plan, params=np.int64(3000), multiple_of=np.int32(2)) == allocate(plan, params=3000, multiple_of=2)
+
+
+class Tiny(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, use_bias=False, name="b")(nn.relu(nn.Dense(4, use_bias=False, name="a")(x)))
+
+
+def test_what_fits_exactly_is_used():
+    tiny = lr.plan(Tiny(), jnp.ones((2, 8)), EVERYTHING)
+    made = {kernel.name: kernel for kernel in allocate(tiny, params=40).kernels}
+    assert made["a/kernel"].rank == 2 and isinstance(made["b/kernel"], DenseKernel)
+
+
+@pytest.mark.parametrize(
+    "first", [{"macs": 0.5}, {"params": 0.2}, {"seconds": 0.9, "chip": lr.chips.CHIPS["v5e"], "batch": 64}]
+)
+def test_a_former_budget_does_not_matter(plan, first):
+    once = allocate(plan, **first)
+    assert allocate(once, params=0.4) == allocate(plan, params=0.4) and allocate(once, **first) == once
+    assert allocate(once, params=1.0) == allocate(plan, params=1.0)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(nn.Dense(32, name="dense")(x)), None
+
+
+class Repeated(nn.Module):
+    scanned: bool
+
+    @nn.compact
+    def __call__(self, x):
+        if self.scanned:
+            scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=4)
+            x, _ = scan(name="layers")(x, None)
+        else:
+            for i in range(4):
+                x, _ = Layer(name=f"layer{i}")(x, None)
+        return nn.Dense(64, name="head")(x)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5])
+def test_a_repeated_module_counts_as_often_as_it_is_there(budget):
+    def ranks(scanned):
+        plan = lr.plan(Repeated(scanned), jnp.ones((2, 32)), EVERYTHING)
+        return {kernel.name: kernel.rank for kernel in allocate(plan, params=budget).factored}
+
+    once, each = ranks(True), ranks(False)
+    others = sorted(rank for name, rank in each.items() if name != "head/kernel")
+    assert others[0] - 1 <= once["layers/dense/kernel"] <= others[-1] + 1
+    assert abs(once["head/kernel"] - each["head/kernel"]) <= 4
+
+
+def test_a_zero_kernel_loses_nothing(plan, variables):
+    params = jax.tree.map(lambda leaf: leaf, variables["params"])
+    params["Dense_1"]["kernel"] = jnp.zeros_like(params["Dense_1"]["kernel"])
+    made = {kernel.name: kernel for kernel in allocate(plan, params=0.4, variables={"params": params}).kernels}
+    assert made["Dense_1/kernel"].rank == 1 and made["Dense_1/kernel"].risk == 0
+
+
+def test_real_inputs_count():
+    model, x = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(24)]), np.random.default_rng(0).normal(size=(256, 32))
+    x = jnp.asarray(x * np.where(np.arange(32) < 3, 10, 1e-3), jnp.float32)  # three inputs of any size
+    variables, plan = model.init(jax.random.key(0), x), lr.plan(model, x, EVERYTHING)
+    moments = lr.inputs.second_moments(model, variables, [x], plan.opened())
+    isotropic = {kernel.name: kernel for kernel in allocate(plan, params=0.4, variables=variables).factored}
+    seen = {kernel.name: kernel for kernel in allocate(plan, params=0.4, variables=variables, moments=moments).factored}
+    assert seen["layers_0/kernel"].rank == 3 < isotropic["layers_0/kernel"].rank and seen["layers_0/kernel"].risk < 1e-3
+    for wrong, message in (
+        ({}, "layers_0/kernel: has no moments; capture them for plan.opened"),
+        ({**moments, "nope": moments["layers_0/kernel"]}, "nope: has moments but is not open"),
+        ({**moments, "layers_0/kernel": jnp.eye(7)}, r"layers_0/kernel: moments must have shape \[32, 32\], not \[7, 7\]"),
+        ({**moments, "layers_0/kernel": jnp.full((32, 32), jnp.nan)}, "layers_0/kernel: moments are not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            allocate(plan, params=0.4, variables=variables, moments=wrong)
+
+
+def test_variables_in_boxes_are_taken_and_shapes_are_not(plan, variables):
+    boxed = jax.tree.map(lambda leaf: nn.Partitioned(leaf, (None,) * leaf.ndim), variables)
+    assert allocate(plan, params=0.4, variables=boxed) == allocate(plan, params=0.4, variables=variables)
+    with pytest.raises(ValueError, match="is a shape without values"):
+        allocate(plan, params=0.4, variables=jax.eval_shape(lambda: variables))
+    with pytest.raises(ValueError, match="is int32, not real numbers"):
+        allocate(plan, params=0.4, variables=jax.tree.map(lambda leaf: leaf.astype(jnp.int32), variables))
+
+
+def test_nothing_open_is_a_budget_of_its_own():
+    closed = lr.plan(Net(), X, [])
+    assert allocate(closed, params=1.0) == closed
+    with pytest.raises(ValueError, match="the plan's rules leave no kernel open"):
+        allocate(closed, params=0.5)
+
+
+def test_under_an_outer_jit_plans_are_made_from_shapes(plan):
+    made = []
+    jax.jit(lambda x: made.append(allocate(plan, params=0.35)) or x)(1.0)
+    assert made == [allocate(plan, params=0.35)]
+
+
+def test_a_rule_below_the_least_scale_is_named():
+    plan = lr.plan(Net(), X, [lr.Rule(".*kernel", scale=0.2)])
+    with pytest.raises(ValueError, match=r"min_scale 0\.5 needs a rank of .*; its rule allows"):
+        allocate(plan, params=0.9, min_scale=0.5)
