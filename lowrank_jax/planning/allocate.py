@@ -82,23 +82,17 @@ def allocate(
     budgets = {"params": params, "macs": macs, "bytes": bytes, "seconds": seconds}
     given: dict[Kind, Any] = {kind: _plain(value) for kind, value in budgets.items() if value is not None}  # type: ignore[misc]
     request.check(given)
-    open_ = [kernel for kernel in plan.kernels if kernel.choices]
+    network = _Network.of(plan, given, request)
+    open_ = network.open
     _check_sensitivity(sensitivity or {}, open_)
-    unknown = [kernel.name for kernel in open_ if not kernel.macs and kernel.execution != "premerged"]
-    if "macs" in given and unknown:
-        raise ValueError(f"the MACs of {', '.join(unknown)} are not known, so that no budget of MACs can hold")
     if moments is not None and variables is None:
         raise ValueError("moments need the variables too: they say what the kernels do with the inputs")
-    curves = curves_of_kernels(open_, variables, moments)
-    points = [_points(kernel, curves[kernel.name], request, tuple(given)) for kernel in open_]
-    fixed = np.array([_fixed(plan, open_, kind, request) for kind in given])
-    whole = np.array([_whole(plan, kind, request) for kind in given])
-    limits = np.array([_limit(value, total) for value, total in zip(given.values(), whole, strict=True)])
+    points = network.points(curves_of_kernels(open_, variables, moments))
     options = _weighted(points, open_, sensitivity or {}, objective)
-    chosen = _solve(options, limits - fixed, objective, _uniforms(open_, points))
+    chosen = _solve(options, network.limits - network.fixed, objective, _uniforms(open_, points))
     if chosen is None:
-        raise ValueError(_impossible(options, given, fixed, whole))
-    gains = _next_gains(options, chosen, 0.01 * limits)
+        raise ValueError(network.impossible(options))
+    gains = _next_gains(options, chosen, 0.01 * network.limits)
     lines = {
         kernel.name: _line(kernel, of_kernel, option, gain)
         for kernel, of_kernel, option, gain in zip(open_, points, chosen, gains, strict=True)
@@ -106,17 +100,39 @@ def allocate(
     return dataclasses.replace(plan, kernels=tuple(lines.get(kernel.name, kernel) for kernel in plan.kernels))
 
 
+def check_budget(plan: Plan, **arguments: Any) -> None:
+    """Raises ValueError for a budget that is impossible, given the arguments of `allocate`; decomposes nothing.
+
+    Of two budgets that cannot hold together only `allocate` knows.
+    """
+    names = {field.name for field in dataclasses.fields(_Request)}
+    request = _Request(**{name: value for name, value in arguments.items() if name in names})
+    given: dict[Any, Any] = {name: value for name, value in arguments.items() if name not in names}
+    request.check(given)
+    network = _Network.of(plan, given, request)
+    free = {kernel.name: [_no_loss(choice) for choice in kernel.choices] for kernel in network.open}
+    options = _weighted(network.points(free), network.open, {}, request.objective)
+    least = network.fixed + network.smallest(options)
+    if (least > network.limits).any():
+        raise ValueError(network.impossible(options))
+
+
+def _no_loss(choice: Choice) -> Losses:
+    nothing = np.zeros(choice.view.full_rank)
+    return Losses(nothing, nothing)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Request:
     """The arguments of `allocate` that are not the network's."""
 
-    chip: Chip | None
-    batch: int | None
-    itemsize: int
-    rest: float
-    objective: str
-    min_scale: float
-    multiple_of: int
+    chip: Chip | None = None
+    batch: int | None = None
+    itemsize: int = 4
+    rest: float = 0.0
+    objective: str = "correlation"
+    min_scale: float = 0.0
+    multiple_of: int = 1
 
     def check(self, given: Mapping[Kind, float | int]) -> None:
         if not 1 <= len(given) <= 2:
@@ -183,6 +199,65 @@ class _Points:
     risk: np.ndarray
     correlation: np.ndarray
     cost: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """What a budget is for.
+
+    Attributes:
+      open: the kernels that it decides about.
+      given: the budget by kind.
+      request: the other arguments.
+      fixed: by kind, the cost of what the budget cannot change.
+      whole: by kind, the cost of the dense network.
+    """
+
+    open: list[PlannedKernel]
+    given: Mapping[Kind, float | int]
+    request: _Request
+    fixed: np.ndarray
+    whole: np.ndarray
+
+    @classmethod
+    def of(cls, plan: Plan, given: Mapping[Kind, float | int], request: _Request) -> "_Network":
+        """Raises ValueError if the budget is in MACs that are not known."""
+        open_ = [kernel for kernel in plan.kernels if kernel.choices]
+        unknown = [kernel.name for kernel in open_ if not kernel.macs and kernel.execution != "premerged"]
+        if "macs" in given and unknown:
+            raise ValueError(f"the MACs of {', '.join(unknown)} are not known, so that no budget of MACs can hold")
+        fixed = np.array([_fixed(plan, open_, kind, request) for kind in given])
+        whole = np.array([_whole(plan, kind, request) for kind in given])
+        return cls(open_, given, request, fixed, whole)
+
+    @property
+    def limits(self) -> np.ndarray:
+        return np.array([_limit(value, total) for value, total in zip(self.given.values(), self.whole, strict=True)])
+
+    def points(self, losses: Mapping[str, Sequence[Losses | None]]) -> list["_Points"]:
+        return [_points(kernel, losses[kernel.name], self.request, tuple(self.given)) for kernel in self.open]
+
+    def smallest(self, options: Sequence[knapsack.Options]) -> np.ndarray:
+        """By kind, the least that the open kernels cost, each for itself."""
+        least = np.zeros(len(self.given))
+        for place in range(len(self.given) if options else 0):
+            cheapest = knapsack.cheapest(options, np.eye(len(self.given))[place])
+            least[place] = knapsack.total_cost(options, cheapest)[place]
+        return least
+
+    def impossible(self, options: Sequence[knapsack.Options]) -> str:
+        """That the budget is, and which is not."""
+        if not options:
+            return "the budget is impossible: the plan's rules leave no kernel open"
+        parts = []
+        least, values = self.fixed + self.smallest(options), self.given.items()
+        for (kind, value), smallest, whole in zip(values, least, self.whole, strict=True):
+            count = "" if kind == "seconds" else f", {math.ceil(smallest):,}"
+            parts.append(
+                f"{kind}={value}: the smallest possible is {_rounded_up(smallest / whole)} of the dense network{count}"
+            )
+        both = " (each for itself), and no plan was found that holds both" if len(self.given) > 1 else ""
+        return f"the budget is impossible; {'; '.join(parts)}{both}"
 
 
 def _points(kernel: PlannedKernel, losses: Sequence[Losses | None], request: _Request, kinds: tuple[Kind, ...]) -> _Points:
@@ -351,23 +426,6 @@ def _uniform(kernel: PlannedKernel, points: _Points, scale: float, last: bool) -
     rank = points.rank[below].max() if len(below) else points.rank[own].min()
     same = own[points.rank[own] == rank]
     return int(same[-1] if last else same[0])
-
-
-def _impossible(
-    options: Sequence[knapsack.Options], given: Mapping[Kind, float | int], fixed: np.ndarray, whole: np.ndarray
-) -> str:
-    if not options:
-        return "the budget is impossible: the plan's rules leave no kernel open"
-    parts = []
-    for place, (kind, value) in enumerate(given.items()):
-        weights = np.eye(len(given))[place]
-        least = fixed[place] + knapsack.total_cost(options, knapsack.cheapest(options, weights))[place]
-        count = "" if kind == "seconds" else f", {math.ceil(least):,}"
-        parts.append(
-            f"{kind}={value}: the smallest possible is {_rounded_up(least / whole[place])} of the dense network{count}"
-        )
-    both = " (each for itself), and no plan was found that holds both" if len(given) > 1 else ""
-    return f"the budget is impossible; {'; '.join(parts)}{both}"
 
 
 def _rounded_up(fraction: float) -> float:

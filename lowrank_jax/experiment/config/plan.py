@@ -1,6 +1,10 @@
 """The plan of a config's model: which of its kernels are factored; and whether it can be trained and evaluated."""
 
+import contextlib
+import dataclasses
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,21 +12,95 @@ import jax.numpy as jnp
 
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.objectives import output_problems
-from lowrank_jax.experiment.config.schema import Config, EvalConfig, OptimConfig
+from lowrank_jax.experiment.config.schema import Config, EvalConfig, LowRankConfig, OptimConfig
 from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.experiment.network import Network
 from lowrank_jax.linen.plan import plan as plan_model
 from lowrank_jax.paths import named_leaves
+from lowrank_jax.planning.allocate import allocate, check_budget
+from lowrank_jax.planning.chips import CHIPS
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.text import first_line
 
 
 def make_plan(config: Config) -> Plan:
-    """Decides which kernels of the model are factored. Computes nothing; results are cached.
+    """Decides which kernels of the model are factored, and at which ranks; results are cached.
+
+    Only for a budget is anything computed: what every rank loses of a random kernel of each shape.
+
+    Raises:
+      ConfigError: see `check_plan`.
+    """
+    budget = _budget(config)
+    return _allocated(plan_by_rules(config), *budget) if budget else plan_by_rules(config)
+
+
+def has_budget(config: Config) -> bool:
+    """Whether ranks are chosen for a budget."""
+    return bool(_budget(config))
+
+
+def dense_plan(config: Config) -> Plan:
+    """The plan of the same network with every kernel dense."""
+    return plan_by_rules(dataclasses.replace(config, lowrank=LowRankConfig(method="none")))
+
+
+def check_plan(config: Config) -> None:
+    """Computes nothing.
 
     Raises:
       ConfigError: the model cannot be built, trained or evaluated on these inputs, its outputs are not what the objective
-        takes, or a rule does not fit it.
+        takes, a rule does not fit it, or no network fits the budget.
+    """
+    plan, budget = plan_by_rules(config), _budget(config)
+    if budget:
+        with _budget_named():
+            check_budget(plan, **dict(budget))
+
+
+def allocated(config: Config, plan: Plan, **values: Any) -> Plan:
+    """The ranks that the config's budget affords, of a plan by its rules; `values` as in `allocate`.
+
+    Raises:
+      ConfigError: the budget is impossible.
+    """
+    with _budget_named():
+        return allocate(plan, **dict(_budget(config)), **values)
+
+
+@functools.cache
+def _allocated(plan: Plan, *budget: tuple[str, Any]) -> Plan:
+    with _budget_named():
+        return allocate(plan, **dict(budget))
+
+
+def _budget(config: Config) -> tuple[tuple[str, Any], ...]:
+    """The arguments of `allocate`; none without a budget."""
+    low = config.lowrank
+    budget = low.budget
+    if not budget.amounts or low.method == "none":
+        return ()
+    arguments = {**budget.amounts, "objective": budget.objective, "min_scale": budget.min_scale}
+    arguments["itemsize"] = jnp.dtype(config.model.dtype if "seconds" in budget.amounts else jnp.float32).itemsize
+    if "seconds" in budget.amounts:
+        batch = budget.batch or config.batch_size // config.optim.accumulate
+        arguments |= {"chip": CHIPS[budget.chip or ""], "batch": batch, "rest": budget.rest}
+    return tuple(arguments.items())
+
+
+@contextlib.contextmanager
+def _budget_named() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError("config", [f"lowrank.budget: {line}" for line in str(error).splitlines()]) from None
+
+
+def plan_by_rules(config: Config) -> Plan:
+    """The plan before a budget, if there is one: the ranks of the rules then are bounds.  Computes nothing; results are cached.
+
+    Raises:
+      ConfigError: see `check_plan`.
     """
     relevant = Config(
         model=config.model,

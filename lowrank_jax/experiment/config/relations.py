@@ -8,11 +8,12 @@ import jax
 
 from lowrank_jax.experiment.config import objectives
 from lowrank_jax.experiment.config.files import ConfigError
-from lowrank_jax.experiment.config.plan import images_like, make_plan
-from lowrank_jax.experiment.config.schema import Config, DatasetConfig, rate
+from lowrank_jax.experiment.config.plan import check_plan, images_like
+from lowrank_jax.experiment.config.schema import BudgetConfig, Config, DatasetConfig, LowRankConfig, rate
 from lowrank_jax.experiment.config.typed import read_section, read_value
 from lowrank_jax.experiment.data import datasets, splits
 from lowrank_jax.experiment.hosts.sharding import AXES, read_rules, rule_problems
+from lowrank_jax.planning.chips import CHIPS
 from lowrank_jax.text import first_line, shown
 
 
@@ -82,6 +83,9 @@ def _phase_problems(config: Config) -> list[str]:
     problems = []
     if warmup > ends[0]:
         problems.append(f"optim.warmup: {warmup} steps; longer than training, which has {ends[0]} steps")
+    dense = config.dense_steps or 0
+    if dense >= ends[0]:
+        problems.append(f"lowrank.dense_warmup: {dense} steps; training has {ends[0]}, and none would be left for low rank")
     for start, end, (length, how) in zip(ends, ends[1:], config.extensions, strict=False):
         if end <= start:
             problems.append(f"extensions: {length} is step {start}; the run goes on from there only to step {end}")
@@ -245,7 +249,7 @@ def _model_problems(config: Config) -> list[str]:
 
 def _plan_problems(config: Config) -> list[str]:
     try:
-        make_plan(config)
+        check_plan(config)
     except ConfigError as error:
         return error.problems
     return []
@@ -253,12 +257,35 @@ def _plan_problems(config: Config) -> list[str]:
 
 def _rule_problems(config: Config, wrong: set[str]) -> list[str]:
     low = config.lowrank
+    if problems := _budget_problems(low.budget):
+        return problems
+    if low.budget.amounts:
+        return _to_rules_problems(low)
     if low.method != "none" and low.scale is None and low.rank is None and not wrong & {"lowrank.scale", "lowrank.rank"}:
         return ["lowrank.scale: neither scale nor rank is set; for a dense network set lowrank.method=none"]
     if low.scale is not None and low.rank is not None:
         # A scale that was reported as wrong has fallen back to its default: not the user's.
         both = f"lowrank.rank: both rank ({low.rank}) and scale ({low.scale:g}) are set; set one to None"
         return [] if wrong & {"lowrank.scale"} else [both]
+    return _to_rules_problems(low)
+
+
+def _budget_problems(budget: BudgetConfig) -> list[str]:
+    """Settings of a budget that say nothing without another one, and more kinds than two."""
+    kinds, usual = budget.amounts, BudgetConfig()
+    if len(kinds) > 2:
+        return [f"lowrank.budget: {', '.join(kinds)} are set; at most two kinds can hold at once"]
+    if "seconds" in kinds and budget.chip is None:
+        return [f"lowrank.budget.chip: seconds need a chip; one of {', '.join(CHIPS)}"]
+    needed = "a budget" if not kinds else "lowrank.budget.seconds"
+    idle = ("chip", "batch", "rest") if "seconds" not in kinds else ()
+    idle += ("objective", "min_scale") if not kinds else ()
+    return [
+        f"lowrank.budget.{key}: says nothing without {needed}" for key in idle if getattr(budget, key) != getattr(usual, key)
+    ]
+
+
+def _to_rules_problems(low: LowRankConfig) -> list[str]:
     try:
         low.to_rules()
     except ValueError as error:

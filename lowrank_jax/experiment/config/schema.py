@@ -19,6 +19,8 @@ from lowrank_jax.experiment.hosts.sharding import AXES, ShardingRule, mesh_sizes
 from lowrank_jax.experiment.network import AUTO, Constructor, Network, outputs_argument_problem, train_argument_problem
 from lowrank_jax.experiment.objective import MSE, NAMES, SIGMOID, SOFTMAX, Objective, make_objective
 from lowrank_jax.patterns import compile_pattern
+from lowrank_jax.planning.allocate import OBJECTIVES
+from lowrank_jax.planning.chips import CHIPS
 from lowrank_jax.planning.rules import Rule
 from lowrank_jax.projection.methods import METHODS
 from lowrank_jax.text import did_you_mean
@@ -199,6 +201,38 @@ class ObjectiveConfig:
     class_weights: tuple[float, ...] | str = _option((), _class_weights)
 
 
+def _amount(value: int | float) -> str | None:
+    fits = value >= 1 if isinstance(value, int) else 0 < value <= 1
+    return None if fits else "must be a fraction of the dense network above 0 and up to 1, such as 0.5, or a whole number"
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetConfig:
+    """What the network may cost, from which its ranks are chosen; see `lowrank_jax.allocate`.  One kind, or two at once.
+
+    It takes the place of the general scale and rank, and the ranks of rules are the largest allowed.
+    """
+
+    params: int | float | None = _option(None, _amount)
+    macs: int | float | None = _option(None, _amount)
+    bytes: int | float | None = _option(None, _amount)
+    seconds: float | None = _option(None, _fraction)  # of the dense training step on `chip`
+    chip: str | None = _option(None, _one_of(*CHIPS))
+    batch: int | None = _option(None, at_least(1, _COUNT))  # examples on a device at a time; None for all of batch_size
+    rest: float = _option(0.0, at_least(0, 1e6))  # seconds of the dense training step besides its kernels
+    objective: str = _option("correlation", _one_of(*OBJECTIVES))  # what is to be least
+    min_scale: float = _option(0.0, _between(0, 1))
+
+    @property
+    def amounts(self) -> dict[str, int | float]:
+        """What is set, by kind."""
+        given = {kind: getattr(self, kind) for kind in BUDGET_KINDS}
+        return {kind: value for kind, value in given.items() if value is not None}
+
+
+BUDGET_KINDS = ("params", "macs", "bytes", "seconds")
+
+
 @dataclasses.dataclass(frozen=True)
 class LowRankConfig(_Hashable):
     """Which kernels are factored and how; see `lowrank_jax.Rule`.  Method `none` is the dense network."""
@@ -212,6 +246,9 @@ class LowRankConfig(_Hashable):
     scale_of: str = "full_rank"
     execution: str = "auto"
     moment_batches: int = _option(0, at_least(0))  # batches of images to estimate the layers' input moments from
+    budget: BudgetConfig = BudgetConfig()
+    # How long the network trains dense before it is factored; "auto": until its stable ranks settle.
+    dense_warmup: Literal["auto"] | Duration | None = _option(None, lambda value: _warmup(value))
     rules: tuple[FrozenDict, ...] = ()  # exceptions, first match wins: {"path": ..., "rows": ..., and any of the keys above}
 
     def to_rules(self) -> tuple[Rule, ...]:
@@ -223,6 +260,8 @@ class LowRankConfig(_Hashable):
         if self.method == "none":
             return ()
         common = {field: getattr(self, field) for field in _RULE_KEYS}
+        if self.budget.amounts:
+            common |= {"scale": 1.0, "rank": None}  # the largest allowed
         rules, problems = [], []
         for entry in (*self.rules, {"path": ".*"}):
             try:
@@ -327,6 +366,10 @@ class MeshConfig(_Hashable):
         return read_rules(self.rules)[0]  # `config` has reported what is wrong with them
 
 
+def _warmup(value: Duration | str) -> str | None:
+    return None if isinstance(value, str) else _positive(value)
+
+
 def _positive(duration: Duration) -> str | None:
     return None if duration.amount > 0 else "must be above 0"
 
@@ -388,6 +431,19 @@ class Config:
         steps, epochs = (None, length.amount) if in_epochs else (self.in_steps(length), None)
         extended = dataclasses.replace(self, steps=steps, epochs=epochs, extensions=tuple(before))
         return extended, *extended.earlier()
+
+    @property
+    def starts_dense(self) -> bool:
+        """Whether the network that will be low-rank is dense at first."""
+        return self.lowrank.dense_warmup is not None and self.lowrank.method != "none"
+
+    @property
+    def dense_steps(self) -> int | None:
+        """The last step of the dense warm-up, 0 without one; None if training itself will tell."""
+        warmup = self.lowrank.dense_warmup
+        if warmup is None or not self.starts_dense:
+            return 0
+        return None if warmup == "auto" else max(1, self.in_steps(warmup))
 
     @property
     def peak_lr(self) -> float:

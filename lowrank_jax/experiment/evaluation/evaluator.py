@@ -17,10 +17,11 @@ from lowrank_jax.experiment.evaluation.classes import Classes
 from lowrank_jax.experiment.evaluation.results import Evaluation, Rows
 from lowrank_jax.experiment.evaluation.selection import default_split, evaluated_parts, other_dataset, read_config, restore
 from lowrank_jax.experiment.hosts.processes import several
-from lowrank_jax.experiment.training import recorded_data
-from lowrank_jax.experiment.training.build import Experiment, build
+from lowrank_jax.experiment.training import ranks, recorded_data
+from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.evaluate import Tally, evaluate
 from lowrank_jax.experiment.training.fits import check_evaluation
+from lowrank_jax.experiment.training.phases import Phases, phases_of
 from lowrank_jax.experiment.training.state import evaluated_variables
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
 from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests
@@ -33,7 +34,7 @@ class Subject:
 
     Attributes:
       folder: its work directory.
-      experiment: one with the run's network, plan and data set; seed and optimiser may be another run's.
+      phases: with the run's networks, plans and data set; seed and optimiser may be another run's.
       eval_step: from `Experiment.jit_eval_step`.
       split, examples: what it is evaluated on; another data set's split is called "name/split".
       batch_size: over all devices; a multiple of their number.
@@ -43,7 +44,7 @@ class Subject:
     """
 
     folder: Workdir
-    experiment: Experiment
+    phases: Phases
     eval_step: Callable[..., dict[str, jax.Array]]
     split: str
     examples: Split
@@ -55,9 +56,14 @@ class Subject:
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.folder.checkpoints, self.identity, earlier=self.earlier, read_only=True)
 
-    def target(self) -> dict[str, Any]:
-        """The parts of the state that evaluation needs."""
-        return evaluated_parts(self.experiment.shapes)
+    @property
+    def experiment(self) -> Experiment:
+        """The one that training ends with."""
+        return self.phases.low_rank
+
+    def target(self, step: int) -> dict[str, Any]:
+        """The parts of a step's state that evaluation needs."""
+        return evaluated_parts(self.phases.at(step).shapes)
 
     def evaluate(self, restored: Restored, stop_requested: Callable[[], bool] = lambda: False) -> Evaluation:
         """Evaluates a checkpoint.  Raises Interrupted if `stop_requested` becomes true before it has finished."""
@@ -73,7 +79,7 @@ class Subject:
         )
         names = classes.names_of(self.experiment.dataset)
         counted = {weights: Classes(names, **tally) for weights, tally in tallies.items() if tally}
-        plan = self.experiment.plan
+        plan = self.phases.at(restored.step).plan
         return Evaluation(
             self.split,
             restored.step,
@@ -120,7 +126,7 @@ class Evaluator:
         self._split, self._data_dir, self._dataset, self._max_undecodable = split, data_dir, dataset, max_undecodable
         self._trusted, self._classes = trust_code, classes
         self.untrusted: dict[str, None] = {}
-        self._experiments: dict[Hashable, Experiment] = {}
+        self._phases: dict[Hashable, Phases] = {}
         self._eval_steps: dict[Hashable, Callable[..., dict[str, jax.Array]]] = {}
         self._splits: dict[Hashable, Split] = {}
 
@@ -132,7 +138,7 @@ class Evaluator:
         """
         subject = self.open(workdir)
         with subject.checkpoints() as checkpoints:
-            restored = restore(checkpoints, step, subject.target())
+            restored = restore(checkpoints, step, subject.target)
         return subject.evaluate(restored)
 
     def open(self, workdir: str) -> Subject:
@@ -149,7 +155,8 @@ class Evaluator:
             if self._max_undecodable is not None:
                 limited = dataclasses.replace(config.dataset, max_undecodable=self._max_undecodable)
                 config = dataclasses.replace(config, dataset=limited)
-            experiment = self._experiment(config, workdir)
+            phases = self._phases_of(config, folder)
+            experiment = phases.low_rank
             eval_step = self._eval_step(experiment)
         other, changed = self._data(config, folder, experiment.dataset)
         split = self._split or default_split(config, other)
@@ -159,7 +166,7 @@ class Evaluator:
         batch_size = -(-config.eval.batch_size // devices) * devices
         check_evaluation(experiment, batch_size)
         identity, earlier = digest_of(stored), earlier_digests(stored)
-        return Subject(folder, experiment, eval_step, name, examples, batch_size, identity, earlier, changed)
+        return Subject(folder, phases, eval_step, name, examples, batch_size, identity, earlier, changed)
 
     def _data(self, config: Config, folder: Workdir, trained_on: Dataset) -> tuple[Dataset, tuple[str, ...]]:
         """What to evaluate on, and what of it has changed since training."""
@@ -174,11 +181,12 @@ class Evaluator:
             self.untrusted |= dict.fromkeys(error.names)
             raise
 
-    def _experiment(self, config: Config, workdir: str) -> Experiment:
-        key = (_code(config), config.description, config.lowrank, config.optim.ema_decay is None)
-        if key not in self._experiments:
-            self._experiments[key] = build(dataclasses.replace(config, mesh=MeshConfig()), workdir)
-        return self._experiments[key]
+    def _phases_of(self, config: Config, folder: Workdir) -> Phases:
+        decided = ranks.read(folder, config)
+        key = (_code(config), config.description, config.lowrank, config.optim.ema_decay is None, config.dense_steps, decided)
+        if key not in self._phases:
+            self._phases[key] = phases_of(dataclasses.replace(config, mesh=MeshConfig()), decided, str(folder.path))
+        return self._phases[key]
 
     def _eval_step(self, experiment: Experiment) -> Callable[..., dict[str, jax.Array]]:
         """One for all plans: jit distinguishes them by their kernels, which carry ranks and execution."""

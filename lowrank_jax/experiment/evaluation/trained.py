@@ -17,8 +17,8 @@ from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation import classes, selection
 from lowrank_jax.experiment.evaluation.predictions import Prediction, predictions
 from lowrank_jax.experiment.hosts.sharding import batch_sharding, batch_shards, put_batch, replicated
-from lowrank_jax.experiment.training import recorded_data
-from lowrank_jax.experiment.training.build import build
+from lowrank_jax.experiment.training import ranks, recorded_data
+from lowrank_jax.experiment.training.phases import phases_of
 from lowrank_jax.experiment.training.state import evaluated_variables
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests
@@ -144,10 +144,12 @@ def restore(workdir: str, step: str = "latest", *, raw: bool = False, trust_code
     with recorded_data.used(folder):
         stored = selection.read_config(folder, trust_code)
         config = recorded_data.as_trained(stored, folder)
-        experiment = build(dataclasses.replace(config, mesh=MeshConfig()), workdir, jax.local_devices())
+        decided = ranks.read(folder, config)
+        phases = phases_of(dataclasses.replace(config, mesh=MeshConfig()), decided, workdir, jax.local_devices())
     identity, earlier = digest_of(stored), earlier_digests(stored)
     with Checkpoints(folder.checkpoints, identity, earlier=earlier, read_only=True) as checkpoints:
-        restored = selection.restore(checkpoints, step, selection.evaluated_parts(experiment.shapes))
+        restored = selection.restore(checkpoints, step, lambda step: selection.evaluated_parts(phases.at(step).shapes))
+    experiment = phases.at(restored.step)
     weights = evaluated_variables(restored.state)
     variables = weights.get("_raw", weights[""]) if raw else weights[""]
     return TrainedNetwork(

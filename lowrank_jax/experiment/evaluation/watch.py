@@ -139,7 +139,7 @@ class _WatchedRun:
 
     def _evaluate(self, step: int, checkpoints: Checkpoints, subject: Subject) -> None:
         try:
-            restored = checkpoints.restore_step(step, subject.target())
+            restored = checkpoints.restore_step(step, subject.target)
         except CheckpointError as error:
             self._suspect(step, error)
             return

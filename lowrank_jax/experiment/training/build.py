@@ -89,7 +89,8 @@ class Experiment:
             on_host=config.init.svd == "host",
         )
 
-    def _shardings(self) -> Any:
+    def shardings(self) -> Any:
+        """A `TrainState` of them."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
 
     def compile_train_step(self) -> Callable[..., tuple[state.TrainState, step.Metrics]]:
@@ -126,7 +127,7 @@ class Experiment:
             state, metrics = update(state, batch)
             return state, {**metrics, **word}
 
-        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(self._shardings(), replicated(self.mesh)))
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(self.shardings(), replicated(self.mesh)))
         return jitted.lower(self.shapes, self._batch_shapes(self.config.batch_size), *self._settings())
 
     @property
@@ -182,7 +183,7 @@ class Experiment:
 
         Otherwise the TPU's compiler shards the convolutions and passes slices of kernels around (CHANGELOG.md).
         """
-        stored = self._shardings().params
+        stored = self.shardings().params
         computed = gathered(stored)
         if computed == stored:  # an evaluation step may then serve networks of other ranks
             return params
@@ -217,20 +218,23 @@ class Experiment:
         return {**fields, **votes.batch_shapes(self.mesh)}
 
 
-def build(config: Config, source: str = "config", devices: Sequence[Any] | int | None = None) -> Experiment:
+def build(
+    config: Config, source: str = "config", devices: Sequence[Any] | int | None = None, plan: Plan | None = None
+) -> Experiment:
     """Builds an experiment; nothing is computed and no data is read.
 
     Args:
       config: the experiment.
       source: what to call it in messages.
       devices: of the mesh, by default all of this machine's; a number stands for devices that need not exist.
+      plan: the ranks, where they have been decided; None for the config's own.
 
     Raises:
       ConfigError: the parts do not fit together.
     """
     dataset, network = config.description, config.build_network()
     mesh = _mesh(config, devices)
-    plan = planned_for(mesh, config)
+    plan = planned_for(mesh, config, plan or make_plan(config))
     init = functools.partial(init_weights, network, plan, blank_images(dataset), config.seed)
     weights = jax.eval_shape(init)
 
@@ -263,14 +267,14 @@ def _mesh(config: Config, devices: Sequence[Any] | int | None) -> Mesh:
     return make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
 
 
-def planned_for(mesh: Mesh | AbstractMesh, config: Config) -> Plan:
-    """The config's plan; if the devices of the mesh exist, with the execution of every kernel chosen for them."""
+def planned_for(mesh: Mesh | AbstractMesh, config: Config, plan: Plan) -> Plan:
+    """A plan of the config's network; if the devices of the mesh exist, with the execution of every kernel chosen for them."""
     if isinstance(mesh, AbstractMesh):
-        return make_plan(config)
+        return plan
     chip = chips.of_device(mesh.devices.flat[0])
     part = batch_shards(mesh) * config.optim.accumulate
     itemsize = jnp.dtype(config.model.dtype).itemsize
-    return choose_execution(make_plan(config), chip, batch=max(1, config.batch_size // part), itemsize=itemsize)
+    return choose_execution(plan, chip, batch=max(1, config.batch_size // part), itemsize=itemsize)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

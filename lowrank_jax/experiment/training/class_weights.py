@@ -8,20 +8,21 @@ from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.schema import BALANCED
 from lowrank_jax.experiment.data.base import Split
 from lowrank_jax.experiment.data.statistics import label_counts
-from lowrank_jax.experiment.training.build import Experiment
+from lowrank_jax.experiment.training.phases import Phases
 
 
-def with_class_weights(experiment: Experiment, split: Split) -> Experiment:
-    """The experiment with `objective.class_weights="balanced"` counted in the training split.
+def with_class_weights(phases: Phases, split: Split) -> Phases:
+    """The experiments with `objective.class_weights="balanced"` counted in the training split.
 
     Raises:
       ConfigError: a class does not occur.
       DataError: the split cannot be read.
     """
-    classes = experiment.dataset.num_classes
-    if experiment.config.objective.class_weights != BALANCED or classes is None:
-        return experiment
-    return dataclasses.replace(experiment, class_weights=balanced(label_counts(split, classes)))
+    classes = phases.low_rank.dataset.num_classes
+    if phases.low_rank.config.objective.class_weights != BALANCED or classes is None:
+        return phases
+    weights = balanced(label_counts(split, classes))
+    return phases.map(lambda experiment: dataclasses.replace(experiment, class_weights=weights))
 
 
 def balanced(counts: np.ndarray) -> tuple[float, ...]:

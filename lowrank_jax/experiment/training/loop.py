@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,18 +19,20 @@ from lowrank_jax.experiment.data.pipeline import Feed, TrainBatches, shard_of
 from lowrank_jax.experiment.hosts.processes import OtherFailed, barrier, exchange
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
-from lowrank_jax.experiment.training import recorded_data
-from lowrank_jax.experiment.training.build import Experiment, build
+from lowrank_jax.experiment.training import ranks, recorded_data
+from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.class_weights import with_class_weights
 from lowrank_jax.experiment.training.evaluate import NOBODY, Evaluated, Interrupted, evaluate, score
 from lowrank_jax.experiment.training.extend import extended
 from lowrank_jax.experiment.training.fits import check_training
 from lowrank_jax.experiment.training.log_window import Diverged, Window
-from lowrank_jax.experiment.training.overview import describe, extensions, headline
+from lowrank_jax.experiment.training.overview import describe_phases, extensions, headline, sizes
+from lowrank_jax.experiment.training.phases import Phases, phases_of
 from lowrank_jax.experiment.training.profiler import StepProfiler
 from lowrank_jax.experiment.training.result import TrainResult, result_record
-from lowrank_jax.experiment.training.resume import Resumed, jax_settings, restore_or_start
+from lowrank_jax.experiment.training.resume import Resumed, jax_settings, restore_or_start, told
 from lowrank_jax.experiment.training.stop import StopSignal
+from lowrank_jax.experiment.training.switch import decided_after, switched
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
@@ -73,30 +75,34 @@ def train(
         config = extended(config, workdir, schedule, source)
     elif schedule:
         raise ConfigError("--schedule", ["it says how the learning rate of a longer run goes on; add --extend"])
-    experiment = build(config, source)
-    check_training(experiment)
-    data = _load(experiment)
     folder = _checked(workdir, config)
+    phases = phases_of(config, ranks.settle(folder, config), source)
+    for experiment in phases.all:
+        check_training(experiment)
+    data = _load(phases.low_rank)
     with folder.locked():
         _claim(folder, config)
         folder.forget_failure()
         folder.set_earlier_result_aside(earlier_digests(config))
-        folder.write_text("overview.txt", f"{describe(experiment)}\n")
+        folder.write_text("overview.txt", f"{describe_phases(phases)}\n")
+        if phases.decided:
+            ranks.write(folder, phases.decided)
+        experiment = phases.low_rank
         with Writer(folder, board=config.log.tensorboard) as writer, _checkpoints(folder, config) as checkpoints:
-            writer.say(headline(experiment))
+            writer.say(headline(phases))
             for line in extensions(experiment):
                 writer.say(line)
             for note in experiment.dataset.notes:
                 writer.say(f"{experiment.dataset.name}: {note}")
             dataset = recorded_data.settle(folder, experiment.dataset, data["train"], writer.say)
-            experiment = dataclasses.replace(experiment, dataset=dataset)
+            phases = phases.map(lambda each: dataclasses.replace(each, dataset=dataset))
             writer.show_settings(flatten(to_dict(config)))
-            experiment = with_class_weights(experiment, data["train"])
-            if experiment.class_weights:
-                writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in experiment.class_weights)}")
+            phases = with_class_weights(phases, data["train"])
+            if weights := phases.low_rank.class_weights:
+                writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in weights)}")
             stop = stop or StopSignal()
             try:
-                loop = begin(Tools(experiment, data, folder, writer, checkpoints, stop, on_evaluation), restart)
+                loop = begin(Tools(phases, data, folder, writer, checkpoints, stop, on_evaluation), restart)
                 with stop:  # until now there was nothing to save
                     return loop.run()
             except Diverged as error:
@@ -166,7 +172,7 @@ def _agree(config: dict[str, Any]) -> None:
 class Tools:
     """What a run works with from its beginning to its end."""
 
-    experiment: Experiment
+    phases: Phases
     data: dict[str, datasets.Split]
     folder: Workdir
     writer: Writer
@@ -178,17 +184,18 @@ class Tools:
 def begin(tools: Tools, restart: bool = False) -> "Loop":
     """Restores or starts the run, and compiles its steps; `restart` as in `train`."""
     began = time.perf_counter()
-    experiment, config = tools.experiment, tools.experiment.config
+    phases, config, mesh = tools.phases, tools.phases.low_rank.config, tools.phases.low_rank.mesh
     batches = TrainBatches(
         tools.data["train"],
         config.batch_size,
         config.total_steps,
         config.seed,
         config.dataset.to_augmentation(),
-        shard_of(experiment.mesh),
+        shard_of(mesh),
     )
-    resumed = restore_or_start(experiment, batches, tools.checkpoints, tools.folder, tools.writer.say, restart=restart)
-    train_step = _compiled(experiment, tools.writer) if resumed.step < config.total_steps else None
+    resumed = restore_or_start(phases, batches, tools.checkpoints, tools.folder, tools.writer.say, restart=restart)
+    steps_left = resumed.step < config.total_steps and not (phases.dense and resumed.step == phases.switch)
+    train_step = _compiled(phases.at(resumed.step), tools.writer) if steps_left else None
     return Loop(tools, batches, resumed, train_step, began - resumed.seconds)
 
 
@@ -207,15 +214,17 @@ class Loop:
       tools: of the run.
       batches: of the training data.
       resumed: where the run is taken up.
-      train_step: from `Experiment.compile_train_step`; None if no step is left.
+      train_step: from `Experiment.compile_train_step`; None if no step is left, in this phase.
       began: the time at which the run would have begun, had one process done all of it.
     """
 
     def __init__(
         self, tools: Tools, batches: TrainBatches, resumed: Resumed, train_step: Callable[..., Any] | None, began: float
     ):
-        experiment, config = tools.experiment, tools.experiment.config
-        self.tools, self.config, self.objective = tools, config, experiment.objective
+        experiment = tools.phases.at(resumed.step)
+        config = experiment.config
+        self.tools, self.config, self.objective, self.batches = tools, config, experiment.objective, batches
+        self.phases, self.experiment = tools.phases, experiment
         self.writer, self.checkpoints = tools.writer, tools.checkpoints
         self.train_step, self.eval_step = train_step, experiment.jit_eval_step()
         self.began, self.total = began, config.total_steps
@@ -260,10 +269,37 @@ class Loop:
                 self.save_if_due()  # before the iterator moves on
             if self.step == self.total or self.stopping():
                 break
+            with self.window.paused():
+                self.switch_if_due()
             self.advance()
             self.log_if_due()
         if self.votes.outcome == FAIL:
             raise self.feed.error or OtherFailed
+
+    def switches(self) -> bool:
+        """Whether the dense warm-up ends with this step."""
+        return self.phases.dense is not None and self.step == self.phases.switch
+
+    def switch_if_due(self) -> None:
+        """From the dense network to the low-rank one; its checkpoint is the dense one of this step."""
+        if not self.switches():
+            return
+        begin = time.perf_counter()
+        self.writer.say(f"step {self.step}: the dense warm-up ends; factoring the network ...")
+        self.phases = decided_after(self.phases, self.state, self.first_batches, self.step)
+        if self.phases.decided:
+            ranks.write(self.tools.folder, self.phases.decided)
+        self.experiment = self.phases.low_rank
+        self.tools.folder.write_text("overview.txt", f"{describe_phases(self.phases)}\n")
+        self.state = switched(self.experiment, self.state, self.first_batches)
+        self.eval_step = self.experiment.jit_eval_step()
+        self.writer.say(f"factored in {duration(time.perf_counter() - begin)}: {sizes(self.experiment)}")
+        self.train_step = _compiled(self.experiment, self.writer)
+
+    def first_batches(self) -> Iterator[dict[str, jax.Array]]:
+        """What the layers' inputs are measured on."""
+        count = self.config.lowrank.moment_batches
+        return (put_batch(self.batches[i], self.experiment.mesh) for i in told(count, self.writer.say))
 
     def stopping(self) -> bool:
         """The same in all processes at the same step."""
@@ -302,7 +338,7 @@ class Loop:
             self.state.variables(),
             self.tools.data[kind],
             batch_size=self.config.eval.batch_size,
-            mesh=self.tools.experiment.mesh,
+            mesh=self.experiment.mesh,
             stop_requested=lambda: self.tools.stop.requested,
             waiting=self.waiting_for_data,
         )
@@ -329,7 +365,7 @@ class Loop:
 
     def save_if_due(self) -> None:
         improved = self.evaluated is not None and self.improved
-        if self.saved != self.step and (self.due(self.save_every) or improved or self.stopping()):
+        if self.saved != self.step and (self.due(self.save_every) or improved or self.switches() or self.stopping()):
             self.save()
 
     def save_before_giving_up(self) -> None:
@@ -355,7 +391,7 @@ class Loop:
 
     def advance(self) -> None:
         assert self.train_step is not None
-        mesh = self.tools.experiment.mesh
+        mesh = self.experiment.mesh
         with self.profiler.step(self.step + 1):
             with self.waiting_for_data():
                 batch = next(self.feed)
@@ -380,7 +416,7 @@ class Loop:
         if self.step < self.total or self.evaluated is None:
             self.writer.say(f"stopping: saved step {self.step} to {folder.path}; the same command continues it")
             return TrainResult(self.state, self.logged, self.evals, interrupted=True)
-        experiment, best_step = self.tools.experiment, self.checkpoints.best()
+        experiment, best_step = self.experiment, self.checkpoints.best()
         plan = experiment.plan
         self.writer.show(self.step, {"params": plan.params, "macs": plan.macs})  # to set against top1 in the HParams tab
         record = result_record(

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_jax.experiment.config.plan import has_budget
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.hosts.sharding import bytes_per_device
-from lowrank_jax.experiment.training.build import Experiment, build
+from lowrank_jax.experiment.training.build import Experiment
+from lowrank_jax.experiment.training.phases import Phases, phases_of
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.text import align, count
 
@@ -19,7 +21,7 @@ def overview(config: Config, devices: int, source: str = "config") -> str:
     Raises:
       ConfigError: the parts of the config do not fit together.
     """
-    return describe(build(config, source, devices))
+    return describe_phases(phases_of(config, source=source, devices=devices))
 
 
 def describe(experiment: Experiment) -> str:
@@ -37,13 +39,32 @@ def describe(experiment: Experiment) -> str:
     return "\n\n".join([*parts, align(totals)])
 
 
-def headline(experiment: Experiment) -> str:
-    """An experiment in one line."""
+def describe_phases(phases: Phases) -> str:
+    """What is described of each phase, the one after a dense warm-up last."""
+    if phases.dense is None:
+        return describe(phases.low_rank)
+    after = f"After {f'step {phases.switch}' if phases.switch else 'the dense warm-up'}"
+    if has_budget(phases.low_rank.config) and not phases.decided:
+        after += ", by shapes and costs alone; ranks are chosen then, from the trained weights"
+    return f"Dense warm-up\n\n{describe(phases.dense)}\n\n{after}\n\n{describe(phases.low_rank)}"
+
+
+def headline(phases: Phases) -> str:
+    """A run in one line."""
+    config = phases.low_rank.config
+    warmup = f" (the first {phases.switch or 'ones'} dense)" if phases.dense else ""
+    return (
+        f"{config.model.name} on {config.dataset.name}: {sizes(phases.low_rank)};"
+        f" {config.total_steps} steps{warmup} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+    )
+
+
+def sizes(experiment: Experiment) -> str:
+    """How much of a network is factored, and what is left of its parameters."""
     config, plan = experiment.config, experiment.plan
     return (
-        f"{config.model.name} on {config.dataset.name}: {len(plan.factored)} of {len(plan.kernels)} kernels factored by"
-        f" {config.lowrank.method}, {count(plan.params)} of {count(plan.dense_params)} parameters;"
-        f" {config.total_steps} steps on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+        f"{len(plan.factored)} of {len(plan.kernels)} kernels factored by {config.lowrank.method},"
+        f" {count(plan.params)} of {count(plan.dense_params)} parameters"
     )
 
 

@@ -9,8 +9,8 @@ import jax
 
 from lowrank_jax.experiment.data.pipeline import TrainBatches
 from lowrank_jax.experiment.hosts.sharding import put_batch
-from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.evaluate import Evaluated
+from lowrank_jax.experiment.training.phases import Phases
 from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
 from lowrank_jax.experiment.workdir.files import is_count, is_number
@@ -51,7 +51,7 @@ class Resumed:
 
 
 def restore_or_start(
-    experiment: Experiment,
+    phases: Phases,
     batches: TrainBatches,
     checkpoints: Checkpoints,
     folder: Workdir,
@@ -64,7 +64,7 @@ def restore_or_start(
     What an interrupted process logged beyond that step is dropped from the work directory's metrics.
 
     Args:
-      experiment, batches, checkpoints, folder: the run's.
+      phases, batches, checkpoints, folder: the run's.
       say: takes a line for the console.
       restart: begin anew if the run was saved and its checkpoints are gone; its old metrics are kept beside the new ones.
 
@@ -73,19 +73,20 @@ def restore_or_start(
       WorkdirError: the run was saved, and its checkpoints are gone.
       ConfigError: see `Start.state`.
     """
+    experiment = phases.at(0)
     total = experiment.config.total_steps
     deciding = experiment.config.best.metric
-    restored = checkpoints.restore(experiment.shapes, lambda restored: _unfit(restored, total, deciding))
+    restored = checkpoints.restore(lambda step: phases.at(step).shapes, lambda restored: _unfit(restored, total, deciding))
     if restored is None:
         _begin_anew(folder, say, restart)
-        count = experiment.config.lowrank.moment_batches
-        first = (put_batch(batches[i], experiment.mesh) for i in _told(count, say))
+        count = 0 if phases.dense else experiment.config.lowrank.moment_batches
+        first = (put_batch(batches[i], experiment.mesh) for i in told(count, say))
         return Resumed(experiment.init(first))
     checkpoints.tidy()
     return _resumed(restored, total, folder, say)
 
 
-def _told(count: int, say: Callable[[str], None]) -> Iterator[int]:
+def told(count: int, say: Callable[[str], None]) -> Iterator[int]:
     """Counts the batches that the layers' inputs are measured on, aloud if it takes long."""
     told = time.monotonic()
     for i in range(count):

@@ -127,7 +127,7 @@ class Start:
         Raises:
           ConfigError: jax has no CPU device, and the host is to decompose.
         """
-        moments = self._second_moments(batches) if self.data_aware else None
+        moments = self.second_moments(self._jit_draw()(self._seed()), batches) if self.data_aware else None
         if self.on_host:
             return self._decomposed_by_host(moments)
         return self._jit_state()(self._seed(), moments)
@@ -159,26 +159,43 @@ class Start:
         return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
 
     def _decomposed_by_host(self, moments: Moments) -> TrainState:
-        variables = _on_host(self._jit_draw()(self._seed()))
-        # Moments of a batch that several processes read are on the devices of all of them.
-        moments = moments and _on_host(jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(moments))
-        with jax.default_device(_cpu()):
-            weights = _on_host(factored(self.network, variables, self.plan, self.images, self._seed(), moments))
-        if jax.process_count() > 1:  # hosts of two kinds may round differently, and every replica has to be the same
-            weights = multihost_utils.broadcast_one_to_all(weights)
+        weights = self.factored_by_host(self._jit_draw()(self._seed()), moments)
         return jax.jit(self._fresh, out_shardings=self._shardings())(weights)
 
-    def _second_moments(self, batches: Iterable[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-        """Of the layers' inputs in the dense network as it is drawn, every BatchNorm on its batch's own statistics."""
-        variables = self._jit_draw()(self._seed())
+    def second_moments(
+        self, variables: Any, batches: Iterable[dict[str, jax.Array]], plan: Plan | None = None
+    ) -> dict[str, jax.Array]:
+        """Of the layers' inputs in the dense network, every BatchNorm on its batch's own statistics.
+
+        Args:
+          variables: the dense network's.
+          batches: of the training data.
+          plan: the kernels; None for those of the start.
+        """
         normalize = jax.jit(self.normalize)
         images = (normalize(batch["image"]) for batch in batches)
         dropout = {"dropout": key(self.seed, "dropout")}
         flags = self.network.flags(train=True)
-        return inputs.second_moments(self.network.module, variables, images, self.plan, rngs=dropout, **flags)
+        return inputs.second_moments(self.network.module, variables, images, plan or self.plan, rngs=dropout, **flags)
+
+    def factored_by_host(self, variables: Any, moments: Moments) -> Weights:
+        """`factored`, decomposed by this machine's CPU; the same in all processes, on the host.
+
+        Args:
+          variables: the dense network's, whole on every device.
+          moments: of the layers' inputs, on the devices.
+        """
+        # Moments of a batch that several processes read are on the devices of all of them.
+        moments = moments and on_host(jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(moments))
+        with jax.default_device(_cpu()):
+            weights = on_host(factored(self.network, on_host(variables), self.plan, self.images, self._seed(), moments))
+        if jax.process_count() > 1:  # hosts of two kinds may round differently, and every replica has to be the same
+            weights = multihost_utils.broadcast_one_to_all(weights)
+        return weights
 
 
-def _on_host(tree: Any) -> Any:
+def on_host(tree: Any) -> Any:
+    """Arrays that are whole on every device, as NumPy's."""
     return jax.tree.map(np.asarray, tree)
 
 

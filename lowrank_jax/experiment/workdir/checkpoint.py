@@ -268,7 +268,8 @@ class Checkpoints:
         """Restores the newest usable step; None if there are no steps.
 
         Args:
-          target: shapes, dtypes and shardings of the tree to restore (`jax.ShapeDtypeStruct`s); a mapping of some
+          target: shapes, dtypes and shardings of the tree to restore (`jax.ShapeDtypeStruct`s), or a function that gives them
+            for a step; a mapping of some
             of the state's fields restores those alone.
           unfit: says why a step that is as it was saved cannot be used; "" if it can.
 
@@ -341,6 +342,7 @@ class Checkpoints:
         return reason if folder.exists() else _GONE
 
     def _read(self, step: int, target: Any) -> Restored:
+        target = target(step) if callable(target) else target
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         state_args = ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
         info = _unsealed(self._read_items(step, info=ocp.args.JsonRestore()).info)

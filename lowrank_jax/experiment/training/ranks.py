@@ -1,0 +1,72 @@
+"""The ranks that a budget chose, in `ranks.json` of a work directory: decided once, and never computed again."""
+
+import json
+from typing import NamedTuple
+
+from lowrank_jax.experiment.config.plan import has_budget, make_plan, plan_by_rules
+from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.errors import WorkdirError
+from lowrank_jax.experiment.hosts.processes import exchange
+from lowrank_jax.experiment.workdir.files import is_count
+from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.planning.decided import from_record, to_record
+from lowrank_jax.planning.plans import Plan
+
+NAME = "ranks.json"
+
+
+class Decided(NamedTuple):
+    """What was decided.
+
+    Attributes:
+      step: after which the network has these ranks: the last one of a dense warm-up, or 0.
+      plan: the ranks.
+    """
+
+    step: int
+    plan: Plan
+
+
+def read(folder: Workdir, config: Config) -> Decided | None:
+    """What was decided for a run; None if nothing was, or nothing has to be.
+
+    Raises:
+      WorkdirError: the record is damaged, or of another network.
+    """
+    record = folder.read_json(NAME)
+    if record is None:
+        return None
+    try:
+        if record.keys() != {"step", "ranks"} or not is_count(record["step"]):
+            raise ValueError("it has no step and ranks")
+        return Decided(record["step"], from_record(plan_by_rules(config), record["ranks"]))
+    except ValueError as error:
+        raise WorkdirError(f"{folder.path}/{NAME} is damaged: {error}; put it back as it was") from None
+
+
+def settle(folder: Workdir, config: Config) -> Decided | None:
+    """What was decided, or what the budget affords before training; None if ranks are the rules', or a warm-up comes first.
+
+    Every process calls this and gets what process 0 decided.
+
+    Raises:
+      WorkdirError: see `read`.
+      ConfigError: the budget is impossible.
+    """
+    if found := read(folder, config):
+        return found
+    if not has_budget(config) or config.starts_dense:
+        return None
+    return agreed(config, make_plan(config), 0)
+
+
+def agreed(config: Config, plan: Plan, step: int) -> Decided:
+    """What process 0 decided; the others may have rounded differently."""
+    record = json.loads(exchange(json.dumps(to_record(plan)))[0])
+    return Decided(step, from_record(plan_by_rules(config), record))
+
+
+def write(folder: Workdir, decided: Decided) -> None:
+    """Writes the record, unless it is there."""
+    if folder.read_json(NAME) is None:
+        folder.write_json(NAME, {"step": decided.step, "ranks": to_record(decided.plan)})

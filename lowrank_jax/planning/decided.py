@@ -1,0 +1,60 @@
+"""The ranks of a plan as plain values, so that what was decided once is read back rather than computed again."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank_jax.planning.decide import problem
+from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
+
+_EXECUTIONS = (None, "factored", "merged", "premerged")
+
+
+def to_record(plan: Plan) -> dict[str, Any]:
+    """By name of every kernel that is open to a budget its `rank`, the `rows` of its matrix and its `execution`; None if dense.
+
+    JSON can hold it.
+    """
+    return {kernel.name: _entry(kernel) for kernel in plan.kernels if kernel.choices}
+
+
+def _entry(kernel: PlannedKernel) -> dict[str, Any] | None:
+    if not isinstance(kernel, FactoredKernel):
+        return None
+    return {"rank": kernel.rank, "rows": list(kernel.view.rows), "execution": kernel.execution}
+
+
+def from_record(plan: Plan, record: Any) -> Plan:
+    """The plan of the same model and rules with the ranks of a record.
+
+    Raises:
+      ValueError: it is no record of this plan.
+    """
+    names = {kernel.name for kernel in plan.kernels if kernel.choices}
+    if not isinstance(record, Mapping) or record.keys() != names:
+        raise ValueError("it is of other kernels")
+    kernels = (_decided(kernel, record[kernel.name]) if kernel.choices else kernel for kernel in plan.kernels)
+    return dataclasses.replace(plan, kernels=tuple(kernels))
+
+
+def _decided(kernel: PlannedKernel, entry: Any) -> PlannedKernel:
+    common = {field: getattr(kernel, field) for field in ("name", "shape", "macs", "rule", "choices", "own_run")}
+    premerged = kernel.execution == "premerged"
+    note = getattr(kernel, "note", "") if premerged else ""
+    if entry is None:
+        return DenseKernel(**common, execution=kernel.execution, note=note or "the budget affords it")
+    if not isinstance(entry, Mapping) or entry.keys() != {"rank", "rows", "execution"}:
+        raise ValueError(f"{kernel.name} has no rank, rows and execution")
+    choice, rank = _choice(kernel, entry["rows"]), entry["rank"]
+    if type(rank) is not int or rank < 1 or problem(choice, rank):
+        raise ValueError(f"{kernel.name} cannot have rank {rank!r}")
+    if entry["execution"] not in _EXECUTIONS or premerged != (entry["execution"] == "premerged"):
+        raise ValueError(f"{kernel.name} cannot run {entry['execution']!r}")
+    return FactoredKernel(**common, choice=choice, rank=rank, execution=entry["execution"], note=note)
+
+
+def _choice(kernel: PlannedKernel, rows: Any) -> Choice:
+    for choice in kernel.choices:
+        if rows == list(choice.view.rows):
+            return choice
+    raise ValueError(f"{kernel.name} cannot have the rows {rows!r}")
