@@ -75,6 +75,7 @@ def shared_programs() -> Iterator[None]:
             config.model,
             config.lowrank,
             config.objective,
+            experiment.plan,
         )
         optim = dataclasses.replace(config.optim, lr=1.0)
         key = repr((kind, parts, optim, config.init, config.eval.batch_size, config.mesh, extra))

@@ -7,6 +7,7 @@ from lowrank_jax.experiment.config.plan import has_budget, make_plan, plan_by_ru
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.hosts.processes import exchange
+from lowrank_jax.experiment.workdir import step_folders
 from lowrank_jax.experiment.workdir.files import is_count
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.planning.decided import from_record, to_record
@@ -31,10 +32,11 @@ def read(folder: Workdir, config: Config) -> Decided | None:
     """What was decided for a run; None if nothing was, or nothing has to be.
 
     Raises:
-      WorkdirError: the record is damaged, or of another network.
+      WorkdirError: the record is damaged, or of another network, or gone.
     """
     record = folder.read_json(NAME)
     if record is None:
+        _check_not_lost(folder, config)
         return None
     try:
         if record.keys() != {"step", "ranks"} or not is_count(record["step"]):
@@ -42,6 +44,15 @@ def read(folder: Workdir, config: Config) -> Decided | None:
         return Decided(record["step"], from_record(plan_by_rules(config), record["ranks"]))
     except ValueError as error:
         raise WorkdirError(f"{folder.path}/{NAME} is damaged: {error}; put it back as it was") from None
+
+
+def _check_not_lost(folder: Workdir, config: Config) -> None:
+    """Raises WorkdirError if there is a checkpoint that only ranks which were decided can be of."""
+    first = config.dense_steps
+    if first is None or not has_budget(config):
+        return
+    if later := [step for step in step_folders.stored(folder.checkpoints) if step > first]:
+        raise WorkdirError(f"{folder.path}/{NAME} is missing, which has the ranks of checkpoint {later[-1]}; put it back")
 
 
 def settle(folder: Workdir, config: Config) -> Decided | None:

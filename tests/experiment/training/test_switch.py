@@ -1,0 +1,284 @@
+"""A dense warm-up, the switch to low rank, and ranks that are decided once."""
+
+import json
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lowrank_jax as lr
+import lowrank_jax.experiment as lx
+from lowrank_jax.experiment.config import ConfigError
+from lowrank_jax.experiment.errors import WorkdirError
+from lowrank_jax.experiment.hosts.sharding import put_batch
+from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.training.state import TrainState
+from lowrank_jax.experiment.training.switch import carried
+from lowrank_jax.kernel import LowRankKernel, is_low_rank
+from lowrank_jax.paths import named_leaves
+from tests import running
+
+pytestmark = pytest.mark.usefixtures("programs_are_shared")
+
+WARM = {
+    "lowrank__dense_warmup": "14 steps",
+    "lowrank__budget": {"params": 0.4},
+    "lowrank__moment_batches": 2,
+    "optim__ema_decay": 0.5,
+    "eval__every": "10 steps",
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, train(running.config(**WARM), str(folder))
+
+
+def arrays(run) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(run.state.saved()).items()}
+
+
+def assert_same(a, b):
+    a, b = arrays(a), arrays(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def steps_of(folder):
+    return sorted(int(step.name) for step in (folder / "checkpoints").iterdir() if step.name.isdigit())
+
+
+def test_a_run_is_dense_and_then_of_the_ranks_that_the_budget_affords(whole):
+    folder, run = whole
+    record = json.loads((folder / "ranks.json").read_text())
+    assert record["step"] == 14
+    ranks = {name: entry["rank"] for name, entry in record["ranks"].items() if entry}
+    pairs = named_leaves(run.state.params, is_leaf=is_low_rank)
+    assert ranks and ranks == {name: pair.u.shape[-1] for name, pair in pairs.items() if is_low_rank(pair)}
+    result = json.loads((folder / "result.json").read_text())
+    assert result["params"] <= 0.4 * result["dense_params"]
+    assert result["params"] == sum(leaf.size for leaf in jax.tree.leaves(run.state.params))
+    assert int(run.state.step) == 40
+    losses = [line["train/loss"] for line in running.metrics(folder) if "train/loss" in line]
+    assert losses[-1] < losses[0]
+    overview = (folder / "overview.txt").read_text()
+    assert overview.startswith("Dense warm-up\n") and "\nAfter step 14\n" in overview
+
+
+def test_both_phases_are_evaluated_as_what_they_are(tmp_path):
+    config = running.config(**WARM, checkpoint__keep=5)
+    train(config, str(tmp_path / "run"))
+    assert steps_of(tmp_path / "run") == [14, 20, 30, 40]
+    dense, low_rank = (lx.restore(tmp_path / "run", step=step) for step in (14, 20))
+    assert not dense.plan.factored and low_rank.plan.factored
+    assert dense.step == 14 and not any(map(is_low_rank, jax.tree.leaves(dense.variables["params"], is_leaf=is_low_rank)))
+    for step, network in ((14, dense), (20, low_rank)):
+        evaluated = lx.evaluate(tmp_path / "run", step=step)
+        assert evaluated.params == network.plan.params
+        line = next(line for line in running.metrics(tmp_path / "run") if line["step"] == 20 and "eval/top1" in line)
+        if step == 20:
+            assert evaluated.metrics["top1"] == line["eval/top1"]
+
+
+@pytest.mark.parametrize("killed", [9, 14, 15, 27])
+def test_a_run_that_is_killed_resumes_to_the_same_bits(whole, tmp_path, killed, monkeypatch):
+    """Before the switch, in it (its checkpoint is there, the low-rank network is not), right after, and later."""
+    placed: list[int] = []
+
+    def die(*args):
+        placed.append(1)
+        if len(placed) == killed + 1 + (2 * 2 if killed >= 14 else 0):  # the layers' inputs take two batches, twice
+            raise MemoryError
+        return put_batch(*args)
+
+    config = running.config(**WARM, checkpoint__every="5 steps")
+    with monkeypatch.context() as patch:
+        patch.setattr("lowrank_jax.experiment.training.loop.put_batch", die)
+        with pytest.raises(MemoryError):
+            train(config, str(tmp_path / "run"))
+    assert_same(train(config, str(tmp_path / "run")), whole[1])
+    assert json.loads((tmp_path / "run/ranks.json").read_text()) == json.loads((whole[0] / "ranks.json").read_text())
+
+
+def test_a_stop_at_the_switch_resumes_to_the_same_bits(whole, tmp_path, monkeypatch):
+    stop, placed = running.Stop(), []
+
+    def count(*args):
+        placed.append(1)
+        stop.requested = len(placed) >= 14
+        return put_batch(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lowrank_jax.experiment.training.loop.put_batch", count)
+        assert train(running.config(**WARM), str(tmp_path / "run"), stop=stop).interrupted
+    assert steps_of(tmp_path / "run")[-1] == 14 and not (tmp_path / "run" / "ranks.json").exists()
+    assert_same(train(running.config(**WARM), str(tmp_path / "run")), whole[1])
+
+
+def test_ranks_that_were_decided_are_never_computed_again(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "40")
+    (folder / "result.json").unlink()
+
+    def computed(*args, **kwargs):
+        raise AssertionError("ranks are computed again")
+
+    for place in ("config.plan.allocate", "training.switch.allocated", "training.ranks.make_plan"):
+        monkeypatch.setattr(f"lowrank_jax.experiment.{place}", computed)
+    assert_same(train(running.config(**WARM), str(folder)), whole[1])
+    assert lx.restore(folder).plan.factored
+    assert lx.evaluate(folder).params < lx.evaluate(folder).dense_params
+
+
+def test_ranks_are_those_of_the_file_and_a_damaged_one_is_refused(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    text = (folder / "ranks.json").read_text()
+    for damaged in (text.replace('"rank": ', '"rank": 1'), text.replace('"step": 14', '"step": 15'), "{}", text[:50]):
+        (folder / "ranks.json").write_text(damaged)
+        for call in (lambda: train(running.config(**WARM), str(folder)), lambda: lx.restore(folder)):
+            with pytest.raises((WorkdirError, lx.UserError), match="ranks.json is damaged"):
+                call()
+    (folder / "ranks.json").unlink()
+    with pytest.raises((WorkdirError, lx.UserError), match="ranks.json is missing"):
+        train(running.config(**WARM), str(folder))
+    with pytest.raises((WorkdirError, lx.UserError), match="ranks.json is missing"):
+        lx.restore(folder)
+
+
+def test_a_budget_without_a_warmup_is_decided_before_training(tmp_path, monkeypatch):
+    config = running.config(lowrank__budget={"params": 0.4}, steps=10)
+    first = train(config, str(tmp_path / "run"))
+    record = json.loads((tmp_path / "run" / "ranks.json").read_text())
+    assert record["step"] == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0.3 * result["dense_params"] < result["params"] <= 0.4 * result["dense_params"]
+    kernels = named_leaves(first.state.params, is_leaf=is_low_rank)
+    assert {name: entry["rank"] for name, entry in record["ranks"].items() if entry} == {
+        name: leaf.u.shape[-1] for name, leaf in kernels.items() if is_low_rank(leaf)
+    }
+
+
+def test_the_rules_alone_decide_without_a_budget(tmp_path):
+    config = running.config(lowrank__dense_warmup="10 steps", steps=20)
+    run = train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "ranks.json").exists()
+    expected = train(running.config(steps=20), str(tmp_path / "scratch"))
+    shapes = [{name: leaf.shape for name, leaf in named_leaves(each.state.params).items()} for each in (run, expected)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lowrank__dense_warmup": "40 steps"}, "lowrank.dense_warmup: 40 steps; training has 40"),
+        ({"lowrank__dense_warmup": "0 steps"}, "lowrank.dense_warmup: 0 steps; must be above 0"),
+        ({"lowrank__dense_warmup": "often"}, "must be one of 'auto', or a duration"),
+        ({"lowrank__budget": {"params": 0.0001}}, "lowrank.budget: the budget is impossible; params=0.0001: the smallest"),
+        ({"lowrank__budget": {"params": 1.5}}, "lowrank.budget.params: 1.5; must be a fraction"),
+        ({"lowrank__budget": {"seconds": 0.5}}, "lowrank.budget.chip: seconds need a chip"),
+        ({"lowrank__budget": {"chip": "v5e"}}, "lowrank.budget.chip: says nothing without a budget"),
+        ({"lowrank__budget": {"params": 0.5, "macs": 0.5, "bytes": 0.5}}, "at most two kinds"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    with pytest.raises(ConfigError) as error:
+        running.config(**changes)
+    assert message in str(error.value)
+
+
+def _state(optimizer: optax.GradientTransformation, gradients: list[Any], params: Any, ema: bool = False) -> TrainState:
+    opt_state = optimizer.init(params)
+    for gradient in gradients:
+        _, opt_state = optimizer.update(gradient, opt_state, params)
+    average = {"params": jax.tree.map(lambda leaf: leaf + 1, params), "batch_stats": {}} if ema else {}
+    return TrainState(jnp.int32(len(gradients)), params, {}, opt_state, average)
+
+
+def _pair() -> tuple[Any, Any]:
+    """Dense parameters, and the same with one kernel as factors of rank 3."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    u, v = jax.random.normal(keys[0], (7, 3)), jax.random.normal(keys[1], (3, 5))
+    bias, other = jax.random.normal(keys[2], (5,)), jax.random.normal(keys[3], (4, 4))
+    dense = {"a": {"kernel": u @ v, "bias": bias}, "b": {"kernel": other}}
+    return dense, {"a": {"kernel": LowRankKernel(u, v), "bias": bias}, "b": {"kernel": other}}
+
+
+def _gradients(params: Any, count: int) -> list[Any]:
+    return [
+        jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(10 * i + leaf.size), leaf.shape), params)
+        for i in range(count)
+    ]
+
+
+def test_momentum_of_sgd_is_what_it_would_have_been_at_these_factors():
+    """The gradients of U and V are G Vᵀ and UᵀG, and momentum is a sum of gradients."""
+    dense, factored = _pair()
+    optimizer = optax.chain(optax.trace(0.9, nesterov=True), optax.scale_by_learning_rate(lambda step: 0.1))
+    gradients = _gradients(dense, 3)
+    old = _state(optimizer, gradients, dense)
+    new = carried(old, factored, optimizer, "sgd")
+    pair = factored["a"]["kernel"]
+    by_chain_rule = [
+        {"a": {**g["a"], "kernel": LowRankKernel(g["a"]["kernel"] @ pair.v.T, pair.u.T @ g["a"]["kernel"])}, "b": g["b"]}
+        for g in gradients
+    ]
+    expected = _state(optimizer, by_chain_rule, factored)
+    for name, leaf in named_leaves(expected.opt_state).items():
+        np.testing.assert_allclose(named_leaves(new.opt_state)[name], leaf, rtol=1e-4, atol=1e-5, err_msg=name)  # float32
+    assert int(new.step) == 3
+
+
+def test_the_first_step_of_adam_after_the_switch_is_that_of_a_fresh_one():
+    dense, factored = _pair()
+    optimizer = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(optax.linear_schedule(1.0, 0.0, 10)))
+    new = carried(_state(optimizer, _gradients(dense, 4), dense), factored, optimizer, "adamw")
+    gradient = _gradients(factored, 1)[0]
+    updates, _ = optimizer.update(gradient, new.opt_state, factored)
+    # Whatever the gradient: of a fresh Adam the first step is its sign, and the rate is that of step 4.
+    for leaf, slope in zip(jax.tree.leaves(updates), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(leaf, -0.6 * np.sign(slope), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "lars"])
+def test_momentum_of_steps_begins_anew_for_factors_alone(name):
+    dense, factored = _pair()
+    make = {"rmsprop": lambda: optax.rmsprop(0.1, momentum=0.9, initial_scale=1.0), "lars": lambda: optax.lars(0.1)}[name]
+    old = _state(make(), _gradients(dense, 3), dense)
+    new = named_leaves(carried(old, factored, make(), name).opt_state)
+    fresh, before = named_leaves(make().init(factored)), named_leaves(old.opt_state)
+    assert new.keys() == fresh.keys()
+    for leaf_name, leaf in new.items():
+        expected = fresh if leaf_name.endswith(("/u", "/v")) else before
+        np.testing.assert_array_equal(leaf, expected[leaf_name], err_msg=leaf_name)
+
+
+def test_averages_of_factors_begin_with_the_factors():
+    dense, factored = _pair()
+    optimizer = optax.trace(0.9)
+    new = carried(_state(optimizer, [], dense, ema=True), factored, optimizer, "sgd")
+    np.testing.assert_array_equal(new.ema["params"]["a"]["kernel"].u, factored["a"]["kernel"].u)
+    np.testing.assert_array_equal(new.ema["params"]["a"]["bias"], dense["a"]["bias"] + 1)
+    np.testing.assert_array_equal(new.ema["params"]["b"]["kernel"], dense["b"]["kernel"] + 1)
+
+
+@pytest.mark.parametrize("svd", ["device", "host"])
+def test_the_network_after_the_switch_is_factorize_of_the_one_before(tmp_path, svd):
+    config = running.config(
+        **{**WARM, "lowrank__moment_batches": 0}, init__svd=svd, steps=15, optim__lr=1e-30, checkpoint__keep=4
+    )
+    run = train(config, str(tmp_path / "run"))  # the rate changes nothing
+    dense = lx.restore(tmp_path / "run", step=14, raw=True)
+    plan = lx.restore(tmp_path / "run").plan
+    from lowrank_jax.experiment.training.state import key
+
+    expected = lr.factorize(dense.variables["params"], plan, key=key(config.seed, "factorize"))
+    for name, leaf in named_leaves(lr.merge(expected)).items():
+        np.testing.assert_allclose(named_leaves(lr.merge(run.state.params))[name], leaf, atol=2e-5, err_msg=name)
