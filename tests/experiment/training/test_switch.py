@@ -16,7 +16,7 @@ from lowrank_jax.experiment.config import ConfigError
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.training.loop import train
-from lowrank_jax.experiment.training.state import TrainState
+from lowrank_jax.experiment.training.state import TrainState, key
 from lowrank_jax.experiment.training.switch import carried
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
 from lowrank_jax.paths import named_leaves
@@ -74,7 +74,7 @@ def test_a_run_is_dense_and_then_of_the_ranks_that_the_budget_affords(whole):
 def test_both_phases_are_evaluated_as_what_they_are(tmp_path):
     config = running.config(**WARM, checkpoint__keep=5)
     train(config, str(tmp_path / "run"))
-    assert steps_of(tmp_path / "run") == [14, 20, 30, 40]
+    assert steps_of(tmp_path / "run") == [10, 14, 20, 30, 40]
     dense, low_rank = (lx.restore(tmp_path / "run", step=step) for step in (14, 20))
     assert not dense.plan.factored and low_rank.plan.factored
     assert dense.step == 14 and not any(map(is_low_rank, jax.tree.leaves(dense.variables["params"], is_leaf=is_low_rank)))
@@ -144,12 +144,12 @@ def test_ranks_are_those_of_the_file_and_a_damaged_one_is_refused(whole, tmp_pat
     for damaged in (text.replace('"rank": ', '"rank": 1'), text.replace('"step": 14', '"step": 15'), "{}", text[:50]):
         (folder / "ranks.json").write_text(damaged)
         for call in (lambda: train(running.config(**WARM), str(folder)), lambda: lx.restore(folder)):
-            with pytest.raises((WorkdirError, lx.UserError), match="ranks.json is damaged"):
+            with pytest.raises((WorkdirError, lx.UserError), match=r"ranks\.json is damaged"):
                 call()
     (folder / "ranks.json").unlink()
-    with pytest.raises((WorkdirError, lx.UserError), match="ranks.json is missing"):
+    with pytest.raises((WorkdirError, lx.UserError), match=r"ranks\.json is missing"):
         train(running.config(**WARM), str(folder))
-    with pytest.raises((WorkdirError, lx.UserError), match="ranks.json is missing"):
+    with pytest.raises((WorkdirError, lx.UserError), match=r"ranks\.json is missing"):
         lx.restore(folder)
 
 
@@ -212,10 +212,10 @@ def _pair() -> tuple[Any, Any]:
 
 
 def _gradients(params: Any, count: int) -> list[Any]:
-    return [
-        jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(10 * i + leaf.size), leaf.shape), params)
-        for i in range(count)
-    ]
+    def gradient(i: int) -> Any:
+        return jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(10 * i + leaf.size), leaf.shape), params)
+
+    return [gradient(i) for i in range(count)]
 
 
 def test_momentum_of_sgd_is_what_it_would_have_been_at_these_factors():
@@ -271,14 +271,11 @@ def test_averages_of_factors_begin_with_the_factors():
 
 @pytest.mark.parametrize("svd", ["device", "host"])
 def test_the_network_after_the_switch_is_factorize_of_the_one_before(tmp_path, svd):
-    config = running.config(
-        **{**WARM, "lowrank__moment_batches": 0}, init__svd=svd, steps=15, optim__lr=1e-30, checkpoint__keep=4
-    )
-    run = train(config, str(tmp_path / "run"))  # the rate changes nothing
+    changes = {**WARM, "lowrank__moment_batches": 0, "init__svd": svd, "optim__lr": 1e-30}  # the rate changes nothing
+    config = running.config(**changes, steps=15, checkpoint__keep=4)
+    run = train(config, str(tmp_path / "run"))
     dense = lx.restore(tmp_path / "run", step=14, raw=True)
     plan = lx.restore(tmp_path / "run").plan
-    from lowrank_jax.experiment.training.state import key
-
     expected = lr.factorize(dense.variables["params"], plan, key=key(config.seed, "factorize"))
     for name, leaf in named_leaves(lr.merge(expected)).items():
         np.testing.assert_allclose(named_leaves(lr.merge(run.state.params))[name], leaf, atol=2e-5, err_msg=name)
