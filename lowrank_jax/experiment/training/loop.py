@@ -16,6 +16,7 @@ from lowrank_jax.experiment.config.files import ConfigError, to_dict
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.pipeline import Feed, TrainBatches, shard_of
+from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.experiment.hosts.processes import OtherFailed, barrier, exchange
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
@@ -31,6 +32,7 @@ from lowrank_jax.experiment.training.phases import Phases, phases_of
 from lowrank_jax.experiment.training.profiler import StepProfiler
 from lowrank_jax.experiment.training.result import TrainResult, result_record
 from lowrank_jax.experiment.training.resume import Resumed, jax_settings, restore_or_start, told
+from lowrank_jax.experiment.training.stable_ranks import StableRanks
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.training.switch import decided_after, switched
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
@@ -237,6 +239,8 @@ class Loop:
         if resumed.data is not None:
             self.feed.set_state(resumed.data)
         self.state, self.step, self.saved, self.evaluated = resumed.state, resumed.step, resumed.saved, resumed.evaluated
+        epoch = config.in_steps(Duration(1, "epoch"))
+        self.stable_ranks = StableRanks(tools.phases.low_rank.plan, epoch, self.total // 2, resumed.stable_ranks)
         self.improved = False  # by the evaluation of the state at hand
         self.interrupted = False  # in an evaluation
         self.logged: dict[int, dict[str, float]] = {}
@@ -266,6 +270,7 @@ class Loop:
         while True:
             with self.window.paused():
                 self.evaluate_if_due()  # the state as it is, before it changes
+                self.look_at_stable_ranks()
                 self.save_if_due()  # before the iterator moves on
             if self.step == self.total or self.stopping():
                 break
@@ -275,6 +280,16 @@ class Loop:
             self.log_if_due()
         if self.votes.outcome == FAIL:
             raise self.feed.error or OtherFailed
+
+    def look_at_stable_ranks(self) -> None:
+        """Ends a warm-up of its own accord once they settle."""
+        if self.phases.dense is None or self.phases.switch is not None:
+            return
+        seen = self.stable_ranks.look(self.step, self.state.params)
+        if seen:
+            self.writer.write(self.step, {f"stable_rank/{name}": value for name, value in seen.items()})
+        if self.stable_ranks.settled(self.step):
+            self.phases = dataclasses.replace(self.phases, switch=self.step)
 
     def switches(self) -> bool:
         """Whether the dense warm-up ends with this step."""
@@ -384,6 +399,7 @@ class Loop:
             "seconds": self.seconds(),
             "window": self.window.check(self.saved),  # what is saved is good
             "metrics": self.tools.folder.metrics.digest(),
+            "stable_ranks": self.stable_ranks.rows,
             "jax": jax_settings(),
         }
         self.checkpoints.save(self.step, self.state.saved(), info)

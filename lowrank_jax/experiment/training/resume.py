@@ -11,6 +11,7 @@ from lowrank_jax.experiment.data.pipeline import TrainBatches
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.training.evaluate import Evaluated
 from lowrank_jax.experiment.training.phases import Phases
+from lowrank_jax.experiment.training.stable_ranks import Row
 from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
 from lowrank_jax.experiment.workdir.files import is_count, is_number
@@ -39,6 +40,7 @@ class Resumed:
       seconds: of training in earlier processes.
       window: the metrics of the steps since the last log.
       data: where the reader of the training data is; None at the start.
+      stable_ranks: of a warm-up that ends once they settle; see `StableRanks`.
     """
 
     state: TrainState
@@ -48,6 +50,7 @@ class Resumed:
     seconds: float = 0.0
     window: tuple[dict[str, float], ...] = ()
     data: dict[str, Any] | None = None
+    stable_ranks: tuple[Row, ...] = ()
 
 
 def restore_or_start(
@@ -119,6 +122,7 @@ def _unfit(restored: Restored, total: int, deciding: str) -> str:
         "window": lambda rows: isinstance(rows, list) and len(rows) <= step and _are_rows(rows, {*_TRACKED, deciding}),
         "evaluated": lambda parts: parts is None or _are_evaluations(parts, deciding),
         "jax": lambda settings: settings is None or (isinstance(settings, dict) and settings.keys() <= {*_RANDOMNESS}),
+        "stable_ranks": lambda rows: rows is None or _are_stable_ranks(rows),
         "metrics": lambda digest: digest is None or (_has(digest, "bytes", "crc32") and all(map(is_count, digest.values()))),
     }
     wrong = [name for name, is_valid in valid.items() if not is_valid(info.get(name))]
@@ -135,6 +139,11 @@ def _are_rows(rows: list[Any], names: set[str]) -> bool:
     return all(
         _are_numbers(row, *names) and row.keys() == names and all(is_number(row[name]) for name in _TRACKED) for row in rows
     )
+
+
+def _are_stable_ranks(rows: Any) -> bool:
+    pairs = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 2 for row in rows)
+    return pairs and all(is_count(step) and _are_numbers(ranks) for step, ranks in rows)
 
 
 def _are_evaluations(parts: Any, deciding: str) -> bool:
@@ -172,4 +181,10 @@ def _resumed(restored: Restored, total: int, folder: Workdir, say: Callable[[str
         say(f"{folder.path} has finished: step {step} of {total}; nothing is left to do")
     else:
         say(f"resuming {folder.path} from step {step} (data, randomness and optimiser included)")
-    return Resumed(restored.state, step, step, evaluated, info["seconds"], tuple(info["window"]), info["data"])
+    return Resumed(
+        restored.state, step, step, evaluated, info["seconds"], tuple(info["window"]), info["data"], _stable_ranks(info)
+    )
+
+
+def _stable_ranks(info: dict[str, Any]) -> tuple[Row, ...]:
+    return tuple((step, ranks) for step, ranks in info.get("stable_ranks") or ())

@@ -16,6 +16,7 @@ from lowrank_jax.experiment.config import ConfigError
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.training.stable_ranks import StableRanks
 from lowrank_jax.experiment.training.state import TrainState, key
 from lowrank_jax.experiment.training.switch import carried
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
@@ -279,3 +280,51 @@ def test_the_network_after_the_switch_is_factorize_of_the_one_before(tmp_path, s
     expected = lr.factorize(dense.variables["params"], plan, key=key(config.seed, "factorize"))
     for name, leaf in named_leaves(lr.merge(expected)).items():
         np.testing.assert_allclose(named_leaves(lr.merge(run.state.params))[name], leaf, atol=2e-5, err_msg=name)
+
+
+AUTO = {"lowrank__dense_warmup": "auto", "batch_size": 256, "eval__every": "1000 steps", "checkpoint__every": "4 steps"}
+
+
+def test_a_warmup_of_its_own_accord_ends_when_stable_ranks_settle_and_resumes(tmp_path, monkeypatch):
+    """Six batches are an epoch.  What it decides is what the figures in TensorBoard say."""
+    config = running.config(**AUTO, steps=40, optim__lr=1e-3)
+    whole = train(config, str(tmp_path / "whole"))
+    step = json.loads((tmp_path / "whole" / "ranks.json").read_text())["step"]
+    lines = [line for line in running.metrics(tmp_path / "whole") if any(key.startswith("stable_rank/") for key in line)]
+    figures = [(line.pop("step"), {k: v for k, v in line.items() if k.startswith("stable_rank/")}) for line in lines]
+    settled = [
+        b
+        for (_, before), (b, now) in zip(figures, figures[1:], strict=False)
+        if all(abs(now[name] - before[name]) <= 0.1 for name in now)
+    ]
+    assert figures[0][0] == 6 and step == settled[0] == figures[-1][0] and step < 20
+
+    def die(*args):
+        placed.append(1)
+        if len(placed) == killed + 1:
+            raise MemoryError
+        return put_batch(*args)
+
+    for killed in (step - 1, step, step + 5):
+        placed: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr("lowrank_jax.experiment.training.loop.put_batch", die)
+            with pytest.raises(MemoryError):
+                train(config, str(tmp_path / str(killed)))
+        assert_same(train(config, str(tmp_path / str(killed))), whole)
+
+
+def test_a_warmup_of_its_own_accord_takes_at_most_half_of_training(tmp_path):
+    train(running.config(**AUTO, steps=24, optim__lr=0.5), str(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "ranks.json").read_text())["step"] == 12
+
+
+def test_stable_ranks_are_those_of_numpy():
+    model = running.config().build_model()
+    plan = lr.plan(model, jnp.zeros((1, 8, 8, 1)), [lr.Rule(".*kernel", scale=0.25)], train=False)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    seen = StableRanks(plan, 5, 100).look(5, params)
+    for name, value in seen.items():
+        singular = np.linalg.svd(np.asarray(named_leaves(params)[name], np.float64), compute_uv=False)
+        np.testing.assert_allclose(value, (singular**2).sum() / singular[0] ** 2, rtol=1e-4)  # float32's eigenvalues
+    assert seen.keys() == {kernel.name for kernel in plan.factored}
