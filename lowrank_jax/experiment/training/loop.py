@@ -438,6 +438,7 @@ class Loop:
         record = result_record(
             experiment,
             step=self.step,
+            dense_steps=self.phases.switch or 0,
             evaluated=self.evaluated,
             best_step=best_step,
             seconds=self.seconds(),

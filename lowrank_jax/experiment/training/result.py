@@ -32,13 +32,21 @@ class TrainResult:
 
 
 def result_record(
-    experiment: Experiment, *, step: int, evaluated: Evaluated, best_step: int | None, seconds: float, metrics: Digest
+    experiment: Experiment,
+    *,
+    step: int,
+    dense_steps: int,
+    evaluated: Evaluated,
+    best_step: int | None,
+    seconds: float,
+    metrics: Digest,
 ) -> dict[str, Any]:
     """The contents of result.json."""
     plan = experiment.plan
     return {
         "step": step,
         "phases": _phases(experiment.config),
+        "dense_steps": dense_steps,  # of the warm-up
         "params": plan.params,
         "dense_params": plan.dense_params,
         "macs": plan.macs,

@@ -181,9 +181,8 @@ def _resumed(restored: Restored, total: int, folder: Workdir, say: Callable[[str
         say(f"{folder.path} has finished: step {step} of {total}; nothing is left to do")
     else:
         say(f"resuming {folder.path} from step {step} (data, randomness and optimiser included)")
-    return Resumed(
-        restored.state, step, step, evaluated, info["seconds"], tuple(info["window"]), info["data"], _stable_ranks(info)
-    )
+    window, stable_ranks = tuple(info["window"]), _stable_ranks(info)
+    return Resumed(restored.state, step, step, evaluated, info["seconds"], window, info["data"], stable_ranks)
 
 
 def _stable_ranks(info: dict[str, Any]) -> tuple[Row, ...]:

@@ -1,5 +1,6 @@
 """A dense warm-up, the switch to low rank, and ranks that are decided once."""
 
+import itertools
 import json
 import shutil
 from typing import Any
@@ -293,9 +294,7 @@ def test_a_warmup_of_its_own_accord_ends_when_stable_ranks_settle_and_resumes(tm
     lines = [line for line in running.metrics(tmp_path / "whole") if any(key.startswith("stable_rank/") for key in line)]
     figures = [(line.pop("step"), {k: v for k, v in line.items() if k.startswith("stable_rank/")}) for line in lines]
     settled = [
-        b
-        for (_, before), (b, now) in zip(figures, figures[1:], strict=False)
-        if all(abs(now[name] - before[name]) <= 0.1 for name in now)
+        b for (_, before), (b, now) in itertools.pairwise(figures) if all(abs(now[name] - before[name]) <= 0.1 for name in now)
     ]
     assert figures[0][0] == 6 and step == settled[0] == figures[-1][0] and step < 20
 
