@@ -1,9 +1,10 @@
 """Self-guided training: for a while, a dense kernel guides each factor pair.
 
-A kernel computes with W = a G + (1 - a) U V.  The guide G is dense and begins as the product of the first factors; a falls from 1
-to 0 on a cosine, and G, U and V are all trained.  Then G is dropped.
+A kernel computes with W = a G + (1 - a) U V.  The guide G is dense and begins as the product of the first factors; a falls from
+1 to 0 on a cosine, and G, U and V are all trained.  Then G is dropped.
 
-From Wei et al., "Building on Efficient Foundations: Effectively Training LLMs with Structured Feedforward Layers", NeurIPS 2024.
+From "Building on Efficient Foundations: Effectively Training LLMs with Structured Feedforward Layers" (Wei et al., NeurIPS
+2024).
 """
 
 import dataclasses
