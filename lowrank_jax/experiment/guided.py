@@ -63,8 +63,11 @@ def with_guides(params: Any) -> Any:
 
 
 def without_guides(tree: Any) -> Any:
-    """Parameters, or anything that stores something for each of them, with factor pairs alone."""
-    return jax.tree.map(lambda leaf: leaf.pair() if is_guided(leaf) else leaf, tree, is_leaf=is_guided)
+    """Parameters, or anything that stores something for each of them, with factor pairs alone; as it is where no guides are."""
+    leaves, structure = jax.tree.flatten(tree, is_guided)
+    if not any(map(is_guided, leaves)):
+        return tree
+    return jax.tree.unflatten(structure, [leaf.pair() if is_guided(leaf) else leaf for leaf in leaves])
 
 
 def blended(params: Any, share: jax.Array) -> Any:

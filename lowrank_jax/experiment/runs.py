@@ -155,7 +155,7 @@ def evaluate(
 
 
 def restore(workdir: Path, step: int | str = "latest", *, raw: bool = False, trust_code: Trust = False) -> TrainedNetwork:
-    """The network of a run, ready to be called on images.
+    """The network of a run, ready to be called on images; from self-guided training, the low-rank one alone.
 
     Args:
       workdir: of the run.
