@@ -20,6 +20,7 @@ from lowrank_jax.experiment.training.stop import StopSignal
 def ready():
     print("ready", flush=True)
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have been started by nohup
 interrupts.obey()
 """
 
