@@ -14,6 +14,7 @@ from lowrank_jax.planning import knapsack
 from lowrank_jax.planning.chips import Chip
 from lowrank_jax.planning.curves import Losses, curves_of_kernels
 from lowrank_jax.planning.decide import problem
+from lowrank_jax.planning.energy import closed, energy_of, with_bounds
 from lowrank_jax.planning.execution import dense_seconds, seconds_of
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.rules import Rule, wanted_rank
@@ -47,6 +48,8 @@ def allocate(
         plan = lr.plan(model, inputs, [lr.Rule(".*kernel", scale=1.0)])
         plan = lr.allocate(plan, macs=0.5)
 
+    Without a budget it only finds the ranks of rules that give an energy, from `variables`.
+
     The rules of the plan are bounds: no rank is above that of its rule, and what they keep dense stays dense.  A kernel whose
     rule's rank would save no parameters, as with a scale of 1, may be factored or stay dense.  Uniform scales are always
     candidates.  Before training all kernels of a shape are alike: without `variables` shapes and costs alone decide.
@@ -75,21 +78,24 @@ def allocate(
       what is lost there.
 
     Raises:
-      ValueError: no budget, or more than two; it is impossible (the smallest possible one is named), or MACs of a kernel are
-        not known; an argument is out of range; the variables do not fit the plan.
+      ValueError: no budget and no energy, or more than two budgets; an energy without variables; a budget is impossible (the
+        smallest possible one is named), or MACs of a kernel are not known; an argument is out of range; the variables do not
+        fit the plan.
     """
     request = _Request(chip, _plain(batch), _plain(itemsize), _plain(rest), objective, _plain(min_scale), _plain(multiple_of))
     budgets = {"params": params, "macs": macs, "bytes": bytes, "seconds": seconds}
     given: dict[Kind, Any] = {kind: _plain(value) for kind, value in budgets.items() if value is not None}  # type: ignore[misc]
-    request.check(given)
     open_ = [kernel for kernel in plan.kernels if kernel.choices]
+    if not given and any(energy_of(kernel) is not None for kernel in open_):
+        return _closed(plan, variables, moments)
+    request.check(given)
     _check_sensitivity(sensitivity or {}, open_)
     unknown = [kernel.name for kernel in open_ if not kernel.macs and kernel.execution != "premerged"]
     if "macs" in given and unknown:
         raise ValueError(f"the MACs of {', '.join(unknown)} are not known, so that no budget of MACs can hold")
-    if moments is not None and variables is None:
-        raise ValueError("moments need the variables too: they say what the kernels do with the inputs")
+    _check_moments(variables, moments)
     curves = curves_of_kernels(open_, variables, moments)
+    open_ = with_bounds(open_, curves, variables is not None)
     points = [_points(kernel, curves[kernel.name], request, tuple(given)) for kernel in open_]
     fixed = np.array([_fixed(plan, open_, kind, request) for kind in given])
     whole = np.array([_whole(plan, kind, request) for kind in given])
@@ -104,6 +110,21 @@ def allocate(
         for kernel, of_kernel, option, gain in zip(open_, points, chosen, gains, strict=True)
     }
     return dataclasses.replace(plan, kernels=tuple(lines.get(kernel.name, kernel) for kernel in plan.kernels))
+
+
+def _closed(plan: Plan, variables: Any, moments: Mapping[str, jax.Array] | None) -> Plan:
+    """The plan with the ranks that its rules' energies ask for."""
+    _check_moments(variables, moments)
+    mine = [kernel for kernel in plan.kernels if kernel.choices and energy_of(kernel) is not None]
+    given = None if moments is None else {kernel.name: moments[kernel.name] for kernel in mine if kernel.name in moments}
+    curves = curves_of_kernels(mine, variables, given)
+    lines = {kernel.name: closed(kernel, curves[kernel.name]) for kernel in with_bounds(mine, curves, variables is not None)}
+    return dataclasses.replace(plan, kernels=tuple(lines.get(kernel.name, kernel) for kernel in plan.kernels))
+
+
+def _check_moments(variables: Any, moments: Any) -> None:
+    if moments is not None and variables is None:
+        raise ValueError("moments need the variables too: they say what the kernels do with the inputs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,8 +234,16 @@ def _rule(kernel: PlannedKernel) -> Rule:
 
 def _may_be_dense(kernel: PlannedKernel) -> bool:
     """Whether the rule itself would keep the kernel dense, since its rank saves nothing; a former budget does not matter."""
-    rank = wanted_rank(_rule(kernel), kernel.choices[0].view)
-    return rank is None or bool(problem(kernel.choices[0], rank))
+    choice = kernel.choices[0]
+    rank = _wanted(kernel, choice)
+    return rank is None or bool(problem(choice, rank))
+
+
+def _wanted(kernel: PlannedKernel, choice: Choice) -> int | None:
+    """The rank that a kernel's rule asks for."""
+    if kernel.bounds:
+        return kernel.bounds[kernel.choices.index(choice)]
+    return wanted_rank(_rule(kernel), choice.view)
 
 
 def _ranks(kernel: PlannedKernel, choice: Choice, request: _Request) -> range:
@@ -224,7 +253,7 @@ def _ranks(kernel: PlannedKernel, choice: Choice, request: _Request) -> range:
       ValueError: the rule's rank is below `min_scale`, and the kernel cannot stay dense.
     """
     view, rule = choice.view, _rule(kernel)
-    wanted = min(wanted_rank(rule, view) or view.full_rank, view.full_rank)
+    wanted = min(_wanted(kernel, choice) or view.full_rank, view.full_rank)
     bound = min(wanted, (view.n * view.m - 1) // (view.n + view.m))
     low = max(1, math.ceil(request.min_scale * view.full_rank - 1e-9))
     if wanted < low and not _may_be_dense(kernel):
@@ -343,7 +372,7 @@ def _uniform(kernel: PlannedKernel, points: _Points, scale: float, last: bool) -
     own = np.flatnonzero((points.choice == place) & (points.rank > 0))
     dense = np.flatnonzero(points.rank == 0)
     choice = kernel.choices[place] if len(own) else kernel.choices[0]
-    wanted = wanted_rank(dataclasses.replace(_rule(kernel), scale=float(scale), rank=None), choice.view)
+    wanted = wanted_rank(dataclasses.replace(_rule(kernel), scale=float(scale), rank=None, energy=None), choice.view)
     assert wanted is not None
     if not len(own) or (len(dense) and problem(choice, wanted)):
         return int(dense[0])
@@ -387,15 +416,14 @@ def _next_gains(options: Sequence[knapsack.Options], chosen: Sequence[int], more
 def _line(kernel: PlannedKernel, points: _Points, option: int, gain: float | None) -> PlannedKernel:
     """The kernel as it was chosen."""
     place, risk = int(points.choice[option]), float(points.risk[option])
-    common = {field: getattr(kernel, field) for field in ("name", "shape", "macs", "rule", "choices", "own_run")}
     forced = kernel.execution if kernel.execution == "premerged" else None
-    note = getattr(kernel, "note", "")
+    note = kernel.note
     if place < 0:
         execution = _execution(kernel)
         note = "the budget affords it" if len(points.rank) > 1 and not forced else note
-        return DenseKernel(**common, execution=execution, note=note, risk=0.0, next_gain=gain)
+        return DenseKernel(**kernel.shared, execution=execution, note=note, risk=0.0, next_gain=gain)
     return FactoredKernel(
-        **common,
+        **kernel.shared,
         choice=kernel.choices[place],
         rank=int(points.rank[option]),
         execution=points.execution[option],
