@@ -30,6 +30,7 @@ from lowrank_jax.linen.signals import (
 from lowrank_jax.projection.curves import Normalization
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call")
+_ARITHMETIC = ("add", "sub", "mul", "div", "max", "min", "sqrt", "rsqrt", "integer_pow", "gt", "ge", "lt", "le", "select_n")
 
 
 class Marks(NamedTuple):
@@ -141,7 +142,8 @@ class _Follower:
         if bodies := programs.inner(eqn):
             return self._inside(eqn, bodies, values)
         if not any(isinstance(value, Signal | Variable) for value in values):
-            return [Constant()] if kind == "broadcast_in_dim" and isinstance(values[0], Constant) else []
+            constant = kind in (*SHAPES, *_ARITHMETIC) and all(isinstance(value, Constant) for value in values)
+            return [Constant()] if constant else []
         result = self._computed(kind, eqn, values)
         if result is None:
             return self._unknown(values)
@@ -194,8 +196,8 @@ class _Follower:
             return self._product(values[0], power_of(values[1], -1))
         if kind in ("add", "sub"):
             return self._sum(*values, subtracts=kind == "sub")
-        if kind in ("max", "min"):
-            return bounded(*values)
+        if kind in ("max", "min", "select_n"):
+            return bounded(values)
         if kind == "reduce_sum":
             return summed(values[0], eqn.params["axes"])
         if kind == "psum":
@@ -208,10 +210,8 @@ class _Follower:
                 return value
             if is_output(value) and self._normalized(value, factor):
                 return Done()
-            if isinstance(value, Signal) and not value.whole and isinstance(factor, Variable) and not factor.power:
+            if isinstance(value, Signal | Variable) and value.power < 0 and isinstance(factor, Variable) and not factor.power:
                 return value  # the scale that follows a normalisation
-            if isinstance(value, Variable) and value.power and isinstance(factor, Variable) and not factor.power:
-                return value
         if isinstance(one, Signal) and isinstance(other, Signal) and alike(one, other):
             return one._replace(power=one.power + other.power, together=one.together or other.together)
         return None

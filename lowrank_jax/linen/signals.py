@@ -95,12 +95,10 @@ def summed(value: Value, axes: Sequence[int]) -> Value:
     return value._replace(whole=False, split=split, together=together)
 
 
-def bounded(one: Value, other: Value) -> Value:
-    """A statistic that is kept from being negative, or too small."""
-    for value, bound in ((one, other), (other, one)):
-        if isinstance(bound, Constant) and not is_output(value):
-            return value
-    return None
+def bounded(values: Sequence[Value]) -> Value:
+    """A statistic that is kept from being negative, too small or not a number."""
+    known = [value for value in values if not isinstance(value, Constant)]
+    return known[0] if len(known) == 1 and not is_output(known[0]) else None
 
 
 def exponent_of(kind: str, eqn: Any) -> float | None:

@@ -58,6 +58,7 @@ class MeanSquare(nn.Module):
         (EVALUATED, "each"),
         (functools.partial(EVALUATED, use_scale=False, use_bias=False), "each"),
         (functools.partial(TRAINED, use_fast_variance=False, dtype=jnp.bfloat16), "each"),
+        (functools.partial(EVALUATED, axis_name="devices"), "each"),
         (functools.partial(nn.GroupNorm, num_groups=None, group_size=1), "each"),
         (functools.partial(nn.GroupNorm, 4), "together"),
         (functools.partial(nn.GroupNorm, 1), "together"),
@@ -179,17 +180,6 @@ WRAPS = {
 def test_blocks_in_loops_and_programs_of_their_own(wrap):
     assert found(Stack(WRAPS[wrap], pre=True), ROWS) == {"block/first": "together", "block/second": None}
     assert found(Stack(WRAPS[wrap], pre=False), ROWS) == {"block/first": "together", "block/second": "together"}
-
-
-class Repeated(nn.Module):
-    """BatchNorm for evaluation in a repeated module: its statistics have the stack's axis."""
-
-    wrap: Any
-
-    @nn.compact
-    def __call__(self, x):
-        axes = {"params": 0, "batch_stats": 0}
-        return self.wrap(functools.partial(nn.BatchNorm, use_running_average=True), axes)(x)
 
 
 class Normed(nn.Module):

@@ -158,6 +158,7 @@ def test_the_table_says_what_is_lost_and_what_more_would_buy(plan):
     ("arguments", "message"),
     [
         ({}, "give one budget, or two"),
+        ({"variables": {}}, "give one budget, or two"),
         ({"params": 0.1, "macs": 0.1, "bytes": 0.1}, "give one budget, or two"),
         ({"params": 0.0}, "params=0.0 must be a fraction above 0 and up to 1, such as 0.5, or a whole number"),
         ({"macs": 1.5}, "macs=1.5 must be a fraction"),
