@@ -1,8 +1,10 @@
 """Signals: a run's own, and those that are meant for the program around it."""
 
+import os
 import pickle
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -163,3 +165,33 @@ def test_a_batch_that_never_comes_does_not_keep_a_run_from_ending(tmp_path):
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "the same command continues it" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "number"), [(os.pipe, signal.SIGTERM), (os.openpty, signal.SIGINT)])
+def test_output_that_nobody_reads_does_not_keep_a_run_from_being_saved(tmp_path, make, number):
+    changes = {"steps": 10**6, "log__every": "1 steps", "checkpoint__every": f"{10**6} steps"}
+    ours, theirs = make()
+    command = running.command(tmp_path, **changes)
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=running.environment(1))
+    os.close(theirs)
+    with process:
+        try:
+            before, size = -1, 0
+            while before != size or not size:  # until it waits for whoever would read
+                time.sleep(2)
+                assert process.poll() is None
+                metrics = tmp_path / "metrics.jsonl"
+                before, size = size, metrics.stat().st_size if metrics.exists() else 0
+            began = time.monotonic()
+            process.send_signal(number)
+            assert process.wait(60) == 75 and time.monotonic() - began < 15
+        finally:
+            process.kill()
+            os.close(ours)
+    (saved,) = (tmp_path / "checkpoints").glob("[0-9]*")
+    with running.start(command) as process:
+        while "resuming" not in (line := process.stdout.readline()):
+            assert line
+        process.kill()
+    assert saved.name in line
