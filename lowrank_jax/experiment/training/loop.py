@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from lowrank_jax.experiment.training.overview import describe, extensions, headl
 from lowrank_jax.experiment.training.profiler import StepProfiler
 from lowrank_jax.experiment.training.result import TrainResult, result_record
 from lowrank_jax.experiment.training.resume import Resumed, jax_settings, restore_or_start
-from lowrank_jax.experiment.training.stop import StopSignal
+from lowrank_jax.experiment.training.stop import Stalled, StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
@@ -73,9 +73,11 @@ def train(
         config = extended(config, workdir, schedule, source)
     elif schedule:
         raise ConfigError("--schedule", ["it says how the learning rate of a longer run goes on; add --extend"])
+    stop = stop or StopSignal()
     experiment = build(config, source)
     check_training(experiment)
-    data = _load(experiment)
+    with stop.waiting_for_data(saved=False):
+        data = _load(experiment)
     folder = _checked(workdir, config)
     with folder.locked():
         _claim(folder, config)
@@ -88,13 +90,14 @@ def train(
                 writer.say(line)
             for note in experiment.dataset.notes:
                 writer.say(f"{experiment.dataset.name}: {note}")
-            dataset = recorded_data.settle(folder, experiment.dataset, data["train"], writer.say)
+            with stop.waiting_for_data(saved=False):
+                dataset = recorded_data.settle(folder, experiment.dataset, data["train"], writer.say)
             experiment = dataclasses.replace(experiment, dataset=dataset)
             writer.show_settings(flatten(to_dict(config)))
-            experiment = with_class_weights(experiment, data["train"])
+            with stop.waiting_for_data(saved=False):
+                experiment = with_class_weights(experiment, data["train"])
             if experiment.class_weights:
                 writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in experiment.class_weights)}")
-            stop = stop or StopSignal()
             try:
                 loop = begin(Tools(experiment, data, folder, writer, checkpoints, stop, on_evaluation), restart)
                 with stop:  # until now there was nothing to save
@@ -187,7 +190,15 @@ def begin(tools: Tools, restart: bool = False) -> "Loop":
         config.dataset.to_augmentation(),
         shard_of(experiment.mesh),
     )
-    resumed = restore_or_start(experiment, batches, tools.checkpoints, tools.folder, tools.writer.say, restart=restart)
+    resumed = restore_or_start(
+        experiment,
+        batches,
+        tools.checkpoints,
+        tools.folder,
+        tools.writer.say,
+        restart=restart,
+        waiting=lambda: tools.stop.waiting_for_data(saved=False),
+    )
     train_step = _compiled(experiment, tools.writer) if resumed.step < config.total_steps else None
     return Loop(tools, batches, resumed, train_step, began - resumed.seconds)
 
@@ -229,7 +240,7 @@ class Loop:
             self.feed.set_state(resumed.data)
         self.state, self.step, self.saved, self.evaluated = resumed.state, resumed.step, resumed.saved, resumed.evaluated
         self.improved = False  # by the evaluation of the state at hand
-        self.interrupted = False  # in an evaluation
+        self.interrupted = False  # in an evaluation, or while data did not come
         self.logged: dict[int, dict[str, float]] = {}
         self.evals: dict[int, dict[str, float]] = {}
         self.window = Window(config.batch_size, self.step, list(resumed.window))  # its clock starts here
@@ -251,7 +262,8 @@ class Loop:
         return self.finish()
 
     def advance_to_the_end(self) -> None:
-        self.feed.fill()
+        with self.until_stopped(), self.waiting_for_data():
+            self.feed.fill()
         if any(exchange("failed" if self.feed.error else "")):
             raise self.feed.error or OtherFailed
         while True:
@@ -260,27 +272,40 @@ class Loop:
                 self.save_if_due()  # before the iterator moves on
             if self.step == self.total or self.stopping():
                 break
-            self.advance()
-            self.log_if_due()
+            with self.until_stopped():
+                self.advance()
+                self.log_if_due()
         if self.votes.outcome == FAIL:
             raise self.feed.error or OtherFailed
+
+    @contextlib.contextmanager
+    def until_stopped(self) -> Iterator[None]:
+        """What is left undone where a stop is asked for; the state is sound."""
+        try:
+            yield
+        except Interrupted:
+            self.interrupted = True
+        except Stalled:
+            if self.votes.shared:  # the others wait for what this process reads
+                raise
+            self.interrupted = True
 
     def stopping(self) -> bool:
         """The same in all processes at the same step."""
         return self.interrupted or self.votes.outcome != GO_ON
 
     def evaluate_if_due(self) -> None:
-        if self.evaluated is not None or not self.due(self.eval_every):
+        if self.evaluated is not None or not self.due(self.eval_every) or self.interrupted:
             return
-        try:
+        evaluated: Evaluated | None = None
+        with self.until_stopped():
             evaluated = {
                 f"{kind}{suffix}": metrics
                 for kind in ("eval", "valid")
                 if kind in self.tools.data
                 for suffix, metrics in self.evaluate(kind).items()
             }
-        except Interrupted:
-            self.interrupted = True
+        if evaluated is None:
             return
         self.check_finite(evaluated)
         self.evaluated, self.evals[self.step] = evaluated, evaluated["eval"]
@@ -357,8 +382,13 @@ class Loop:
         assert self.train_step is not None
         mesh = self.tools.experiment.mesh
         with self.profiler.step(self.step + 1):
-            with self.waiting_for_data():
-                batch = next(self.feed)
+            position = self.feed.get_state()
+            try:
+                with self.waiting_for_data():
+                    batch = next(self.feed)
+            except Stalled:
+                self.feed.take_back(position)  # it may have come at the last moment
+                raise
             batch = self.votes.cast(put_batch(batch, mesh), failed=self.feed.error is not None)
             self.state, metrics = self.train_step(self.state, batch)
         [metrics] = self.votes.count(metrics)

@@ -1,5 +1,6 @@
 """Where a process takes up a run: at the newest good checkpoint, or at the start."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 
+from lowrank_jax.experiment.data.base import Batch
 from lowrank_jax.experiment.data.pipeline import TrainBatches
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.training.build import Experiment
@@ -58,6 +60,7 @@ def restore_or_start(
     say: Callable[[str], None],
     *,
     restart: bool = False,
+    waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Resumed:
     """Restores the newest good checkpoint, or makes the first state where there is none.
 
@@ -67,6 +70,7 @@ def restore_or_start(
       experiment, batches, checkpoints, folder: the run's.
       say: takes a line for the console.
       restart: begin anew if the run was saved and its checkpoints are gone; its old metrics are kept beside the new ones.
+      waiting: entered while a batch is waited for.
 
     Raises:
       CheckpointError: there are checkpoints, and none is good.
@@ -79,10 +83,15 @@ def restore_or_start(
     if restored is None:
         _begin_anew(folder, say, restart)
         count = experiment.config.lowrank.moment_batches
-        first = (put_batch(batches[i], experiment.mesh) for i in _told(count, say))
+        first = (put_batch(_waited_for(batches, i, waiting), experiment.mesh) for i in _told(count, say))
         return Resumed(experiment.init(first))
     checkpoints.tidy()
     return _resumed(restored, total, folder, say)
+
+
+def _waited_for(batches: TrainBatches, index: int, waiting: Callable[[], contextlib.AbstractContextManager[None]]) -> Batch:
+    with waiting():
+        return batches[index]
 
 
 def _told(count: int, say: Callable[[str], None]) -> Iterator[int]:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lowrank_jax.experiment.training.stop import StopSignal
+from lowrank_jax.experiment.training.stop import Stalled, StopSignal
 from tests import running
 
 
@@ -111,6 +111,32 @@ def test_a_stop_is_pickled_without_the_handlers_of_its_process():
     stop = StopSignal()
     stop.requested, stop._before = True, {15: threading.Lock()}
     assert pickle.loads(pickle.dumps(stop)).requested
+
+
+def test_in_a_program_a_wait_for_data_ends_soon_after_a_request_and_nothing_else_does(unhandled_sigterm, monkeypatch):
+    monkeypatch.setattr("lowrank_jax.experiment.training.stop._PATIENCE", 0.3)
+    monkeypatch.setattr("lowrank_jax.experiment.training.stop._AGAIN", 0.1)
+    began = time.monotonic()
+    with StopSignal() as stop:
+        with stop.waiting_for_data(saved=False):
+            time.sleep(0.5)  # nobody has asked
+        signal.raise_signal(signal.SIGTERM)
+        with stop.waiting_for_data(saved=False):
+            pass
+        time.sleep(0.6)  # a step that takes long
+        with pytest.raises(Stalled, match="no data came for 0s"), stop.waiting_for_data(saved=True):
+            threading.Event().wait(60)
+        lost = 0
+        with stop.waiting_for_data(saved=True):
+            while lost < 3:  # as where it is raised in a callback
+                try:
+                    time.sleep(60)
+                except Stalled:
+                    lost += 1
+        with pytest.raises(KeyboardInterrupt) as second, stop.waiting_for_data(saved=True):
+            signal.raise_signal(signal.SIGINT)
+        assert not isinstance(second.value, Stalled) and stop.requested
+    assert time.monotonic() < began + 30 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 STALLING = '''

@@ -110,7 +110,7 @@ def test_a_folder_is_made_with_those_above_it(tmp_path, monkeypatch):
         assert os.path.isdir(folder)  # noqa: PTH112
     (tmp_path / "file").touch()
     for folder in ("file", "file/a/b"):
-        with pytest.raises(OSError, match="exists|Not a directory"):
+        with pytest.raises(OSError, match=r"exists|Not a directory"):
             files.make_folder(folder)
     with pytest.raises(OSError, match="name too long"):
         files.make_folder("a/" * 3000)
