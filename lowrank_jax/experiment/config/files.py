@@ -42,7 +42,7 @@ class _Settings(ConfigDict):
     def __setitem__(self, key: Any, value: Any) -> None:
         if not isinstance(key, str):
             raise TypeError(f"{shown(key)} is no key; keys are text")
-        section = self._fields.get(key)
+        section = dict(self.items(preserve_field_references=True)).get(key)  # a placeholder has no value
         if isinstance(section, _Section) and isinstance(value, dict | FrozenConfigDict):
             for name, inner in value.items():
                 section[name] = inner
