@@ -76,6 +76,8 @@ def shared_programs() -> Iterator[None]:
             config.lowrank,
             config.objective,
             experiment.plan,
+            experiment.guided_steps,
+            dict(experiment.mesh.shape),
         )
         optim = dataclasses.replace(config.optim, lr=1.0)
         key = repr((kind, parts, optim, config.init, config.eval.batch_size, config.mesh, extra))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import optax
 
 from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay
+from lowrank_jax.experiment.guided import names_in_rules
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import first_match, map_named, named_leaves
 from lowrank_jax.text import did_you_mean, nearest
@@ -84,7 +85,8 @@ def make_optimizer(settings: "OptimConfig", schedule: optax.Schedule, params: An
     Args:
       settings: `momentum` and `nesterov` are of sgd, rmsprop and lars; `b1`, `b2` and `eps` of adamw and lamb; `b2`, the decay
         of the mean squares, and `eps` also of rmsprop; `trust_coefficient` of lars.  A parameter takes `weight_decay` times the
-        multiplier of the first of `decay_rules` that matches its name; factors are called ".../kernel/u" and ".../kernel/v".
+        multiplier of the first of `decay_rules` that matches its name; factors are called ".../kernel/u" and ".../kernel/v",
+        and their guide in self-guided training ".../kernel".
         `frobenius_decay` is of |UV|_F² of factor pairs and `nuclear_decay` of |UV|_*, by its surrogate; with either, pairs
         take no weight decay.
       schedule: the learning rate.
@@ -122,12 +124,18 @@ def _decays(settings: "OptimConfig", params: Any) -> list[optax.GradientTransfor
     if settings.frobenius_decay:
         decays.append(add_frobenius_decay(settings.frobenius_decay))
     if settings.nuclear_decay:
-        decays.append(add_nuclear_decay(settings.nuclear_decay))
+        decays.append(optax.masked(add_nuclear_decay(settings.nuclear_decay), _no_guides))
     return decays
 
 
 def _kernels(params: Any) -> Any:
-    return map_named(lambda name, _: re.fullmatch(KERNELS, name) is not None, params)
+    names = names_in_rules(params)
+    return map_named(lambda name, _: re.fullmatch(KERNELS, names[name]) is not None, params)
+
+
+def _no_guides(params: Any) -> Any:
+    names = names_in_rules(params)
+    return map_named(lambda name, _: names[name] == name, params)
 
 
 def decay_multipliers(params: Any, rules: Sequence[tuple[str, float]], *, skip_factors: bool) -> dict[str, float]:
@@ -136,9 +144,11 @@ def decay_multipliers(params: Any, rules: Sequence[tuple[str, float]], *, skip_f
     Raises:
       ValueError: a rule matches no parameter, or a parameter is matched by no rule.
     """
-    matches = first_match([path for path, _ in rules], list(named_leaves(params)))
+    names = names_in_rules(params)
+    matches = first_match([path for path, _ in rules], list(names.values()))
     multipliers, uncovered = {}, []
-    for name, index in matches.items():
+    for name, called in names.items():
+        index = matches[called]
         if index is None:
             uncovered.append(name)
         else:

@@ -86,6 +86,9 @@ def _phase_problems(config: Config) -> list[str]:
     dense = config.dense_steps or 0
     if dense >= ends[0]:
         problems.append(f"lowrank.dense_warmup: {dense} steps; training has {ends[0]}, and none would be left for low rank")
+    if config.guided_steps >= ends[0]:
+        left = f"training has {ends[0]}, and none would be left for the factors alone"
+        problems.append(f"lowrank.self_guided: {config.guided_steps} steps; {left}")
     for start, end, (length, how) in zip(ends, ends[1:], config.extensions, strict=False):
         if end <= start:
             problems.append(f"extensions: {length} is step {start}; the run goes on from there only to step {end}")
@@ -257,6 +260,8 @@ def _plan_problems(config: Config) -> list[str]:
 
 def _rule_problems(config: Config, wrong: set[str]) -> list[str]:
     low = config.lowrank
+    if low.self_guided is not None and low.dense_warmup is not None:
+        return [f"lowrank.self_guided: {low.self_guided}, and dense_warmup is set too; training begins with one of them"]
     if problems := _budget_problems(low.budget):
         return problems
     if low.budget.amounts:

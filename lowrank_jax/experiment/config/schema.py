@@ -249,6 +249,7 @@ class LowRankConfig(_Hashable):
     budget: BudgetConfig = BudgetConfig()
     # How long the network trains dense before it is factored; "auto": until its stable ranks settle.
     dense_warmup: Literal["auto"] | Duration | None = _option(None, lambda value: _warmup(value))
+    self_guided: Duration | None = _option(None, lambda d: _positive(d))  # how long dense kernels guide the factors
     rules: tuple[FrozenDict, ...] = ()  # exceptions, first match wins: {"path": ..., "rows": ..., and any of the keys above}
 
     def to_rules(self) -> tuple[Rule, ...]:
@@ -444,6 +445,12 @@ class Config:
         if warmup is None or not self.starts_dense:
             return 0
         return None if warmup == "auto" else max(1, self.in_steps(warmup))
+
+    @property
+    def guided_steps(self) -> int:
+        """The last step of self-guided training, 0 without it."""
+        length = self.lowrank.self_guided
+        return 0 if length is None or self.lowrank.method == "none" else max(1, self.in_steps(length))
 
     @property
     def peak_lr(self) -> float:

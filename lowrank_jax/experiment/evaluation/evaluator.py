@@ -60,7 +60,7 @@ class Subject:
     @property
     def experiment(self) -> Experiment:
         """The one that training ends with."""
-        return self.phases.low_rank
+        return self.phases.last
 
     def target(self, step: int) -> dict[str, Any]:
         """The parts of a step's state that evaluation needs."""
@@ -163,7 +163,7 @@ class Evaluator:
                 limited = dataclasses.replace(config.dataset, max_undecodable=self._max_undecodable)
                 config = dataclasses.replace(config, dataset=limited)
             phases = self._phases_of(config, folder)
-            experiment = phases.low_rank
+            experiment = phases.last
             eval_step = self._eval_step(experiment)
         other, changed = self._data(config, folder, experiment.dataset)
         split = self._split or default_split(config, other)
@@ -190,7 +190,8 @@ class Evaluator:
 
     def _phases_of(self, config: Config, folder: Workdir) -> Phases:
         decided = ranks.read(folder, config)
-        key = (_code(config), config.description, config.lowrank, config.optim.ema_decay is None, config.dense_steps, decided)
+        first = config.dense_steps, config.guided_steps
+        key = (_code(config), config.description, config.lowrank, config.optim.ema_decay is None, first, decided)
         if key not in self._phases:
             self._phases[key] = phases_of(dataclasses.replace(config, mesh=MeshConfig()), decided, str(folder.path))
         return self._phases[key]

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lowrank_jax.experiment.guided import GUIDE, is_guided
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
 from lowrank_jax.paths import first_match, map_named, named_leaves
 from lowrank_jax.patterns import compile_pattern
@@ -73,7 +74,7 @@ class ShardingRule:
       path: a regular expression that matches the whole name of a parameter; for a factor pair, the kernel's.
       spec: for each axis of the parameter in the dense model, the mesh axes that shard it, outer first.  In a factor pair, u
         takes the entries of the kernel's row axes, v those of its column axes, and both those of the leading axes that
-        `nn.scan` adds.  An empty spec replicates the parameter.
+        `nn.scan` adds; a guide beside them takes all.  An empty spec replicates the parameter.
     """
 
     path: str
@@ -181,7 +182,7 @@ def _param_of(name: str, params: Mapping[str, Any]) -> str | None:
 
 
 def param_specs(params: Any, sizes: Mapping[str, int], rules: Sequence[ShardingRule] = ()) -> dict[str, PartitionSpec]:
-    """The spec of every array of the parameters, by name; a pair has one for each factor.
+    """The spec of every array of the parameters, by name; a pair has one for each factor, and its guide the dense kernel's.
 
     Without a rule, the model and fsdp axes shard a factor along its longest axis that they divide, never along the rank.
     """
@@ -191,8 +192,11 @@ def param_specs(params: Any, sizes: Mapping[str, int], rules: Sequence[ShardingR
     for name, leaf in leaves.items():
         index = matches[name]
         spec = None if index is None else rules[index].spec
+        whole = _automatic(leaf.shape, sizes) if spec is None else _partition(spec, sizes)
+        if is_guided(leaf):
+            specs[f"{name}/{GUIDE}"] = whole
         if not is_low_rank(leaf):
-            specs[name] = _automatic(leaf.shape, sizes) if spec is None else _partition(spec, sizes)
+            specs[name] = whole
         elif spec is None:
             depth = len(leaf.stack)
             specs[f"{name}/u"] = _automatic(leaf.u.shape, sizes, range(depth, leaf.u.ndim - 1))

@@ -103,7 +103,9 @@ class Estimator:
           PreflightError, ConfigError: a program does not compile for a reason other than memory; the settings do not fit
             together.
         """
-        built = [build(network.config, network.name, self.devices) for network, _ in networks]
+        built = [
+            build(network.config, network.name, self.devices, guided_steps=network.guided_steps) for network, _ in networks
+        ]
         pool = ThreadPoolExecutor(_cores())
         with compiler.compiling(self.effort):
             started: list[dict[str, Future[Program]]] = [{} for _ in networks]
@@ -164,14 +166,15 @@ def _cores() -> int:
 def _estimate(network: Network, requested: bool, experiment: Experiment, programs: dict[str, Program]) -> Estimate:
     parts = network.config.optim.accumulate
     plan, state = experiment.plan, device_bytes(experiment.shapes)
-    merged = sum(kernel.execution == "merged" for kernel in plan.factored)
+    # With guides beside them, factors are multiplied out and blended.
+    merged = sum(kernel.execution == "merged" or network.guided_steps > 0 for kernel in plan.factored)
     return Estimate(
         name=network.name,
         dense=network.dense,
         requested=requested,
         batch_size=network.config.batch_size,
         parts=parts,
-        params=plan.params,
+        params=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(experiment.shapes.params)),
         kernels=len(plan.kernels),
         factored=len(plan.factored) - merged,
         merged=merged,

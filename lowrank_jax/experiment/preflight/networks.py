@@ -14,10 +14,12 @@ class Network:
     Attributes:
       name: of its row in the table.
       config: parsed.
+      guided_steps: of self-guided training, whose network this is; 0 for the one that training ends with.
     """
 
     name: str
     config: Config
+    guided_steps: int = 0
 
     @property
     def dense(self) -> bool:
@@ -47,11 +49,18 @@ def families(networks: Sequence[Network]) -> list[Family]:
     found = []
     for members in twins.values():
         asked = [network for network in members if network.dense]
-        others = (*(network for network in members if not network.dense), *asked[1:])
+        low_rank = [phase for network in members if not network.dense for phase in _phases(network)]
+        others = (*low_rank, *asked[1:])
         name = "dense twin" if len(twins) == 1 else f"dense twin of {members[0].name}"
         dense = asked[0] if asked else Network(name, _dense_twin(members[0].config))
         found.append(Family(dense, bool(asked), others))
     return found
+
+
+def _phases(network: Network) -> list[Network]:
+    """A low-rank network, before it that of self-guided training, which takes more memory."""
+    steps = network.config.guided_steps
+    return [*([Network(f"{network.name}, self-guided", network.config, steps)] if steps else []), network]
 
 
 def _dense_twin(config: Config) -> Config:

@@ -31,7 +31,7 @@ from lowrank_jax.experiment.network import Network
 from lowrank_jax.experiment.objective import Objective
 from lowrank_jax.experiment.training import mixing, state, step
 from lowrank_jax.experiment.training.fits import check_program
-from lowrank_jax.experiment.training.start import Start, blank_images, fresh_state, init_weights
+from lowrank_jax.experiment.training.start import Start, blank_images, fresh_state, guided, init_weights
 from lowrank_jax.planning import chips
 from lowrank_jax.planning.execution import choose_execution
 from lowrank_jax.planning.plans import Plan
@@ -49,6 +49,7 @@ class Experiment:
       mesh: the devices; abstract if they need not exist.
       shapes: a `TrainState` of `jax.ShapeDtypeStruct`s with shardings.
       class_weights: what the loss of each class counts, where that is found in the data; see `balanced`.
+      guided_steps: how long guides fade beside its factor pairs; 0 without guides.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Experiment:
     mesh: Mesh
     shapes: state.TrainState
     class_weights: tuple[float, ...] = ()
+    guided_steps: int = 0
 
     @property
     def model(self) -> nn.Module:
@@ -87,11 +89,12 @@ class Experiment:
             self._normalizer(),
             data_aware=config.lowrank.moment_batches > 0,
             on_host=config.init.svd == "host",
+            guided=self.guided_steps > 0,
         )
 
     def shardings(self) -> Any:
         """A `TrainState` of them."""
-        return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+        return _shardings(self.shapes)
 
     def compile_train_step(self) -> Callable[..., tuple[state.TrainState, step.Metrics]]:
         """The compiled training step `(state, batch) -> (state, metrics)`; it reuses the memory of the old state.
@@ -121,7 +124,8 @@ class Experiment:
                 accumulate=settings.accumulate,
                 ema_decay=settings.ema_decay,
                 seed=seed,
-                gather=self._gather,
+                gather=self._gather(self.shapes.params),
+                guided_steps=self.guided_steps,
             )
             batch, word = votes.split(batch)
             state, metrics = update(state, batch)
@@ -159,7 +163,7 @@ class Experiment:
           ConfigError: the inputs' mean and deviation are not known.
         """
         self._check_measured()
-        return jax.jit(step.make_forward(self.network, self._normalizer(), gather=self._gather))
+        return jax.jit(step.make_forward(self.network, self._normalizer(), gather=self._gather_evaluated()))
 
     def _check_measured(self) -> None:
         """Shapes do not depend on what the normaliser subtracts; what a network learns and computes does."""
@@ -169,7 +173,7 @@ class Experiment:
 
     def _jit_eval_step(self, classes: int = 0) -> jax.stages.Wrapped:
         eval_step = step.make_eval_step(
-            self.network, self._normalizer(), objective=self.objective, gather=self._gather, classes=classes
+            self.network, self._normalizer(), objective=self.objective, gather=self._gather_evaluated(), classes=classes
         )
 
         def step_with_word(variables: dict[str, Any], batch: dict[str, jax.Array]) -> dict[str, Any]:
@@ -178,16 +182,19 @@ class Experiment:
 
         return jax.jit(step_with_word, out_shardings=replicated(self.mesh))
 
-    def _gather(self, params: Any) -> Any:
-        """Parameters as a step computes with them: not sharded over the axes that shard a batch.
+    def _gather(self, params: Any) -> step.Gather:
+        """Makes parameters, of these shapes, what a step computes with: not sharded over the axes that shard a batch.
 
         Otherwise the TPU's compiler shards the convolutions and passes slices of kernels around (CHANGELOG.md).
         """
-        stored = self.shardings().params
+        stored = _shardings(params)
         computed = gathered(stored)
         if computed == stored:  # an evaluation step may then serve networks of other ranks
-            return params
-        return jax.lax.with_sharding_constraint(params, computed)
+            return lambda params: params
+        return lambda params: jax.lax.with_sharding_constraint(params, computed)
+
+    def _gather_evaluated(self) -> step.Gather:
+        return self._gather(self.shapes.variables()[""]["params"])
 
     def lower_eval_step(self) -> jax.stages.Lowered:
         """The evaluation step of training, not compiled; the devices of the mesh need not exist."""
@@ -219,7 +226,12 @@ class Experiment:
 
 
 def build(
-    config: Config, source: str = "config", devices: Sequence[Any] | int | None = None, plan: Plan | None = None
+    config: Config,
+    source: str = "config",
+    devices: Sequence[Any] | int | None = None,
+    plan: Plan | None = None,
+    *,
+    guided_steps: int = 0,
 ) -> Experiment:
     """Builds an experiment; nothing is computed and no data is read.
 
@@ -228,6 +240,7 @@ def build(
       source: what to call it in messages.
       devices: of the mesh, by default all of this machine's; a number stands for devices that need not exist.
       plan: the ranks, where they have been decided; None for the config's own.
+      guided_steps: the length of self-guided training; 0 for a network without guides.
 
     Raises:
       ConfigError: the parts do not fit together.
@@ -236,7 +249,7 @@ def build(
     mesh = _mesh(config, devices)
     plan = planned_for(mesh, config, plan or make_plan(config))
     init = functools.partial(init_weights, network, plan, blank_images(dataset), config.seed)
-    weights = jax.eval_shape(init)
+    weights = jax.eval_shape(lambda: guided(init()) if guided_steps else init())
 
     def make_optimizer(lr: Any) -> tuple[optax.Schedule, optax.GradientTransformation]:
         schedule = optim.make_schedule(
@@ -258,7 +271,8 @@ def build(
         shardings = state_shardings(shapes, mesh, config.mesh.to_rules())
     except ValueError as error:
         raise ConfigError(source, [f"mesh.rules: {line}" for line in str(error).splitlines()]) from error
-    return Experiment(config, dataset, network, plan, make_optimizer, mesh, _placed(shapes, shardings))
+    shapes = _placed(shapes, shardings)
+    return Experiment(config, dataset, network, plan, make_optimizer, mesh, shapes, guided_steps=guided_steps)
 
 
 def _mesh(config: Config, devices: Sequence[Any] | int | None) -> Mesh:
@@ -275,6 +289,10 @@ def planned_for(mesh: Mesh | AbstractMesh, config: Config, plan: Plan) -> Plan:
     part = batch_shards(mesh) * config.optim.accumulate
     itemsize = jnp.dtype(config.model.dtype).itemsize
     return choose_execution(plan, chip, batch=max(1, config.batch_size // part), itemsize=itemsize)
+
+
+def _shardings(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

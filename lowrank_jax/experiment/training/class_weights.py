@@ -18,8 +18,8 @@ def with_class_weights(phases: Phases, split: Split) -> Phases:
       ConfigError: a class does not occur.
       DataError: the split cannot be read.
     """
-    classes = phases.low_rank.dataset.num_classes
-    if phases.low_rank.config.objective.class_weights != BALANCED or classes is None:
+    classes = phases.last.dataset.num_classes
+    if phases.last.config.objective.class_weights != BALANCED or classes is None:
         return phases
     weights = balanced(label_counts(split, classes))
     return phases.map(lambda experiment: dataclasses.replace(experiment, class_weights=weights))

@@ -34,7 +34,7 @@ from lowrank_jax.experiment.training.result import TrainResult, result_record
 from lowrank_jax.experiment.training.resume import Resumed, first_batches, jax_settings, restore_or_start
 from lowrank_jax.experiment.training.stable_ranks import StableRanks
 from lowrank_jax.experiment.training.stop import Stalled, StopSignal
-from lowrank_jax.experiment.training.switch import decided_after, switched
+from lowrank_jax.experiment.training.switch import decided_after, switched, unguided
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
@@ -83,7 +83,7 @@ def train(
     for experiment in phases.all:
         check_training(experiment)
     with stop.waiting_for_data(saved=False):
-        data = _load(phases.low_rank)
+        data = _load(phases.last)
     with folder.locked():
         _claim(folder, config)
         folder.forget_failure()
@@ -91,7 +91,7 @@ def train(
         folder.write_text("overview.txt", f"{describe_phases(phases)}\n")
         if phases.decided:
             ranks.write(folder, phases.decided)
-        experiment = phases.low_rank
+        experiment = phases.last
         with Writer(folder, board=config.log.tensorboard) as writer, _checkpoints(folder, config) as checkpoints:
             writer.say(headline(phases))
             for line in extensions(experiment):
@@ -104,7 +104,7 @@ def train(
             writer.show_settings(flatten(to_dict(config)))
             with stop.waiting_for_data(saved=False):
                 phases = with_class_weights(phases, data["train"])
-            if weights := phases.low_rank.class_weights:
+            if weights := phases.last.class_weights:
                 writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in weights)}")
             try:
                 loop = begin(Tools(phases, data, folder, writer, checkpoints, stop, on_evaluation), restart)
@@ -189,7 +189,7 @@ class Tools:
 def begin(tools: Tools, restart: bool = False) -> "Loop":
     """Restores or starts the run, and compiles its steps; `restart` as in `train`."""
     began = time.perf_counter()
-    phases, config, mesh = tools.phases, tools.phases.low_rank.config, tools.phases.low_rank.mesh
+    phases, config, mesh = tools.phases, tools.phases.last.config, tools.phases.last.mesh
     batches = TrainBatches(
         tools.data["train"],
         config.batch_size,
@@ -207,7 +207,7 @@ def begin(tools: Tools, restart: bool = False) -> "Loop":
         restart=restart,
         waiting=lambda: tools.stop.waiting_for_data(saved=False),
     )
-    steps_left = resumed.step < config.total_steps and not (phases.dense and resumed.step == phases.switch)
+    steps_left = resumed.step < config.total_steps and not phases.ends(resumed.step)
     train_step = _compiled(phases.at(resumed.step), tools.writer) if steps_left else None
     return Loop(tools, batches, resumed, train_step, began - resumed.seconds)
 
@@ -251,7 +251,7 @@ class Loop:
             self.feed.set_state(resumed.data)
         self.state, self.step, self.saved, self.evaluated = resumed.state, resumed.step, resumed.saved, resumed.evaluated
         epoch = config.in_steps(Duration(1, "epoch"))
-        self.stable_ranks = StableRanks(tools.phases.low_rank.plan, epoch, config.phase_ends[0] // 2, resumed.stable_ranks)
+        self.stable_ranks = StableRanks(tools.phases.last.plan, epoch, config.phase_ends[0] // 2, resumed.stable_ranks)
         self.improved = False  # by the evaluation of the state at hand
         self.interrupted = False  # in an evaluation, or while data did not come
         self.logged: dict[int, dict[str, float]] = {}
@@ -308,7 +308,7 @@ class Loop:
 
     def look_at_stable_ranks(self) -> None:
         """Ends a warm-up of its own accord once they settle."""
-        if self.phases.dense is None or self.phases.switch is not None:
+        if self.phases.first is None or self.phases.switch is not None:
             return
         seen = self.stable_ranks.look(self.step, self.state.params)
         if seen:
@@ -317,24 +317,36 @@ class Loop:
             self.phases = dataclasses.replace(self.phases, switch=self.step)
 
     def switches(self) -> bool:
-        """Whether the dense warm-up ends with this step."""
-        return self.phases.dense is not None and self.step == self.phases.switch
+        """Whether the first phase ends with this step."""
+        return self.phases.ends(self.step)
 
     def switch_if_due(self) -> None:
-        """From the dense network to the low-rank one; its checkpoint is the dense one of this step."""
+        """From the first phase to the last one; this step's checkpoint is of the first."""
         if not self.switches():
             return
+        if self.phases.guided:
+            self.drop_guides()
+        else:
+            self.factor()
+        self.train_step = _compiled(self.experiment, self.writer)
+
+    def drop_guides(self) -> None:
+        self.writer.say(f"step {self.step}: self-guided training ends; the factors go on alone")
+        self.experiment = self.phases.last
+        self.state = unguided(self.experiment, self.state)
+        self.eval_step = self.experiment.jit_eval_step()
+
+    def factor(self) -> None:
         begin = time.perf_counter()
         self.writer.say(f"step {self.step}: the dense warm-up ends; factoring the network ...")
         phases = decided_after(self.phases, self.state, self.first_batches, self.step)
         if phases.decided:
             ranks.write(self.tools.folder, phases.decided)
         self.tools.folder.write_text("overview.txt", f"{describe_phases(phases)}\n")
-        state = switched(phases.low_rank, self.state, self.first_batches)
-        self.phases, self.experiment, self.state = phases, phases.low_rank, state
+        state = switched(phases.last, self.state, self.first_batches)
+        self.phases, self.experiment, self.state = phases, phases.last, state
         self.eval_step = self.experiment.jit_eval_step()
         self.writer.say(f"factored in {duration(time.perf_counter() - begin)}: {sizes(self.experiment)}")
-        self.train_step = _compiled(self.experiment, self.writer)
 
     def first_batches(self) -> Iterator[dict[str, jax.Array]]:
         """What the layers' inputs are measured on."""
@@ -468,7 +480,7 @@ class Loop:
         record = result_record(
             experiment,
             step=self.step,
-            dense_steps=self.phases.switch or 0,
+            dense_steps=self.phases.dense_steps,
             evaluated=self.evaluated,
             best_step=best_step,
             seconds=self.seconds(),

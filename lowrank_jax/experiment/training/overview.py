@@ -40,21 +40,23 @@ def describe(experiment: Experiment) -> str:
 
 
 def describe_phases(phases: Phases) -> str:
-    """What is described of each phase, the one after a dense warm-up last."""
-    if phases.dense is None:
-        return describe(phases.low_rank)
+    """What is described of each phase, in the order of time."""
+    if phases.first is None:
+        return describe(phases.last)
+    begin = "Self-guided training: each factor pair with a dense guide" if phases.guided else "Dense warm-up"
     after = f"After {f'step {phases.switch}' if phases.switch else 'the dense warm-up'}"
-    if has_budget(phases.low_rank.config) and not phases.decided:
+    if phases.last.config.starts_dense and has_budget(phases.last.config) and not phases.decided:
         after += ", by shapes and costs alone; ranks are chosen then, from the trained weights"
-    return f"Dense warm-up\n\n{describe(phases.dense)}\n\n{after}\n\n{describe(phases.low_rank)}"
+    return f"{begin}\n\n{describe(phases.first)}\n\n{after}\n\n{describe(phases.last)}"
 
 
 def headline(phases: Phases) -> str:
     """A run in one line."""
-    config = phases.low_rank.config
-    warmup = f" (the first {phases.switch or 'ones'} dense)" if phases.dense else ""
+    config = phases.last.config
+    kind = "self-guided" if phases.guided else "dense"
+    warmup = f" (the first {phases.switch or 'ones'} {kind})" if phases.first else ""
     return (
-        f"{config.model.name} on {config.dataset.name}: {sizes(phases.low_rank)};"
+        f"{config.model.name} on {config.dataset.name}: {sizes(phases.last)};"
         f" {config.total_steps} steps{warmup} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
 

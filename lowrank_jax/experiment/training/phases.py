@@ -1,4 +1,4 @@
-"""The networks that a run trains one after the other: with a warm-up a dense one first, then the low-rank one."""
+"""The networks that a run trains one after the other: a dense or a self-guided one may come before the low-rank one."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,38 +15,52 @@ class Phases:
     """The experiments of a run.
 
     Attributes:
-      low_rank: the one that training ends with.  Before the ranks of a warm-up are decided, one of the same cost.
-      dense: the one of the warm-up; None without.
-      switch: the last step of the dense one; 0 without, None if that is not known yet.
+      last: the one that training ends with.  Before the ranks of a warm-up are decided, one of the same cost.
+      first: the one before it: of a dense warm-up, or of self-guided training; None without.
+      switch: the last step of the first one; 0 without, None if that is not known yet.
       decided: the ranks that were chosen from values or costs; None where they are the rules' or not known yet.
     """
 
-    low_rank: Experiment
-    dense: Experiment | None = None
+    last: Experiment
+    first: Experiment | None = None
     switch: int | None = 0
     decided: Decided | None = None
 
     def at(self, step: int) -> Experiment:
-        """The experiment whose state a step's checkpoint is; that of the switch itself is still dense."""
-        if self.dense is not None and (self.switch is None or step <= self.switch):
-            return self.dense
-        return self.low_rank
+        """The experiment whose state a step's checkpoint is; that of the switch itself is still the first one's."""
+        if self.first is not None and (self.switch is None or step <= self.switch):
+            return self.first
+        return self.last
+
+    def ends(self, step: int) -> bool:
+        """Whether the first phase ends with a step."""
+        return self.first is not None and step == self.switch
 
     @property
     def all(self) -> list[Experiment]:
         """In the order of time."""
-        return [self.low_rank] if self.dense is None else [self.dense, self.low_rank]
+        return [self.last] if self.first is None else [self.first, self.last]
+
+    @property
+    def guided(self) -> bool:
+        """Whether the first one is self-guided."""
+        return self.first is not None and self.first.guided_steps > 0
+
+    @property
+    def dense_steps(self) -> int:
+        """The last step of a dense warm-up that has ended; 0 without."""
+        return 0 if self.guided else self.switch or 0
 
     def map(self, change: Callable[[Experiment], Experiment]) -> "Phases":
         """The same with a change to each experiment."""
-        dense = None if self.dense is None else change(self.dense)
-        return dataclasses.replace(self, low_rank=change(self.low_rank), dense=dense)
+        first = None if self.first is None else change(self.first)
+        return dataclasses.replace(self, last=change(self.last), first=first)
 
     def decide(self, decided: Decided) -> "Phases":
         """The same with the ranks of the low-rank network."""
-        known = build(self.low_rank.config, plan=decided.plan)
-        known = dataclasses.replace(known, dataset=self.low_rank.dataset, class_weights=self.low_rank.class_weights)
-        return dataclasses.replace(self, low_rank=known, switch=decided.step, decided=decided)
+        known = build(self.last.config, plan=decided.plan)
+        known = dataclasses.replace(known, dataset=self.last.dataset, class_weights=self.last.class_weights)
+        return dataclasses.replace(self, last=known, switch=decided.step, decided=decided)
 
 
 def phases_of(
@@ -63,8 +77,11 @@ def phases_of(
     Raises:
       ConfigError: the parts do not fit together.
     """
-    low_rank = build(config, source, devices, decided and decided.plan)
+    plan = decided and decided.plan
+    last = build(config, source, devices, plan)
+    if length := config.guided_steps:
+        return Phases(last, build(config, source, devices, plan, guided_steps=length), length, decided)
     if not config.starts_dense:
-        return Phases(low_rank, decided=decided)
+        return Phases(last, decided=decided)
     switch = decided.step if decided else config.dense_steps
-    return Phases(low_rank, build(config, source, devices, dense_plan(config)), switch, decided)
+    return Phases(last, build(config, source, devices, dense_plan(config)), switch, decided)

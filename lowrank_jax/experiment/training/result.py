@@ -47,6 +47,7 @@ def result_record(
         "step": step,
         "phases": _phases(experiment.config),
         "dense_steps": dense_steps,  # of the warm-up
+        "guided_steps": experiment.config.guided_steps,
         "params": plan.params,
         "dense_params": plan.dense_params,
         "macs": plan.macs,

@@ -88,7 +88,7 @@ def restore_or_start(
     restored = checkpoints.restore(lambda step: phases.at(step).shapes, lambda restored: _unfit(restored, total, deciding))
     if restored is None:
         _begin_anew(folder, say, restart)
-        count = 0 if phases.dense else experiment.config.lowrank.moment_batches
+        count = 0 if experiment.config.starts_dense else experiment.config.lowrank.moment_batches
         first = first_batches(batches, experiment.mesh, count, say, waiting)
         return Resumed(experiment.init(first))
     checkpoints.tidy()

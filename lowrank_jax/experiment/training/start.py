@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from lowrank_jax import inputs
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.data.base import Dataset
+from lowrank_jax.experiment.guided import with_guides, without_guides
 from lowrank_jax.experiment.hosts.sharding import replicated
 from lowrank_jax.experiment.network import Network
 from lowrank_jax.experiment.training.mixing import Normalize
@@ -71,6 +72,11 @@ def factored(network: Network, variables: Any, plan: Plan, images: jax.Array, se
     return Weights(params, variables.get("batch_stats", {}), state_collections(network, variables, images))
 
 
+def guided(weights: Weights) -> Weights:
+    """The same with a guide beside every factor pair."""
+    return weights._replace(params=with_guides(weights.params))
+
+
 def state_collections(network: Network, variables: Any, images: jax.Array) -> dict[str, Any]:
     """See `Network.state`.
 
@@ -87,7 +93,7 @@ def state_collections(network: Network, variables: Any, images: jax.Array) -> di
 def fresh_state(weights: Weights, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
     """The state before the first step, from its weights."""
     params, batch_stats, collections = weights
-    average = {"params": params, "batch_stats": batch_stats} if ema else {}
+    average = {"params": without_guides(params), "batch_stats": batch_stats} if ema else {}
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), average, collections)
 
 
@@ -105,6 +111,7 @@ class Start:
       normalize: images of a batch to what the network takes.
       data_aware: kernels are factored for the inputs that a few batches give their layers.
       on_host: this machine's CPU decomposes the kernels rather than the devices.
+      guided: factor pairs have guides beside them.
     """
 
     network: Network
@@ -117,6 +124,7 @@ class Start:
     normalize: Normalize
     data_aware: bool
     on_host: bool
+    guided: bool = False
 
     def state(self, batches: Iterable[dict[str, jax.Array]] = ()) -> TrainState:
         """The state before the first step, laid out over the devices.
@@ -153,6 +161,7 @@ class Start:
         return jax.jit(draw, out_shardings=replicated(self.mesh))
 
     def _fresh(self, weights: Weights) -> TrainState:
+        weights = guided(weights) if self.guided else weights
         return fresh_state(weights, self.optimizer, ema=bool(self.shapes.ema))
 
     def _shardings(self) -> Any:

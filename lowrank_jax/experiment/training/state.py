@@ -7,6 +7,8 @@ from typing import Any
 import flax.struct
 import jax
 
+from lowrank_jax.experiment.guided import without_guides
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -14,11 +16,11 @@ class TrainState:
 
     Attributes:
       step: updates made so far, an int32 scalar.
-      params: the parameters, factor pairs included.
+      params: the parameters, factor pairs included, in self-guided training with their guides.
       batch_stats: BatchNorm's running statistics; under jit they are those of the global batch.
       opt_state: the optimiser's state.
       ema: running averages of `params` and `batch_stats`, by these names; empty where none are kept.  Of a factor pair the
-        factors are averaged, not their product.
+        factors are averaged, not their product; guides, which are never evaluated, are not.
       collections: the model's other mutable collections, by name.  They are not averaged: a mean of counters or of power
         iteration vectors need not mean anything, so the averages are evaluated with the collections as they are.
     """
@@ -43,11 +45,13 @@ class TrainState:
 def evaluated_variables(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What of a state is evaluated, by the suffix of its metrics: the averages where there are any, and the raw weights.
 
+    In self-guided training that is the low-rank network alone.
+
     Args:
       parts: fields of a `TrainState` by name: `params` and `batch_stats`, and `ema` and `collections` where there are any.
     """
     collections = parts.get("collections") or {}
-    raw = {"params": parts["params"], "batch_stats": parts["batch_stats"], **collections}
+    raw = {"params": without_guides(parts["params"]), "batch_stats": parts["batch_stats"], **collections}
     average = parts.get("ema")
     return {"": {**average, **collections}, "_raw": raw} if average else {"": raw}
 

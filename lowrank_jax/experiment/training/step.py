@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_jax.experiment import objective as objectives
+from lowrank_jax.experiment.guided import blended, share_at, without_guides
 from lowrank_jax.experiment.network import Network
 from lowrank_jax.experiment.objective import Metric, Objective
 from lowrank_jax.experiment.training.mixing import Mixing, Normalize
@@ -28,6 +29,7 @@ def make_train_step(
     ema_decay: float | None = None,
     seed: Any = 0,
     gather: Gather = lambda params: params,
+    guided_steps: int = 0,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """A function `(state, batch) -> (state, metrics)`.
 
@@ -42,10 +44,13 @@ def make_train_step(
       ema_decay: of the running average of parameters and BatchNorm statistics in `state.ema`; None for none.
       seed: of the run.
       gather: gives the parameters the sharding that the network computes with.
+      guided_steps: the length of self-guided training; 0 without it.
     """
 
     def loss_fn(params: Any, state: TrainState, batch: dict[str, jax.Array]):
         params = gather(params)
+        if guided_steps:
+            params = blended(params, share_at(state.step, guided_steps))
         collections = {"batch_stats": state.batch_stats, **state.collections}
         given = {name: value for name, value in batch.items() if name != "place"}
         part = batch["place"][0]
@@ -68,7 +73,8 @@ def make_train_step(
         metrics = {"loss": loss, **measured, "grad_norm": optax.tree.norm(grads), "lr": schedule(state.step)}
         ema = state.ema
         if ema_decay is not None:
-            ema = moved_average(ema, {"params": params, "batch_stats": batch_stats}, ema_decay, state.step + 1)
+            averaged = {"params": without_guides(params), "batch_stats": batch_stats}
+            ema = moved_average(ema, averaged, ema_decay, state.step + 1)
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema, collections), metrics
 
     return train_step

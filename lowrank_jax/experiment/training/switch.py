@@ -1,4 +1,7 @@
-"""From the dense network of a warm-up to the low-rank one: what becomes of each part of the training state.
+"""From the first phase to the last one: what becomes of each part of the training state.
+
+After self-guided training the guides are dropped, with all that is stored for them, and everything else goes on.  After a dense
+warm-up:
 
 Parameters: kernels are factored as before training, by the rules' methods.
 Momentum of `sgd`, a sum of gradients: by the chain rule, that of U is M Vᵀ and that of V is Uᵀ M.
@@ -17,6 +20,7 @@ import jax
 import optax
 
 from lowrank_jax.experiment.config.plan import allocated, has_budget, plan_by_rules
+from lowrank_jax.experiment.guided import without_guides
 from lowrank_jax.experiment.hosts.sharding import replicated
 from lowrank_jax.experiment.training import ranks
 from lowrank_jax.experiment.training.build import Experiment
@@ -40,10 +44,10 @@ def decided_after(phases: Phases, state: TrainState, batches: Batches, step: int
       batches: see `Batches`.
       step: the state's.
     """
-    config = phases.low_rank.config
+    config = phases.last.config
     if phases.decided or (config.dense_steps is not None and not has_budget(config)):
         return phases
-    plan = _allocated(phases.low_rank, state, batches) if has_budget(config) else phases.low_rank.plan
+    plan = _allocated(phases.last, state, batches) if has_budget(config) else phases.last.plan
     return phases.decide(ranks.agreed(config, plan, step))
 
 
@@ -80,6 +84,16 @@ def switched(low_rank: Experiment, state: TrainState, batches: Batches) -> Train
     return jax.jit(surgery, out_shardings=low_rank.shardings())(state, moments)
 
 
+def unguided(last: Experiment, state: TrainState) -> TrainState:
+    """The state of the low-rank network, from that of self-guided training; no array is touched.
+
+    Args:
+      last: the experiment to go on with.
+      state: with guides, laid out over the same devices.
+    """
+    return jax.tree.unflatten(jax.tree.structure(last.shapes), jax.tree.leaves(without_guides(state)))
+
+
 def carried(state: TrainState, params: Any, optimizer: optax.GradientTransformation, name: str) -> TrainState:
     """The state with the parameters factored.
 
@@ -104,7 +118,13 @@ def _carried_optimizer(fresh: Any, old: Any, params: Any, name: str) -> Any:
         return fresh if is_low_rank(fresh) else old
 
     parts = (optax.ScaleByAdamState, optax.TraceState) if name == "sgd" else optax.ScaleByAdamState
-    return jax.tree.map(carry, fresh, old, is_leaf=lambda node: is_low_rank(node) or isinstance(node, parts))
+
+    def is_leaf(node: Any) -> bool:
+        return is_low_rank(node) or isinstance(node, parts)
+
+    # In order: a chain has a part without arrays for each multiplier of decay, and factors may have other ones.
+    leaves, structure = jax.tree.flatten(fresh, is_leaf)
+    return jax.tree.unflatten(structure, map(carry, leaves, jax.tree.leaves(old, is_leaf)))
 
 
 def _of_factors(params: Any, gradients: Any) -> Any:

@@ -19,6 +19,11 @@ def test_every_network_has_a_dense_twin():
     assert one.dense.config.model == configs["a"].model
 
 
+def test_a_self_guided_network_comes_before_the_one_that_it_becomes():
+    (family,) = families([Network("a", running.config(lowrank__self_guided="10 steps")), Network("b", running.config())])
+    assert [(network.name, network.guided_steps) for network in family.others] == [("a, self-guided", 10), ("a", 0), ("b", 0)]
+
+
 def test_no_dense_network_that_was_asked_for_is_left_out():
     dense = [Network(f"seed={seed}", running.config(lowrank__method="none", seed=seed)) for seed in (1, 2)]
     (family,) = families([*dense, Network("low", running.config(seed=1))])

@@ -14,8 +14,10 @@ import pytest
 import lowrank_jax as lr
 import lowrank_jax.experiment as lx
 from lowrank_jax.experiment.config import ConfigError
+from lowrank_jax.experiment.config.schema import OptimConfig
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.hosts.sharding import put_batch
+from lowrank_jax.experiment.optim import make_optimizer
 from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.training.stable_ranks import StableRanks
 from lowrank_jax.experiment.training.state import TrainState, key
@@ -260,6 +262,17 @@ def test_momentum_of_steps_begins_anew_for_factors_alone(name):
     for leaf_name, leaf in new.items():
         expected = fresh if leaf_name.endswith(("/u", "/v")) else before
         np.testing.assert_array_equal(leaf, expected[leaf_name], err_msg=leaf_name)
+
+
+@pytest.mark.parametrize("decay", ["frobenius_decay", "nuclear_decay"])
+def test_factors_may_have_other_multipliers_of_decay_than_their_kernels(decay):
+    dense, factored = ({"a": params["a"]} for params in _pair())
+    settings = OptimConfig(momentum=0.9, weight_decay=0.1, **{decay: 0.1})
+    before, after = (make_optimizer(settings, optax.constant_schedule(0.1), params) for params in (dense, factored))
+    new = carried(_state(before, _gradients(dense, 2), dense), factored, after, "sgd")
+    assert jax.tree.structure(new.opt_state) == jax.tree.structure(after.init(factored))
+    assert jax.tree.structure(new.opt_state) != jax.tree.structure(before.init(dense))
+    assert float(jnp.abs(optax.tree.get(new.opt_state, "trace")["a"]["kernel"].u).min()) > 0
 
 
 def test_averages_of_factors_begin_with_the_factors():
