@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lowrank_jax.linen.known import register_layer
     from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply, factored
     from lowrank_jax.linen.plan import plan
+    from lowrank_jax.linen.sensitivity import sensitivity
     from lowrank_jax.planning import chips
     from lowrank_jax.planning.allocate import allocate
     from lowrank_jax.planning.execution import choose_execution
@@ -49,6 +50,7 @@ __all__ = [
     "plan",
     "projection",
     "register_layer",
+    "sensitivity",
     "theory",
     "unflatten",
     "with_execution",
@@ -84,6 +86,7 @@ _HOMES = {
     "nuclear_penalty": "decay",
     "plan": "linen.plan",
     "register_layer": "linen.known",
+    "sensitivity": "linen.sensitivity",
     "unflatten": "flat",
     "with_execution": "planning.relabel",
 }

@@ -4,6 +4,9 @@ Python tells its main thread of a signal once that runs Python again, which a co
 raised there is lost where another language has called Python, and elsewhere it unwinds libraries that were not made for that.
 So a command ends without an exception, and a thread listens beside the main one: whichever is first acts.  Until then signals
 wait in a pipe, in their order, so that each goes to whoever received signals when it came.
+
+What nobody reads of a command's output holds it back where it says something, in the system and for ever.  From the first
+signal on such output is dropped, so that the run can be saved, and the command can end.
 """
 
 import atexit
@@ -11,9 +14,12 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
+
+from lowrank_jax.experiment.cli import streams
 
 SIGNALS = {signal.SIGHUP: "ended by SIGHUP", signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
 """What is said of each, once it has ended a command; the status is 128 and its number."""
@@ -29,6 +35,7 @@ _receivers: list[Receive] = []
 _clean_ups: list[Callable[[], object]] = []
 _leave: list[Callable[[int, str], NoReturn]] = []
 _too_late = False
+_dropping = False
 
 
 def obey() -> None:
@@ -56,6 +63,7 @@ def install() -> None:
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _heard)
+    signal.signal(streams.WAKING, _awake)
 
 
 def start_receiving(receive: Receive) -> None:
@@ -150,6 +158,10 @@ def _heard(*_: Any) -> None:
             _main_inside = False
 
 
+def _awake(*_: Any) -> None:
+    """Python calls it in the main thread, which then tries again what the signal has interrupted."""
+
+
 def _has_come() -> bool:
     return _pipe is not None and bool(select.select([_pipe], [], [], 0)[0])
 
@@ -169,9 +181,19 @@ def _deliver() -> None:
         numbers = os.read(_pipe, 4096)
     except BlockingIOError:  # another thread was first
         return
+    if any(number in SIGNALS for number in numbers):
+        _drop_unread()
     for number in numbers:
         if number in SIGNALS and not (_receivers and _receivers[-1](number)):
             _end(number)
+
+
+def _drop_unread() -> None:
+    global _dropping
+    if not _dropping:
+        _dropping = True
+        with contextlib.suppress(RuntimeError):  # no memory for a thread
+            threading.Thread(target=streams.drop_unread, name="unread", daemon=True).start()
 
 
 def end(status: int, message: str) -> NoReturn:
@@ -200,14 +222,17 @@ def _end_with(status: int, message: str) -> NoReturn:
 
 def _ignore() -> None:
     """At the end of Python, which would let signals kill the process while its libraries are unloaded."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # Python tries again, and says so
+            stream.flush()  # may take for ever, while signals are still obeyed
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _forget() -> None:
     """In a fork, which shares the pipe: its signals are not the command's."""
-    global _pipe, _lock, _main_inside
-    _pipe, _lock, _main_inside = None, threading.Lock(), False
+    global _pipe, _lock, _main_inside, _dropping
+    _pipe, _lock, _main_inside, _dropping = None, threading.Lock(), False, False
     _receivers.clear()
     _clean_ups.clear()
     _leave.clear()

@@ -20,7 +20,7 @@ from lowrank_jax.experiment.cli import environment
 from lowrank_jax.experiment.config.files import Overrides
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.config.trust import Trust
-from lowrank_jax.experiment.data import kept
+from lowrank_jax.experiment.data import decode, kept
 from lowrank_jax.experiment.errors import UserError, ended_python, of_files
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator
 from lowrank_jax.experiment.evaluation.results import Evaluation
@@ -64,6 +64,7 @@ def _begin() -> None:
     """What was read before is looked at anew: between two calls, as in a notebook, data and code may change."""
     kept.forget()
     named_code.forget_changed()
+    decode.pool.cache_clear()  # an earlier call may have left all of its threads waiting for data that does not come
 
 
 def load_config(config: Path | ConfigDict, overrides: Overrides = ()) -> Config:
@@ -85,7 +86,8 @@ def train(config: Config, workdir: Path, *, restart: bool = False, extend: bool 
     """Trains until the end, or resumes a run that was stopped; progress is printed.
 
     Ctrl-C, SIGTERM and SIGHUP stop it after saving, if this is called in the main thread: it returns with `interrupted`.  What
-    is being compiled is compiled first.  A second Ctrl-C is a KeyboardInterrupt, and nothing is saved.
+    is being compiled is compiled first, and data that does not come is waited for no longer than ten seconds, which end in a
+    KeyboardInterrupt if there is no state to save yet.  A second Ctrl-C is one at once, and nothing is saved.
 
     Args:
       config: from `load_config`.
@@ -104,7 +106,8 @@ def train(config: Config, workdir: Path, *, restart: bool = False, extend: bool 
     _begin()
     # From the beginning: a KeyboardInterrupt is lost where a library's callback happens to be running, as it does in compiling.
     with _explained(), StopSignal() as stop:
-        checked = configs.parse(configs.to_dict(_a_config(config)), devices=jax.device_count())
+        with stop.waiting_for_data(saved=False):  # the data is looked at
+            checked = configs.parse(configs.to_dict(_a_config(config)), devices=jax.device_count())
         trained = loop.train(checked, workdir, restart=restart, extend=extend, schedule=schedule, stop=stop)
         folder = Workdir(workdir)
         with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:

@@ -1,6 +1,7 @@
 """A model's kernels, the layers that use them and the work that each does, found by tracing the model once."""
 
 import dataclasses
+import functools
 from collections import Counter
 from typing import Any
 
@@ -8,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from lowrank_jax.kernel import MatrixView, is_low_rank
-from lowrank_jax.linen import known, programs, registered
+from lowrank_jax.linen import known, normalized, programs, registered
 from lowrank_jax.linen.model_call import ModelCall
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.kernel_use import KernelUse
@@ -25,6 +26,7 @@ class LayerCall:
       use: how the layer uses it; without the work.
       below: the kernel's name below the layer.
       output_size, positions, widened, inputs: the sizes that determine the work; zeros if they do not.
+      features: the sizes of the output's last axes, those of its features.
     """
 
     name: str
@@ -34,6 +36,7 @@ class LayerCall:
     positions: int = 0
     widened: int = 0
     inputs: int = 0
+    features: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +97,23 @@ def trace(call: ModelCall, variables: Any) -> dict[str, KernelUse]:
     labels = [name for name, leaf in leaves.items() for _ in jax.tree.leaves(leaf)]
     found = _Found(calls, Counter(programs.marks(jaxpr)))
     work, _ = found.follow(jaxpr, programs.labelled(jaxpr.invars, labels))
+    normal = normalized.find(jaxpr, labels, _read_by(calls))
     prefix = "params/"
     return {
-        name.removeprefix(prefix): dataclasses.replace(use, **_done(work.get(name)))
+        name.removeprefix(prefix): dataclasses.replace(use, **_done(work.get(name)), normalized=normal.get(name))
         for name, use in found.uses.items()
         if name.startswith(prefix) and name in leaves and not is_low_rank(leaves[name])
     }
+
+
+def _read_by(calls: list[LayerCall]) -> normalized.Marks:
+    """How what follows the layers reads their marks."""
+    layers = [normalized.Layer(f"params/{call.name}", call.features, call.output_size) for call in calls]
+    return normalized.Marks(functools.partial(_number, _KERNEL), functools.partial(_number, _OUTPUT), layers)
+
+
+def _number(prefix: str, mark: str) -> int | None:
+    return int(mark.removeprefix(prefix)) if mark.startswith(prefix) else None
 
 
 def _use(layer: nn.Module, below: str, args: Any, kwargs: Any) -> KernelUse:
@@ -110,16 +124,23 @@ def _use(layer: nn.Module, below: str, args: Any, kwargs: Any) -> KernelUse:
     return KernelUse(type(layer).__name__, shape, known.rows_of(layer), refusal, known.has_own_run(layer))
 
 
-def _sizes(use: KernelUse, x: jax.Array, y: jax.Array) -> dict[str, int]:
-    """The sizes that determine a layer's work: none if it has no output."""
+def _sizes(use: KernelUse, x: jax.Array, y: jax.Array) -> dict[str, Any]:
+    """The sizes that determine a layer's work, and those of its features: none if it has no output."""
     if not y.size:
         return {}
+    columns = 1 if use.rows is None else len(use.shape) - len(use.rows)
     if use.rows is not None:
         positions, widened = y.size // MatrixView(use.shape, use.rows).m, 0
     else:
         positions = y.size // y.shape[-1]
         widened = positions // y.shape[-2] * x.shape[-2]
-    return {"output_size": y.size, "positions": positions, "widened": widened, "inputs": x.size}
+    return {
+        "output_size": y.size,
+        "positions": positions,
+        "widened": widened,
+        "inputs": x.size,
+        "features": y.shape[y.ndim - columns :],
+    }
 
 
 def _done(work: Work | None) -> dict[str, int]:

@@ -86,7 +86,8 @@ def _in_all_calls(calls: Sequence[dict[str, KernelUse]]) -> dict[str, KernelUse]
     for uses in others:
         for name, use in uses.items():
             known = found.setdefault(name, dataclasses.replace(use, positions=0, widened=0, inputs=0))
-            found[name] = dataclasses.replace(known, refusal=known.refusal or use.refusal)
+            normalized = known.normalized or use.normalized  # one call may show what another hides
+            found[name] = dataclasses.replace(known, refusal=known.refusal or use.refusal, normalized=normalized)
     return found
 
 

@@ -14,12 +14,13 @@ from lowrank_jax.planning import knapsack
 from lowrank_jax.planning.chips import Chip
 from lowrank_jax.planning.curves import Losses, curves_of_kernels
 from lowrank_jax.planning.decide import problem
+from lowrank_jax.planning.energy import closed, energy_of, with_bounds
 from lowrank_jax.planning.execution import dense_seconds, seconds_of
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.rules import Rule, wanted_rank
 from lowrank_jax.text import did_you_mean, shown
 
-OBJECTIVES = ("correlation", "risk", "tolerance")
+OBJECTIVES = ("correlation", "risk", "tolerance", "uniform")
 
 Kind = Literal["params", "macs", "bytes", "seconds"]
 
@@ -47,6 +48,8 @@ def allocate(
         plan = lr.plan(model, inputs, [lr.Rule(".*kernel", scale=1.0)])
         plan = lr.allocate(plan, macs=0.5)
 
+    Without a budget it only finds the ranks of rules that give an energy, from `variables`.
+
     The rules of the plan are bounds: no rank is above that of its rule, and what they keep dense stays dense.  A kernel whose
     rule's rank would save no parameters, as with a scale of 1, may be factored or stay dense.  Uniform scales are always
     candidates.  Before training all kernels of a shape are alike: without `variables` shapes and costs alone decide.
@@ -61,8 +64,9 @@ def allocate(
       itemsize: bytes of a parameter; for `seconds`, of an activation.
       rest: for `seconds`: how long the dense step takes besides its kernels, in seconds.
       objective: what is to be least: `correlation`, minus the logarithm of the product over kernels of the squared
-        correlation that their outputs keep with the dense ones; `risk`, the sum of their relative function risks; or
-        `tolerance`, the largest of them.
+        correlation that their outputs keep with the dense ones; `risk`, the sum of their relative function risks;
+        `tolerance`, the largest of them; or `uniform`, to compare with: nothing is weighed, and the largest scale that fits
+        is that of all kernels.
       min_scale: no rank is below this fraction of full rank.
       multiple_of: ranks are multiples of this and of the rule's, where a kernel has so many.
       variables: the dense model's variables or parameters, whose kernels are decomposed; None for Gaussian kernels.
@@ -75,21 +79,28 @@ def allocate(
       what is lost there.
 
     Raises:
-      ValueError: no budget, or more than two; it is impossible (the smallest possible one is named), or MACs of a kernel are
-        not known; an argument is out of range; the variables do not fit the plan.
+      ValueError: no budget and no energy, or more than two budgets; an energy without variables; a budget is impossible (the
+        smallest possible one is named), or MACs of a kernel are not known; an argument is out of range; the variables do not
+        fit the plan.
     """
     request = _Request(chip, _plain(batch), _plain(itemsize), _plain(rest), objective, _plain(min_scale), _plain(multiple_of))
     budgets = {"params": params, "macs": macs, "bytes": bytes, "seconds": seconds}
     given: dict[Kind, Any] = {kind: _plain(value) for kind, value in budgets.items() if value is not None}  # type: ignore[misc]
+    if not given and any(energy_of(kernel) is not None for kernel in plan.kernels if kernel.choices):
+        return _closed(plan, variables, moments)
     request.check(given)
     network = _Network.of(plan, given, request)
-    open_ = network.open
-    _check_sensitivity(sensitivity or {}, open_)
-    if moments is not None and variables is None:
-        raise ValueError("moments need the variables too: they say what the kernels do with the inputs")
-    points = network.points(curves_of_kernels(open_, variables, moments))
+    _check_sensitivity(sensitivity or {}, network.open)
+    _check_moments(variables, moments)
+    curves = curves_of_kernels(network.open, variables, moments)
+    open_ = with_bounds(network.open, curves, variables is not None)
+    points = dataclasses.replace(network, open=open_).points(curves)
     options = _weighted(points, open_, sensitivity or {}, objective)
-    chosen = _solve(options, network.limits - network.fixed, objective, _uniforms(open_, points))
+    room = network.limits - network.fixed
+    if objective == "uniform":
+        chosen = _largest_uniform(open_, points, options, room)
+    else:
+        chosen = _solve(options, room, objective, _uniforms(open_, points))
     if chosen is None:
         raise ValueError(network.impossible(options))
     gains = _next_gains(options, chosen, 0.01 * network.limits)
@@ -119,7 +130,22 @@ def check_budget(plan: Plan, **arguments: Any) -> None:
 
 def _no_loss(choice: Choice) -> Losses:
     nothing = np.zeros(choice.view.full_rank)
-    return Losses(nothing, nothing)
+    return Losses(nothing, nothing, nothing)
+
+
+def _closed(plan: Plan, variables: Any, moments: Mapping[str, jax.Array] | None) -> Plan:
+    """The plan with the ranks that its rules' energies ask for."""
+    _check_moments(variables, moments)
+    mine = [kernel for kernel in plan.kernels if kernel.choices and energy_of(kernel) is not None]
+    given = None if moments is None else {kernel.name: moments[kernel.name] for kernel in mine if kernel.name in moments}
+    curves = curves_of_kernels(mine, variables, given)
+    lines = {kernel.name: closed(kernel, curves[kernel.name]) for kernel in with_bounds(mine, curves, variables is not None)}
+    return dataclasses.replace(plan, kernels=tuple(lines.get(kernel.name, kernel) for kernel in plan.kernels))
+
+
+def _check_moments(variables: Any, moments: Any) -> None:
+    if moments is not None and variables is None:
+        raise ValueError("moments need the variables too: they say what the kernels do with the inputs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,8 +314,16 @@ def _rule(kernel: PlannedKernel) -> Rule:
 
 def _may_be_dense(kernel: PlannedKernel) -> bool:
     """Whether the rule itself would keep the kernel dense, since its rank saves nothing; a former budget does not matter."""
-    rank = wanted_rank(_rule(kernel), kernel.choices[0].view)
-    return rank is None or bool(problem(kernel.choices[0], rank))
+    choice = kernel.choices[0]
+    rank = _wanted(kernel, choice)
+    return rank is None or bool(problem(choice, rank))
+
+
+def _wanted(kernel: PlannedKernel, choice: Choice) -> int | None:
+    """The rank that a kernel's rule asks for."""
+    if kernel.bounds:
+        return kernel.bounds[kernel.choices.index(choice)]
+    return wanted_rank(_rule(kernel), choice.view)
 
 
 def _ranks(kernel: PlannedKernel, choice: Choice, request: _Request) -> range:
@@ -299,7 +333,7 @@ def _ranks(kernel: PlannedKernel, choice: Choice, request: _Request) -> range:
       ValueError: the rule's rank is below `min_scale`, and the kernel cannot stay dense.
     """
     view, rule = choice.view, _rule(kernel)
-    wanted = min(wanted_rank(rule, view) or view.full_rank, view.full_rank)
+    wanted = min(_wanted(kernel, choice) or view.full_rank, view.full_rank)
     bound = min(wanted, (view.n * view.m - 1) // (view.n + view.m))
     low = max(1, math.ceil(request.min_scale * view.full_rank - 1e-9))
     if wanted < low and not _may_be_dense(kernel):
@@ -412,13 +446,31 @@ def _uniforms(kernels: Sequence[PlannedKernel], points: Sequence[_Points]) -> li
     return list(found.values())
 
 
+def _largest_uniform(
+    kernels: Sequence[PlannedKernel], points: Sequence[_Points], options: Sequence[knapsack.Options], limits: np.ndarray
+) -> list[int] | None:
+    """The plan of the largest scale that fits, in either execution; None if none does."""
+    found: list[tuple[float, list[int]]] = []
+    for last in (False, True):
+        low, high, scale = 0.0, 1.0, 1.0
+        for _ in range(40):  # to far less than a rank
+            chosen = [_uniform(kernel, of_kernel, scale, last) for kernel, of_kernel in zip(kernels, points, strict=True)]
+            if (knapsack.total_cost(options, chosen) <= limits).all():
+                low = scale
+                found.append((scale, chosen))
+            else:
+                high = scale
+            scale = (low + high) / 2
+    return max(found, key=lambda pair: pair[0], default=(0.0, None))[1]
+
+
 def _uniform(kernel: PlannedKernel, points: _Points, scale: float, last: bool) -> int:
     """A kernel's option at a scale, in its rule's own scheme if that is open; `last` of its executions or the first."""
     place = 0 if (points.choice == 0).any() else int(points.choice.max())
     own = np.flatnonzero((points.choice == place) & (points.rank > 0))
     dense = np.flatnonzero(points.rank == 0)
     choice = kernel.choices[place] if len(own) else kernel.choices[0]
-    wanted = wanted_rank(dataclasses.replace(_rule(kernel), scale=float(scale), rank=None), choice.view)
+    wanted = wanted_rank(dataclasses.replace(_rule(kernel), scale=float(scale), rank=None, energy=None), choice.view)
     assert wanted is not None
     if not len(own) or (len(dense) and problem(choice, wanted)):
         return int(dense[0])
@@ -445,15 +497,14 @@ def _next_gains(options: Sequence[knapsack.Options], chosen: Sequence[int], more
 def _line(kernel: PlannedKernel, points: _Points, option: int, gain: float | None) -> PlannedKernel:
     """The kernel as it was chosen."""
     place, risk = int(points.choice[option]), float(points.risk[option])
-    common = {field: getattr(kernel, field) for field in ("name", "shape", "macs", "rule", "choices", "own_run")}
     forced = kernel.execution if kernel.execution == "premerged" else None
-    note = getattr(kernel, "note", "")
+    note = kernel.note
     if place < 0:
         execution = _execution(kernel)
         note = "the budget affords it" if len(points.rank) > 1 and not forced else note
-        return DenseKernel(**common, execution=execution, note=note, risk=0.0, next_gain=gain)
+        return DenseKernel(**kernel.shared, execution=execution, note=note, risk=0.0, next_gain=gain)
     return FactoredKernel(
-        **common,
+        **kernel.shared,
         choice=kernel.choices[place],
         rank=int(points.rank[option]),
         execution=points.execution[option],

@@ -13,22 +13,24 @@ from lowrank_jax.planning.plans import PlannedKernel
 from lowrank_jax.planning.rules import Rule
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.activations import ActivationLike
-from lowrank_jax.projection.curves import Curves, curves_of_stacks
+from lowrank_jax.projection.curves import Curves, Normalization, curves_of_stacks
 from lowrank_jax.projection.stack import Stack
 
 _KEY = 0  # of the Gaussian kernels: plans depend on shapes alone
 
 
 class Losses(NamedTuple):
-    """By rank, `[full_rank]`, never growing.
+    """By rank, `[full_rank]`.
 
     Attributes:
-      risk: the relative function risk.
-      correlation: minus the logarithm of the squared correlation that is kept.
+      risk: the relative function risk, never growing.
+      correlation: minus the logarithm of the squared correlation that is kept, never growing.
+      energy: the share of the squared singular values, of the kernel of a repeated module that keeps least.
     """
 
     risk: np.ndarray
     correlation: np.ndarray
+    energy: np.ndarray
 
 
 def curves_of_kernels(
@@ -56,11 +58,19 @@ def curves_of_kernels(
             _check_moments(kernels, moments)
             asked = [(kernel, place) for kernel, place in asked if _has_moments(kernel, place, moments)]
         stacks = [_stack(kernel, place, values, moments) for kernel, place in asked]
-        curves = [*_means(_computed(stacks, [_rule(kernel).normalized for kernel, _ in asked]))]
+        curves = [*_means(_computed(stacks, [normalization_of(kernel) for kernel, _ in asked]))]
     found: dict[str, list[Losses | None]] = {kernel.name: [None] * len(kernel.choices) for kernel in kernels}
     for (kernel, place), curve in zip(asked, curves, strict=True):
         found[kernel.name][place] = curve
     return found
+
+
+def normalization_of(kernel: PlannedKernel) -> Normalization | None:
+    """What follows a kernel's layer: as its rule says, or as it was found."""
+    said = _rule(kernel).normalized
+    if said is None:
+        return kernel.normalized
+    return "each" if said else None
 
 
 def _is_captured(kernel: PlannedKernel) -> bool:
@@ -95,7 +105,7 @@ class _Gaussian(NamedTuple):
     m: int
     group: int
     activation: ActivationLike
-    normalized: bool
+    normalized: Normalization | None
 
     def stack(self) -> Stack:
         w = jax.random.normal(jax.random.key(_KEY), (1, self.n, self.m)) / np.sqrt(self.n * self.group)
@@ -107,7 +117,7 @@ _known: dict[_Gaussian, Losses] = {}
 
 def _gaussian(kernel: PlannedKernel, place: int) -> _Gaussian:
     view, rule = kernel.choices[place].view, _rule(kernel)
-    return _Gaussian(view.n, view.m, view.group, rule.activation, rule.normalized)
+    return _Gaussian(view.n, view.m, view.group, rule.activation, normalization_of(kernel))
 
 
 def _rule(kernel: PlannedKernel) -> Rule:
@@ -131,10 +141,17 @@ def _means(curves: Sequence[Curves]) -> list[Losses]:
     def logarithm(kept: jax.Array) -> np.ndarray:
         return -np.log(np.clip(np.asarray(kept, np.float64), 1e-12, 1))
 
-    return [Losses(falling(np.asarray(curve.risk, np.float64)), falling(logarithm(curve.correlation))) for curve in curves]
+    return [
+        Losses(
+            falling(np.asarray(curve.risk, np.float64)),
+            falling(logarithm(curve.correlation)),
+            np.asarray(curve.energy, np.float64).min(axis=0),
+        )
+        for curve in curves
+    ]
 
 
-def _computed(stacks: Sequence[Stack], normalized: Sequence[bool]) -> list[Curves]:
+def _computed(stacks: Sequence[Stack], normalized: Sequence[Normalization | None]) -> list[Curves]:
     """One program for all of them; `Stack` is no tree, and activations are no arrays."""
 
     def run(matrices: list[jax.Array]) -> list[Curves]:

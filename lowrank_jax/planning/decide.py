@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.planning.kernel_use import KernelUse
-from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, PlannedKernel, Traffic
+from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, OpenKernel, PlannedKernel, Traffic
 from lowrank_jax.planning.rules import SCHEMES, Rule, rows_view, wanted_rank
 
 _REAL = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)  # what can be decomposed
@@ -58,23 +58,17 @@ def plan_kernel(name: str, leaf: Any, use: KernelUse | None, rule: Rule | None, 
     except ValueError as error:
         return dense(note=str(error))
     choices = _choices(use, rule, batch)
+    execution = None if rule.execution == "auto" else rule.execution
+    known = {"name": name, "shape": shape, "macs": macs, "rule": rule, "choices": choices, "execution": execution}
+    known |= {"own_run": use.own_run, "normalized": use.normalized}
+    if rule.energy is not None:
+        return OpenKernel(**known)
     rank = wanted_rank(rule, choices[0].view)
     if rank is None:
         return dense(note=f"kept dense by rule {index + 1}")
-    execution = None if rule.execution == "auto" else rule.execution
     if reason := problem(choices[0], rank):
-        return dense(note=reason, choices=choices, execution=execution, own_run=use.own_run)
-    return FactoredKernel(
-        name=name,
-        shape=shape,
-        macs=macs,
-        rule=rule,
-        choices=choices,
-        choice=choices[0],
-        rank=rank,
-        execution=execution,
-        own_run=use.own_run,
-    )
+        return DenseKernel(**known, note=reason)
+    return FactoredKernel(**known, choice=choices[0], rank=rank)
 
 
 def _unused(name: str) -> str:
@@ -95,10 +89,12 @@ def _by_rows(name: str, shape: tuple[int, ...], use: KernelUse | None, rule: Rul
     choices = (Choice(view, Traffic.unknown()),)
     dense = functools.partial(DenseKernel, name=name, shape=shape, macs=macs, rule=rule)
     rank = wanted_rank(rule, view)
-    if rank is None:
+    if rank is None and rule.energy is None:
         return dense(note="the rule has rows and no rank")
     if rule.execution == "factored":
         return dense(note=f"runs on factors in known layers alone; {use.refusal if use else 'no layer is known to use it'}")
+    if rank is None:
+        return OpenKernel(name=name, shape=shape, macs=macs, rule=rule, choices=choices, execution="premerged")
     if reason := problem(choices[0], rank):
         return dense(note=reason, choices=choices, execution="premerged")
     return FactoredKernel(
@@ -108,16 +104,16 @@ def _by_rows(name: str, shape: tuple[int, ...], use: KernelUse | None, rule: Rul
 
 def premerged(kernel: PlannedKernel, reason: str) -> PlannedKernel:
     """The line of a kernel that something besides its layer reads: its factors are multiplied out before that."""
-    if isinstance(kernel, DenseKernel):
-        open_ = kernel.rule is not None and kernel.rule.execution != "factored"
-        if not open_:
-            return dataclasses.replace(kernel, choices=())
-        return dataclasses.replace(kernel, execution="premerged", note=f"{kernel.note}; {reason}")
-    assert isinstance(kernel, FactoredKernel)
-    if kernel.rule.execution == "factored":
+    kernel = dataclasses.replace(kernel, normalized=None)  # what reads it may change its outputs
+    on_factors = kernel.rule is not None and kernel.rule.execution == "factored"
+    if isinstance(kernel, OpenKernel | FactoredKernel):
+        if not on_factors:
+            return dataclasses.replace(kernel, execution="premerged", note=reason)
         note = f"{reason} and cannot work on factors"
         return DenseKernel(name=kernel.name, shape=kernel.shape, macs=kernel.macs, rule=kernel.rule, note=note)
-    return dataclasses.replace(kernel, execution="premerged", note=reason)
+    if kernel.rule is None or on_factors:
+        return dataclasses.replace(kernel, choices=())
+    return dataclasses.replace(kernel, execution="premerged", note=f"{kernel.note}; {reason}")
 
 
 def _choices(use: KernelUse, rule: Rule, batch: int) -> tuple[Choice, ...]:

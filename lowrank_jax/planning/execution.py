@@ -35,8 +35,9 @@ def choose_execution(plan: Plan, chip: Chip | None, *, batch: int, itemsize: int
 
     Raises:
       TypeError: the chip is none.
-      ValueError: `batch` or `itemsize` is no whole number of at least 1.
+      ValueError: `batch` or `itemsize` is no whole number of at least 1, or the plan has an open rank.
     """
+    open_ = [kernel for kernel in plan.factored if kernel.execution is None]
     if chip is not None and not isinstance(chip, Chip):
         raise TypeError(f"chip must be one of lowrank_jax.chips.CHIPS, or None, not {shown(chip)}")
     for name, value in (("batch", batch), ("itemsize", itemsize)):
@@ -44,7 +45,7 @@ def choose_execution(plan: Plan, chip: Chip | None, *, batch: int, itemsize: int
             raise ValueError(f"{name} must be a whole number of at least 1, not {shown(value)}")
 
     def chosen(kernel: PlannedKernel) -> PlannedKernel:
-        if not isinstance(kernel, FactoredKernel) or kernel.execution is not None:
+        if not isinstance(kernel, FactoredKernel) or kernel not in open_:
             return kernel
         execution: Execution = "factored"
         if chip is not None and seconds(kernel, "merged", chip, batch, itemsize) < seconds(
@@ -89,8 +90,7 @@ def dense_seconds(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int =
 
 def _as_factored(kernel: PlannedKernel) -> FactoredKernel:
     assert kernel.rule is not None
-    common = {field: getattr(kernel, field) for field in ("name", "shape", "macs", "rule", "choices")}
-    return FactoredKernel(**common, choice=kernel.choices[0], rank=1)
+    return FactoredKernel(**kernel.shared, choice=kernel.choices[0], rank=1)
 
 
 def _factored(kernel: FactoredKernel, chip: Chip, batch: int, itemsize: int) -> Sequence[Operation]:

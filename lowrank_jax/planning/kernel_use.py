@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from lowrank_jax.kernel import MatrixView, channel_view, spatial_view
+from lowrank_jax.projection.curves import Normalization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class KernelUse:
       positions: at how many output positions the kernel is applied, over the whole traced batch.
       widened: the same for the first stage of the spatial scheme, which keeps the input's width.
       inputs: how many elements the layer reads, over the whole traced batch.
+      normalized: which normalisation follows the layer; None if none was found.
     """
 
     module: str
@@ -29,6 +31,7 @@ class KernelUse:
     positions: int = 0
     widened: int = 0
     inputs: int = 0
+    normalized: Normalization | None = None
 
     def view(self, scheme: str) -> MatrixView:
         """The kernel as a matrix.

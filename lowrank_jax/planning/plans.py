@@ -3,9 +3,11 @@
 import abc
 import dataclasses
 import math
+from typing import Any
 
 from lowrank_jax.kernel import Execution, MatrixView
 from lowrank_jax.planning.rules import Rule
+from lowrank_jax.projection.curves import Normalization
 from lowrank_jax.text import align, count, html_table, with_change
 
 
@@ -70,7 +72,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedKernel(abc.ABC):
-    """One line of a plan: a `FactoredKernel` or a `DenseKernel`.
+    """One line of a plan: a `FactoredKernel`, a `DenseKernel` or an `OpenKernel`.
 
     Attributes:
       name: the parameter's name.
@@ -81,6 +83,9 @@ class PlannedKernel(abc.ABC):
         the layer, keeps the kernel dense.
       execution: how its layer runs on factors, or would; None if that is not known yet.
       own_run: whether its layer computes with it in a way that only the layer knows (`register_layer(run=...)`).
+      normalized: which normalisation was found to follow its layer; None if none was, and its rule may know better.
+      bounds: of a rule with an energy, once the kernel's values are known: the rank that keeps it, by choice.
+      note: why it is as it is.
       risk: what kernel projection at the planned rank loses of its layer's function, relative to all of it; None unless a
         budget was allocated.
       next_gain: what the next per cent of the budget would take off what is lost here; None if nothing more would.
@@ -93,8 +98,17 @@ class PlannedKernel(abc.ABC):
     choices: tuple[Choice, ...] = ()
     execution: Execution | None = None
     own_run: bool = False
+    normalized: Normalization | None = dataclasses.field(default=None, compare=False)  # what budgets know besides
+    bounds: tuple[int | None, ...] = dataclasses.field(default=(), compare=False)
+    note: str = ""
     risk: float | None = dataclasses.field(default=None, compare=False)  # plans of the same ranks are equal
     next_gain: float | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The fields that do not depend on the rank, for another line of the same kernel."""
+        names = ("name", "shape", "macs", "rule", "choices", "own_run", "normalized", "bounds")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -140,13 +154,11 @@ class FactoredKernel(PlannedKernel):
       rule: the rule that decided.
       choice: which of `choices` was taken.
       rank: the rank.
-      note: why the execution is not the rule's own.
     """
 
     rule: Rule
     choice: Choice
     rank: int
-    note: str = ""
 
     @property
     def view(self) -> MatrixView:
@@ -174,13 +186,7 @@ class FactoredKernel(PlannedKernel):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseKernel(PlannedKernel):
-    """A kernel that stays as it is.
-
-    Attributes:
-      note: why.
-    """
-
-    note: str
+    """A kernel that stays as it is."""
 
     @property
     def planned_params(self) -> int:
@@ -192,6 +198,22 @@ class DenseKernel(PlannedKernel):
 
     def _cells(self) -> tuple[str, str, str, str]:
         return "-", "dense", "", self.note
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenKernel(DenseKernel):
+    """A kernel whose rank depends on its values, by a rule that gives an energy; until these are known it counts as dense.
+
+    Attributes:
+      rule: the rule that decided.
+    """
+
+    rule: Rule
+
+    def _cells(self) -> tuple[str, str, str, str]:
+        open_ = "the rank is open: lr.allocate(plan, variables=variables)"
+        note = f"{open_}; {self.note}" if self.note else open_
+        return f"energy {self.rule.energy}", self.rule.method, self.execution or self.rule.execution, note
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -210,7 +232,17 @@ class Plan:
 
     @property
     def factored(self) -> tuple[FactoredKernel, ...]:
-        """The kernels that will be factored."""
+        """The kernels that will be factored.
+
+        Raises:
+          ValueError: a rank is open.
+        """
+        if open_ := [kernel.name for kernel in self.kernels if isinstance(kernel, OpenKernel)]:
+            more = f" and {len(open_) - 1} more" if len(open_) > 1 else ""
+            raise ValueError(
+                f"the plan has no rank for {open_[0]!r}{more}, whose rule gives an energy: "
+                "plan = lr.allocate(plan, variables=variables) finds it"
+            )
         return tuple(kernel for kernel in self.kernels if isinstance(kernel, FactoredKernel))
 
     @property
@@ -245,10 +277,9 @@ class Plan:
         """
 
         def opened(kernel: PlannedKernel) -> PlannedKernel:
-            if not isinstance(kernel, DenseKernel) or not kernel.choices or kernel.rule is None:
+            if not isinstance(kernel, DenseKernel) or not kernel.choices:
                 return kernel
-            fields = ("name", "shape", "macs", "rule", "choices", "execution", "own_run")
-            return FactoredKernel(**{field: getattr(kernel, field) for field in fields}, choice=kernel.choices[0], rank=1)
+            return FactoredKernel(**kernel.shared, execution=kernel.execution, choice=kernel.choices[0], rank=1)
 
         return dataclasses.replace(self, kernels=tuple(map(opened, self.kernels)))
 

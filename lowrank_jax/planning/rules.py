@@ -22,12 +22,14 @@ ALL_BUT_LAST = "all_but_last"
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What to do with kernels whose full name matches a pattern.  With neither scale nor rank they stay dense.
+    """What to do with kernels whose full name matches a pattern; without scale, rank and energy they stay dense.
 
     Attributes:
       path: a regular expression over names such as "stage1/block1/conv1/kernel".
       scale: the rank as a fraction, in (0, 1], of what `scale_of` names; rounded to the nearest, at least 1.
       rank: the rank itself.
+      energy: in place of both: the share, above 0 and up to 1, that the rank keeps of the squared singular values of the
+        kernel's matrix, as the smallest one that does.  The rank stays open until `allocate` is given the kernels' values.
       scheme: how a convolution becomes a matrix: `channel` (kh x kw -> r, then 1x1) or `spatial` (kh x 1 -> r, then 1 x kw).
       method: how the factors are made from the dense kernel, a name in `methods.METHODS`.
       activation: what follows the kernel, for methods that project functions: a name in `activations.ACTIVATIONS`, or any
@@ -41,16 +43,18 @@ class Rule:
       rows: which axes of the parameter are the rows of its matrix, (0,) or "all_but_last"; with it, parameters of two or more
         axes in any module are factored, and those that are no kernel of a known layer are `premerged`.  Of a known layer's
         kernel the axes of `nn.scan` and `nn.vmap` do not count; elsewhere they do, so that negative axes are safer.
-      normalized: for `allocate`: a normalisation of every output follows, such as BatchNorm, so that all count the same.
+      normalized: for `allocate`: whether a normalisation of every output by itself follows, such as BatchNorm, so that all
+        count the same; by default what `plan` finds.
 
     Raises:
-      ValueError: a field is out of range or unknown, or both scale and rank are given.
+      ValueError: a field is out of range or unknown, or more than one of scale, rank and energy is given.
     """
 
     path: str
     _: dataclasses.KW_ONLY
     scale: float | None = None
     rank: int | None = None
+    energy: float | None = None
     scheme: Literal["channel", "spatial"] = "channel"
     method: str = "kernel_projection"
     activation: activations.ActivationLike = "relu"
@@ -58,22 +62,28 @@ class Rule:
     scale_of: Literal["full_rank", "columns"] = "full_rank"
     execution: Literal["auto", "factored", "merged", "premerged"] = "auto"
     rows: tuple[int, ...] | Literal["all_but_last"] | None = None
-    normalized: bool = False
+    normalized: bool | None = None
 
     def __post_init__(self):
         if not isinstance(self.path, str):
             raise self._error("path must be a string")
         compile_pattern(self.path)
-        if self.scale is not None and (isinstance(self.scale, bool) or not isinstance(self.scale, int | float)):
-            raise self._error(f"scale {self.scale!r} must be a number")
+        for name in ("scale", "energy"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise self._error(f"{name} {value!r} must be a number")
         for name in ("rank", "multiple_of"):
             value = getattr(self, name)
             if value is not None and type(value) is not int:
                 raise self._error(f"{name} {value!r} must be a whole number")
-        if self.scale is not None and self.rank is not None:
-            raise self._error(f"has both scale {self.scale} and rank {self.rank}; give one")
-        if self.scale is not None and not 0 < self.scale <= 1:
-            raise self._error(f"scale {self.scale} must be in (0, 1]")
+        given = [name for name in ("scale", "rank", "energy") if getattr(self, name) is not None]
+        if len(given) > 1:
+            both = " and ".join(f"{name} {getattr(self, name)}" for name in given)
+            raise self._error(f"has {'both ' if len(given) == 2 else ''}{both}; give one")
+        for name in ("scale", "energy"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise self._error(f"{name} {value} must be in (0, 1]")
         if self.rank is not None and self.rank < 1:
             raise self._error(f"rank {self.rank} must be at least 1")
         if self.multiple_of < 1:
@@ -86,8 +96,8 @@ class Rule:
             raise self._error(str(error)) from None
         self._check_name("scale_of", SCALE_OF)
         self._check_name("execution", EXECUTIONS)
-        if type(self.normalized) is not bool:
-            raise self._error(f"normalized {self.normalized!r} must be True or False")
+        if self.normalized is not None and type(self.normalized) is not bool:
+            raise self._error(f"normalized {self.normalized!r} must be True, False or None")
         if isinstance(self.rows, list):  # of a config file
             object.__setattr__(self, "rows", tuple(self.rows))
         if self.rows is not None and self.rows != ALL_BUT_LAST and not _are_axes(self.rows):
@@ -125,7 +135,7 @@ def rows_view(rule: Rule, shape: tuple[int, ...]) -> MatrixView:
 
 
 def wanted_rank(rule: Rule, view: MatrixView) -> int | None:
-    """The rank that a rule asks for, before any check that it saves anything; None for dense."""
+    """The rank that a rule asks for, before any check that it saves anything; None for dense, and for an energy."""
     if rule.scale is not None:
         whole = view.full_rank if rule.scale_of == "full_rank" else view.m
         rank = max(1, round_half_up(rule.scale * whole))
@@ -133,6 +143,11 @@ def wanted_rank(rule: Rule, view: MatrixView) -> int | None:
         rank = rule.rank
     else:
         return None
+    return rounded_up(rule, rank)
+
+
+def rounded_up(rule: Rule, rank: int) -> int:
+    """To the rule's multiple."""
     return -(-rank // rule.multiple_of) * rule.multiple_of
 
 

@@ -6,7 +6,7 @@ all ranks are a cumulative sum, and each says what is lost of the output's funct
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,11 @@ from lowrank_jax.projection.activations import Activation, ActivationLike
 from lowrank_jax.projection.batched import PaddedStack, measure, padded_stacks
 from lowrank_jax.projection.linalg import grouped, lengths, ratio, root
 from lowrank_jax.projection.stack import Stack
+from lowrank_jax.text import did_you_mean
+
+# What a normalisation right behind makes the outputs' lengths: `each` has its own statistic, so that all become equal, or all
+# have one `together`, and keep their proportions.
+Normalization = Literal["each", "together"]
 
 _LENGTHS, _COSINES = 17, 129  # of the table of a risk that takes a series
 
@@ -41,46 +46,53 @@ class Curves(NamedTuple):
       risk: R(r) / R(0) of the kernel projection, falling to 0.
       correlation: the squared correlation of the outputs with those of the dense layer, rising to 1.  The outputs' means, which
         a bias holds, do not count.
+      energy: the share of the squared singular values, rising to 1.
     """
 
     risk: jax.Array
     correlation: jax.Array
+    energy: jax.Array
 
 
-def curves(w: jax.Array, *, activation: ActivationLike = "relu", group: int = 1, normalized: bool = False) -> Curves:
+def curves(
+    w: jax.Array, *, activation: ActivationLike = "relu", group: int = 1, normalized: Normalization | None = None
+) -> Curves:
     """Of a kernel in its leading singular subspace at every rank.
 
     Args:
       w: `[n, m]`.
       activation, group: as in `kernel_projection`.
-      normalized: a normalisation layer follows, which gives all outputs the same length: each counts the same.
+      normalized: the normalisation that follows: of `each` output by itself, which then counts as much as any other, or of
+        all `together`, as in LayerNorm, whose mean square becomes 1; None for none.
 
     Returns:
       Arrays `[min(n, m)]`, float32 or better.
 
     Raises:
-      ValueError: as in `kernel_projection`.
+      ValueError: as in `kernel_projection`, or there is no such normalisation.
     """
+    if normalized is not None and normalized not in get_args(Normalization):
+        raise ValueError(f"unknown normalisation {normalized!r}{did_you_mean(str(normalized), get_args(Normalization))}")
     linalg.check_matrix(w)
     linalg.check_group(w, group)
     return _of_one(w, activations.get(activation), group, normalized)
 
 
 @functools.partial(jax.jit, static_argnames=("act", "group", "normalized"))
-def _of_one(w: jax.Array, act: Activation, group: int, normalized: bool) -> Curves:
+def _of_one(w: jax.Array, act: Activation, group: int, normalized: Normalization | None) -> Curves:
     [found] = curves_of_stacks([Stack(None, w[None], 1, act, group)], [normalized])
     return Curves(*(curve[0] for curve in found))
 
 
-def curves_of_stacks(stacks: Sequence[Stack], normalized: Sequence[bool]) -> list[Curves]:
+def curves_of_stacks(stacks: Sequence[Stack], normalized: Sequence[Normalization | None]) -> list[Curves]:
     """`curves` of many kernels: arrays `[k, p]` for every stack, p = min(n, m) of its matrices; their ranks do not matter.
 
     Decompositions and products are compiled for few shapes, as in `batched.project`.
     """
     found: dict[int, Curves] = {}
     for part, outputs in zip(parts := padded_stacks(stacks), _outputs(parts), strict=True):
-        flags = np.repeat([normalized[i] for i in part.bucket.members], part.bucket.counts)
-        of_runs = [_curves(act, part, run, outputs, flags) for act, run in part.runs()]
+        kinds = np.repeat([normalized[i] or "" for i in part.bucket.members], part.bucket.counts)
+        of_runs = [_curves(act, part, run, outputs, kinds) for act, run in part.runs()]
         whole = [part.bucket.split(jnp.concatenate(curve)) for curve in zip(*of_runs, strict=True)]
         for i, *of_one in zip(part.bucket.members, *whole, strict=True):
             found[i] = Curves(*(curve[:, : min(stacks[i].w.shape[1:])] for curve in of_one))
@@ -108,16 +120,22 @@ def _kept(part: PaddedStack, vectors: jax.Array) -> _Outputs:
 
 def _curves(act: Activation, part: PaddedStack, run: slice, outputs: _Outputs, normalized: np.ndarray) -> Curves:
     """`[k, p]` of the kernels in `run`, which are followed by one activation."""
-    flags = jnp.asarray(normalized[run])[:, None]
     length, cosine = outputs.length[run], outputs.cosine[run]
-    size = jnp.where(flags, (length > 0).astype(length.dtype), length * measure(act, part.unit[run, 0]))
+    each, together = (jnp.asarray(normalized[run] == kind)[:, None] for kind in get_args(Normalization))
+    present = (length > 0).astype(length.dtype)
+    shared = root(ratio(jnp.sum(length**2, axis=1), jnp.sum(present, axis=1)))[:, None]
+    size = jnp.where(each, present, jnp.where(together, ratio(length, shared), length * measure(act, part.unit[run, 0])))
     nothing = jnp.zeros_like(size)
     if isinstance(act, activations.Homogeneous):
         lost, kept = _shares(act, jnp.ones_like(size)[:, None], cosine)
     else:
         lost, kept = _tabulated(act, size, cosine)
     # Of a zero kernel nothing is lost.
-    return Curves(_mean(lost, act.risk(size, nothing, nothing)), 1 - _mean(1 - kept**2, act.risk(size, size, nothing)))
+    return Curves(
+        _mean(lost, act.risk(size, nothing, nothing)),
+        1 - _mean(1 - kept**2, act.risk(size, size, nothing)),
+        1 - _mean(1 - cosine**2, length**2),
+    )
 
 
 def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -20,6 +21,7 @@ from lowrank_jax.experiment.training.stop import StopSignal
 def ready():
     print("ready", flush=True)
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have been started by nohup
 interrupts.obey()
 """
 
@@ -237,3 +239,74 @@ def test_a_library_that_takes_a_signal_gives_it_back():
     assert signalled(code, signal.SIGTERM)[0] == 143
     code = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)){RECEIVED}"
     assert signalled(code, signal.SIGTERM) == (0, "saved\n", "")
+
+
+UNREAD = """
+from lowrank_jax.experiment.cli import streams
+streams._UNREAD = 0.5
+streams.keep_open()
+
+def ready():
+    os.write({other}, b"ready\\n")
+
+os.set_blocking({unread}, False)
+try:
+    while True:
+        os.write({unread}, b"x" * 4096)  # as a run has said much
+except BlockingIOError:
+    os.set_blocking({unread}, True)
+"""
+
+
+def unread(code, number, stream="stdout"):
+    """Status of a program of which nobody reads one stream, and what it says on the other."""
+    numbers = {"stdout": 1, "stderr": 2}
+    (other,) = numbers.keys() - {stream}
+    code = START + UNREAD.format(unread=numbers[stream], other=numbers[other]) + textwrap.dedent(code)
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=running.ROOT, text=True, **{stream: writing, other: subprocess.PIPE}
+    ) as process:
+        os.close(writing)
+        try:
+            heard = getattr(process, other)
+            assert heard.readline() == "ready\n"
+            time.sleep(0.3)
+            process.send_signal(number)
+            status = process.wait(30)
+            return status, heard.read()
+        finally:
+            process.kill()
+            os.close(reading)
+
+
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
+def test_output_that_nobody_reads_does_not_keep_a_run_from_being_saved(number, tmp_path):
+    code = f"""
+    import pathlib
+    with StopSignal() as stop:
+        ready()
+        while not stop.requested:
+            print("x" * 100, flush=True)
+        pathlib.Path({str(tmp_path / "saved")!r}).touch()
+    """
+    assert unread(code, number) == (0, "")
+    assert (tmp_path / "saved").exists()
+
+
+def test_output_that_nobody_reads_does_not_keep_a_command_from_ending():
+    # In its last words, on either stream, and where the status stands already.
+    assert unread("ready(); time.sleep(60)", signal.SIGTERM, "stderr") == (143, "")
+    assert unread("ready(); print('x' * 10**6, flush=True)", signal.SIGINT) == (130, INTERRUPTED[2])
+    assert unread("interrupts.too_late(); ready(); print('x' * 10**6, flush=True); sys.exit(4)", signal.SIGTERM) == (4, "")
+    assert unread("interrupts.too_late(); ready(); print('x'); sys.exit(4)", signal.SIGTERM) == (4, "")
+    code = """
+    def complain():
+        print("x" * 10**6, file=sys.stderr)
+    threading.Thread(target=complain).start()  # which has the stream
+    ready()
+    with StopSignal():
+        time.sleep(0.5)
+        print("x", file=sys.stderr)
+    """
+    assert unread(code, signal.SIGTERM, "stderr") == (0, "")

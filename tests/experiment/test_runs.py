@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import jax
@@ -146,6 +147,86 @@ def test_a_second_ctrl_c_does_not_wait(config, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         lx.train(config, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+STALLING = """
+import threading
+import numpy as np
+from lowrank_jax.experiment.data.own import Data
+
+stalled, comes = threading.Event(), threading.Event()
+
+class Photographs:
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if stalled.is_set():
+            comes.wait()
+        return np.full((8 + index % 2, 9, 3), index % 3 * 80, np.uint8), index % 3
+
+SPLITS = Data({"train": Photographs(96), "test": Photographs(24)}, num_classes=3)
+
+def splits():
+    return SPLITS
+"""
+
+
+@pytest.fixture(scope="module")
+def stalling(tmp_path_factory):
+    """The module of data that stalls when it is told to, a config and a run that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("stalling")
+    (folder / "stalling_photographs.py").write_text(STALLING)
+    changes = {"dataset.name": "stalling_photographs:splits", "dataset.image_size": 8, "dataset.crop_padding": 0}
+    metrics = {"objective.metrics": ("top1",), "checkpoint.every": "1000 steps", "log.tensorboard": False}
+    config = lx.load_config(CONFIG, {**SMALL, **changes, **metrics, "code_dir": str(folder)})
+    run = lx.train(config, folder / "undisturbed")
+    module = sys.modules["stalling_photographs"]
+    yield module, config, run
+    module.comes.set()  # or Python would wait for the threads that read
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [("compiling the training step", range(1)), ("[20/40", range(20, 25)), ("[40/40", range(40, 41))],
+    ids=["at the beginning", "in training", "in the evaluation"],
+)  # fmt: skip
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_data_that_stalls_does_not_keep_a_run_from_being_saved_nor_the_next_one_from_going_on(
+    stalling, tmp_path, monkeypatch, unhandled_sigterm, words, steps, number
+):
+    module, config, undisturbed = stalling
+    monkeypatch.setattr("lowrank_jax.experiment.training.stop._PATIENCE", 0.5)
+    say = Writer.say
+
+    def say_and_stall(self, text):
+        say(self, text)
+        if words in text:
+            module.stalled.set()
+            threading.Timer(1.0, os.kill, [os.getpid(), number]).start()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "say", say_and_stall)
+        run = lx.train(config, tmp_path)
+    assert run.interrupted and run.step in steps and (tmp_path / "checkpoints" / str(run.step)).is_dir()
+    module.stalled.clear()  # for whoever reads from now on
+    run = lx.train(config, tmp_path)
+    assert (run.interrupted, run.step, run.metrics) == (False, 40, undisturbed.metrics)
+
+
+def test_data_that_stalls_before_there_is_a_state_ends_in_a_keyboard_interrupt(stalling, tmp_path, monkeypatch):
+    module, config, _ = stalling
+    monkeypatch.setattr("lowrank_jax.experiment.training.stop._PATIENCE", 0.5)
+    module.stalled.set()
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    try:
+        with pytest.raises(KeyboardInterrupt, match="no data came for"):
+            lx.train(config, tmp_path)
+    finally:
+        module.stalled.clear()
 
 
 def ended(arguments):

@@ -19,6 +19,7 @@ from lowrank_jax.planning.rules import wanted_rank
 X = jnp.ones((2, 8, 8, 3))
 V5E = lr.chips.CHIPS["v5e"]
 EVERYTHING = (lr.Rule(".*kernel", scale=1.0),)
+WEIGHED = [objective for objective in OBJECTIVES if objective != "uniform"]
 
 
 class Net(nn.Module):
@@ -59,7 +60,7 @@ def uniform():
     return [lr.plan(Net(), X, [lr.Rule(".*kernel", scale=scale)]) for scale in np.arange(0.05, 1, 0.05)]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", WEIGHED)
 @pytest.mark.parametrize("budget", [0.2, 0.5])
 def test_it_holds_the_budget_and_loses_no_more_than_a_uniform_scale(plan, uniform, budget, objective):
     made = allocate(plan, params=budget, objective=objective)
@@ -70,7 +71,7 @@ def test_it_holds_the_budget_and_loses_no_more_than_a_uniform_scale(plan, unifor
         assert kernel.choice.params(kernel.rank) < kernel.params
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", WEIGHED)
 def test_more_budget_never_loses_more(plan, objective):
     for kind in ("params", "macs"):
         losses = [loss(allocate(plan, **{kind: share}, objective=objective), objective) for share in np.linspace(0.1, 1, 12)]
@@ -158,6 +159,7 @@ def test_the_table_says_what_is_lost_and_what_more_would_buy(plan):
     ("arguments", "message"),
     [
         ({}, "give one budget, or two"),
+        ({"variables": {}}, "give one budget, or two"),
         ({"params": 0.1, "macs": 0.1, "bytes": 0.1}, "give one budget, or two"),
         ({"params": 0.0}, "params=0.0 must be a fraction above 0 and up to 1, such as 0.5, or a whole number"),
         ({"macs": 1.5}, "macs=1.5 must be a fraction"),
@@ -308,3 +310,19 @@ def test_a_rule_below_the_least_scale_is_named():
     plan = lr.plan(Net(), X, [lr.Rule(".*kernel", scale=0.2)])
     with pytest.raises(ValueError, match=r"min_scale 0\.5 needs a rank of .*; its rule allows"):
         allocate(plan, params=0.9, min_scale=0.5)
+
+
+@pytest.mark.parametrize("budget", [{"params": 0.2}, {"macs": 0.3}, {"params": 0.5, "macs": 0.4}])
+def test_uniform_is_the_largest_common_scale_that_fits(plan, budget):
+    found = lr.allocate(plan, **budget, objective="uniform")
+
+    def fits(plan):
+        return all(getattr(plan, kind) <= share * getattr(plan, f"dense_{kind}") for kind, share in budget.items())
+
+    def at(scale):
+        return lr.plan(Net(), X, [lr.Rule(".*kernel", scale=scale, execution="factored")])
+
+    assert fits(found)
+    largest = max(scale for scale in np.arange(1, 2001) / 2000 if fits(at(scale)))
+    ranks = [{kernel.name: kernel.rank for kernel in plan.factored} for plan in (found, at(largest))]
+    assert ranks[0] == ranks[1]

@@ -22,7 +22,9 @@ def directly(w, activation, group, normalized):
     _, s, bt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
     energy = ((s[:, None] * bt) ** 2).reshape(len(s), group, -1).sum(axis=1)
     rho = np.sqrt(np.minimum(np.cumsum(energy, axis=0) / energy.sum(axis=0), 1)).astype(np.float32)
-    size = np.ones(rho.shape[1], np.float32) if normalized else np.sqrt(energy.sum(axis=0)).astype(np.float32)
+    size = np.sqrt(energy.sum(axis=0)).astype(np.float32)
+    if normalized is not None:
+        size = np.ones_like(size) if normalized == "each" else size / np.sqrt((size**2).mean())
     sizes, nothing = np.broadcast_to(size, rho.shape), np.zeros_like(size)
     lost = act.risk(sizes, act.best_length(sizes, rho), rho).sum(axis=1) / act.risk(size, nothing, nothing).sum()
     variance = act.risk(size, size, nothing)
@@ -30,7 +32,7 @@ def directly(w, activation, group, normalized):
     return lost, (kept**2 * variance).sum(axis=1) / variance.sum()
 
 
-@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("normalized", [None, "each", "together"])
 @pytest.mark.parametrize("activation", ["relu", "identity", "leaky_relu", "silu", "tanh"])
 def test_every_rank_is_what_its_projection_loses(activation, normalized):
     for n, m, group in ((12, 7, 1), (7, 12, 1), (9, 12, 3)):
@@ -63,7 +65,12 @@ def test_risks_fall_and_correlations_rise_to_the_whole():
 
 
 def test_many_shapes_together_are_what_they_are_alone():
-    settings = [(12, 7, "relu", 1, False), (30, 20, "silu", 1, True), (8, 24, "relu", 3, True), (7, 12, "identity", 1, False)]
+    settings = [
+        (12, 7, "relu", 1, None),
+        (30, 20, "silu", 1, "together"),
+        (8, 24, "relu", 3, "each"),
+        (7, 12, "identity", 1, None),
+    ]
     stacks = [
         Stack(None, jnp.stack([kernel(n, m, seed) for seed in range(2)]), 1, act, group) for n, m, act, group, _ in settings
     ]
@@ -78,7 +85,7 @@ def test_many_shapes_together_are_what_they_are_alone():
 def test_zero_outputs_do_not_count_and_a_zero_kernel_loses_nothing():
     w = kernel(12, 7)
     padded = np.concatenate([w, np.zeros((12, 3), np.float32)], axis=1)
-    for normalized in (False, True):
+    for normalized in (None, "each", "together"):
         np.testing.assert_allclose(
             curves(padded, normalized=normalized).risk[:7], curves(w, normalized=normalized).risk, atol=1e-5
         )

@@ -30,6 +30,7 @@ from lowrank_jax.experiment.errors import (
     ended_python,
     of_files,
 )
+from lowrank_jax.experiment.workdir import files
 from lowrank_jax.text import first_line, one_line
 
 if TYPE_CHECKING:
@@ -341,7 +342,7 @@ def _init_report(args: argparse.Namespace) -> int:
     settings = before_training.Settings(**given(args, ("scales", "methods", "seeds", "images", "batch_size")))
     settings.check(config)
     jax.config.update("jax_enable_compilation_cache", False)  # compilation times are part of the report
-    pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(pathlib.Path(args.out).parent)
     with contextlib.ExitStack() as stack:
         for suffix in before_training_page.SUFFIXES:
             stack.enter_context(written_at_the_end(f"{args.out}.{suffix}"))

@@ -7,6 +7,7 @@ import tempfile
 from typing import Any
 
 from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.workdir import files
 
 
 def prepare() -> None:
@@ -61,7 +62,7 @@ def check_modes() -> None:
 
 def _can_write(folder: pathlib.Path) -> bool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
     except OSError:
         return False
     return os.access(folder, os.W_OK | os.X_OK)

@@ -7,6 +7,7 @@ import shlex
 from lowrank_jax.experiment import starting_point
 from lowrank_jax.experiment.cli.output import say
 from lowrank_jax.experiment.errors import DONE, UserError
+from lowrank_jax.experiment.workdir import files
 
 _FILES = ("config.py", "model.py", "data.py", "README.md")
 
@@ -18,8 +19,9 @@ def new(args: argparse.Namespace) -> int:
     config = shlex.quote(str(folder / "config.py"))
     texts = {name: (source / name).read_text(encoding="utf-8") for name in _FILES}
     texts["README.md"] = texts["README.md"].replace("NAME", folder.resolve().name)
+    files.make_folder(folder.parent)
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir()
     except FileExistsError:
         raise UserError(f"{folder} is there already; lowrank new makes a folder, and writes over nothing") from None
     for name, text in texts.items():

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 from ml_collections.config_dict import RequiredValueError
 
 from lowrank_jax.experiment import shipped
@@ -42,20 +42,44 @@ class _Settings(ConfigDict):
     def __setitem__(self, key: Any, value: Any) -> None:
         if not isinstance(key, str):
             raise TypeError(f"{shown(key)} is no key; keys are text")
+        section = dict(self.items(preserve_field_references=True)).get(key)  # a placeholder has no value
+        if isinstance(section, _Section) and isinstance(value, dict | FrozenConfigDict):
+            for name, inner in value.items():
+                section[name] = inner
+            return
+        if isinstance(section, _Section) and isinstance(value, ConfigDict):
+            _complete(value, section)  # and not the other way round: whoever made it may go on to change it
         if isinstance(value, bool) and key in self:
             super().__setitem__(key, None)  # which may become anything
         super().__setitem__(key, value)
 
 
+class _Section(_Settings):
+    """Keys that the schema knows: a mapping in its place sets what is in it, as `override` does, and leaves the rest."""
+
+
+def _complete(given: ConfigDict, section: ConfigDict) -> None:
+    """Adds what a section has besides."""
+    with given.unlocked():
+        for key, value in section.items(preserve_field_references=True):
+            if key not in given:
+                given[key] = value
+
+
 def default() -> Any:
-    """A `ConfigDict` of every key with its default, for a config file to change. `parse` checks the types."""
-    return _settings(to_dict(Config()))
+    """A `ConfigDict` of every key with its default, for a config file to change. `parse` checks the types.
+
+    A mapping that is assigned to a section sets what is in it, and leaves the section's other values as they are.
+    """
+    return _settings(to_dict(Config()), _Settings)
 
 
-def _settings(values: dict[str, Any]) -> _Settings:
-    settings = _Settings(type_safe=False)
+def _settings(values: dict[str, Any], kind: type[_Settings]) -> _Settings:
+    """Plain values as they are assigned; what is no section holds the keys of somebody's own code."""
+    settings = kind(type_safe=False)
     for key, value in values.items():
-        settings[key] = _settings(value) if isinstance(value, dict) else value
+        inner = _Section if kind is _Settings and dataclasses.is_dataclass(type_of(key)) else _Settings
+        settings[key] = _settings(value, inner) if isinstance(value, dict) else value
     return settings
 
 

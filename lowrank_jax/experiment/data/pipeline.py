@@ -139,6 +139,10 @@ class Feed:
         self._state = state
         self._iterator.set_state(state)
 
+    def take_back(self, state: dict[str, Any]) -> None:
+        """The next batch is again that of this earlier position; nothing more can be read before `set_state`."""
+        self._state = state
+
     def fill(self) -> None:
         """Reads the batches that are to be read ahead."""
         while len(self._queue) <= self._ahead and not self.error:

@@ -1,5 +1,6 @@
 """Evaluates the checkpoints of runs: one, or those of many work directories."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -65,7 +66,12 @@ class Subject:
         """The parts of a step's state that evaluation needs."""
         return evaluated_parts(self.phases.at(step).shapes)
 
-    def evaluate(self, restored: Restored, stop_requested: Callable[[], bool] = lambda: False) -> Evaluation:
+    def evaluate(
+        self,
+        restored: Restored,
+        stop_requested: Callable[[], bool] = lambda: False,
+        waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> Evaluation:
         """Evaluates a checkpoint.  Raises Interrupted if `stop_requested` becomes true before it has finished."""
         tallies: dict[str, Tally] = {}
         metrics = evaluate(
@@ -75,6 +81,7 @@ class Subject:
             batch_size=self.batch_size,
             mesh=self.experiment.mesh,
             stop_requested=stop_requested,
+            waiting=waiting,
             tallies=tallies,
         )
         names = classes.names_of(self.experiment.dataset)

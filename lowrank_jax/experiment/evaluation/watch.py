@@ -145,7 +145,8 @@ class _WatchedRun:
             return
         if restored is None:  # deleted in the meantime
             return
-        evaluation = subject.evaluate(restored, lambda: self._stop.requested)
+        stop = self._stop
+        evaluation = subject.evaluate(restored, lambda: stop.requested, lambda: stop.waiting_for_data(saved=True))
         metrics = {"eval": evaluation.metrics, "eval_raw": evaluation.raw_metrics or {}}
         self._writer.write(step, {f"{kind}/{name}": value for kind, part in metrics.items() for name, value in part.items()})
         self._writer.flush()

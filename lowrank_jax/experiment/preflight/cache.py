@@ -7,6 +7,7 @@ import pathlib
 import threading
 
 from lowrank_jax.experiment.preflight.compiler import Cost, Program
+from lowrank_jax.experiment.workdir import files
 
 
 class Cache:
@@ -30,7 +31,7 @@ class Cache:
         """Stores an estimate.  Raises OSError if it cannot be written."""
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self._folder)
         part = self._folder / f"{key}.{os.getpid()}.{threading.get_ident()}.part"
         part.write_text(json.dumps(dataclasses.asdict(program), indent=2) + "\n")
         part.rename(self._folder / f"{key}.json")

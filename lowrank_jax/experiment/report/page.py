@@ -83,7 +83,7 @@ class Report:
     def write(self, out: epath.PathLike) -> list[str]:
         """Writes report.md, report.html, report.csv and the pictures to a folder; returns their paths, the page first."""
         folder = Workdir(out).path
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         pictures = figures.draw(self.arms, self.found.best) if self.arms else {}
         blocks = self.blocks(pictures)
         contents = {

@@ -267,7 +267,7 @@ def _log(trial: Trial) -> pathlib.Path:
     """The file of a trial's output: next to its other files, or under the current folder if those are remote."""
     scheme, remote, path = trial.workdir.rpartition("://")
     folder = pathlib.Path("sweep_logs", path) if scheme or remote else pathlib.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     return folder / "log.txt"
 
 

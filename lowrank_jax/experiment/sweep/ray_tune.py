@@ -287,7 +287,7 @@ def _logged(workdir: str) -> Iterator[None]:
     if "://" in workdir:
         yield
         return
-    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+    files.make_folder(workdir)
     with (
         io.TextIOWrapper(files.open_to_append(pathlib.Path(workdir) / "log.txt"), encoding="utf-8") as file,
         contextlib.redirect_stdout(file),

@@ -15,7 +15,7 @@ from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.best import Best
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.sweep import grammar
-from lowrank_jax.experiment.workdir import stored_values
+from lowrank_jax.experiment.workdir import files, stored_values
 from lowrank_jax.experiment.workdir.identity import digest_of, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.text import align, count, did_you_mean
@@ -320,7 +320,7 @@ def check_workdirs(trials: Iterable[Trial]) -> None:
 def record(folder: epath.PathLike, sweep: Sweep, trials: Sequence[Trial], command: str) -> None:
     """Adds trials to sweep.json, which keeps those of earlier sweeps in the same folder."""
     home = Workdir(folder)
-    home.path.mkdir(parents=True, exist_ok=True)
+    files.make_folder(home.path)
     known = read_record(folder)
     home.write_json(
         "sweep.json",

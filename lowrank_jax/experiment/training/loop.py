@@ -31,9 +31,9 @@ from lowrank_jax.experiment.training.overview import describe_phases, extensions
 from lowrank_jax.experiment.training.phases import Phases, phases_of
 from lowrank_jax.experiment.training.profiler import StepProfiler
 from lowrank_jax.experiment.training.result import TrainResult, result_record
-from lowrank_jax.experiment.training.resume import Resumed, jax_settings, restore_or_start, told
+from lowrank_jax.experiment.training.resume import Resumed, first_batches, jax_settings, restore_or_start
 from lowrank_jax.experiment.training.stable_ranks import StableRanks
-from lowrank_jax.experiment.training.stop import StopSignal
+from lowrank_jax.experiment.training.stop import Stalled, StopSignal
 from lowrank_jax.experiment.training.switch import decided_after, switched, unguided
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests, flatten
@@ -77,11 +77,13 @@ def train(
         config = extended(config, workdir, schedule, source)
     elif schedule:
         raise ConfigError("--schedule", ["it says how the learning rate of a longer run goes on; add --extend"])
+    stop = stop or StopSignal()
     folder = _checked(workdir, config)
     phases = phases_of(config, ranks.settle(folder, config), source)
     for experiment in phases.all:
         check_training(experiment)
-    data = _load(phases.last)
+    with stop.waiting_for_data(saved=False):
+        data = _load(phases.last)
     with folder.locked():
         _claim(folder, config)
         folder.forget_failure()
@@ -96,13 +98,14 @@ def train(
                 writer.say(line)
             for note in experiment.dataset.notes:
                 writer.say(f"{experiment.dataset.name}: {note}")
-            dataset = recorded_data.settle(folder, experiment.dataset, data["train"], writer.say)
+            with stop.waiting_for_data(saved=False):
+                dataset = recorded_data.settle(folder, experiment.dataset, data["train"], writer.say)
             phases = phases.map(lambda each: dataclasses.replace(each, dataset=dataset))
             writer.show_settings(flatten(to_dict(config)))
-            phases = with_class_weights(phases, data["train"])
+            with stop.waiting_for_data(saved=False):
+                phases = with_class_weights(phases, data["train"])
             if weights := phases.last.class_weights:
                 writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in weights)}")
-            stop = stop or StopSignal()
             try:
                 loop = begin(Tools(phases, data, folder, writer, checkpoints, stop, on_evaluation), restart)
                 with stop:  # until now there was nothing to save
@@ -195,7 +198,15 @@ def begin(tools: Tools, restart: bool = False) -> "Loop":
         config.dataset.to_augmentation(),
         shard_of(mesh),
     )
-    resumed = restore_or_start(phases, batches, tools.checkpoints, tools.folder, tools.writer.say, restart=restart)
+    resumed = restore_or_start(
+        phases,
+        batches,
+        tools.checkpoints,
+        tools.folder,
+        tools.writer.say,
+        restart=restart,
+        waiting=lambda: tools.stop.waiting_for_data(saved=False),
+    )
     steps_left = resumed.step < config.total_steps and not phases.ends(resumed.step)
     train_step = _compiled(phases.at(resumed.step), tools.writer) if steps_left else None
     return Loop(tools, batches, resumed, train_step, began - resumed.seconds)
@@ -242,7 +253,7 @@ class Loop:
         epoch = config.in_steps(Duration(1, "epoch"))
         self.stable_ranks = StableRanks(tools.phases.last.plan, epoch, config.phase_ends[0] // 2, resumed.stable_ranks)
         self.improved = False  # by the evaluation of the state at hand
-        self.interrupted = False  # in an evaluation
+        self.interrupted = False  # in an evaluation, or while data did not come
         self.logged: dict[int, dict[str, float]] = {}
         self.evals: dict[int, dict[str, float]] = {}
         self.window = Window(config.batch_size, self.step, list(resumed.window))  # its clock starts here
@@ -264,7 +275,8 @@ class Loop:
         return self.finish()
 
     def advance_to_the_end(self) -> None:
-        self.feed.fill()
+        with self.until_stopped(), self.waiting_for_data():
+            self.feed.fill()
         if any(exchange("failed" if self.feed.error else "")):
             raise self.feed.error or OtherFailed
         while True:
@@ -274,12 +286,25 @@ class Loop:
                 self.save_if_due()  # before the iterator moves on
             if self.step == self.total or self.stopping():
                 break
-            with self.window.paused():
-                self.switch_if_due()
-            self.advance()
-            self.log_if_due()
+            with self.until_stopped():
+                with self.window.paused():
+                    self.switch_if_due()
+                self.advance()
+                self.log_if_due()
         if self.votes.outcome == FAIL:
             raise self.feed.error or OtherFailed
+
+    @contextlib.contextmanager
+    def until_stopped(self) -> Iterator[None]:
+        """What is left undone where a stop is asked for; the state is sound."""
+        try:
+            yield
+        except Interrupted:
+            self.interrupted = True
+        except Stalled:
+            if self.votes.shared:  # the others wait for what this process reads
+                raise
+            self.interrupted = True
 
     def look_at_stable_ranks(self) -> None:
         """Ends a warm-up of its own accord once they settle."""
@@ -314,36 +339,36 @@ class Loop:
     def factor(self) -> None:
         begin = time.perf_counter()
         self.writer.say(f"step {self.step}: the dense warm-up ends; factoring the network ...")
-        self.phases = decided_after(self.phases, self.state, self.first_batches, self.step)
-        if self.phases.decided:
-            ranks.write(self.tools.folder, self.phases.decided)
-        self.experiment = self.phases.last
-        self.tools.folder.write_text("overview.txt", f"{describe_phases(self.phases)}\n")
-        self.state = switched(self.experiment, self.state, self.first_batches)
+        phases = decided_after(self.phases, self.state, self.first_batches, self.step)
+        if phases.decided:
+            ranks.write(self.tools.folder, phases.decided)
+        self.tools.folder.write_text("overview.txt", f"{describe_phases(phases)}\n")
+        state = switched(phases.last, self.state, self.first_batches)
+        self.phases, self.experiment, self.state = phases, phases.last, state
         self.eval_step = self.experiment.jit_eval_step()
         self.writer.say(f"factored in {duration(time.perf_counter() - begin)}: {sizes(self.experiment)}")
 
     def first_batches(self) -> Iterator[dict[str, jax.Array]]:
         """What the layers' inputs are measured on."""
-        count = self.config.lowrank.moment_batches
-        return (put_batch(self.batches[i], self.experiment.mesh) for i in told(count, self.writer.say))
+        count, mesh = self.config.lowrank.moment_batches, self.experiment.mesh
+        return first_batches(self.batches, mesh, count, self.writer.say, self.waiting_for_data)
 
     def stopping(self) -> bool:
         """The same in all processes at the same step."""
         return self.interrupted or self.votes.outcome != GO_ON
 
     def evaluate_if_due(self) -> None:
-        if self.evaluated is not None or not self.due(self.eval_every):
+        if self.evaluated is not None or not self.due(self.eval_every) or self.interrupted:
             return
-        try:
+        evaluated: Evaluated | None = None
+        with self.until_stopped():
             evaluated = {
                 f"{kind}{suffix}": metrics
                 for kind in ("eval", "valid")
                 if kind in self.tools.data
                 for suffix, metrics in self.evaluate(kind).items()
             }
-        except Interrupted:
-            self.interrupted = True
+        if evaluated is None:
             return
         self.check_finite(evaluated)
         self.evaluated, self.evals[self.step] = evaluated, evaluated["eval"]
@@ -421,8 +446,13 @@ class Loop:
         assert self.train_step is not None
         mesh = self.experiment.mesh
         with self.profiler.step(self.step + 1):
-            with self.waiting_for_data():
-                batch = next(self.feed)
+            position = self.feed.get_state()
+            try:
+                with self.waiting_for_data():
+                    batch = next(self.feed)
+            except Stalled:
+                self.feed.take_back(position)  # it may have come at the last moment
+                raise
             batch = self.votes.cast(put_batch(batch, mesh), failed=self.feed.error is not None)
             self.state, metrics = self.train_step(self.state, batch)
         [metrics] = self.votes.count(metrics)

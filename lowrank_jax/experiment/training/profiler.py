@@ -88,7 +88,7 @@ class StepProfiler:
                 jax.profiler.stop_trace()
                 for folder in (run.parent, run):
                     files.refuse_link(folder)
-                run.mkdir(parents=True, exist_ok=True)
+                files.make_folder(run)
                 for file in pathlib.Path(self._local).rglob("*.xplane.pb"):
                     files.write(run / f"process_{jax.process_index()}.xplane.pb", file.read_bytes())
             self._say(f"traced steps {self._done[0]} to {self._done[-1]}: {run}")

@@ -1,11 +1,13 @@
 """Where a process takes up a run: at the newest good checkpoint, or at the start."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from lowrank_jax.experiment.data.pipeline import TrainBatches
 from lowrank_jax.experiment.hosts.sharding import put_batch
@@ -17,6 +19,8 @@ from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
 from lowrank_jax.experiment.workdir.files import is_count, is_number
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.text import one_line
+
+Waiting = Callable[[], contextlib.AbstractContextManager[None]]
 
 _TELL_SECONDS = 10.0
 _TRACKED = ("loss", "grad_norm", "lr")  # of every step
@@ -61,6 +65,7 @@ def restore_or_start(
     say: Callable[[str], None],
     *,
     restart: bool = False,
+    waiting: Waiting = contextlib.nullcontext,
 ) -> Resumed:
     """Restores the newest good checkpoint, or makes the first state where there is none.
 
@@ -70,6 +75,7 @@ def restore_or_start(
       phases, batches, checkpoints, folder: the run's.
       say: takes a line for the console.
       restart: begin anew if the run was saved and its checkpoints are gone; its old metrics are kept beside the new ones.
+      waiting: entered while a batch is waited for.
 
     Raises:
       CheckpointError: there are checkpoints, and none is good.
@@ -83,20 +89,24 @@ def restore_or_start(
     if restored is None:
         _begin_anew(folder, say, restart)
         count = 0 if experiment.config.starts_dense else experiment.config.lowrank.moment_batches
-        first = (put_batch(batches[i], experiment.mesh) for i in told(count, say))
+        first = first_batches(batches, experiment.mesh, count, say, waiting)
         return Resumed(experiment.init(first))
     checkpoints.tidy()
     return _resumed(restored, total, folder, say)
 
 
-def told(count: int, say: Callable[[str], None]) -> Iterator[int]:
-    """Counts the batches that the layers' inputs are measured on, aloud if it takes long."""
+def first_batches(
+    batches: TrainBatches, mesh: Mesh, count: int, say: Callable[[str], None], waiting: Waiting
+) -> Iterator[dict[str, jax.Array]]:
+    """The batches that the layers' inputs are measured on; they are counted aloud if it takes long."""
     told = time.monotonic()
     for i in range(count):
         if time.monotonic() - told > _TELL_SECONDS:
             told = time.monotonic()
             say(f"measuring the layers' inputs: {i:,} of {count:,} batches")
-        yield i
+        with waiting():
+            batch = batches[i]
+        yield put_batch(batch, mesh)
 
 
 def _begin_anew(folder: Workdir, say: Callable[[str], None], restart: bool) -> None:

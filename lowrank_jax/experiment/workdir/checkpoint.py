@@ -100,7 +100,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.AsyncCheckpointer:
         if jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.directory)
             for path, reason in step_folders.strangers(self.directory).items():
                 if step_folders.NUMBER.fullmatch(path.name):
                     self._strange[int(path.name)] = reason
@@ -136,7 +136,7 @@ class Checkpoints:
         self._scores[step] = score
         if jax.process_index():
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.directory)
         text = json.dumps(seal({str(step): score for step, score in self._scores.items()}))
         files.write(self.directory / _SCORES, text.encode())
 
@@ -372,7 +372,7 @@ class Checkpoints:
 
     def _move_aside(self, step: epath.Path) -> None:
         folder = self.directory.parent / "damaged"
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         target = folder / step.name
         step.rename(files.free_name(target) if files.is_there(target) else target)
 

@@ -90,6 +90,18 @@ def write(path: Any, content: bytes) -> None:
             raise
 
 
+def make_folder(path: Any) -> None:
+    """Makes a folder and those above it, unless it is there; Python's own way calls itself for each of them."""
+    if not is_local(path):
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    missing = [pathlib.Path(path)]
+    while missing[-1].parent != missing[-1] and not missing[-1].parent.exists():
+        missing.append(missing[-1].parent)
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+
+
 def append(path: Any, content: bytes) -> None:
     """Appends to a file.  Raises OSError if it is a link, or no plain file."""
     if not is_local(path):

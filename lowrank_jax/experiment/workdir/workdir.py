@@ -68,7 +68,7 @@ class Workdir:
             return
         self.check(config, earlier)
         with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.path)
             self.write_json("config.json", config, checked=False)  # each checkpoint has its digest
 
     @contextlib.contextmanager
@@ -136,7 +136,7 @@ class Workdir:
             yield
             return
         with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.path)
         lock = contextlib.ExitStack()
         held = filelock.FileLock(str(self.path / name), timeout=seconds, poll_interval=0.1, fallback_to_soft=False)
         try:

@@ -7,7 +7,7 @@ import pickle
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config import Config, parse
@@ -87,6 +87,25 @@ def test_a_mapping_sets_what_is_in_it_and_leaves_the_rest_of_its_section():
     assert configs.read(name, [("optim", "{'lr': 0.125}"), ("eval.best", "-loss")]) == one and one.optim.clip_norm == 1.0
     with pytest.raises(configs.ConfigError, match=r"optim\.lrr: unknown key; did you mean optim\.lr\?"):
         configs.read(name, {"optim": {"lrr": 1}})
+
+
+@pytest.mark.parametrize("mapping", [dict, ConfigDict, FrozenConfigDict])
+def test_a_mapping_in_a_file_does_the_same(mapping):
+    """Before, a section that a file gave as a mapping lost what the config that it begins with had set."""
+    config = configs.load("fashion_mnist_mlp").unlock()
+    config.optim = mapping({"lr": 0.125, "nesterov": False})
+    config.model = given = mapping({"kwargs": {"widths": (8,)}})
+    assert (config.optim.clip_norm, config.model.name) == (1.0, "mlp")
+    one = configs.read("fashion_mnist_mlp", {"optim.lr": 0.125, "optim.nesterov": False, "model.kwargs": {"widths": (8,)}})
+    assert configs.parse(config) == one and one.model.kwargs == {"widths": (8,)}  # which is no section
+    if mapping is ConfigDict:  # is what was given, as anywhere in a config
+        given.kwargs.widths = (4,)
+        assert configs.parse(config).model.kwargs == {"widths": (4,)}
+    again = configs.default()
+    again.model = {"kwargs": config_dict.placeholder(dict)}
+    again.lowrank = {"scael": 0.1}
+    assert again.model.name == configs.default().model.name
+    assert any("lowrank.scael: unknown key; did you mean lowrank.scale?" in problem for problem in problems(again))
 
 
 def test_a_learning_rate_for_so_many_images_grows_with_the_batch():

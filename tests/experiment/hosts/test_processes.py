@@ -68,6 +68,20 @@ def test_four_processes_train_as_one_does(alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_switch_to_low_rank_as_one_does(tmp_path):
+    """Process 0 decides the ranks; the dense kernels are in parts before the switch, and the factors after it."""
+    settings = {**SETTINGS, "steps": 12, "lowrank__dense_warmup": "6 steps", "lowrank__budget": {"params": 0.4}}
+    alone = train(running.config(**settings), str(tmp_path / "one"))
+    command = running.command(tmp_path / "two", **settings, mesh__fsdp=2)
+    first, _ = running.wait_all(processes := running.start_all(command, 2))
+    assert [process.returncode for process in processes] == [0, 0], first
+    ranks = [json.loads((tmp_path / run / "ranks.json").read_text())["ranks"] for run in ("one", "two")]
+    assert ranks[0] == ranks[1] and any(ranks[0].values())
+    theirs = losses(running.metrics(tmp_path / "two"))
+    np.testing.assert_allclose(list(theirs.values()), [line["train/loss"] for line in alone.train.values()], rtol=1e-3)
+
+
+@pytest.mark.slow
 def test_two_processes_evaluate_what_one_has_trained(alone, tmp_path):
     folder, run = alone
     command = [*running.command(folder)[:3], "evaluate", f"--workdir={folder}", f"--json={tmp_path / 'out.json'}"]

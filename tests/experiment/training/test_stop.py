@@ -1,15 +1,17 @@
 """Signals: a run's own, and those that are meant for the program around it."""
 
+import os
 import pickle
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
 
 import pytest
 
-from lowrank_jax.experiment.training.stop import StopSignal
+from lowrank_jax.experiment.training.stop import Stalled, StopSignal
 from tests import running
 
 
@@ -111,6 +113,32 @@ def test_a_stop_is_pickled_without_the_handlers_of_its_process():
     assert pickle.loads(pickle.dumps(stop)).requested
 
 
+def test_in_a_program_a_wait_for_data_ends_soon_after_a_request_and_nothing_else_does(unhandled_sigterm, monkeypatch):
+    monkeypatch.setattr("lowrank_jax.experiment.training.stop._PATIENCE", 0.3)
+    monkeypatch.setattr("lowrank_jax.experiment.training.stop._AGAIN", 0.1)
+    began = time.monotonic()
+    with StopSignal() as stop:
+        with stop.waiting_for_data(saved=False):
+            time.sleep(0.5)  # nobody has asked
+        signal.raise_signal(signal.SIGTERM)
+        with stop.waiting_for_data(saved=False):
+            pass
+        time.sleep(0.6)  # a step that takes long
+        with pytest.raises(Stalled, match="no data came for 0s"), stop.waiting_for_data(saved=True):
+            threading.Event().wait(60)
+        lost = 0
+        with stop.waiting_for_data(saved=True):
+            while lost < 3:  # as where it is raised in a callback
+                try:
+                    time.sleep(60)
+                except Stalled:
+                    lost += 1
+        with pytest.raises(KeyboardInterrupt) as second, stop.waiting_for_data(saved=True):
+            signal.raise_signal(signal.SIGINT)
+        assert not isinstance(second.value, Stalled) and stop.requested
+    assert time.monotonic() < began + 30 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 STALLING = '''
 import pathlib, time
 import numpy as np
@@ -163,3 +191,33 @@ def test_a_batch_that_never_comes_does_not_keep_a_run_from_ending(tmp_path):
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 75 and "the same command continues it" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "number"), [(os.pipe, signal.SIGTERM), (os.openpty, signal.SIGINT)])
+def test_output_that_nobody_reads_does_not_keep_a_run_from_being_saved(tmp_path, make, number):
+    changes = {"steps": 10**6, "log__every": "1 steps", "checkpoint__every": f"{10**6} steps"}
+    ours, theirs = make()
+    command = running.command(tmp_path, **changes)
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=running.environment(1))
+    os.close(theirs)
+    with process:
+        try:
+            before, size = -1, 0
+            while before != size or not size:  # until it waits for whoever would read
+                time.sleep(2)
+                assert process.poll() is None
+                metrics = tmp_path / "metrics.jsonl"
+                before, size = size, metrics.stat().st_size if metrics.exists() else 0
+            began = time.monotonic()
+            process.send_signal(number)
+            assert process.wait(60) == 75 and time.monotonic() - began < 15
+        finally:
+            process.kill()
+            os.close(ours)
+    (saved,) = (tmp_path / "checkpoints").glob("[0-9]*")
+    with running.start(command) as process:
+        while "resuming" not in (line := process.stdout.readline()):
+            assert line
+        process.kill()
+    assert saved.name in line

@@ -101,3 +101,16 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
         file.truncate(2**27)  # takes no space
     with pytest.raises(ValueError, match="134,217,728 bytes; at most 67,108,864"):
         files.read_json(tmp_path / "a.json")
+
+
+def test_a_folder_is_made_with_those_above_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b/c/d", "b/c/d", tmp_path / "e" / "f", "."):
+        files.make_folder(folder)
+        assert os.path.isdir(folder)  # noqa: PTH112
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/a/b"):
+        with pytest.raises(OSError, match=r"exists|Not a directory"):
+            files.make_folder(folder)
+    with pytest.raises(OSError, match="name too long"):
+        files.make_folder("a/" * 3000)

@@ -9,6 +9,7 @@ import pytest
 
 from lowrank_jax.experiment.config.files import to_dict
 from lowrank_jax.experiment.config.parse import Config
+from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.identity import config_digest
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
@@ -54,6 +55,21 @@ def test_a_setting_that_is_younger_than_the_experiment_has_its_default(tmp_path)
     assert config_digest(old) == digest != config_digest(config())
     with pytest.raises(WorkdirError, match=r"dataset.mixup is 0.0 there, 0.2 here"):
         folder.check(config(seed=3, dataset__mixup=0.2))
+
+
+def test_a_folder_may_be_deeper_than_python_nests_calls(tmp_path):
+    top = tmp_path / "a"
+    deep = top.joinpath(*["a"] * 1100)
+    try:
+        folder = Workdir(deep / "run")
+        with folder.locked():
+            folder.claim(config())
+        assert folder.read_config()["seed"] == 0
+        with Checkpoints(Workdir(deep / "other").checkpoints) as checkpoints:
+            checkpoints.note_score(1, 0.5)
+        assert (deep / "other" / "checkpoints" / "scores.json").exists()
+    finally:
+        subprocess.run(["rm", "-r", str(top)], check=True)  # as pytest itself could not
 
 
 def test_a_folder_that_cannot_be_one_is_refused(tmp_path):

@@ -1,0 +1,152 @@
+"""How much a model's outputs feel of what each kernel loses."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_jax.kernel import is_low_rank
+from lowrank_jax.linen.layers import call_model
+from lowrank_jax.linen.model_check import check_model
+from lowrank_jax.linen.named_axes import in_named_axes
+from lowrank_jax.paths import map_named, named_leaves
+from lowrank_jax.planning.curves import curves_of_kernels
+from lowrank_jax.planning.factorize import factorize
+from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
+
+_LEAST = 1e-3  # of a relative risk: next to less, rounding would be seen in its place
+
+
+class _Changed(NamedTuple):
+    """A kernel at a low rank.
+
+    Attributes:
+      kernel: multiplied out, in the dense kernel's shape.
+      risk: what it loses, relative.
+    """
+
+    kernel: jax.Array
+    risk: float
+
+
+def sensitivity(
+    model: nn.Module,
+    variables: Any,
+    batches: Iterable[Any],
+    plan: Plan,
+    *,
+    logits: Callable[[Any], jax.Array] | None = None,
+    rngs: Any = None,
+    say: Callable[[str], None] | None = None,
+    **kwargs: Any,
+) -> dict[str, float]:
+    """How much each kernel's loss counts in the network: for `allocate(..., sensitivity=...)`.
+
+        counts = lr.sensitivity(model, variables, batches, plan)
+        plan = lr.allocate(plan, macs=0.5, variables=variables, sensitivity=counts)
+
+    One kernel at a time is projected to its planned rank, or to half of its full one, and the Kullback-Leibler divergence of
+    the network's predictions is divided by the kernel's relative risk there.  That is one run of the model for every kernel
+    and batch, of one program: the kernels keep their dense shapes.
+
+    Args:
+      model, variables: as for `model.apply`; dense, such as a trained network's.
+      batches: what the model is called on, arrays or tuples of arrays.
+      plan: from `plan` for the same model.
+      logits: from what the model returns, the logits `[..., classes]`; by default it returns them.
+      rngs: as for `model.apply`; every run has the same.
+      say: is told of each kernel and batch.
+      **kwargs: keyword arguments of the model.  What it writes is discarded.
+
+    Returns:
+      By the name of every kernel that the plan leaves open to a budget; 0 where nothing is lost or nothing changes.
+
+    Raises:
+      TypeError: the model is not a Linen module, or what it returns are no logits.
+      ValueError: there are no batches, predictions are not numbers, or the variables do not fit the plan.
+    """
+    check_model(model)
+    variables = {**variables, "params": nn.meta.unbox(variables["params"])}
+    changed = _changed_kernels(variables["params"], plan)
+    predict = jax.jit(lambda variables, batch: _predictions(model, variables, batch, logits, rngs, kwargs))
+    divergences = dict.fromkeys(changed, 0.0)
+    total = 0
+    for index, batch in enumerate(batches):
+        dense = predict(variables, batch)
+        _check(dense, f"batch {index}")
+        count = dense.size // dense.shape[-1]
+        for place, (name, other) in enumerate(changed.items()):
+            if say is not None:
+                say(f"batch {index + 1}, kernel {place + 1} of {len(changed)}: {name}")
+            found = float(_divergence(dense, predict(_with(variables, name, other.kernel), batch)))
+            if not np.isfinite(found):
+                raise ValueError(f"batch {index}: with {name} at a low rank the predictions are not numbers")
+            divergences[name] += found * count
+        total += count
+    if not total:
+        raise ValueError("no batches to measure sensitivities on")
+    return {name: divergences[name] / total / other.risk if other.risk else 0.0 for name, other in changed.items()}
+
+
+def _changed_kernels(params: Any, plan: Plan) -> dict[str, _Changed]:
+    """Every open kernel at a low rank."""
+    open_ = [kernel for kernel in plan.kernels if kernel.choices]
+    curves = curves_of_kernels(open_, params)
+    lines, risks = {}, {}
+    for kernel in open_:
+        line = _at_a_rank(kernel)
+        curve = curves[kernel.name][line.choices.index(line.choice)]
+        assert curve is not None  # without moments every choice has one
+        while line.rank > 1 and curve.risk[line.rank - 1] < _LEAST:
+            line = dataclasses.replace(line, rank=line.rank // 2)
+        lines[kernel.name], risks[kernel.name] = line, float(curve.risk[line.rank - 1])
+    lowered = dataclasses.replace(plan, kernels=tuple(lines.get(kernel.name, kernel) for kernel in plan.kernels))
+    factored = named_leaves(factorize(params, lowered, key=jax.random.key(0)), is_leaf=is_low_rank)
+    return {name: _Changed(factored[name].merge(), risks[name]) for name in lines}
+
+
+def _at_a_rank(kernel: PlannedKernel) -> FactoredKernel:
+    """The kernel at its planned rank or half of its full one, made by the projection whose risk is known."""
+    assert kernel.rule is not None  # it has choices
+    planned = isinstance(kernel, FactoredKernel)
+    choice = kernel.choice if planned else kernel.choices[0]
+    rank = kernel.rank if planned else max(1, choice.view.full_rank // 2)
+    rule = dataclasses.replace(kernel.rule, method="kernel_projection")
+    return dataclasses.replace(FactoredKernel(**kernel.shared, choice=choice, rank=rank), rule=rule)
+
+
+def _with(variables: Mapping[str, Any], name: str, kernel: jax.Array) -> dict[str, Any]:
+    """The variables with another kernel."""
+    params = map_named(lambda other, leaf: kernel if other == name else leaf, variables["params"])
+    return {**variables, "params": params}
+
+
+def _predictions(model: nn.Module, variables: Any, batch: Any, logits: Any, rngs: Any, kwargs: dict[str, Any]) -> jax.Array:
+    """Logarithms of probabilities, `[..., classes]`, in float32 or better."""
+    args = batch if isinstance(batch, tuple) else (batch,)
+    options = {**kwargs, "rngs": rngs, "mutable": [name for name in variables if name != "params"]}
+    returned, _ = in_named_axes(lambda: call_model(model, variables, *args, **options))
+    made = returned if logits is None else logits(returned)
+    if not isinstance(made, jax.Array) or not made.ndim or not jnp.issubdtype(made.dtype, jnp.floating):
+        raise TypeError(f"{type(model).__name__} returns no array of logits: pass logits=, a function of what it returns")
+    return jax.nn.log_softmax(made.astype(jnp.promote_types(made.dtype, jnp.float32)))
+
+
+@jax.jit
+def _divergence(one: jax.Array, other: jax.Array) -> jax.Array:
+    """The mean Kullback-Leibler divergence of `[..., classes]`, logarithms of probabilities, as a sum without cancellation."""
+    p, change = jnp.exp(one), jnp.where(jnp.isneginf(one), 0, other - one)
+    small = change < 1
+    near = p * (jnp.expm1(jnp.where(small, change, 0)) - change)
+    return jnp.mean(jnp.sum(jnp.where(small & (p > 0), near, jnp.exp(other) - p - p * change), axis=-1))
+
+
+def _check(predictions: jax.Array, what: str) -> None:
+    if not predictions.size:
+        raise ValueError(f"{what} is empty")
+    if jnp.isnan(predictions).any():
+        raise ValueError(f"{what}: the model's predictions are not numbers")

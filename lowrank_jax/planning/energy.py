@@ -1,0 +1,66 @@
+"""The ranks of rules that give an energy: known once the kernels are."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lowrank_jax.planning.curves import Losses
+from lowrank_jax.planning.decide import problem
+from lowrank_jax.planning.plans import DenseKernel, FactoredKernel, PlannedKernel
+from lowrank_jax.planning.rules import Rule, rounded_up
+
+_ROUNDING = 1e-6  # of float32's sums: a share that is missed by less is kept
+
+
+def energy_of(kernel: PlannedKernel) -> float | None:
+    """The energy that a kernel's rule asks for; None if it asks for something else."""
+    return kernel.rule.energy if kernel.rule is not None else None
+
+
+def with_bounds(
+    kernels: Sequence[PlannedKernel], losses: Mapping[str, Sequence[Losses | None]], known: bool
+) -> list[PlannedKernel]:
+    """The kernels with the ranks that their rules' energies ask for as bounds.
+
+    Args:
+      kernels: of a plan; all have choices.
+      losses: of every choice.
+      known: whether they are those of the kernels at hand; otherwise the bounds of a former call stay.
+
+    Raises:
+      ValueError: there is an energy without values and without a former bound.
+    """
+    missing = [kernel.name for kernel in kernels if energy_of(kernel) is not None and not known and not kernel.bounds]
+    if missing:
+        raise ValueError(f"the rule of {', '.join(missing)} gives an energy, which only values have: pass variables=")
+    if not known:
+        return list(kernels)
+    return [_with_bound(kernel, losses[kernel.name]) for kernel in kernels]
+
+
+def _with_bound(kernel: PlannedKernel, losses: Sequence[Losses | None]) -> PlannedKernel:
+    rule, energy = kernel.rule, energy_of(kernel)
+    if rule is None or energy is None:
+        return kernel
+    bounds = tuple(None if curve is None else _rank(rule, energy, curve) for curve in losses)
+    return dataclasses.replace(kernel, bounds=bounds)
+
+
+def _rank(rule: Rule, energy: float, losses: Losses) -> int:
+    """The smallest rank that keeps the energy."""
+    enough = np.flatnonzero(losses.energy >= energy - _ROUNDING)
+    return rounded_up(rule, int(enough[0]) + 1)
+
+
+def closed(kernel: PlannedKernel, losses: Sequence[Losses | None]) -> PlannedKernel:
+    """The line of a kernel at its bound, in its rule's own scheme if that is known."""
+    place, rank = next((place, rank) for place, rank in enumerate(kernel.bounds) if rank is not None)
+    choice, curve = kernel.choices[place], losses[place]
+    assert kernel.rule is not None and curve is not None
+    note = kernel.note if kernel.execution == "premerged" else ""
+    if reason := problem(choice, rank):
+        reason = f"energy {kernel.rule.energy}: {reason}"
+        return DenseKernel(**kernel.shared, execution=kernel.execution, note=f"{reason}; {note}" if note else reason, risk=0.0)
+    lost = float(curve.risk[rank - 1])
+    return FactoredKernel(**kernel.shared, choice=choice, rank=rank, execution=kernel.execution, note=note, risk=lost)
