@@ -29,8 +29,8 @@ class Family:
     """A dense network, and others that differ from it only in their factors or in what no program depends on.
 
     Attributes:
-      dense: the network that the others are compared with.
-      requested: whether the user asked for it.
+      dense: the network that the others are compared with, and that those with a dense warm-up are at first.
+      requested: whether the user asked for it, or for one that is it at first.
       others: the low-rank ones first.
     """
 
@@ -48,10 +48,22 @@ def families(networks: Sequence[Network]) -> list[Family]:
     for members in twins.values():
         asked = [network for network in members if network.dense]
         others = (*(network for network in members if not network.dense), *asked[1:])
-        name = "dense twin" if len(twins) == 1 else f"dense twin of {members[0].name}"
+        first = any(network.config.starts_dense for network in members)
+        name = "dense warm-up" if first else "dense twin"
+        name = name if len(twins) == 1 else f"{name} of {members[0].name}"
         dense = asked[0] if asked else Network(name, _dense_twin(members[0].config))
-        found.append(Family(dense, bool(asked), others))
+        found.append(Family(dense, bool(asked) or first, others))
     return found
+
+
+def named(config: Config) -> Network:
+    """A network that is called by its size."""
+    low = config.lowrank
+    if low.method == "none":
+        return Network("dense", config)
+    budgets = [f"budget.{kind}={value}" for kind, value in low.budget.amounts.items()]
+    size = f"scale={low.scale:g}" if low.scale is not None else f"rank={low.rank}"
+    return Network(",".join(budgets) or size, config)
 
 
 def _dense_twin(config: Config) -> Config:

@@ -120,26 +120,36 @@ def _chosen(arm: Arm) -> Ranks | None:
 
 def _ranks(arms: Sequence[Arm]) -> bytes:
     """The ranks that budgets chose, a line for each arm over the network's kernels; dense kernels lie on the top line."""
-    shown = arms[: len(COLORS)]
-    names = list(dict.fromkeys(name for arm in shown for name in _chosen(arm) or {}))[:_MOST_KERNELS]
+    lines: dict[tuple[tuple[str, int | None], ...], list[Arm]] = {}
+    for arm in arms:
+        lines.setdefault(tuple((_chosen(arm) or {}).items()), []).append(arm)
+    shown = dict(list(lines.items())[: len(COLORS)])
+    names = list(dict.fromkeys(name for ranks in shown for name, _ in ranks))[:_MOST_KERNELS]
     figure = Figure(figsize=(max(8.0, 3.5 + 0.16 * len(names)), 5.5), layout="constrained")
     panel = figure.subplots()
-    top = 2 * max((rank for arm in shown for rank in (_chosen(arm) or {}).values() if rank), default=1)
-    for arm, color, marker in zip(shown, COLORS, MARKERS, strict=False):
-        ranks, size = _chosen(arm) or {}, ", ".join(f"{short(key)} {text(value)}" for key, value in arm.size)
-        places = [place for place, name in enumerate(names) if name in ranks]
-        heights = [ranks[names[place]] or top for place in places]
-        panel.plot(places, heights, label=_plain(f"{arm.label}, {size}"), color=color, marker=marker, ms=4, lw=0.7)
+    top = 2 * max((rank for ranks in shown for _, rank in ranks if rank), default=1)
+    for (ranks, alike), color, marker in zip(shown.items(), COLORS, MARKERS, strict=False):
+        known = dict(ranks)
+        places = [place for place, name in enumerate(names) if name in known]
+        heights = [known[names[place]] or top for place in places]
+        panel.plot(places, heights, label=_of_alike(alike), color=color, marker=marker, ms=4, lw=0.7)
     panel.set(yscale="log", ylabel="rank")
     ticks = [2**power for power in range(top.bit_length()) if 2**power <= top / 2]
     panel.set_yticks([*ticks, top], [*map(count, ticks), "dense"])
     panel.set_xticks(range(len(names)), [_plain(name.removesuffix("/kernel")) for name in names], rotation=90, fontsize=6)
     panel.minorticks_off()
     panel.grid(alpha=0.3)
-    if len(shown) < len(arms):
-        panel.set(title=f"the first {len(shown)} of {len(arms)} arms")
+    if len(shown) < len(lines):
+        panel.set(title=f"the first {len(shown)} of {len(lines)} choices of ranks")
     figure.legend(loc="outside upper left", fontsize=8)
     return _png(figure)
+
+
+def _of_alike(arms: Sequence[Arm]) -> str:
+    """The name of a line of the picture of ranks: its first arm, and how many others have the same ranks."""
+    first, *others = arms
+    size = ", ".join(f"{short(key)} {text(value)}" for key, value in first.size)
+    return _plain(f"{size}, {first.label}") + (f" and {len(others)} more" if others else "")
 
 
 def _plain(label: str) -> str:
