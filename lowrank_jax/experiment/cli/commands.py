@@ -319,16 +319,13 @@ def _preflight(args: argparse.Namespace) -> int:
 
 
 def _networks(args: argparse.Namespace) -> "list[Network]":
-    from lowrank_jax.experiment.preflight.networks import Network
+    from lowrank_jax.experiment.preflight.networks import Network, named
     from lowrank_jax.experiment.sweep import trials
 
     if args.sweep:
         expanded = trials.expand(args.config, args.overrides, args.sweep, "preflight")
         return [Network(trial.name, trial.config) for trial in expanded.first]
-    config = _config(args)
-    low = config.lowrank
-    size = f"scale={low.scale:g}" if low.scale is not None else f"rank={low.rank}"
-    return [Network("dense" if low.method == "none" else size, config)]
+    return [named(_config(args))]
 
 
 def _init_report(args: argparse.Namespace) -> int:

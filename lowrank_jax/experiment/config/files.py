@@ -271,6 +271,19 @@ def override(config: ConfigDict, key: str, text: str) -> None:
             raise ConfigError("config", [f"{key}: {shown(text)}; {first_line(error)}"]) from None
 
 
+def keys_given(overrides: Overrides) -> list[str]:
+    """The dotted keys that overrides set, those within the mapping for a section one by one."""
+    pairs = overrides if isinstance(overrides, Sequence) else overrides.items()
+    return [given for key, value in pairs for given in _keys_within(key, str(value))]
+
+
+def _keys_within(key: str, text: str) -> list[str]:
+    value = _literal(text)
+    if not (isinstance(value, dict) and dataclasses.is_dataclass(type_of(key))):
+        return [key]
+    return [given for name, inner in value.items() for given in _keys_within(f"{key}.{name}", repr(inner))]
+
+
 def _unquoted(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
@@ -303,3 +316,9 @@ def legal_keys(cls: Any = Config, prefix: str = "") -> list[str]:
         nested = dataclasses.is_dataclass(hint) and hint is not Duration
         keys += legal_keys(hint, f"{prefix}{name}.") if nested else [prefix + name]
     return keys
+
+
+def legal_sections() -> list[str]:
+    """Every dotted name of keys that belong together, such as "optim"."""
+    sections = (section for key in legal_keys() for section in (key.rpartition(".")[0], key.partition(".")[0]))
+    return [section for section in dict.fromkeys(sections) if section and dataclasses.is_dataclass(type_of(section))]

@@ -8,7 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lowrank_jax.experiment.config.files import ConfigError, Overrides, overridden
+from lowrank_jax.experiment.config.contradictions import contradictions
+from lowrank_jax.experiment.config.files import ConfigError, Overrides, keys_given, overridden
 from lowrank_jax.experiment.config.relations import relation_problems
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.config.typed import read_section
@@ -28,7 +29,8 @@ def read(config: str | ConfigDict, overrides: Overrides = (), *, source: str = "
       ConfigError: with all problems.
     """
     named = source or (config if isinstance(config, str) else "config")
-    return parse(overridden(config, overrides), source=named, devices=devices)
+    given = overridden(config, overrides)
+    return _parsed(given, named, devices, contradictions(given, keys_given(overrides)))
 
 
 def parse(config: ConfigDict | dict[str, Any], *, source: str = "config", devices: int | None = None) -> Config:
@@ -42,7 +44,11 @@ def parse(config: ConfigDict | dict[str, Any], *, source: str = "config", device
     Raises:
       ConfigError: with all problems.
     """
-    problems: list[str] = []
+    return _parsed(config, source, devices, [])
+
+
+def _parsed(config: ConfigDict | dict[str, Any], source: str, devices: int | None, problems: list[str]) -> Config:
+    """`parse`, with problems that are known already."""
     look_again()
     try:
         values = config.to_dict() if isinstance(config, ConfigDict) else config

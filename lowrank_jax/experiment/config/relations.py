@@ -9,7 +9,7 @@ import jax
 from lowrank_jax.experiment.config import objectives
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.plan import check_plan, images_like
-from lowrank_jax.experiment.config.schema import BudgetConfig, Config, DatasetConfig, LowRankConfig, rate
+from lowrank_jax.experiment.config.schema import BUDGET_KINDS, BudgetConfig, Config, DatasetConfig, LowRankConfig, rate
 from lowrank_jax.experiment.config.typed import read_section, read_value
 from lowrank_jax.experiment.data import datasets, splits
 from lowrank_jax.experiment.hosts.sharding import AXES, read_rules, rule_problems
@@ -262,7 +262,7 @@ def _rule_problems(config: Config, wrong: set[str]) -> list[str]:
     low = config.lowrank
     if low.self_guided is not None and low.dense_warmup is not None:
         return [f"lowrank.self_guided: {low.self_guided}, and dense_warmup is set too; training begins with one of them"]
-    if problems := _budget_problems(low.budget):
+    if problems := _budget_problems(low.budget, wrong):
         return problems
     if low.budget.amounts:
         return _to_rules_problems(low)
@@ -275,13 +275,15 @@ def _rule_problems(config: Config, wrong: set[str]) -> list[str]:
     return _to_rules_problems(low)
 
 
-def _budget_problems(budget: BudgetConfig) -> list[str]:
+def _budget_problems(budget: BudgetConfig, wrong: set[str]) -> list[str]:
     """Settings of a budget that say nothing without another one, and more kinds than two."""
     kinds, usual = budget.amounts, BudgetConfig()
     if len(kinds) > 2:
         return [f"lowrank.budget: {', '.join(kinds)} are set; at most two kinds can hold at once"]
-    if "seconds" in kinds and budget.chip is None:
+    if "seconds" in kinds and budget.chip is None and "lowrank.budget.chip" not in wrong:
         return [f"lowrank.budget.chip: seconds need a chip; one of {', '.join(CHIPS)}"]
+    if any(f"lowrank.budget.{kind}" in wrong for kind in BUDGET_KINDS):
+        return []  # there is a budget, which has been reported
     needed = "a budget" if not kinds else "lowrank.budget.seconds"
     idle = ("chip", "batch", "rest") if "seconds" not in kinds else ()
     idle += ("objective", "min_scale") if not kinds else ()

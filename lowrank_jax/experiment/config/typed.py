@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lowrank_jax.experiment.config.files import legal_keys, type_of
+from lowrank_jax.experiment.config.files import legal_keys, legal_sections, type_of
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.experiment.frozen import FrozenDict
@@ -30,7 +30,8 @@ def read_section(cls: Any, values: dict[str, Any], prefix: str, problems: list[s
             if isinstance(value, dict):
                 read[field.name] = read_section(hint, value, name + ".", problems)
             else:
-                problems.append(f"{name}: {shown(value)}; must be a section with keys")
+                first = dataclasses.fields(hint)[0].name
+                problems.append(f"{name}: {shown(value)}; must be a section with keys, such as {name}.{first}")
             continue
         try:
             value = read_value(value, hint)
@@ -48,7 +49,8 @@ def read_section(cls: Any, values: dict[str, Any], prefix: str, problems: list[s
 
 def _known(cls: Any, prefix: str) -> list[str]:
     """Keys to suggest for an unknown one."""
-    return legal_keys() if cls is Config or type_of(prefix[:-1]) is cls else legal_keys(cls, prefix)
+    ours = cls is Config or type_of(prefix[:-1]) is cls
+    return [*legal_keys(), *legal_sections()] if ours else legal_keys(cls, prefix)
 
 
 _MAPPING = "a mapping"
@@ -68,7 +70,7 @@ def read_value(value: Any, hint: Any) -> Any:
             return None
         return _read_any(value, [arg for arg in args if arg is not type(None)])
     if origin is typing.Literal:
-        if value not in args:
+        if not any(type(value) is type(arg) and value == arg for arg in args):
             raise ValueError("one of " + ", ".join(map(repr, args)))
         return value
     if hint is Duration:

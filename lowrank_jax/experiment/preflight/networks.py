@@ -31,8 +31,8 @@ class Family:
     """A dense network, and others that differ from it only in their factors or in what no program depends on.
 
     Attributes:
-      dense: the network that the others are compared with.
-      requested: whether the user asked for it.
+      dense: the network that the others are compared with, and that those with a dense warm-up are at first.
+      requested: whether the user asked for it, or for one that is it at first.
       others: the low-rank ones first.
     """
 
@@ -51,9 +51,11 @@ def families(networks: Sequence[Network]) -> list[Family]:
         asked = [network for network in members if network.dense]
         low_rank = [phase for network in members if not network.dense for phase in _phases(network)]
         others = (*low_rank, *asked[1:])
-        name = "dense twin" if len(twins) == 1 else f"dense twin of {members[0].name}"
+        first = any(network.config.starts_dense for network in members)
+        name = "dense warm-up" if first else "dense twin"
+        name = name if len(twins) == 1 else f"{name} of {members[0].name}"
         dense = asked[0] if asked else Network(name, _dense_twin(members[0].config))
-        found.append(Family(dense, bool(asked), others))
+        found.append(Family(dense, bool(asked) or first, others))
     return found
 
 
@@ -61,6 +63,16 @@ def _phases(network: Network) -> list[Network]:
     """A low-rank network, before it that of self-guided training, which takes more memory."""
     steps = network.config.guided_steps
     return [*([Network(f"{network.name}, self-guided", network.config, steps)] if steps else []), network]
+
+
+def named(config: Config) -> Network:
+    """A network that is called by its size."""
+    low = config.lowrank
+    if low.method == "none":
+        return Network("dense", config)
+    budgets = [f"budget.{kind}={value}" for kind, value in low.budget.amounts.items()]
+    size = f"scale={low.scale:g}" if low.scale is not None else f"rank={low.rank}"
+    return Network(",".join(budgets) or size, config)
 
 
 def _dense_twin(config: Config) -> Config:

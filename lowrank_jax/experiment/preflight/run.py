@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 
 from lowrank_jax.experiment.preflight import compiler, slices
 from lowrank_jax.experiment.preflight.cache import Cache
-from lowrank_jax.experiment.preflight.estimate import Estimator
+from lowrank_jax.experiment.preflight.estimate import Estimate, Estimator
 from lowrank_jax.experiment.preflight.networks import Network, check_all, families
-from lowrank_jax.experiment.preflight.table import Estimates
-from lowrank_jax.planning.chips import of_device
+from lowrank_jax.experiment.preflight.rest import Rest, rest_of
+from lowrank_jax.experiment.preflight.table import Estimates, roofline_seconds
+from lowrank_jax.planning.chips import Chip, of_device
 
 
 def run(
@@ -38,4 +39,16 @@ def run(
     estimator = Estimator(topology, devices, chip, effort, cache, say)
     estimates = iter(estimator.estimates(list(itertools.chain(*groups))))
     rows = tuple(tuple(itertools.islice(estimates, len(group))) for group in groups)
-    return Estimates(topology, chip, len(devices), effort, rows)
+    return Estimates(topology, chip, len(devices), effort, rows, _rests(groups, rows, chip, len(devices)))
+
+
+def _rests(
+    groups: Sequence[Sequence[tuple[Network, bool]]], rows: Sequence[Sequence[Estimate]], chip: Chip, devices: int
+) -> tuple[Rest, ...]:
+    """Of the first network of each family that has a budget of seconds: the dense step is the same for all."""
+    found = []
+    for group, (dense, *_) in zip(groups, rows, strict=True):
+        roofline = roofline_seconds(dense.step, chip) if dense.step else 0.0
+        rests = (rest_of(network, dense, roofline, chip, devices) for network, _ in group)
+        found += [rest for rest in rests if rest][:1]
+    return tuple(found)

@@ -8,6 +8,7 @@ from typing import Any
 from lowrank_jax.experiment.preflight import compiler
 from lowrank_jax.experiment.preflight.compiler import Cost
 from lowrank_jax.experiment.preflight.estimate import Estimate
+from lowrank_jax.experiment.preflight.rest import Rest
 from lowrank_jax.planning.chips import Chip
 from lowrank_jax.text import align, count
 
@@ -24,6 +25,7 @@ class Estimates:
       devices: number of devices.
       effort: of the compiler.
       families: the estimates.
+      rests: for budgets of seconds.
     """
 
     topology: str
@@ -31,6 +33,7 @@ class Estimates:
     devices: int
     effort: str
     families: tuple[tuple[Estimate, ...], ...]
+    rests: tuple[Rest, ...] = ()
 
     @property
     def rows(self) -> list[Estimate]:
@@ -141,7 +144,9 @@ class Estimates:
             if not row.fits(self.usable):
                 needed = memory(row.peak_bytes(row.largest))
                 lines.append(f"{row.name} does not fit: its {row.largest} needs {needed}, {memory(self.usable)} are available.")
-        return lines
+        if self.rests and self.effort == "fast":
+            lines.append("Seconds at effort fast are those of a less optimised program; those of --effort=full are closer.")
+        return [*lines, *map(str, self.rests)]
 
     def _pairs(self) -> Iterator[tuple[Estimate, Estimate]]:
         """Every network and its dense twin."""
@@ -160,6 +165,7 @@ class Estimates:
             "versions": compiler.versions(),
             "fits": self.fits,
             "arms": rows,
+            "rests": [dataclasses.asdict(rest) for rest in self.rests],
         }
         return json.dumps(described, indent=2) + "\n"
 

@@ -12,11 +12,13 @@ from scipy import stats
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.best import Best
-from lowrank_jax.experiment.report.stored_runs import Found, StoredRun
+from lowrank_jax.experiment.report.stored_runs import BUDGETS, SIZES, Found, StoredRun
+from lowrank_jax.experiment.sweep import names
 from lowrank_jax.experiment.sweep.trials import merit
 
 CONFIDENCE = 0.95
-_SIZES = ("lowrank.scale", "lowrank.rank")
+_SIZES = (*SIZES, *BUDGETS)
+_WAY = "lowrank.budget"  # on an arm's line, where some runs have a budget of another kind than others, or none
 _ENDS = ("done", "diverged", "failed", "stopped")
 Values = tuple[tuple[str, Any], ...]
 
@@ -58,8 +60,9 @@ class Arm:
     """Finished runs that differ only in the seed.
 
     Attributes:
-      line: the method and every other varied setting, except size, tuning and seed.
-      size: the scale or rank; empty for a dense network.
+      line: the method and every other varied setting, except size, tuning and seed; where sizes are given in several ways,
+        also the kind of budget.
+      size: the scale, the rank or the budget; empty for a dense network.
       tuning: the values of the tuned keys.
       runs: by seed.
       missing: number of further runs that did not finish.
@@ -98,11 +101,11 @@ class Arm:
 
 
 def short(key: str) -> str:
-    """What a setting is called beside its value: by its last part, where that is no other's; "model" for "model.name"."""
+    """What a setting is called beside its value: as in a sweep, where that is no other's; "model" for "model.name"."""
     section, _, last = key.rpartition(".")
     if last == "name":
         return section
-    return key if last in _shared() else last
+    return key if last in _shared() else names.short(key)
 
 
 @functools.cache
@@ -133,14 +136,22 @@ def into_arms(found: Found, tune: Sequence[str]) -> list[Arm]:
     tuned = [key for key in tune if key in found.varied]
     other = [key for key in found.varied if key not in (*_SIZES, *tuned, "seed", "lowrank.method")]
     cells: dict[tuple[Values, Values], dict[Values, dict[int, StoredRun]]] = {}
-    for run in found.runs:
-        if run.settings and run.status != "repeated":
-            line, size, tuning = _values(run, ["lowrank.method", *other]), _values(run, _SIZES), _values(run, tuned)
-            if run.seed in cells.get((line, size), {}).get(tuning, {}):  # they differ in what looks alike, such as True and 1
-                line = (*line, ("run", run.name))
-            cells.setdefault((line, size), {}).setdefault(tuning, {})[run.seed] = run
+    runs = [run for run in found.runs if run.settings and run.status != "repeated"]
+    several = len({_kinds(run) for run in runs if run.settings["lowrank.method"] != "none"}) > 1
+    for run in runs:
+        line, size, tuning = _values(run, ["lowrank.method", *other]), _values(run, _SIZES), _values(run, tuned)
+        if several and _kinds(run):
+            line = (*line, (_WAY, _kinds(run)))
+        if run.seed in cells.get((line, size), {}).get(tuning, {}):  # they differ in what looks alike, such as True and 1
+            line = (*line, ("run", run.name))
+        cells.setdefault((line, size), {}).setdefault(tuning, {})[run.seed] = run
     arms = [arm for (line, size), tunings in cells.items() for arm in _arms(line, size, tunings, found.best)]
     return sorted(arms, key=lambda arm: (arm.method != "none", str(arm.line[1:]), _order(arm)))
+
+
+def _kinds(run: StoredRun) -> str:
+    """What the run's budget is in; empty without one."""
+    return " and ".join(key.rpartition(".")[2] for key in BUDGETS if run.settings.get(key) is not None)
 
 
 def _arms(line: Values, size: Values, tunings: dict[Values, dict[int, StoredRun]], best: Best) -> list[Arm]:

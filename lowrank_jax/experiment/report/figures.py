@@ -11,14 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank_jax.experiment.best import Best
-from lowrank_jax.experiment.report.arms import Arm, text
+from lowrank_jax.experiment.report.arms import Arm, short, text
 from lowrank_jax.experiment.report.drawing import default_style
+from lowrank_jax.experiment.report.ranks import Ranks
 from lowrank_jax.text import count, one_line
 
 # Okabe and Ito's colour-blind-safe colours; the markers distinguish the lines too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#555555")
 MARKERS = "osD^vP*Xh"
 _WIDEST, _COLUMNS = 60, 40  # characters of a label; panels side by side
+_MOST_KERNELS = 300  # of a picture
 _AXES = {"params": "parameters", "macs": "multiply-adds per image", "images/s": "images per second in training (measured)"}
 
 
@@ -26,7 +28,8 @@ def draw(arms: Sequence[Arm], best: Best) -> dict[str, bytes]:
     """The metric that runs were judged by against each cost, and the training curves."""
     with default_style():
         pictures = {f"{best.metric}_{_file(cost)}.png": _against(arms, cost, best) for cost in _AXES}
-        return {**pictures, "curves.png": _curves(arms, best)}
+        pictures["curves.png"] = _curves(arms, best)
+        return {**pictures, "ranks.png": _ranks(budgets)} if (budgets := [arm for arm in arms if _chosen(arm)]) else pictures
 
 
 def _file(cost: str) -> str:
@@ -85,7 +88,7 @@ def _curves(arms: Sequence[Arm], best: Best) -> bytes:
             style = {**styles[arm.label], "marker": ""}
             _curve(panels[0, column], arm, "train/loss", style)
             _curve(panels[1, column], arm, f"eval/{best.metric}", style)
-        panels[0, column].set(title=_plain(", ".join(f"{key.rpartition('.')[2]} {text(value)}" for key, value in size)))
+        panels[0, column].set(title=_plain(", ".join(f"{short(key)} {text(value)}" for key, value in size)))
         if panels[0, column].lines:
             panels[0, column].set_yscale("log")
         panels[1, column].set(xlabel="step")
@@ -108,6 +111,45 @@ def _curve(panel: Axes, arm: Arm, name: str, style: dict[str, Any]) -> None:
     low, high = [min(by_step[step]) for step in steps], [max(by_step[step]) for step in steps]
     panel.fill_between(steps, low, high, color=style["color"], alpha=0.1, lw=0)
     panel.grid(alpha=0.3)
+
+
+def _chosen(arm: Arm) -> Ranks | None:
+    """The ranks of the first seed that has any."""
+    return next((ranks for _, run in sorted(arm.runs.items()) if (ranks := run.ranks)), None)
+
+
+def _ranks(arms: Sequence[Arm]) -> bytes:
+    """The ranks that budgets chose, a line for each arm over the network's kernels; dense kernels lie on the top line."""
+    lines: dict[tuple[tuple[str, int | None], ...], list[Arm]] = {}
+    for arm in arms:
+        lines.setdefault(tuple((_chosen(arm) or {}).items()), []).append(arm)
+    shown = dict(list(lines.items())[: len(COLORS)])
+    names = list(dict.fromkeys(name for ranks in shown for name, _ in ranks))[:_MOST_KERNELS]
+    figure = Figure(figsize=(max(8.0, 3.5 + 0.16 * len(names)), 5.5), layout="constrained")
+    panel = figure.subplots()
+    top = 2 * max((rank for ranks in shown for _, rank in ranks if rank), default=1)
+    for (ranks, alike), color, marker in zip(shown.items(), COLORS, MARKERS, strict=False):
+        known = dict(ranks)
+        places = [place for place, name in enumerate(names) if name in known]
+        heights = [known[names[place]] or top for place in places]
+        panel.plot(places, heights, label=_of_alike(alike), color=color, marker=marker, ms=4, lw=0.7)
+    panel.set(yscale="log", ylabel="rank")
+    ticks = [2**power for power in range(top.bit_length()) if 2**power <= top / 2]
+    panel.set_yticks([*ticks, top], [*map(count, ticks), "dense"])
+    panel.set_xticks(range(len(names)), [_plain(name.removesuffix("/kernel")) for name in names], rotation=90, fontsize=6)
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    if len(shown) < len(lines):
+        panel.set(title=f"the first {len(shown)} of {len(lines)} choices of ranks")
+    figure.legend(loc="outside upper left", fontsize=8)
+    return _png(figure)
+
+
+def _of_alike(arms: Sequence[Arm]) -> str:
+    """The name of a line of the picture of ranks: its first arm, and how many others have the same ranks."""
+    first, *others = arms
+    size = ", ".join(f"{short(key)} {text(value)}" for key, value in first.size)
+    return _plain(f"{size}, {first.label}") + (f" and {len(others)} more" if others else "")
 
 
 def _plain(label: str) -> str:

@@ -14,11 +14,16 @@ from typing import Any
 from etils import epath
 
 from lowrank_jax.experiment.best import Best
+from lowrank_jax.experiment.config.schema import BUDGET_KINDS
+from lowrank_jax.experiment.report import ranks
+from lowrank_jax.experiment.report.ranks import Ranks
 from lowrank_jax.experiment.sweep.trials import meaningless_when_dense, read_record
 from lowrank_jax.experiment.workdir import files, stored_values
 from lowrank_jax.experiment.workdir.identity import config_digest, differing_keys, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
+SIZES = ("lowrank.scale", "lowrank.rank")
+BUDGETS = tuple(f"lowrank.budget.{kind}" for kind in BUDGET_KINDS)
 _DEPTH = 3  # of folders below a given one that are searched for work directories
 _NO_FOLDER = (errno.ENOTDIR, errno.ENOENT, errno.ELOOP)  # a file; deleted meanwhile, or a link to nothing; a link to itself
 
@@ -29,13 +34,14 @@ class StoredRun:
 
     Attributes:
       name: its path below the given folder.
-      settings: the config by dotted key; for a dense network without the settings of factors.
+      settings: the config by dotted key, without what has no effect; see `_with_effect`.
       status: `done`, `diverged`, `failed`, `stopped` by a scheduler, `unfinished`, `not started`, `damaged`: one of its files
         cannot be read or relied on, `repeated`: the same experiment as another run, which is counted instead, or `apart`: it
         was judged by another metric than most of the others, or by the loss of another objective.
       reason: for the status, unless the run is done.
       result: the contents of result.json; empty unless the run is done.
       metrics: the lines of metrics.jsonl.
+      ranks: that a budget chose; None without one.
     """
 
     name: str
@@ -44,6 +50,7 @@ class StoredRun:
     reason: str
     result: dict[str, Any]
     metrics: tuple[dict[str, Any], ...]
+    ranks: Ranks | None = None
 
     @property
     def done(self) -> bool:
@@ -186,14 +193,20 @@ def _same_as(counted: dict[str, StoredRun], run: StoredRun) -> str:
 
 
 def _varied(runs: Sequence[StoredRun]) -> list[str]:
-    """The keys with more than one value among the runs; to lack a key is a value too, except of factors in dense runs."""
+    """The keys with more than one value among the runs; to lack a key is a value too.
+
+    Except of factors in dense runs, and of what only says how a budget is meant in runs without one.
+    """
     settings = [{key: json.dumps(value, sort_keys=True) for key, value in run.settings.items()} for run in runs if run.settings]
-    dense = json.dumps("none")
     return [
-        key
-        for key in differing_keys(settings)
-        if len({v.get(key) for v in settings if v["lowrank.method"] != dense or not meaningless_when_dense(key)}) > 1
+        key for key in differing_keys(settings) if len({values.get(key) for values in settings if _may_vary(key, values)}) > 1
     ]
+
+
+def _may_vary(key: str, values: dict[str, str]) -> bool:
+    if values["lowrank.method"] == json.dumps("none") and meaningless_when_dense(key):
+        return False
+    return key in values or key in BUDGETS or not key.startswith("lowrank.budget.")
 
 
 def _walk(folder: Any, depth: int, seen: set[Any]) -> Iterator[tuple[Any, set[str], OSError | None]]:
@@ -266,8 +279,7 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
     with _names_the_file(folder, "config.json"):
         stored_values.check_settings(settings)
         best = Best.of(settings)
-    if settings["lowrank.method"] == "none":
-        settings = {key: value for key, value in settings.items() if not meaningless_when_dense(key)}
+    settings = _with_effect(settings)
     metrics = tuple(folder.metrics.read())
     with _names_the_file(folder, "metrics.jsonl"):
         for line in metrics:
@@ -284,7 +296,19 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
     if "metrics" in result:
         folder.metrics.check(result["metrics"])
         _check_agreement(folder, result, metrics)
-    return StoredRun(name, settings, "done", "", result, metrics)
+    return StoredRun(name, settings, "done", "", result, metrics, ranks.read(folder) if _has_budget(settings) else None)
+
+
+def _with_effect(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings of factors for a dense network, of a general size beside a budget, and of a budget without one."""
+    if settings["lowrank.method"] == "none":
+        return {key: value for key, value in settings.items() if not meaningless_when_dense(key)}
+    idle = SIZES if _has_budget(settings) else tuple(key for key in settings if key.startswith("lowrank.budget."))
+    return {key: value for key, value in settings.items() if key not in idle}
+
+
+def _has_budget(settings: dict[str, Any]) -> bool:
+    return any(settings.get(key) is not None for key in BUDGETS)
 
 
 def _check_agreement(folder: Workdir, result: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> None:

@@ -1,7 +1,6 @@
 """The trials of a sweep, from its text to their configs, commands and outcomes."""
 
 import dataclasses
-import hashlib
 import math
 import re
 import statistics
@@ -13,8 +12,10 @@ from ml_collections import ConfigDict
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.best import Best
-from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.config.plan import has_budget
+from lowrank_jax.experiment.config.schema import BUDGET_KINDS, Config
 from lowrank_jax.experiment.sweep import grammar
+from lowrank_jax.experiment.sweep.names import folder_names
 from lowrank_jax.experiment.workdir import files, stored_values
 from lowrank_jax.experiment.workdir.identity import digest_of, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
@@ -23,10 +24,10 @@ from lowrank_jax.text import align, count, did_you_mean
 # Settings without effect where no kernel is factored: a dense arm appears once, whatever their values.
 _OF_FACTORS = ("lowrank.", "optim.frobenius_decay", "optim.nuclear_decay")
 
-_NAME = re.compile(r"(?!\.\.?$)[\w.,=+-]+")  # of a trial's folder, as `_names` makes it
+_NAME = re.compile(r"(?!\.\.?$)[\w.,=+-]+")  # of a trial's folder, as `folder_names` makes it
 
 # Keys that distinguish the arms of a comparison, and the seed, over which their spread is taken.
-_NOT_TUNED = ("seed", "lowrank.method", "lowrank.scale", "lowrank.rank")
+_NOT_TUNED = ("seed", "lowrank.method", "lowrank.scale", "lowrank.rank", *(f"lowrank.budget.{kind}" for kind in BUDGET_KINDS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +129,15 @@ class Sweep:
     def table(self) -> str:
         """The trials as aligned text."""
         keys = list(dict.fromkeys(key for trial in (*self.first, *self.later) for key in trial.values))
-        rows = [["trial", *keys, "params", "steps"]]
+        rows = [["trial", *keys, "params", "MACs", "steps"]]
         for trial in self.first:
             rows.append([trial.name, *(trial.values.get(key, "-") for key in keys), *_size(trial.config)])
         lines = [align(rows), f"{len(self.first)} trials"]
         if self.later:
             rest = len({(self._arm(trial), trial.values["seed"]) for trial in self.later})
             lines.append(f"and {rest} more: the other seeds at the best {', '.join(self.tuned)} of each arm")
+        if any(_decided_later(trial.config) for trial in self.first):
+            lines.append(_LATER)
         return "\n".join(lines)
 
 
@@ -157,7 +160,7 @@ def expand(source: str, overrides: Sequence[tuple[str, str]], text: str, workdir
     _check_keys(axes, overrides)
     parsed, problems = _Parser(source, overrides), {}
     distinct = list({tuple(_relevant(assignment, parsed.method).items()): None for assignment in axes.assignments()})
-    names = _names([dict(items) for items in distinct])
+    names = folder_names([dict(items) for items in distinct])
     trials = []
     for name, items in zip(names, distinct, strict=True):
         values = dict(items)
@@ -228,7 +231,7 @@ class _Parser:
     """Parses configs that differ in a few values; those that differ only in the seed are checked once."""
 
     def __init__(self, source: str, overrides: Sequence[tuple[str, str]]):
-        self._source = source
+        self._source, self._overrides = source, overrides
         self._base = configs.overridden(source, overrides)
         lowrank = self._base.get("lowrank")
         self.method = lowrank.get("method") if isinstance(lowrank, ConfigDict) else None
@@ -250,22 +253,11 @@ class _Parser:
         return dataclasses.replace(found, seed=int(seed))
 
     def _parse(self, values: grammar.Assignment) -> Config:
-        return configs.read(self._base, values, source=self._source)
-
-
-def _names(assignments: list[grammar.Assignment]) -> list[str]:
-    """A folder name for each, for example `method=spectral,scale=0.1,seed=0`."""
-    keys = dict.fromkeys(key for assignment in assignments for key in assignment)
-    last = [key.rpartition(".")[2] for key in keys]
-    short = {key: tail if last.count(tail) == 1 else key for key, tail in zip(keys, last, strict=True)}
-    names = []
-    for assignment in assignments:
-        exact = ",".join(f"{short[key]}={text}" for key, text in assignment.items())
-        name = re.sub(r"[^\w.,=+-]+", "_", exact)
-        if name != exact or len(name) > 150:  # names may have become equal
-            name = f"{name[:150]}-{hashlib.sha256(exact.encode()).hexdigest()[:6]}"
-        names.append(name)
-    return names
+        # With those of all trials once more: each may contradict one of this trial's.
+        config = configs.read(self._base, [*self._overrides, *values.items()], source=self._source)
+        if len(config.lowrank.budget.amounts) > 1:
+            configs.make_plan(config)  # only this tells whether two budgets can hold together
+        return config
 
 
 def _in_two_stages(trials: list[Trial], axes: grammar.Axes) -> Sweep:
@@ -299,7 +291,18 @@ def _same_tuning(trial: Trial, other: Trial | None, tuned: Sequence[str]) -> boo
 
 
 def _size(config: Config) -> list[str]:
-    return [count(configs.make_plan(config).params), str(config.total_steps)]
+    plan = configs.make_plan(config)
+    return [count(plan.params), count(plan.macs), str(config.total_steps)]
+
+
+_LATER = (
+    "Where a dense warm-up comes before a budget, params and MACs are those of ranks by shapes alone; a trial's own ranks are"
+    " chosen from its trained weights."
+)
+
+
+def _decided_later(config: Config) -> bool:
+    return config.starts_dense and has_budget(config)
 
 
 def check_workdirs(trials: Iterable[Trial]) -> None:

@@ -60,10 +60,60 @@ def test_the_dense_arm_appears_once(tmp_path):
     assert dense == ["seed=0", "seed=1"]
 
 
+def test_budgets_are_swept_beside_one_dense_arm_and_the_table_has_their_sizes(tmp_path):
+    text = "lowrank.budget.params=0.1,0.25; lowrank.budget.objective=risk,correlation; lowrank.method=none,spectral; seed=0:2"
+    sweep = expand(CONFIG, [], text, str(tmp_path))
+    assert [name for name in names(sweep) if "none" in name] == ["method=none,seed=0", "method=none,seed=1"]
+    assert len(sweep.first) == 2 + 2 * 2 * 2
+    assert names(sweep)[2] == "budget.params=0.1,budget.objective=risk,method=spectral,seed=0"
+    header, *rows = (line.split() for line in sweep.table().splitlines()[:-1])
+    assert header[-3:] == ["params", "MACs", "steps"]
+    sizes = {row[0]: float(row[-3].rstrip("k")) for row in rows}
+    dense = sizes["method=none,seed=0"]
+    for share in (0.1, 0.25):
+        found = [size for name, size in sizes.items() if f"params={share}," in name]
+        assert len(found) == 4 and all(0.95 * share < size / dense < 1.01 * share for size in found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text", "size"),
+    [
+        ([("lowrank.budget.params", "0.25")], "lowrank.scale=0.1,0.2", "scale: 0.1"),
+        ([("lowrank.scale", "0.1")], "lowrank.budget.params=0.25,0.5", "scale: 0.1"),
+        ([], "lowrank.scale=0.1; lowrank.budget.params=0.25,0.5", "scale: 0.1"),
+        ([("lowrank.scale", "None")], "zip(lowrank.rank=2,3; lowrank.budget.params=0.25,0.5)", "rank: 2"),
+    ],
+)
+def test_a_size_beside_a_budget_is_refused_wherever_the_two_are_given(tmp_path, overrides, text, size):
+    with pytest.raises(ConfigError, match=rf"lowrank.{size}; lowrank.budget.params takes the place of"):
+        expand(CONFIG, overrides, text, str(tmp_path))
+
+
+def test_budgets_and_scales_may_be_compared(tmp_path):
+    text = "zip(lowrank.scale=0.1,None; lowrank.budget.params=None,0.1)"
+    uniform, budget = expand(CONFIG, [], text, str(tmp_path)).first
+    assert uniform.config.lowrank.scale == 0.1 and not uniform.config.lowrank.budget.amounts
+    assert budget.config.lowrank.budget.amounts == {"params": 0.1}
+
+
+def test_ranks_that_training_chooses_are_said_to_be_unknown(tmp_path):
+    text = "lowrank.budget.params=0.25; lowrank.dense_warmup=None,1 epoch"
+    assert "a trial's own ranks are chosen from its trained weights" in expand(CONFIG, [], text, str(tmp_path)).table()
+    known = expand(CONFIG, [], "lowrank.scale=0.1; lowrank.dense_warmup=None,1 epoch", str(tmp_path))
+    assert "trained weights" not in known.table()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("lowrank.scael=0.1", "lowrank.scael: unknown key; did you mean lowrank.scale?"),
+        ("lowrank.budget.parms=0.1", "lowrank.budget.parms: unknown key; did you mean lowrank.budget.params?"),
+        ("lowrank.budget.params=0.1,0.01", r"params=0.01: the smallest possible is 0.0\d+ .* \(in budget.params=0.01\)"),
+        (  # each is possible by itself
+            "lowrank.budget.seconds=0.8; lowrank.budget.chip=v5e; lowrank.budget.macs=0.05,0.1",
+            "no plan was found that holds both .*macs=0.05",
+        ),
+        ("tune(lowrank.budget.params=0.1,0.2)", "lowrank.budget.params: cannot be tuned"),
         ("lowrank.scale=0.1,2", r"lowrank.scale: 2.0; must be in \(0, 1\]   \(in scale=2\)"),
         ("lowrank.method=spectal", "did you mean spectral?"),
         ("seed=0,-1", "seed: -1; must be from 0"),

@@ -1,0 +1,31 @@
+"""The ranks that a budget chose for a run's kernels, from its ranks.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowrank_jax.experiment.workdir.files import is_count
+from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
+
+NAME = "ranks.json"
+
+Ranks = Mapping[str, int | None]
+"""By kernel, in the network's order; None where the budget affords the dense one."""
+
+
+def read(folder: Workdir) -> Ranks | None:
+    """The ranks of a run; None if it has stored none.
+
+    Raises:
+      WorkdirError: the record is damaged.
+    """
+    record = folder.read_json(NAME)
+    if record is None:
+        return None
+    ranks = record.get("ranks")
+    if not isinstance(ranks, dict) or not all(entry is None or _is_rank(entry) for entry in ranks.values()):
+        raise WorkdirError(f"{folder.path}/{NAME} is damaged: it has no rank for every kernel")
+    return {name: entry and entry["rank"] for name, entry in ranks.items()}
+
+
+def _is_rank(entry: Any) -> bool:
+    return isinstance(entry, dict) and is_count(entry.get("rank")) and entry["rank"] > 0
