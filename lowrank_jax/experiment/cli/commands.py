@@ -292,9 +292,20 @@ def _overview(args: argparse.Namespace) -> int:
     from lowrank_jax.experiment.training.overview import overview
 
     jax.config.update("jax_platforms", "cpu")  # not even to look: another process may hold the accelerators
-    devices = args.devices or _config(args).mesh.least_devices
-    say(overview(_config(args, devices=devices), devices, args.config))
+    with written_at_the_end(args.picture) as picture:
+        devices = args.devices or _config(args).mesh.least_devices
+        config = _config(args, devices=devices)
+        say(overview(config, devices, args.config))
+        if args.picture:
+            picture.write(_budget_picture(config, args.picture))
+            say(args.picture)
     return DONE
+
+
+def _budget_picture(config: "Config", path: str) -> bytes:
+    from lowrank_jax.experiment.report import budget_curves
+
+    return budget_curves.draw(budget_curves.budget_curves(config), config.model.name, pathlib.Path(path).suffix)
 
 
 def _preflight(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import pathlib
 
 from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.named_code import is_code
@@ -62,6 +63,12 @@ def text(given: str) -> str:
         given.encode()
     except UnicodeEncodeError:  # a name of other bytes, which neither TensorFlow nor JSON can hold
         raise argparse.ArgumentTypeError(f"{given!r} is not UTF-8; rename it, or set LANG=C.UTF-8") from None
+    return given
+
+
+def picture(given: str) -> str:
+    if pathlib.Path(text(given)).suffix.lower() not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{shown(given)} must end in .png or .svg")
     return given
 
 

@@ -80,6 +80,12 @@ _TRAIN = f"""examples:
   lowrank train --config=digits_resnet --workdir=runs/digits
   lowrank train --config=digits_resnet --config.lowrank.method=spectral --workdir=runs/spectral
   lowrank train --config=digits_resnet --config.lowrank.method=none --workdir=runs/dense
+  lowrank train --config=digits_resnet --config.lowrank.budget.params=0.25 --workdir=runs/quarter
+  lowrank train --config=digits_resnet --config.lowrank.budget.macs=0.5 --config.lowrank.dense_warmup='5 epochs' \\
+      --workdir=runs/half
+
+A budget chooses the ranks, and takes the place of lowrank.scale; what it chose is in DIR/ranks.json. After a dense warm-up it
+goes by the trained weights.
 
 The same command on the same --workdir resumes an interrupted run exactly.
 A run of 30 epochs is trained for longer by the same command with --config.epochs=60 --extend.
@@ -181,6 +187,7 @@ def _predict(command: argparse.ArgumentParser) -> None:
 _SWEEP = f"""examples:
   lowrank sweep --config=digits_resnet --workdir=runs/sweep --jobs=2 \\
       --sweep='lowrank.scale=0.05,0.1; lowrank.method=none,spectral,kernel_projection; seed=0:3'
+  lowrank sweep ... --sweep='lowrank.budget.params=0.1,0.25; lowrank.method=none,spectral,kernel_projection; seed=0:3'
   lowrank sweep ... --dry-run
   lowrank sweep ... --engine=ray --gpus=0.5 --asha-grace='5 epochs'
   lowrank sweep ... --workdir=gs://bucket/sweep --emit=jobset --tpu=v5e:4x4 --image=IMAGE | kubectl apply -f -
@@ -192,7 +199,8 @@ the sweep: terms separated by semicolons; every combination of their values is a
   seed=0:5                   a range of whole numbers without its end; 0:10:2 takes every second one
   zip(key=a,b; other=c,d)    values that change together: (a, c) and (b, d)
   tune(optim.lr=a,b,c)       every value at the first seed, then the other seeds at the best by top-1 on dataset.valid_split
-A dense arm (lowrank.method=none) has no rank and appears once.
+A dense arm (lowrank.method=none) has no rank and appears once. A budget takes the place of a scale, so a sweep has one of them,
+or compares them by zip(lowrank.scale=0.1,None; lowrank.budget.params=None,0.1).
 
 Every trial is a `lowrank train` with a folder of its own under --workdir, where log.txt holds its output. The same command
 resumes a stopped sweep and does not repeat finished trials. A trial that crashes is retried once.
@@ -258,6 +266,7 @@ def _add_jobset(command: argparse.ArgumentParser) -> None:
 _REPORT = """examples:
   lowrank report runs/sweep
   lowrank report runs/sweep --rival=optim.frobenius_decay=0
+  lowrank report runs/budgets --rival=lowrank.budget.objective=correlation
   lowrank report runs/a runs/b gs://bucket/sweep --out=runs/report"""
 
 
@@ -281,8 +290,10 @@ _OVERVIEW = f"""examples:
   lowrank overview --config=digits_resnet
   lowrank overview --config=fashion_mnist_resnet --config.lowrank.scale=0.1
   lowrank overview --config=imagenet_resnet50_lowrank --config.mesh.fsdp=4 --devices=16
+  lowrank overview --config=digits_resnet --config.lowrank.budget.params=0.25 --picture=budget.png
 
-Reads no data, computes nothing and needs none of the devices.
+Reads no data and needs none of the devices. Only for a budget, or a picture, is anything computed: what each rank of a random
+kernel of every shape loses.
 {_OVERRIDES}"""
 
 
@@ -291,12 +302,22 @@ def _overview(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--devices", type=flag_types.count, metavar="N", help="number of devices in the mesh; default: the fewest that fit"
     )
+    command.add_argument(
+        "--picture", type=flag_types.picture, metavar="FILE.png",
+        help="also draw what the network loses by its budget, with the ranks chosen for it and with one scale; or FILE.svg",
+    )  # fmt: skip
 
 
 _PREFLIGHT = f"""examples:
   lowrank preflight --config=imagenet_resnet50_lowrank --topology=v5e:4x4
   lowrank preflight --config=imagenet_vit_lowrank --topology=v4:2x2x2 --sweep='lowrank.scale=0.05,0.1,0.25'
   lowrank preflight --config=imagenet_resnet50 --topology=v6e:16x16 --config.batch_size=16384 --effort=full
+  lowrank preflight --config=imagenet_resnet50_lowrank --topology=v5e:4x4 --sweep='lowrank.budget.macs=0.25,0.5'
+  lowrank preflight --config=imagenet_resnet50_lowrank --topology=v5e:4x4 \\
+      --config.lowrank.budget.seconds=0.95 --config.lowrank.budget.chip=v5e
+
+A budget of seconds also gets the line that lowrank.budget.rest needs: what the dense step takes besides its kernels. With a
+dense warm-up, the dense network has to fit too.
 
 Compiles the training step, the evaluation and the initialisation for a TPU, and compares the memory and time per chip with
 those of the dense network (lowrank.method=none). Needs no TPU, only pip install 'lowrank_jax[tpu-preflight]'. Nothing runs: all
@@ -329,8 +350,10 @@ _INIT_REPORT = f"""examples:
   lowrank init-report --config=digits_resnet --out=runs/init_digits
   lowrank init-report --config=digits_resnet --images=data --seeds=3 --config.lowrank.moment_batches=2
   lowrank init-report --config=digits_resnet --scales=0.1 --methods=spectral,function_approximation
+  lowrank init-report --config=digits_resnet --config.lowrank.budget.macs=0.5 --config.lowrank.budget.objective=risk
 
-Trains nothing. Writes OUT.md, OUT.json and OUT.png.
+Trains nothing. Writes OUT.md, OUT.json, OUT.png, and OUT.budgets.png: what is lost by the budget's kind and objective, by
+default by parameters and MACs. Methods are compared at scales; the budget's ranks are in lowrank overview.
 {_OVERRIDES}"""
 
 

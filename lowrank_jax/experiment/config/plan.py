@@ -31,13 +31,13 @@ def make_plan(config: Config) -> Plan:
     Raises:
       ConfigError: see `check_plan`.
     """
-    budget = _budget(config)
+    budget = budget_arguments(config)
     return _allocated(plan_by_rules(config), *budget) if budget else plan_by_rules(config)
 
 
 def has_budget(config: Config) -> bool:
     """Whether ranks are chosen for a budget."""
-    return bool(_budget(config))
+    return bool(budget_arguments(config))
 
 
 def dense_plan(config: Config) -> Plan:
@@ -52,7 +52,7 @@ def check_plan(config: Config) -> None:
       ConfigError: the model cannot be built, trained or evaluated on these inputs, its outputs are not what the objective
         takes, a rule does not fit it, or no network fits the budget.
     """
-    plan, budget = plan_by_rules(config), _budget(config)
+    plan, budget = plan_by_rules(config), budget_arguments(config)
     if budget:
         with _budget_named():
             check_budget(plan, **dict(budget))
@@ -65,7 +65,7 @@ def allocated(config: Config, plan: Plan, **values: Any) -> Plan:
       ConfigError: the budget is impossible.
     """
     with _budget_named():
-        return allocate(plan, **dict(_budget(config)), **values)
+        return allocate(plan, **dict(budget_arguments(config)), **values)
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def _allocated(plan: Plan, *budget: tuple[str, Any]) -> Plan:
         return allocate(plan, **dict(budget))
 
 
-def _budget(config: Config) -> tuple[tuple[str, Any], ...]:
+def budget_arguments(config: Config) -> tuple[tuple[str, Any], ...]:
     """The arguments of `allocate`; none without a budget."""
     low = config.lowrank
     budget = low.budget

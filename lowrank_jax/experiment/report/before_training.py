@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lowrank_jax import inputs
 from lowrank_jax.experiment import config as configs
-from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.config.schema import BudgetConfig, Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.pipeline import TrainBatches
 from lowrank_jax.experiment.data.splits import split_size
@@ -121,7 +121,7 @@ def compare(config: Config, settings: Settings, *, say: Callable[[str], None] = 
     """Factors freshly drawn networks by every method at every scale, and measures the result.
 
     Args:
-      config: gives the model, the data set and the rules; its method and scale are replaced.
+      config: gives the model, the data set and the rules; its method, scale and budget are replaced.
       settings: what to compare.
       say: called with lines of progress.
 
@@ -168,7 +168,8 @@ class _Programs:
         self._factorizers: dict[Plan, _Factorizer] = {}
 
     def plan(self, method: str, scale: float) -> Plan:
-        lowrank = dataclasses.replace(self._config.lowrank, method=method, scale=scale, rank=None)
+        own = self._config.lowrank
+        lowrank = dataclasses.replace(own, method=method, scale=scale, rank=None, budget=BudgetConfig(), dense_warmup=None)
         plan = configs.make_plan(dataclasses.replace(self._config, lowrank=lowrank))
         if not plan.factored:
             raise configs.ConfigError("init-report", [f"at scale {scale:g} no kernel of this network would be factored"])

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import jax
 
-from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.config.plan import plan_by_rules
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.report.before_training import Measurement, Settings
 from lowrank_jax.experiment.report.blocks import Block, Emphasis, Heading, Paragraph, Picture, Preformatted, Table
+from lowrank_jax.experiment.report.budget_curves import BudgetCurve, budget_curves, draw
 from lowrank_jax.experiment.report.drawing import default_style
 from lowrank_jax.experiment.report.rendering import as_markdown
 from lowrank_jax.experiment.workdir import files
@@ -58,16 +59,19 @@ def _spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
 
 
-SUFFIXES = ("md", "json", "png")
+SUFFIXES = ("md", "json", "budgets.png", "png")
 """Of the files of a report."""
 
 
 def write(
     measured: Sequence[Measurement], prefix: str, *, command: str, config: Config, settings: Settings
 ) -> list[pathlib.Path]:
-    """Writes the report as PREFIX.md, PREFIX.json and PREFIX.png, and returns their paths."""
-    page, data, picture = (pathlib.Path(f"{prefix}.{suffix}") for suffix in SUFFIXES)
-    shapes = {kernel.name: kernel.shape for kernel in configs.make_plan(config).kernels}
+    """Writes the report as PREFIX.md, PREFIX.json, PREFIX.budgets.png and PREFIX.png, and returns their paths."""
+    page, data, budgets, picture = (pathlib.Path(f"{prefix}.{suffix}") for suffix in SUFFIXES)
+    shapes = {kernel.name: kernel.shape for kernel in plan_by_rules(config).kernels}
+    low_rank = dataclasses.replace(config.lowrank, method=settings.methods[0])  # the config's own may be dense
+    curves = budget_curves(dataclasses.replace(config, lowrank=low_rank))
+    by_budget = draw(curves, config.model.name)
     with default_style():
         drawn = _plot(measured, config.model.name)
     blocks: list[Block] = [
@@ -76,15 +80,28 @@ def write(
         *_reading_aid(config, settings),
         Table(summary(measured)),
         Picture(picture.name, drawn, "risk and logit error by scale"),
+        Heading("Ranks from a budget"),
+        _of_budgets(curves),
+        Picture(budgets.name, by_budget, "what is lost by the budget"),
     ]
     for scale in settings.scales:
         blocks.append(Heading(f"Relative risk of every kernel at scale {scale:g}"))
         blocks.append(Table(kernel_table(measured, scale, shapes)))
     stored = {"command": command, "arms": [dataclasses.asdict(one) for one in measured]}
+    stored["budgets"] = [dataclasses.asdict(curve) for curve in curves]
     files.write(page, as_markdown(blocks).encode())
     files.write(data, (json.dumps(stored, indent=1, allow_nan=False) + "\n").encode())
+    files.write(budgets, by_budget)
     files.write(picture, drawn)
-    return [page, data, picture]
+    return [page, data, budgets, picture]
+
+
+def _of_budgets(curves: Sequence[BudgetCurve]) -> Paragraph:
+    return Paragraph(
+        f"What the network loses (lowrank.budget.objective={curves[0].objective}) within each budget, from the smallest"
+        " possible one to the dense network: with the ranks that are chosen for it, and with one scale for all kernels. By the"
+        " shapes of kernels alone, under Gaussian inputs."
+    )
 
 
 def _reading_aid(config: Config, settings: Settings) -> list[Paragraph]:

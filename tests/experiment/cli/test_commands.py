@@ -246,6 +246,30 @@ def test_overview_names_every_kernel_without_touching_data(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_overview_draws_what_is_lost_by_the_budget(tmp_path):
+    network = ["--config.model.name=mlp", "--config.model.kwargs={'widths': (32,)}", "--config.lowrank.rules=()"]
+    budget = ["--config.lowrank.budget.macs=0.5", "--config.lowrank.budget.objective=risk"]
+    result = lowrank("overview", CONFIG, *network, *budget, f"--picture={tmp_path / 'budget.svg'}")
+    assert result.status == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "budget.svg")
+    assert "<svg" in (tmp_path / "budget.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--picture=budget.jpg"], "'budget.jpg' must end in .png or .svg"),
+        (["--picture=/proc/nowhere/a.png"], "/proc/nowhere"),
+        (["--config.lowrank.method=none", "--picture=budget.png"], "a dense network has no ranks to choose"),
+    ],
+)
+def test_a_picture_of_budgets_that_cannot_be_is_refused(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    result = lowrank("overview", f"--config={running.ROOT / 'configs' / 'digits_resnet.py'}", *flags)
+    assert result.status == 2 and message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_overview_shows_a_mesh_that_is_not_there():
     axes = ("--config.mesh.fsdp=2", "--config.mesh.model=2")
     sixteen = lowrank("overview", CONFIG, *axes, "--devices=16")
@@ -608,13 +632,14 @@ def test_pictures_are_drawn_without_the_latex_of_a_matplotlibrc(trained, tmp_pat
     assert matplotlib.rcParams["text.usetex"]
 
 
-def test_init_report_prints_a_table_and_writes_three_files(tmp_path):
+def test_init_report_prints_a_table_and_writes_its_files(tmp_path):
     changes = ["--config.model.name=mlp", "--config.model.kwargs={'widths': (32,)}", "--config.lowrank.rules=()"]
     out = tmp_path / "report"
     flags = ["--scales=0.1", "--methods=spectral,kernel_projection", "--batch-size=4", f"--out={out}"]
     result = lowrank("init-report", CONFIG, *changes, *flags)
     assert result.status == 0, result.stderr
-    assert "mean relative risk" in result.stdout and result.stdout.splitlines()[-1] == f"{out}.png"
+    written = [f"{out}.{suffix}" for suffix in ("md", "json", "budgets.png", "png")]
+    assert "mean relative risk" in result.stdout and result.stdout.splitlines()[-4:] == written
     assert "--methods=spectral,kernel_projection" in (tmp_path / "report.md").read_text()
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from lowrank_jax.experiment.config.files import ConfigError
-from lowrank_jax.experiment.preflight.networks import Network, check_all, families
+from lowrank_jax.experiment.preflight.networks import Network, check_all, families, named
 from tests import running
 
 
@@ -41,3 +41,28 @@ def test_networks_are_checked_for_the_devices_of_the_slice():
     assert [problem.split("; must")[0] for problem in caught.value.problems] == ["batch_size: 32", "batch_size: 40"]
     assert caught.value.problems[1].endswith("(in b)")
     assert check_all(networks, "config", devices=8) == networks
+
+
+def test_the_dense_phase_of_a_warm_up_has_to_fit_too():
+    networks = [named(running.config(lowrank__budget__macs=0.5, lowrank__dense_warmup="5 steps")), named(running.config())]
+    (family,) = families(networks)
+    assert (family.dense.name, family.requested) == ("dense warm-up", True)
+    (family,) = families(networks[1:])
+    assert (family.dense.name, family.requested) == ("dense twin", False)
+
+
+def test_a_network_is_called_by_its_size():
+    sizes = {
+        "scale=0.25": {},
+        "rank=3": {"lowrank__rank": 3, "lowrank__scale": None},
+        "dense": {"lowrank__method": "none"},
+        "budget.params=0.5": {"lowrank__budget__params": 0.5},
+        "budget.params=3000000,budget.seconds=0.9": {
+            "lowrank__budget__params": 3_000_000,
+            "lowrank__budget__seconds": 0.9,
+            "lowrank__budget__chip": "v5e",
+            "model__kwargs": {"widths": (2048, 1024)},
+        },
+    }
+    assert {named(running.config(**changes)).name for changes in sizes.values()} == set(sizes)
+    assert all(named(running.config(**changes)).name == name for name, changes in sizes.items())

@@ -116,7 +116,7 @@ def test_the_report_holds_its_command_tables_and_picture(report, tmp_path):
     paths = before_training_page.write(
         measured, str(prefix), command="lowrank init-report --x", config=config, settings=SETTINGS
     )
-    assert [path.name for path in paths] == ["mlp.md", "mlp.json", "mlp.png"]
+    assert [path.name for path in paths] == ["mlp.md", "mlp.json", "mlp.budgets.png", "mlp.png"]
     text = paths[0].read_text()
     assert (
         "    lowrank init-report --x" in text and "Seeds 0 to 1" in text and "![risk and logit error by scale](mlp.png)" in text
@@ -124,7 +124,17 @@ def test_the_report_holds_its_command_tables_and_picture(report, tmp_path):
     assert text.count("| dense1/kernel | 64x32 |") == 2
     stored = json.loads(paths[1].read_text())["arms"]
     assert len(stored) == 8 and stored[3]["risk"] == measured[3].risk
-    assert paths[2].read_bytes().startswith(b"\x89PNG")
+    assert "![what is lost by the budget](mlp.budgets.png)" in text
+    assert [curve["kind"] for curve in json.loads(paths[1].read_text())["budgets"]] == ["params", "macs"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[2:])
+
+
+def test_a_budget_and_a_warm_up_do_not_touch_the_scales_that_are_compared():
+    settings = before_training.Settings(scales=(0.5,), methods=("spectral",), batch_size=2)
+    (plain,) = before_training.compare(running.config(**UNNORMALISED), settings)
+    changes = {"lowrank__budget__params": 0.3, "lowrank__dense_warmup": "5 steps"}
+    (budget,) = before_training.compare(running.config(**UNNORMALISED, **changes), settings)
+    assert budget.rank == plain.rank and budget.risk == plain.risk
 
 
 def test_all_problems_come_at_once():
