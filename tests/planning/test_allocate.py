@@ -323,6 +323,9 @@ def test_uniform_is_the_largest_common_scale_that_fits(plan, budget):
         return lr.plan(Net(), X, [lr.Rule(".*kernel", scale=scale, execution="factored")])
 
     assert fits(found)
-    largest = max(scale for scale in np.arange(1, 2001) / 2000 if fits(at(scale)))
-    ranks = [{kernel.name: kernel.rank for kernel in plan.factored} for plan in (found, at(largest))]
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(at(middle)) else (low, middle)
+    ranks = [{kernel.name: kernel.rank for kernel in plan.factored} for plan in (found, at(low))]
     assert ranks[0] == ranks[1]
