@@ -62,7 +62,7 @@ def allocate(
         `factored`; one in seconds the faster one.
       chip, batch: for `seconds`: the device, and the examples per step on it.
       itemsize: bytes of a parameter; for `seconds`, of an activation.
-      rest: for `seconds`: how long the dense step takes besides its kernels, in seconds.
+      rest: for `seconds`: how long the dense step takes besides its kernels, in seconds, from `rest_of_step`.
       objective: what is to be least: `correlation`, minus the logarithm of the product over kernels of the squared
         correlation that their outputs keep with the dense ones; `risk`, the sum of their relative function risks; or
         `tolerance`, the largest of them.
@@ -75,7 +75,7 @@ def allocate(
 
     Returns:
       A plan whose table also shows each kernel's relative risk, and what the next per cent of the budget would take off
-      what is lost there.
+      what is lost there (of the objective), in proportion where the next rank needs more.
 
     Raises:
       ValueError: no budget and no energy, or more than two budgets; an energy without variables; a budget is impossible (the
@@ -404,11 +404,14 @@ def _rounded_up(fraction: float) -> float:
 
 
 def _next_gains(options: Sequence[knapsack.Options], chosen: Sequence[int], more: np.ndarray) -> list[float | None]:
-    """What the best use of so much more of the budgets for one kernel alone would take off the objective."""
+    """What the best use of so much more of the budgets, `[budgets]`, for one kernel alone would take off its loss.
+
+    In proportion where a kernel needs more than that for its next rank.
+    """
     gains: list[float | None] = []
     for kernel, option in zip(options, chosen, strict=True):
-        fits = ((kernel.cost - kernel.cost[:, option : option + 1]) <= more[:, None]).all(axis=0)
-        gain = float(kernel.loss[option] - kernel.loss[fits].min())
+        needed = ((kernel.cost - kernel.cost[:, option : option + 1]) / more[:, None]).max(axis=0)
+        gain = float(np.max((kernel.loss[option] - kernel.loss) / np.maximum(needed, 1)))
         gains.append(gain if gain > 0 else None)
     return gains
 
