@@ -1,5 +1,6 @@
 """What every rank of a plan's kernels loses: of the kernels at hand, or of Gaussian ones."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.kernel import is_low_rank, without_box
+from lowrank_jax.kernel import MatrixView, is_low_rank, without_box
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import PlannedKernel
 from lowrank_jax.planning.rules import Rule
@@ -57,8 +58,9 @@ def curves_of_kernels(
         if moments is not None:
             _check_moments(kernels, moments)
             asked = [(kernel, place) for kernel, place in asked if _has_moments(kernel, place, moments)]
-        stacks = [_stack(kernel, place, values, moments) for kernel, place in asked]
-        curves = [*_means(_computed(stacks, [normalization_of(kernel) for kernel, _ in asked]))]
+        settings = tuple(_Settings.of(kernel, place) for kernel, place in asked)
+        given = [(values[kernel.name], (moments or {}).get(kernel.name)) for kernel, _ in asked]
+        curves = [*_means(_of_values(given, settings))]
     found: dict[str, list[Losses | None]] = {kernel.name: [None] * len(kernel.choices) for kernel in kernels}
     for (kernel, place), curve in zip(asked, curves, strict=True):
         found[kernel.name][place] = curve
@@ -98,8 +100,24 @@ def _check_moments(kernels: Sequence[PlannedKernel], moments: Mapping[str, jax.A
         raise ValueError("the moments do not fit the plan:\n  " + "\n  ".join(problems))
 
 
+class _Settings(NamedTuple):
+    """How a kernel is a matrix, and what follows it."""
+
+    view: MatrixView
+    activation: ActivationLike
+    normalized: Normalization | None
+
+    @classmethod
+    def of(cls, kernel: PlannedKernel, place: int) -> "_Settings":
+        return cls(kernel.choices[place].view, _rule(kernel).activation, normalization_of(kernel))
+
+    def stack(self, w: jax.Array) -> Stack:
+        """Of matrices `[k, n, m]`."""
+        return Stack(None, w, 1, self.activation, self.view.group)
+
+
 class _Gaussian(NamedTuple):
-    """A Gaussian kernel as a matrix, and what follows it."""
+    """A Gaussian kernel: its sizes as a matrix, and what follows it."""
 
     n: int
     m: int
@@ -116,8 +134,9 @@ _known: dict[_Gaussian, Losses] = {}
 
 
 def _gaussian(kernel: PlannedKernel, place: int) -> _Gaussian:
-    view, rule = kernel.choices[place].view, _rule(kernel)
-    return _Gaussian(view.n, view.m, view.group, rule.activation, normalization_of(kernel))
+    settings = _Settings.of(kernel, place)
+    view = settings.view
+    return _Gaussian(view.n, view.m, view.group, settings.activation, settings.normalized)
 
 
 def _rule(kernel: PlannedKernel) -> Rule:
@@ -127,9 +146,34 @@ def _rule(kernel: PlannedKernel) -> Rule:
 
 def _gaussian_curves(asked: Sequence[_Gaussian]) -> list[Losses]:
     """Each shape is decomposed once a process: plans of one network are made again and again, as in a sweep."""
-    new = [one for one in dict.fromkeys(asked) if one not in _known]
-    _known.update(zip(new, _means(_computed([one.stack() for one in new], [one.normalized for one in new])), strict=True))
+    new = tuple(one for one in dict.fromkeys(asked) if one not in _known)
+    _known.update(zip(new, _means(_of_draws(new)), strict=True))
     return [_known[one] for one in asked]
+
+
+# One program for all kernels.  `Stack` is no tree, and activations are no arrays.
+
+
+@functools.partial(jax.jit, static_argnames="drawn")
+def _of_draws(drawn: tuple[_Gaussian, ...]) -> list[Curves]:
+    return curves_of_stacks([one.stack() for one in drawn], [one.normalized for one in drawn])
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _of_values(given: Sequence[tuple[jax.Array, jax.Array | None]], settings: tuple[_Settings, ...]) -> list[Curves]:
+    """Of kernels and the second moments of their inputs, where these are known."""
+    stacks = [one.stack(_matrices(one.view, kernel, moment)) for one, (kernel, moment) in zip(settings, given, strict=True)]
+    return curves_of_stacks(stacks, [one.normalized for one in settings])
+
+
+def _matrices(view: MatrixView, kernel: jax.Array, moment: jax.Array | None) -> jax.Array:
+    """`[*stack, *kernel]` as `[k, n, m]`, as isotropic inputs would see them."""
+    w = view.to_matrix(kernel).reshape(-1, view.n, view.m)
+    w = w.astype(linalg.wide(w.dtype))
+    if moment is None:
+        return w
+    roots = jax.lax.map(linalg.square_root, moment.reshape(-1, view.n, view.n).astype(w.dtype))
+    return jnp.matmul(roots, w, precision="highest")
 
 
 def _means(curves: Sequence[Curves]) -> list[Losses]:
@@ -149,28 +193,6 @@ def _means(curves: Sequence[Curves]) -> list[Losses]:
         )
         for curve in curves
     ]
-
-
-def _computed(stacks: Sequence[Stack], normalized: Sequence[Normalization | None]) -> list[Curves]:
-    """One program for all of them; `Stack` is no tree, and activations are no arrays."""
-
-    def run(matrices: list[jax.Array]) -> list[Curves]:
-        made = [Stack(None, w, 1, stack.activation, stack.group) for w, stack in zip(matrices, stacks, strict=True)]
-        return curves_of_stacks(made, normalized)
-
-    return jax.jit(run)([stack.w for stack in stacks]) if stacks else []
-
-
-def _stack(
-    kernel: PlannedKernel, place: int, values: Mapping[str, jax.Array], moments: Mapping[str, jax.Array] | None
-) -> Stack:
-    view = kernel.choices[place].view
-    w = view.to_matrix(values[kernel.name]).reshape(-1, view.n, view.m)
-    w = w.astype(linalg.wide(w.dtype))
-    if moments is not None and kernel.name in moments:
-        roots = jax.lax.map(linalg.square_root, moments[kernel.name].reshape(-1, view.n, view.n).astype(w.dtype))
-        w = jnp.matmul(roots, w, precision="highest")
-    return Stack(None, w, 1, _rule(kernel).activation, view.group)
 
 
 def _is_leaf(node: Any) -> bool:
