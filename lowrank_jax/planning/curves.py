@@ -60,7 +60,7 @@ def curves_of_kernels(
             asked = [(kernel, place) for kernel, place in asked if _has_moments(kernel, place, moments)]
         settings = tuple(_Settings.of(kernel, place) for kernel, place in asked)
         given = [(values[kernel.name], (moments or {}).get(kernel.name)) for kernel, _ in asked]
-        curves = [*_means(_of_values(given, settings))]
+        curves = [*_means(_of_values(given, settings))] if asked else []
     found: dict[str, list[Losses | None]] = {kernel.name: [None] * len(kernel.choices) for kernel in kernels}
     for (kernel, place), curve in zip(asked, curves, strict=True):
         found[kernel.name][place] = curve
@@ -116,27 +116,19 @@ class _Settings(NamedTuple):
         return Stack(None, w, 1, self.activation, self.view.group)
 
 
-class _Gaussian(NamedTuple):
-    """A Gaussian kernel: its sizes as a matrix, and what follows it."""
-
-    n: int
-    m: int
-    group: int
-    activation: ActivationLike
-    normalized: Normalization | None
-
-    def stack(self) -> Stack:
-        w = jax.random.normal(jax.random.key(_KEY), (1, self.n, self.m)) / np.sqrt(self.n * self.group)
-        return Stack(None, w, 1, self.activation, self.group)
+_known: dict[_Settings, Losses] = {}  # of Gaussian kernels that are matrices already
 
 
-_known: dict[_Gaussian, Losses] = {}
-
-
-def _gaussian(kernel: PlannedKernel, place: int) -> _Gaussian:
+def _gaussian(kernel: PlannedKernel, place: int) -> _Settings:
     settings = _Settings.of(kernel, place)
     view = settings.view
-    return _Gaussian(view.n, view.m, view.group, settings.activation, settings.normalized)
+    return settings._replace(view=MatrixView((view.n, view.m), (0,), view.group))
+
+
+def _drawn(settings: _Settings) -> jax.Array:
+    """A Gaussian kernel whose outputs have length one."""
+    view = settings.view
+    return jax.random.normal(jax.random.key(_KEY), view.shape) / np.sqrt(view.n * view.group)
 
 
 def _rule(kernel: PlannedKernel) -> Rule:
@@ -144,24 +136,17 @@ def _rule(kernel: PlannedKernel) -> Rule:
     return kernel.rule
 
 
-def _gaussian_curves(asked: Sequence[_Gaussian]) -> list[Losses]:
+def _gaussian_curves(asked: Sequence[_Settings]) -> list[Losses]:
     """Each shape is decomposed once a process: plans of one network are made again and again, as in a sweep."""
     new = tuple(one for one in dict.fromkeys(asked) if one not in _known)
-    _known.update(zip(new, _means(_of_draws(new)), strict=True))
+    if new:
+        _known.update(zip(new, _means(_of_values([(_drawn(one), None) for one in new], new)), strict=True))
     return [_known[one] for one in asked]
-
-
-# One program for all kernels.  `Stack` is no tree, and activations are no arrays.
-
-
-@functools.partial(jax.jit, static_argnames="drawn")
-def _of_draws(drawn: tuple[_Gaussian, ...]) -> list[Curves]:
-    return curves_of_stacks([one.stack() for one in drawn], [one.normalized for one in drawn])
 
 
 @functools.partial(jax.jit, static_argnames="settings")
 def _of_values(given: Sequence[tuple[jax.Array, jax.Array | None]], settings: tuple[_Settings, ...]) -> list[Curves]:
-    """Of kernels and the second moments of their inputs, where these are known."""
+    """Of kernels and the second moments of their inputs, where these are known; one program for all of them."""
     stacks = [one.stack(_matrices(one.view, kernel, moment)) for one, (kernel, moment) in zip(settings, given, strict=True)]
     return curves_of_stacks(stacks, [one.normalized for one in settings])
 
