@@ -60,6 +60,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.folder
 	$(BIN)/python -m benchmarks.execution
+	$(BIN)/python -m benchmarks.allocate
 
 clean:
 	rm -rf .venv runs .coverage .coverage.*

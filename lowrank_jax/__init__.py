@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lowrank_jax.linen.sensitivity import sensitivity
     from lowrank_jax.planning import chips
     from lowrank_jax.planning.allocate import allocate
-    from lowrank_jax.planning.execution import choose_execution
+    from lowrank_jax.planning.execution import choose_execution, rest_of_step
     from lowrank_jax.planning.plans import Plan
     from lowrank_jax.planning.relabel import with_execution
     from lowrank_jax.planning.rules import Rule
@@ -50,6 +50,7 @@ __all__ = [
     "plan",
     "projection",
     "register_layer",
+    "rest_of_step",
     "sensitivity",
     "theory",
     "unflatten",
@@ -86,6 +87,7 @@ _HOMES = {
     "nuclear_penalty": "decay",
     "plan": "linen.plan",
     "register_layer": "linen.known",
+    "rest_of_step": "planning.execution",
     "sensitivity": "linen.sensitivity",
     "unflatten": "flat",
     "with_execution": "planning.relabel",

@@ -1,7 +1,6 @@
 """Ranks from a budget: the plan that loses least within so many parameters, multiply-accumulates, bytes or seconds."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from lowrank_jax.planning.decide import problem
 from lowrank_jax.planning.energy import closed, energy_of, with_bounds
 from lowrank_jax.planning.execution import dense_seconds, seconds_of
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
-from lowrank_jax.planning.rules import Rule, wanted_rank
+from lowrank_jax.planning.rules import Rule, rank_at, wanted_rank
 from lowrank_jax.text import did_you_mean, shown
 
 OBJECTIVES = ("correlation", "risk", "tolerance", "uniform")
@@ -62,7 +61,7 @@ def allocate(
         `factored`; one in seconds the faster one.
       chip, batch: for `seconds`: the device, and the examples per step on it.
       itemsize: bytes of a parameter; for `seconds`, of an activation.
-      rest: for `seconds`: how long the dense step takes besides its kernels, in seconds.
+      rest: for `seconds`: how long the dense step takes besides its kernels, in seconds, from `rest_of_step`.
       objective: what is to be least: `correlation`, minus the logarithm of the product over kernels of the squared
         correlation that their outputs keep with the dense ones; `risk`, the sum of their relative function risks;
         `tolerance`, the largest of them; or `uniform`, to compare with: nothing is weighed, and the largest scale that fits
@@ -76,7 +75,7 @@ def allocate(
 
     Returns:
       A plan whose table also shows each kernel's relative risk, and what the next per cent of the budget would take off
-      what is lost there.
+      what is lost there (of the objective), in proportion where the next rank needs more.
 
     Raises:
       ValueError: no budget and no energy, or more than two budgets; an energy without variables; a budget is impossible (the
@@ -261,7 +260,7 @@ class _Network:
         return np.array([_limit(value, total) for value, total in zip(self.given.values(), self.whole, strict=True)])
 
     def points(self, losses: Mapping[str, Sequence[Losses | None]]) -> list["_Points"]:
-        return [_points(kernel, losses[kernel.name], self.request, tuple(self.given)) for kernel in self.open]
+        return _all_points(self.open, losses, self.request, tuple(self.given))
 
     def smallest(self, options: Sequence[knapsack.Options]) -> np.ndarray:
         """By kind, the least that the open kernels cost, each for itself."""
@@ -286,25 +285,42 @@ class _Network:
         return f"the budget is impossible; {'; '.join(parts)}{both}"
 
 
-def _points(kernel: PlannedKernel, losses: Sequence[Losses | None], request: _Request, kinds: tuple[Kind, ...]) -> _Points:
-    places = [place for place, curve in enumerate(losses) if curve is not None]
+_Row = tuple[int, int, Execution | None]  # the place among a kernel's choices, -1 for dense, the rank and the execution
+
+
+def _all_points(
+    kernels: Sequence[PlannedKernel], curves: Mapping[str, Sequence[Losses | None]], request: _Request, kinds: tuple[Kind, ...]
+) -> list[_Points]:
+    """Of every kernel; those that are alike but for their values have the same options and costs."""
+    costs: dict[Any, tuple[list[_Row], np.ndarray]] = {}
+    found = []
+    for kernel in kernels:
+        places = tuple(place for place, curve in enumerate(curves[kernel.name]) if curve is not None)
+        key = dataclasses.replace(kernel, name=""), kernel.bounds, places
+        if key not in costs:
+            rows = _rows(kernel, places, request, kinds)
+            costs[key] = rows, np.array([[_cost(kernel, *row, kind, request) for row in rows] for kind in kinds])
+        found.append(_points(curves[kernel.name], *costs[key]))
+    return found
+
+
+def _rows(kernel: PlannedKernel, places: Sequence[int], request: _Request, kinds: tuple[Kind, ...]) -> list[_Row]:
     ranks = [(place, rank) for place in places for rank in _ranks(kernel, kernel.choices[place], request)]
-    ways = _executions(kernel, kinds)
-    rows: list[tuple[int, int, Execution | None]] = [(place, rank, way) for place, rank in ranks for way in ways]
-    if _may_be_dense(kernel):
-        rows.append((-1, 0, None))
+    rows: list[_Row] = [(place, rank, way) for place, rank in ranks for way in _executions(kernel, kinds)]
+    return [*rows, (-1, 0, None)] if _may_be_dense(kernel) else rows
+
+
+def _points(losses: Sequence[Losses | None], rows: list[_Row], cost: np.ndarray) -> _Points:
+    choice, rank = np.array([place for place, *_ in rows]), np.array([rank for _, rank, _ in rows])
 
     def lost(curve: str) -> np.ndarray:
-        return np.array([getattr(losses[place], curve)[rank - 1] if rank else 0.0 for place, rank, _ in rows])
+        values = np.zeros(len(rows))
+        for place, of_choice in enumerate(losses):
+            if of_choice is not None:
+                values[choice == place] = getattr(of_choice, curve)[rank[choice == place] - 1]
+        return values
 
-    return _Points(
-        choice=np.array([place for place, *_ in rows]),
-        rank=np.array([rank for _, rank, _ in rows]),
-        execution=[execution for *_, execution in rows],
-        risk=lost("risk"),
-        correlation=lost("correlation"),
-        cost=np.array([[_cost(kernel, *row, kind, request) for row in rows] for kind in kinds]),
-    )
+    return _Points(choice, rank, [execution for *_, execution in rows], lost("risk"), lost("correlation"), cost)
 
 
 def _rule(kernel: PlannedKernel) -> Rule:
@@ -434,16 +450,13 @@ def _solve(
     return min([*([] if solved is None else [solved]), *found], key=lost, default=None)
 
 
-_SCALES = np.arange(1, 201) / 200  # uniform plans that are candidates
+_SCALES = [scale / 200 for scale in range(1, 201)]  # uniform plans that are candidates
 
 
 def _uniforms(kernels: Sequence[PlannedKernel], points: Sequence[_Points]) -> list[list[int]]:
     """The plans of uniform scales, as `plan` makes them, within the rules' bounds; in either execution."""
-    found = {}
-    for scale, last in itertools.product(_SCALES, (False, True)):
-        chosen = [_uniform(kernel, of_kernel, scale, last) for kernel, of_kernel in zip(kernels, points, strict=True)]
-        found[tuple(chosen)] = chosen
-    return list(found.values())
+    by_kernel = [_uniform(kernel, of_kernel, _SCALES) for kernel, of_kernel in zip(kernels, points, strict=True)]
+    return [list(chosen) for chosen in dict.fromkeys(zip(*by_kernel, strict=True))]
 
 
 def _largest_uniform(
@@ -454,7 +467,8 @@ def _largest_uniform(
     for last in (False, True):
         low, high, scale = 0.0, 1.0, 1.0
         for _ in range(40):  # to far less than a rank
-            chosen = [_uniform(kernel, of_kernel, scale, last) for kernel, of_kernel in zip(kernels, points, strict=True)]
+            both = [_uniform(kernel, of_kernel, (scale,)) for kernel, of_kernel in zip(kernels, points, strict=True)]
+            chosen = [ways[last] for ways in both]
             if (knapsack.total_cost(options, chosen) <= limits).all():
                 low = scale
                 found.append((scale, chosen))
@@ -464,20 +478,19 @@ def _largest_uniform(
     return max(found, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
-def _uniform(kernel: PlannedKernel, points: _Points, scale: float, last: bool) -> int:
-    """A kernel's option at a scale, in its rule's own scheme if that is open; `last` of its executions or the first."""
+def _uniform(kernel: PlannedKernel, points: _Points, scales: Sequence[float]) -> list[int]:
+    """A kernel's options at some scales, in its rule's own scheme if that is open; in the first execution, then in the last."""
     place = 0 if (points.choice == 0).any() else int(points.choice.max())
-    own = np.flatnonzero((points.choice == place) & (points.rank > 0))
-    dense = np.flatnonzero(points.rank == 0)
-    choice = kernel.choices[place] if len(own) else kernel.choices[0]
-    wanted = wanted_rank(dataclasses.replace(_rule(kernel), scale=float(scale), rank=None, energy=None), choice.view)
-    assert wanted is not None
-    if not len(own) or (len(dense) and problem(choice, wanted)):
-        return int(dense[0])
-    below = own[points.rank[own] <= wanted]
-    rank = points.rank[below].max() if len(below) else points.rank[own].min()
-    same = own[points.rank[own] == rank]
-    return int(same[-1] if last else same[0])
+    own, dense = np.flatnonzero((points.choice == place) & (points.rank > 0)), np.flatnonzero(points.rank == 0)
+    if not len(own):
+        return [int(dense[0])] * (2 * len(scales))
+    view = kernel.choices[place].view
+    wanted = np.array([rank_at(_rule(kernel), view, float(scale)) for scale in scales])
+    ranks, first, count = np.unique(points.rank[own], return_index=True, return_counts=True)
+    nearest = np.maximum(np.searchsorted(ranks, wanted, side="right") - 1, 0)
+    saves = wanted * (view.n + view.m) < view.n * view.m
+    options = [own[first[nearest]], own[(first + count - 1)[nearest]]]  # of a rank, executions follow each other
+    return [int(option) for each in options for option in (np.where(saves, each, dense[0]) if len(dense) else each)]
 
 
 def _rounded_up(fraction: float) -> float:
@@ -485,11 +498,14 @@ def _rounded_up(fraction: float) -> float:
 
 
 def _next_gains(options: Sequence[knapsack.Options], chosen: Sequence[int], more: np.ndarray) -> list[float | None]:
-    """What the best use of so much more of the budgets for one kernel alone would take off the objective."""
+    """What the best use of so much more of the budgets, `[budgets]`, for one kernel alone would take off its loss.
+
+    In proportion where a kernel needs more than that for its next rank.
+    """
     gains: list[float | None] = []
     for kernel, option in zip(options, chosen, strict=True):
-        fits = ((kernel.cost - kernel.cost[:, option : option + 1]) <= more[:, None]).all(axis=0)
-        gain = float(kernel.loss[option] - kernel.loss[fits].min())
+        needed = ((kernel.cost - kernel.cost[:, option : option + 1]) / more[:, None]).max(axis=0)
+        gain = float(np.max((kernel.loss[option] - kernel.loss) / np.maximum(needed, 1)))
         gains.append(gain if gain > 0 else None)
     return gains
 

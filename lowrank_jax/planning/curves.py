@@ -1,5 +1,6 @@
 """What every rank of a plan's kernels loses: of the kernels at hand, or of Gaussian ones."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.kernel import is_low_rank, without_box
+from lowrank_jax.kernel import MatrixView, is_low_rank, without_box
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import PlannedKernel
 from lowrank_jax.planning.rules import Rule
@@ -57,8 +58,9 @@ def curves_of_kernels(
         if moments is not None:
             _check_moments(kernels, moments)
             asked = [(kernel, place) for kernel, place in asked if _has_moments(kernel, place, moments)]
-        stacks = [_stack(kernel, place, values, moments) for kernel, place in asked]
-        curves = [*_means(_computed(stacks, [normalization_of(kernel) for kernel, _ in asked]))]
+        settings = tuple(_Settings.of(kernel, place) for kernel, place in asked)
+        given = [(values[kernel.name], (moments or {}).get(kernel.name)) for kernel, _ in asked]
+        curves = [*_means(_of_values(given, settings))] if asked else []
     found: dict[str, list[Losses | None]] = {kernel.name: [None] * len(kernel.choices) for kernel in kernels}
     for (kernel, place), curve in zip(asked, curves, strict=True):
         found[kernel.name][place] = curve
@@ -98,26 +100,35 @@ def _check_moments(kernels: Sequence[PlannedKernel], moments: Mapping[str, jax.A
         raise ValueError("the moments do not fit the plan:\n  " + "\n  ".join(problems))
 
 
-class _Gaussian(NamedTuple):
-    """A Gaussian kernel as a matrix, and what follows it."""
+class _Settings(NamedTuple):
+    """How a kernel is a matrix, and what follows it."""
 
-    n: int
-    m: int
-    group: int
+    view: MatrixView
     activation: ActivationLike
     normalized: Normalization | None
 
-    def stack(self) -> Stack:
-        w = jax.random.normal(jax.random.key(_KEY), (1, self.n, self.m)) / np.sqrt(self.n * self.group)
-        return Stack(None, w, 1, self.activation, self.group)
+    @classmethod
+    def of(cls, kernel: PlannedKernel, place: int) -> "_Settings":
+        return cls(kernel.choices[place].view, _rule(kernel).activation, normalization_of(kernel))
+
+    def stack(self, w: jax.Array) -> Stack:
+        """Of matrices `[k, n, m]`."""
+        return Stack(None, w, 1, self.activation, self.view.group)
 
 
-_known: dict[_Gaussian, Losses] = {}
+_known: dict[_Settings, Losses] = {}  # of Gaussian kernels that are matrices already
 
 
-def _gaussian(kernel: PlannedKernel, place: int) -> _Gaussian:
-    view, rule = kernel.choices[place].view, _rule(kernel)
-    return _Gaussian(view.n, view.m, view.group, rule.activation, normalization_of(kernel))
+def _gaussian(kernel: PlannedKernel, place: int) -> _Settings:
+    settings = _Settings.of(kernel, place)
+    view = settings.view
+    return settings._replace(view=MatrixView((view.n, view.m), (0,), view.group))
+
+
+def _drawn(settings: _Settings) -> jax.Array:
+    """A Gaussian kernel whose outputs have length one."""
+    view = settings.view
+    return jax.random.normal(jax.random.key(_KEY), view.shape) / np.sqrt(view.n * view.group)
 
 
 def _rule(kernel: PlannedKernel) -> Rule:
@@ -125,11 +136,29 @@ def _rule(kernel: PlannedKernel) -> Rule:
     return kernel.rule
 
 
-def _gaussian_curves(asked: Sequence[_Gaussian]) -> list[Losses]:
+def _gaussian_curves(asked: Sequence[_Settings]) -> list[Losses]:
     """Each shape is decomposed once a process: plans of one network are made again and again, as in a sweep."""
-    new = [one for one in dict.fromkeys(asked) if one not in _known]
-    _known.update(zip(new, _means(_computed([one.stack() for one in new], [one.normalized for one in new])), strict=True))
+    new = tuple(one for one in dict.fromkeys(asked) if one not in _known)
+    if new:
+        _known.update(zip(new, _means(_of_values([(_drawn(one), None) for one in new], new)), strict=True))
     return [_known[one] for one in asked]
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _of_values(given: Sequence[tuple[jax.Array, jax.Array | None]], settings: tuple[_Settings, ...]) -> list[Curves]:
+    """Of kernels and the second moments of their inputs, where these are known; one program for all of them."""
+    stacks = [one.stack(_matrices(one.view, kernel, moment)) for one, (kernel, moment) in zip(settings, given, strict=True)]
+    return curves_of_stacks(stacks, [one.normalized for one in settings])
+
+
+def _matrices(view: MatrixView, kernel: jax.Array, moment: jax.Array | None) -> jax.Array:
+    """`[*stack, *kernel]` as `[k, n, m]`, as isotropic inputs would see them."""
+    w = view.to_matrix(kernel).reshape(-1, view.n, view.m)
+    w = w.astype(linalg.wide(w.dtype))
+    if moment is None:
+        return w
+    roots = jax.lax.map(linalg.square_root, moment.reshape(-1, view.n, view.n).astype(w.dtype))
+    return jnp.matmul(roots, w, precision="highest")
 
 
 def _means(curves: Sequence[Curves]) -> list[Losses]:
@@ -149,28 +178,6 @@ def _means(curves: Sequence[Curves]) -> list[Losses]:
         )
         for curve in curves
     ]
-
-
-def _computed(stacks: Sequence[Stack], normalized: Sequence[Normalization | None]) -> list[Curves]:
-    """One program for all of them; `Stack` is no tree, and activations are no arrays."""
-
-    def run(matrices: list[jax.Array]) -> list[Curves]:
-        made = [Stack(None, w, 1, stack.activation, stack.group) for w, stack in zip(matrices, stacks, strict=True)]
-        return curves_of_stacks(made, normalized)
-
-    return jax.jit(run)([stack.w for stack in stacks]) if stacks else []
-
-
-def _stack(
-    kernel: PlannedKernel, place: int, values: Mapping[str, jax.Array], moments: Mapping[str, jax.Array] | None
-) -> Stack:
-    view = kernel.choices[place].view
-    w = view.to_matrix(values[kernel.name]).reshape(-1, view.n, view.m)
-    w = w.astype(linalg.wide(w.dtype))
-    if moments is not None and kernel.name in moments:
-        roots = jax.lax.map(linalg.square_root, moments[kernel.name].reshape(-1, view.n, view.n).astype(w.dtype))
-        w = jnp.matmul(roots, w, precision="highest")
-    return Stack(None, w, 1, _rule(kernel).activation, view.group)
 
 
 def _is_leaf(node: Any) -> bool:

@@ -11,7 +11,9 @@ The model is a roofline, operation by operation (docs/mathematics.md, section 10
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from lowrank_jax.kernel import SPATIAL_ROWS, Execution
@@ -81,11 +83,46 @@ def seconds_of(
 
 def dense_seconds(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int = 4) -> float:
     """The time of the dense layer; of a kernel whose work is not known, 0."""
-    if not kernel.choices:
-        return chip.seconds(6 * batch * kernel.macs, 0)
-    x, y = _ends(_as_factored(kernel), chip, batch, itemsize)
+    return sum(chip.seconds(flops, moved) for flops, moved in _dense(kernel, chip, batch, itemsize))
+
+
+def rest_of_step(plan: Plan, step: float | jax.stages.Compiled, chip: Chip, *, batch: int, itemsize: int = 4) -> float:
+    """What a dense training step takes besides the plan's kernels, in seconds: `rest` of `allocate(seconds=...)`.
+
+    With it a fraction is one of the whole step, normalisations, optimiser and all.
+
+    Args:
+      plan: from `plan`.
+      step: the seconds of the whole step with dense kernels, as measured or as a device's compiler estimates them; or the step
+        compiled, for whatever device, whose other FLOPs and bytes are then taken as one more operation of the roofline.
+      chip: the device.
+      batch: examples per step on it.
+      itemsize: bytes per element of an activation.
+
+    Returns:
+      At least 0: a step cannot take less than its kernels.
+
+    Raises:
+      ValueError: the step's time is no number above 0, or the compiler tells neither FLOPs nor bytes.
+    """
+    operations = [operation for kernel in plan.kernels for operation in _dense(kernel, chip, batch, itemsize)]
+    if isinstance(step, jax.stages.Compiled):
+        cost: Any = step.cost_analysis()
+        if not cost or not {"flops", "bytes accessed"} <= cost.keys():
+            raise ValueError("the compiler tells neither FLOPs nor bytes of the step: measure its seconds")
+        flops, moved = (sum(part) for part in zip((0.0, 0.0), *operations, strict=True))
+        return chip.seconds(max(cost["flops"] - flops, 0), max(cost["bytes accessed"] - moved, 0))
+    if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < math.inf:
+        raise ValueError(f"step {shown(step)} must be seconds, a number above 0, or a compiled program")
+    return max(step - sum(chip.seconds(flops, moved) for flops, moved in operations), 0.0)
+
+
+def _dense(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int) -> Sequence[Operation]:
     flops = 2 * batch * kernel.macs
-    return sum(chip.seconds(flops, moved) for moved in (x + y, x + 2 * y, 2 * y + 2 * x))
+    if not kernel.choices:
+        return [(3 * flops, 0.0)]
+    x, y = _ends(_as_factored(kernel), chip, batch, itemsize)
+    return [(flops, x + y), (flops, x + 2 * y), (flops, 2 * y + 2 * x)]
 
 
 def _as_factored(kernel: PlannedKernel) -> FactoredKernel:

@@ -88,7 +88,8 @@ class PlannedKernel(abc.ABC):
       note: why it is as it is.
       risk: what kernel projection at the planned rank loses of its layer's function, relative to all of it; None unless a
         budget was allocated.
-      next_gain: what the next per cent of the budget would take off what is lost here; None if nothing more would.
+      next_gain: what the next per cent of the budget would take off what the objective counts here, in proportion where the
+        next rank needs more; None if nothing is lost.
     """
 
     name: str

@@ -137,13 +137,14 @@ def rows_view(rule: Rule, shape: tuple[int, ...]) -> MatrixView:
 def wanted_rank(rule: Rule, view: MatrixView) -> int | None:
     """The rank that a rule asks for, before any check that it saves anything; None for dense, and for an energy."""
     if rule.scale is not None:
-        whole = view.full_rank if rule.scale_of == "full_rank" else view.m
-        rank = max(1, round_half_up(rule.scale * whole))
-    elif rule.rank is not None:
-        rank = rule.rank
-    else:
-        return None
-    return rounded_up(rule, rank)
+        return rank_at(rule, view, rule.scale)
+    return None if rule.rank is None else rounded_up(rule, rule.rank)
+
+
+def rank_at(rule: Rule, view: MatrixView, scale: float) -> int:
+    """The rank that a rule would ask for at another scale."""
+    whole = view.full_rank if rule.scale_of == "full_rank" else view.m
+    return rounded_up(rule, max(1, round_half_up(scale * whole)))
 
 
 def rounded_up(rule: Rule, rank: int) -> int:

@@ -43,6 +43,11 @@ def variables():
     return Net().init(jax.random.key(3), X)
 
 
+def risk_of(kernel):
+    assert kernel.risk is not None  # a budget was allocated
+    return kernel.risk
+
+
 def loss(plan, objective):
     """What a plan loses of Gaussian kernels, from the curves."""
     curves = curves_of_kernels([kernel for kernel in plan.kernels if kernel.choices])
@@ -117,9 +122,10 @@ def test_least_scales_and_multiples(plan):
 
 def test_a_kernel_that_counts_more_keeps_more(plan):
     names = [kernel.name for kernel in plan.kernels if kernel.choices]
-    usual = {kernel.name: kernel.risk for kernel in allocate(plan, params=0.3).kernels}
+    usual = {kernel.name: risk_of(kernel) for kernel in allocate(plan, params=0.3).kernels}
     for name in names[:3]:
-        heavy = {kernel.name: kernel.risk for kernel in allocate(plan, params=0.3, sensitivity={name: 50.0}).kernels}
+        made = allocate(plan, params=0.3, sensitivity={name: 50.0})
+        heavy = {kernel.name: risk_of(kernel) for kernel in made.kernels}
         assert heavy[name] <= usual[name] and (heavy[name] < usual[name] or usual[name] == 0)
 
 
@@ -129,7 +135,7 @@ def test_trained_kernels_are_ranked_by_what_they_are(plan, variables):
     draw = np.random.default_rng(0)
     params["Dense_1"]["kernel"] = jnp.asarray(draw.normal(size=(256, 2)) @ draw.normal(size=(2, 20)), jnp.float32)
     made = {kernel.name: kernel for kernel in allocate(plan, params=0.3, variables={"params": params}).kernels}
-    assert made["Dense_1/kernel"].rank == 2 and made["Dense_1/kernel"].risk < 1e-6
+    assert made["Dense_1/kernel"].rank == 2 and risk_of(made["Dense_1/kernel"]) < 1e-6
     assert {kernel.name: kernel for kernel in allocate(plan, params=0.3).kernels}["Dense_1/kernel"].rank > 2
 
 
@@ -150,9 +156,34 @@ def test_seconds_choose_the_faster_execution(plan):
 
 
 def test_the_table_says_what_is_lost_and_what_more_would_buy(plan):
-    header, *rows = allocate(plan, params=0.3).rows()
+    made = allocate(plan, params=0.3)
+    header, *rows = made.rows()
     assert header[-3:] == ["risk", "next 1%", "note"] and all(len(row) == len(header) for row in rows)
     assert plan.rows()[0][-1] == "note" and "risk" not in plan.rows()[0]
+    lines = str(made).splitlines()
+    starts = [lines[0].index(name) for name in ("rank", "risk", "next 1%", "note")]
+    for kernel, line in zip(made.kernels, lines[1:], strict=False):
+        assert kernel.risk is not None and f"<td>{kernel.risk:.4f}</td>" in made._repr_html_()
+        assert line[starts[1] :].startswith(f"{kernel.risk:.4f}  ") and all(
+            line[start - 2 : start] == "  " for start in starts[:3]
+        )
+        assert (kernel.next_gain is None) == (kernel.risk == 0)
+        assert line[starts[2] :].startswith("-" if kernel.next_gain is None else f"{kernel.next_gain:.5f}")
+
+
+def test_the_next_per_cent_is_what_the_best_next_rank_takes_off(plan):
+    curves = curves_of_kernels([kernel for kernel in plan.kernels if kernel.choices])
+    made = allocate(plan, params=0.3, objective="risk")
+    more = 0.01 * 0.3 * plan.dense_params
+    for kernel in made.factored:
+        gains = []
+        for choice, curve in zip(kernel.choices, curves[kernel.name], strict=True):
+            for rank, risk in enumerate(curve.risk, start=1):
+                needed = max((choice.params(rank) - kernel.planned_params) / more, 1)
+                if choice.params(rank) < kernel.params:
+                    gains.append((risk_of(kernel) - risk) / needed)
+        gains.append(risk_of(kernel) / max((kernel.params - kernel.planned_params) / more, 1))
+        np.testing.assert_allclose(kernel.next_gain, max(gains), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +304,7 @@ def test_real_inputs_count():
     moments = lr.inputs.second_moments(model, variables, [x], plan.opened())
     isotropic = {kernel.name: kernel for kernel in allocate(plan, params=0.4, variables=variables).factored}
     seen = {kernel.name: kernel for kernel in allocate(plan, params=0.4, variables=variables, moments=moments).factored}
-    assert seen["layers_0/kernel"].rank == 3 < isotropic["layers_0/kernel"].rank and seen["layers_0/kernel"].risk < 1e-3
+    assert seen["layers_0/kernel"].rank == 3 < isotropic["layers_0/kernel"].rank and risk_of(seen["layers_0/kernel"]) < 1e-3
     for wrong, message in (
         ({}, "layers_0/kernel: has no moments; capture them for plan.opened"),
         ({**moments, "nope": moments["layers_0/kernel"]}, "nope: has moments but is not open"),

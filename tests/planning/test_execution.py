@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import re
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import lowrank_jax as lr
 from lowrank_jax import models
 from lowrank_jax.paths import map_named, named_leaves
 from lowrank_jax.planning.chips import CHIPS, Chip
-from lowrank_jax.planning.execution import seconds
+from lowrank_jax.planning.execution import dense_seconds, rest_of_step, seconds
 from tests import drawn
 
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
@@ -223,3 +224,50 @@ def test_the_choice_is_what_the_compiler_of_the_tpu_expects_to_be_faster(feature
 def test_what_is_no_chip_or_no_count_is_refused(chip, settings, error):
     with pytest.raises((TypeError, ValueError), match=re.escape(error)):
         lr.choose_execution(dense_plan(64, 64, 4), chip, **settings)
+
+
+@pytest.fixture(scope="module")
+def net_plan():
+    return lr.plan(Net(), jnp.ones((2, 8, 8, 4)), [lr.Rule(".*kernel", scale=1.0)])
+
+
+def test_the_rest_of_a_step_is_what_its_kernels_leave(net_plan):
+    chip = CHIPS["v5e"]
+    kernels = sum(dense_seconds(kernel, chip, 64, 2) for kernel in net_plan.kernels)
+    assert kernels > 0
+    np.testing.assert_allclose(rest_of_step(net_plan, 3 * kernels, chip, batch=64, itemsize=2), 2 * kernels, rtol=1e-9)
+    assert rest_of_step(net_plan, kernels / 2, chip, batch=64, itemsize=2) == 0
+    for step in (0, -1.0, math.nan, True, "1 s"):
+        with pytest.raises(ValueError, match="must be seconds, a number above 0, or a compiled program"):
+            rest_of_step(net_plan, step, chip, batch=64)
+
+
+def test_a_compiled_step_has_the_operations_that_the_kernels_leave(net_plan):
+    """Elementwise work of a known size on top of the dense network."""
+    chip, batch = CHIPS["v5e"], 64
+    x = jnp.ones((batch, 8, 8, 4))
+    variables = Net().init(jax.random.key(0), x)
+
+    def compiled(extra):
+        def step(variables, x, more):
+            grads = jax.grad(lambda variables, x: Net().apply(variables, x).sum(), argnums=(0, 1))(variables, x)
+            return grads, jnp.cumsum(more)
+
+        return jax.jit(step).lower(variables, x, jnp.ones(extra)).compile()
+
+    small, large = (rest_of_step(net_plan, compiled(extra), chip, batch=batch) for extra in (1, 2**24))
+    assert large - small > 0.5 * 2 * 4 * 2**24 / chip.bandwidth  # it is read and written
+
+
+def test_with_its_rest_a_fraction_is_one_of_the_whole_step(net_plan):
+    chip, batch = CHIPS["v5e"], 4096
+    kernels = sum(dense_seconds(kernel, chip, batch, 2) for kernel in net_plan.kernels)
+    rest = rest_of_step(net_plan, 2 * kernels, chip, batch=batch, itemsize=2)
+    made = lr.allocate(net_plan, seconds=0.95, chip=chip, batch=batch, itemsize=2, rest=rest)
+    planned = rest
+    for kernel in made.kernels:
+        if kernel in made.factored:
+            planned += seconds(kernel, kernel.execution, chip, batch, 2)
+        else:
+            planned += dense_seconds(kernel, chip, batch, 2)
+    assert made.factored and planned <= 0.95 * 2 * kernels * (1 + 1e-9)

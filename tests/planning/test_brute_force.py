@@ -1,0 +1,97 @@
+"""Plans of three tiny networks against every combination of ranks."""
+
+import itertools
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lowrank_jax as lr
+from lowrank_jax.planning import knapsack
+from lowrank_jax.planning.curves import curves_of_kernels
+
+
+class Convolutions(nn.Module):
+    """With two schemes for each of the convolutions."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(6, (3, 3))(x)))
+        x = nn.relu(nn.Conv(4, (3, 3), strides=2)(x))
+        return nn.Dense(5)(x.mean(axis=(1, 2)))
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(nn.Dense(8, name="dense")(x)), None
+
+
+class Repeated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return nn.Dense(12)(scan(name="layers")(x, None)[0])
+
+
+NETWORKS = {
+    "dense": (nn.Sequential([nn.Dense(12), nn.relu, nn.Dense(9), nn.relu, nn.Dense(7)]), jnp.ones((2, 10))),
+    "convolutions": (Convolutions(), jnp.ones((2, 6, 6, 5))),
+    "repeated": (Repeated(), jnp.ones((2, 8))),
+}
+
+
+def options(plan, kind):
+    """What every kernel may become, from the curves of Gaussian kernels."""
+    curves, found = curves_of_kernels(plan.kernels), []
+    for kernel in plan.kernels:
+        copies = math.prod(kernel.stack)
+        costs, losses = [getattr(kernel, kind)], [0.0]
+        for choice, curve in zip(kernel.choices, curves[kernel.name], strict=True):
+            for rank in range(1, choice.view.full_rank + 1):
+                if choice.params(rank) < choice.view.n * choice.view.m:
+                    costs.append(copies * choice.params(rank) if kind == "params" else choice.macs(rank))
+                    losses.append(copies * curve.correlation[rank - 1])
+        found.append(knapsack.Options(np.array([costs], float), np.array(losses)))
+    return found
+
+
+def combinations(kernels):
+    """Costs and losses of all of them."""
+    every = list(itertools.product(*(range(len(kernel.loss)) for kernel in kernels)))
+    costs = sum(kernels[i].cost[0][[chosen[i] for chosen in every]] for i in range(len(kernels)))
+    losses = sum(kernels[i].loss[[chosen[i] for chosen in every]] for i in range(len(kernels)))
+    return costs, losses
+
+
+def lost(plan, whole):
+    """What a plan loses of Gaussian kernels."""
+    curves, total = curves_of_kernels(whole.kernels), 0.0
+    for kernel in plan.factored:
+        curve = curves[kernel.name][kernel.choices.index(kernel.choice)]
+        total += math.prod(kernel.stack) * curve.correlation[kernel.rank - 1]
+    return total
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_allocate_is_brute_force_at_the_corners_and_within_a_segment_elsewhere(name, kind):
+    model, x = NETWORKS[name]
+    plan = lr.plan(model, x, [lr.Rule(".*kernel", scale=1.0)])
+    assert all(kernel.choices for kernel in plan.kernels)
+    kernels = options(plan, kind)
+    costs, losses = combinations(kernels)
+    fixed = plan.other_params if kind == "params" else 0
+    chosen = knapsack.cheapest(kernels, np.ones(1))
+    before = knapsack.total_cost(kernels, chosen)[0]
+    for _, kernel, option in [(0.0, 0, chosen[0]), *knapsack.segments(kernels, np.ones(1))]:
+        drop = kernels[kernel].loss[chosen[kernel]] - kernels[kernel].loss[option]
+        chosen[kernel] = option
+        corner = knapsack.total_cost(kernels, chosen)[0]
+        for budget, slack in ((corner, 0.0), ((before + corner) // 2, drop)):
+            best = losses[costs <= budget].min()
+            found = lost(lr.allocate(plan, **{kind: int(budget) + fixed}), plan)
+            assert best - 1e-9 <= found <= best + slack + 1e-9, f"{kind}={budget}"
+        before = corner
