@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import lowrank_jax as lr
-from lowrank_jax.planning.allocate import OBJECTIVES, allocate
+from lowrank_jax.planning.allocate import allocate
+from lowrank_jax.planning.budget import OBJECTIVES
 from lowrank_jax.planning.curves import curves_of_kernels
 from lowrank_jax.planning.plans import DenseKernel
 from lowrank_jax.planning.rules import wanted_rank

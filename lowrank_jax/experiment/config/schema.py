@@ -19,7 +19,7 @@ from lowrank_jax.experiment.hosts.sharding import AXES, ShardingRule, mesh_sizes
 from lowrank_jax.experiment.network import AUTO, Constructor, Network, outputs_argument_problem, train_argument_problem
 from lowrank_jax.experiment.objective import MSE, NAMES, SIGMOID, SOFTMAX, Objective, make_objective
 from lowrank_jax.patterns import compile_pattern
-from lowrank_jax.planning.allocate import OBJECTIVES
+from lowrank_jax.planning.budget import OBJECTIVES
 from lowrank_jax.planning.chips import CHIPS
 from lowrank_jax.planning.rules import Rule
 from lowrank_jax.projection.methods import METHODS

@@ -1,0 +1,65 @@
+"""What a network may cost: budgets as they are asked for, and checked."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from lowrank_jax.planning.chips import Chip
+from lowrank_jax.text import did_you_mean, shown
+
+OBJECTIVES = ("correlation", "risk", "tolerance", "uniform")
+
+
+Kind = Literal["params", "macs", "bytes", "seconds"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The arguments of `allocate` that are not the network's."""
+
+    chip: Chip | None = None
+    batch: int | None = None
+    itemsize: int = 4
+    rest: float = 0.0
+    objective: str = "correlation"
+    min_scale: float = 0.0
+    multiple_of: int = 1
+
+    def check(self, given: Mapping[Kind, float | int]) -> None:
+        if not 1 <= len(given) <= 2:
+            raise ValueError("give one budget, or two: params, macs, bytes or seconds")
+        for kind, value in given.items():
+            _check_budget(kind, value)
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"unknown objective {self.objective!r}{did_you_mean(self.objective, OBJECTIVES)}")
+        if not is_number(self.min_scale) or not 0 <= self.min_scale <= 1:
+            raise ValueError(f"min_scale {shown(self.min_scale)} must be from 0 to 1")
+        for name in ("multiple_of", "itemsize"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} {shown(value)} must be a whole number of at least 1")
+        if "seconds" in given and (not isinstance(self.chip, Chip) or type(self.batch) is not int or self.batch < 1):
+            raise ValueError("a budget of seconds needs chip, one of lowrank_jax.chips.CHIPS, and batch, the examples on it")
+        if not is_number(self.rest) or self.rest < 0:
+            raise ValueError(f"rest {shown(self.rest)} must be a number of seconds")
+
+
+def _check_budget(kind: str, value: float | int) -> None:
+    if isinstance(value, float) and 0 < value <= 1:
+        return
+    if kind != "seconds" and type(value) is int and value >= 1:
+        return
+    what = "a fraction above 0 and up to 1" + ("" if kind == "seconds" else ", such as 0.5, or a whole number")
+    raise ValueError(f"{kind}={shown(value)} must be {what}")
+
+
+def plain(value: Any) -> Any:
+    """A number of Python's for one of NumPy's or jax's."""
+    return value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
