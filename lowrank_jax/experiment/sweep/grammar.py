@@ -58,11 +58,11 @@ def parse(text: str) -> Axes:
         try:
             group = _GROUP.fullmatch(part)
             if group is None:
-                terms.append(_axis(part))
+                terms.append(_distinct(_axis(part)))
             elif group[1] == "zip":
-                terms.append(_zipped([_axis(inner) for inner in _split(group[2], ";")]))
+                terms.append(_distinct(_zipped([_axis(inner) for inner in _split(group[2], ";")])))
             elif group[1] == "tune":
-                axes = [_axis(inner) for inner in _split(group[2], ";")]
+                axes = [_distinct(_axis(inner)) for inner in _split(group[2], ";")]
                 terms += axes
                 tuned += [key for axis in axes for key in axis[0]]
             else:
@@ -97,10 +97,15 @@ def _axis(text: str) -> tuple[Assignment, ...]:
     found = [value for part in _split(values, ",") for value in _range(part)]
     if "" in found:
         raise ValueError(f"{key}: contains an empty value")
-    twice = sorted({value for value in found if found.count(value) > 1})
-    if twice:
-        raise ValueError(f"{key}: {', '.join(twice)} given twice")
     return tuple({key: value} for value in found)
+
+
+def _distinct(values: tuple[Assignment, ...]) -> tuple[Assignment, ...]:
+    """Raises ValueError if two are the same; in a zip, one key may have the same value in several of them."""
+    twice = [", ".join(value.values()) for value in values if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"{', '.join(values[0])}: {'; '.join(sorted(set(twice)))} given twice")
+    return values
 
 
 def _range(text: str) -> Iterable[str]:

@@ -46,6 +46,10 @@ def test_what_a_value_may_be(text, values):
     assert [assignment["a"] for assignment in parse(text).assignments()] == values
 
 
+def test_in_a_zip_a_key_may_have_a_value_again():
+    assert parse("zip(a=1,1,2; b=3,4,3)").assignments() == [{"a": "1", "b": "3"}, {"a": "1", "b": "4"}, {"a": "2", "b": "3"}]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -56,6 +60,7 @@ def test_what_a_value_may_be(text, values):
         ("seed=", "seed: contains an empty value"),
         ("seed=1,,2", "seed: contains an empty value"),
         ("seed=1,1", "seed: 1 given twice"),
+        ("zip(a=1,2,1; b=3,4,3)", "a, b: 1, 3 given twice"),
         ("seed=5:5", "5:5: empty range"),
         ("seed=1; seed=2", "seed: given 2 times"),
         ("tune(optim.lr=1); optim.lr=2", "optim.lr: given 2 times"),
