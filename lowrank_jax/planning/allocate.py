@@ -3,25 +3,21 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from lowrank_jax.kernel import Execution
 from lowrank_jax.planning import knapsack
 from lowrank_jax.planning.chips import Chip
-from lowrank_jax.planning.curves import Losses, curves_of_kernels
-from lowrank_jax.planning.decide import problem
+from lowrank_jax.planning.curves import curves_of_kernels
 from lowrank_jax.planning.energy import closed, energy_of, with_bounds
-from lowrank_jax.planning.execution import dense_seconds, seconds_of
-from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
-from lowrank_jax.planning.rules import Rule, rank_at, wanted_rank
+from lowrank_jax.planning.plans import DenseKernel, FactoredKernel, Plan, PlannedKernel
+from lowrank_jax.planning.points import Kind, Points, Request, all_points, dense_cost, execution_of, rule_of
+from lowrank_jax.planning.rules import rank_at
 from lowrank_jax.text import did_you_mean, shown
 
 OBJECTIVES = ("correlation", "risk", "tolerance")
-
-Kind = Literal["params", "macs", "bytes", "seconds"]
 
 
 def allocate(
@@ -81,13 +77,13 @@ def allocate(
         smallest possible one is named), or MACs of a kernel are not known; an argument is out of range; the variables do not
         fit the plan.
     """
-    request = _Request(chip, _plain(batch), _plain(itemsize), _plain(rest), objective, _plain(min_scale), _plain(multiple_of))
+    request = Request(chip, _plain(batch), _plain(itemsize), _plain(rest), objective, _plain(min_scale), _plain(multiple_of))
     budgets = {"params": params, "macs": macs, "bytes": bytes, "seconds": seconds}
     given: dict[Kind, Any] = {kind: _plain(value) for kind, value in budgets.items() if value is not None}  # type: ignore[misc]
     open_ = [kernel for kernel in plan.kernels if kernel.choices]
     if not given and any(energy_of(kernel) is not None for kernel in open_):
         return _closed(plan, variables, moments)
-    request.check(given)
+    _check_request(request, given)
     _check_sensitivity(sensitivity or {}, open_)
     unknown = [kernel.name for kernel in open_ if not kernel.macs and kernel.execution != "premerged"]
     if "macs" in given and unknown:
@@ -95,7 +91,7 @@ def allocate(
     _check_moments(variables, moments)
     curves = curves_of_kernels(open_, variables, moments)
     open_ = with_bounds(open_, curves, variables is not None)
-    points = _all_points(open_, curves, request, tuple(given))
+    points = all_points(open_, curves, request, tuple(given))
     fixed = np.array([_fixed(plan, open_, kind, request) for kind in given])
     whole = np.array([_whole(plan, kind, request) for kind in given])
     limits = np.array([_limit(value, total) for value, total in zip(given.values(), whole, strict=True)])
@@ -126,35 +122,23 @@ def _check_moments(variables: Any, moments: Any) -> None:
         raise ValueError("moments need the variables too: they say what the kernels do with the inputs")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """The arguments of `allocate` that are not the network's."""
-
-    chip: Chip | None
-    batch: int | None
-    itemsize: int
-    rest: float
-    objective: str
-    min_scale: float
-    multiple_of: int
-
-    def check(self, given: Mapping[Kind, float | int]) -> None:
-        if not 1 <= len(given) <= 2:
-            raise ValueError("give one budget, or two: params, macs, bytes or seconds")
-        for kind, value in given.items():
-            _check_budget(kind, value)
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {self.objective!r}{did_you_mean(self.objective, OBJECTIVES)}")
-        if not _is_number(self.min_scale) or not 0 <= self.min_scale <= 1:
-            raise ValueError(f"min_scale {shown(self.min_scale)} must be from 0 to 1")
-        for name in ("multiple_of", "itemsize"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} {shown(value)} must be a whole number of at least 1")
-        if "seconds" in given and (not isinstance(self.chip, Chip) or type(self.batch) is not int or self.batch < 1):
-            raise ValueError("a budget of seconds needs chip, one of lowrank_jax.chips.CHIPS, and batch, the examples on it")
-        if not _is_number(self.rest) or self.rest < 0:
-            raise ValueError(f"rest {shown(self.rest)} must be a number of seconds")
+def _check_request(request: Request, given: Mapping[Kind, float | int]) -> None:
+    if not 1 <= len(given) <= 2:
+        raise ValueError("give one budget, or two: params, macs, bytes or seconds")
+    for kind, value in given.items():
+        _check_budget(kind, value)
+    if request.objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {request.objective!r}{did_you_mean(request.objective, OBJECTIVES)}")
+    if not _is_number(request.min_scale) or not 0 <= request.min_scale <= 1:
+        raise ValueError(f"min_scale {shown(request.min_scale)} must be from 0 to 1")
+    for name in ("multiple_of", "itemsize"):
+        value = getattr(request, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} {shown(value)} must be a whole number of at least 1")
+    if "seconds" in given and (not isinstance(request.chip, Chip) or type(request.batch) is not int or request.batch < 1):
+        raise ValueError("a budget of seconds needs chip, one of lowrank_jax.chips.CHIPS, and batch, the examples on it")
+    if not _is_number(request.rest) or request.rest < 0:
+        raise ValueError(f"rest {shown(request.rest)} must be a number of seconds")
 
 
 def _check_budget(kind: str, value: float | int) -> None:
@@ -184,156 +168,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Points:
-    """What one kernel may become: arrays over its options.
-
-    Attributes:
-      choice: the place among the kernel's choices, -1 for dense.
-      rank: the rank, 0 for dense.
-      execution: by option.
-      risk: relative.
-      correlation: minus the logarithm of the squared correlation that is kept.
-      cost: `[budgets, options]`.
-    """
-
-    choice: np.ndarray
-    rank: np.ndarray
-    execution: list[Execution | None]
-    risk: np.ndarray
-    correlation: np.ndarray
-    cost: np.ndarray
-
-
-_Row = tuple[int, int, Execution | None]  # the place among a kernel's choices, -1 for dense, the rank and the execution
-
-
-def _all_points(
-    kernels: Sequence[PlannedKernel], curves: Mapping[str, Sequence[Losses | None]], request: _Request, kinds: tuple[Kind, ...]
-) -> list[_Points]:
-    """Of every kernel; those that are alike but for their values have the same options and costs."""
-    costs: dict[Any, tuple[list[_Row], np.ndarray]] = {}
-    found = []
-    for kernel in kernels:
-        places = tuple(place for place, curve in enumerate(curves[kernel.name]) if curve is not None)
-        key = dataclasses.replace(kernel, name=""), kernel.bounds, places
-        if key not in costs:
-            rows = _rows(kernel, places, request, kinds)
-            costs[key] = rows, np.array([[_cost(kernel, *row, kind, request) for row in rows] for kind in kinds])
-        found.append(_points(curves[kernel.name], *costs[key]))
-    return found
-
-
-def _rows(kernel: PlannedKernel, places: Sequence[int], request: _Request, kinds: tuple[Kind, ...]) -> list[_Row]:
-    ranks = [(place, rank) for place in places for rank in _ranks(kernel, kernel.choices[place], request)]
-    rows: list[_Row] = [(place, rank, way) for place, rank in ranks for way in _executions(kernel, kinds)]
-    return [*rows, (-1, 0, None)] if _may_be_dense(kernel) else rows
-
-
-def _points(losses: Sequence[Losses | None], rows: list[_Row], cost: np.ndarray) -> _Points:
-    choice, rank = np.array([place for place, *_ in rows]), np.array([rank for _, rank, _ in rows])
-
-    def lost(curve: str) -> np.ndarray:
-        values = np.zeros(len(rows))
-        for place, of_choice in enumerate(losses):
-            if of_choice is not None:
-                values[choice == place] = getattr(of_choice, curve)[rank[choice == place] - 1]
-        return values
-
-    return _Points(choice, rank, [execution for *_, execution in rows], lost("risk"), lost("correlation"), cost)
-
-
-def _rule(kernel: PlannedKernel) -> Rule:
-    assert kernel.rule is not None  # it has choices
-    return kernel.rule
-
-
-def _may_be_dense(kernel: PlannedKernel) -> bool:
-    """Whether the rule itself would keep the kernel dense, since its rank saves nothing; a former budget does not matter."""
-    choice = kernel.choices[0]
-    rank = _wanted(kernel, choice)
-    return rank is None or bool(problem(choice, rank))
-
-
-def _wanted(kernel: PlannedKernel, choice: Choice) -> int | None:
-    """The rank that a kernel's rule asks for."""
-    if kernel.bounds:
-        return kernel.bounds[kernel.choices.index(choice)]
-    return wanted_rank(_rule(kernel), choice.view)
-
-
-def _ranks(kernel: PlannedKernel, choice: Choice, request: _Request) -> range:
-    """The ranks that a kernel may have: those of which the rule's is the largest, and that save parameters.
-
-    Raises:
-      ValueError: the rule's rank is below `min_scale`, and the kernel cannot stay dense.
-    """
-    view, rule = choice.view, _rule(kernel)
-    wanted = min(_wanted(kernel, choice) or view.full_rank, view.full_rank)
-    bound = min(wanted, (view.n * view.m - 1) // (view.n + view.m))
-    low = max(1, math.ceil(request.min_scale * view.full_rank - 1e-9))
-    if wanted < low and not _may_be_dense(kernel):
-        raise ValueError(f"{kernel.name}: min_scale {request.min_scale} needs a rank of {low}; its rule allows {wanted}")
-    steps = (math.lcm(request.multiple_of, rule.multiple_of), rule.multiple_of, request.multiple_of, 1)
-    step = next(step for step in steps if step <= max(bound, 1))  # of small kernels there may be no multiple
-    return range(-(-low // step) * step, bound + 1, step)
-
-
-def _execution(kernel: PlannedKernel) -> Execution | None:
-    """How a kernel runs on factors, whatever a former budget chose; None if that is open."""
-    execution = _rule(kernel).execution
-    if kernel.execution == "premerged":
-        return "premerged"
-    return None if execution == "auto" else execution
-
-
-def _executions(kernel: PlannedKernel, kinds: tuple[Kind, ...]) -> tuple[Execution | None, ...]:
-    execution = _execution(kernel)
-    if execution is not None:
-        return (execution,)
-    if "seconds" in kinds:
-        return ("factored", "merged")
-    return ("factored",) if "macs" in kinds else (None,)
-
-
-def _cost(kernel: PlannedKernel, place: int, rank: int, execution: Execution | None, kind: Kind, request: _Request) -> float:
-    if place < 0:
-        return _dense_cost(kernel, kind, request)
-    choice = kernel.choices[place]
-    match kind:
-        case "params" | "bytes":
-            count = math.prod(kernel.stack) * choice.params(rank)
-            return count * (request.itemsize if kind == "bytes" else 1)
-        case "macs":
-            return kernel.macs if execution in ("merged", "premerged") else choice.macs(rank)
-        case _:
-            assert request.chip is not None and request.batch is not None
-            run: Execution = "factored" if execution == "factored" else "merged"
-            return seconds_of(kernel, choice, rank, run, request.chip, request.batch, request.itemsize)
-
-
-def _dense_cost(kernel: PlannedKernel, kind: Kind, request: _Request) -> float:
-    match kind:
-        case "params":
-            return kernel.params
-        case "bytes":
-            return kernel.params * request.itemsize
-        case "macs":
-            return kernel.macs
-        case _:
-            assert request.chip is not None and request.batch is not None
-            return dense_seconds(kernel, request.chip, request.batch, request.itemsize)
-
-
-def _fixed(plan: Plan, open_: Sequence[PlannedKernel], kind: Kind, request: _Request) -> float:
+def _fixed(plan: Plan, open_: Sequence[PlannedKernel], kind: Kind, request: Request) -> float:
     """The cost of what the budget cannot change."""
     names = {kernel.name for kernel in open_}
-    closed = sum(_dense_cost(kernel, kind, request) for kernel in plan.kernels if kernel.name not in names)
+    closed = sum(dense_cost(kernel, kind, request) for kernel in plan.kernels if kernel.name not in names)
     others = {"params": plan.other_params, "bytes": plan.other_params * request.itemsize, "macs": 0, "seconds": request.rest}
     return closed + others[kind]
 
 
-def _whole(plan: Plan, kind: Kind, request: _Request) -> float:
+def _whole(plan: Plan, kind: Kind, request: Request) -> float:
     """The cost of the whole dense network."""
     return _fixed(plan, (), kind, request)
 
@@ -343,7 +186,7 @@ def _limit(value: float | int, whole: float) -> float:
 
 
 def _weighted(
-    points: Sequence[_Points], kernels: Sequence[PlannedKernel], sensitivity: Mapping[str, float], objective: str
+    points: Sequence[Points], kernels: Sequence[PlannedKernel], sensitivity: Mapping[str, float], objective: str
 ) -> list[knapsack.Options]:
     found = []
     for kernel, of_kernel in zip(kernels, points, strict=True):
@@ -373,20 +216,20 @@ def _solve(
 _SCALES = np.arange(1, 201) / 200  # uniform plans that are candidates
 
 
-def _uniforms(kernels: Sequence[PlannedKernel], points: Sequence[_Points]) -> list[list[int]]:
+def _uniforms(kernels: Sequence[PlannedKernel], points: Sequence[Points]) -> list[list[int]]:
     """The plans of uniform scales, as `plan` makes them, within the rules' bounds; in either execution."""
     by_kernel = [_uniform(kernel, of_kernel) for kernel, of_kernel in zip(kernels, points, strict=True)]
     return [list(chosen) for chosen in dict.fromkeys(zip(*by_kernel, strict=True))]
 
 
-def _uniform(kernel: PlannedKernel, points: _Points) -> list[int]:
+def _uniform(kernel: PlannedKernel, points: Points) -> list[int]:
     """A kernel's options at all scales, in its rule's own scheme if that is open; in the first execution, then in the last."""
     place = 0 if (points.choice == 0).any() else int(points.choice.max())
     own, dense = np.flatnonzero((points.choice == place) & (points.rank > 0)), np.flatnonzero(points.rank == 0)
     if not len(own):
         return [int(dense[0])] * (2 * len(_SCALES))
     view = kernel.choices[place].view
-    wanted = np.array([rank_at(_rule(kernel), view, float(scale)) for scale in _SCALES])
+    wanted = np.array([rank_at(rule_of(kernel), view, float(scale)) for scale in _SCALES])
     ranks, first, count = np.unique(points.rank[own], return_index=True, return_counts=True)
     nearest = np.maximum(np.searchsorted(ranks, wanted, side="right") - 1, 0)
     saves = wanted * (view.n + view.m) < view.n * view.m
@@ -428,13 +271,13 @@ def _next_gains(options: Sequence[knapsack.Options], chosen: Sequence[int], more
     return gains
 
 
-def _line(kernel: PlannedKernel, points: _Points, option: int, gain: float | None) -> PlannedKernel:
+def _line(kernel: PlannedKernel, points: Points, option: int, gain: float | None) -> PlannedKernel:
     """The kernel as it was chosen."""
     place, risk = int(points.choice[option]), float(points.risk[option])
     forced = kernel.execution if kernel.execution == "premerged" else None
     note = kernel.note
     if place < 0:
-        execution = _execution(kernel)
+        execution = execution_of(kernel)
         note = "the budget affords it" if len(points.rank) > 1 and not forced else note
         return DenseKernel(**kernel.shared, execution=execution, note=note, risk=0.0, next_gain=gain)
     return FactoredKernel(
