@@ -28,7 +28,7 @@ Points = list[tuple[float, float]]
 _BUDGETS = 12
 _SCALES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
 _LOST = {
-    "correlation": "-log of the squared correlation kept, over all kernels",
+    "correlation": "-log of the squared correlation kept",
     "risk": "relative function risk, summed over kernels",
     "tolerance": "largest relative function risk of a kernel",
 }
