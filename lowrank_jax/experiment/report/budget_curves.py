@@ -21,6 +21,7 @@ from lowrank_jax.planning.decided import from_record
 from lowrank_jax.planning.execution import choose_execution, dense_seconds, seconds
 from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.rules import wanted_rank
+from lowrank_jax.text import first_line
 
 Points = list[tuple[float, float]]
 """Budgets, as fractions of the dense network, and what is lost within each."""
@@ -57,7 +58,7 @@ def budget_curves(config: Config) -> list[BudgetCurve]:
     """A curve for each kind of the config's budget, or for parameters and MACs if it has none; by shapes alone.
 
     Raises:
-      ConfigError: the network is dense, or nothing of it is left open.
+      ConfigError: the network is dense, nothing of it is left open, or no budget is possible.
     """
     if config.lowrank.method == "none":
         raise ConfigError("config", ["lowrank.method: 'none'; a dense network has no ranks to choose"])
@@ -66,7 +67,10 @@ def budget_curves(config: Config) -> list[BudgetCurve]:
     network = _Network(plan_by_rules(whole), dict(budget_arguments(whole)))
     if not network.open:
         raise ConfigError("config", ["lowrank.rules: they leave no kernel open to a budget"])
-    return [network.curve(kind, own.get(kind)) for kind in own or ("params", "macs") if own or network.knows(kind)]
+    try:
+        return [network.curve(kind, own.get(kind)) for kind in own or ("params", "macs") if own or network.knows(kind)]
+    except ValueError as error:
+        raise ConfigError("config", [f"lowrank.budget: {first_line(error)}"]) from None
 
 
 def _with_budget(config: Config) -> Config:

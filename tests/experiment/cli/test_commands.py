@@ -592,7 +592,7 @@ def test_memory_that_runs_out_on_the_way_is_one_line(monkeypatch, tmp_path):
     from lowrank_jax.experiment.training import loop
 
     for error in (MemoryError("Unable to allocate 2 TiB"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
-        monkeypatch.setattr(loop, "build", raises(error))
+        monkeypatch.setattr(loop, "phases_of", raises(error))
         result = lowrank(*tiny(tmp_path))
         assert result.status == 1 and len(result.stderr.splitlines()) == 1
         assert result.stderr.startswith(f"lowrank: out of memory: {error}; lower batch_size")
@@ -602,7 +602,7 @@ def test_errors_of_our_own_are_not_hidden(monkeypatch, tmp_path):
     from lowrank_jax.experiment.training import loop
 
     for error in (ZeroDivisionError("ours"), jax.errors.JaxRuntimeError("INTERNAL: ours")):
-        monkeypatch.setattr(loop, "build", raises(error))
+        monkeypatch.setattr(loop, "phases_of", raises(error))
         with pytest.raises(type(error), match="ours"):
             commands.main(tiny(tmp_path))
 

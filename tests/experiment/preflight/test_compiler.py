@@ -173,6 +173,22 @@ def test_the_command_compiles_remembers_and_says_what_does_not_fit(tmp_path, mon
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
+def test_a_budget_of_seconds_gets_the_rest_of_the_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    budget = {"lowrank__budget__seconds": 0.95, "lowrank__budget__chip": "v5e", "lowrank__dense_warmup": "5 steps"}
+    wide = {"model__kwargs": {"widths": (256, 256)}, "batch_size": 1024}
+    found = preflight("--topology=v5e:2x2", f"--json={tmp_path / 'out.json'}", **budget, **wide)
+    assert found.returncode == 0, found.stderr
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [arm["name"] for arm in written["arms"]] == ["dense warm-up", "budget.seconds=0.95"]
+    (rest,) = written["rests"]
+    assert 0 < rest["kernels"] < rest["step"] and rest["rest"] == pytest.approx(rest["step"] - rest["kernels"], rel=0.01)
+    flags = f"--config.lowrank.budget.rest={rest['rest']:g} --config.lowrank.budget.batch=256"
+    assert found.stdout.splitlines()[-1].endswith(flags)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
 def test_an_interrupted_command_does_not_wait_for_the_compiler(tmp_path):
     process = running.start(command("--topology=v5e:2x2", "--no-cache", f"--json={tmp_path / 'out.json'}"))
     said = ""

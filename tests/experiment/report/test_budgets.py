@@ -6,10 +6,14 @@ import json
 import pytest
 from PIL import Image
 
-from lowrank_jax.experiment.report import figures
+from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.report import figures, ranks
 from lowrank_jax.experiment.report.arms import into_arms, paired
 from lowrank_jax.experiment.report.page import Report
 from lowrank_jax.experiment.report.stored_runs import find
+from lowrank_jax.experiment.training import ranks as stored_by_training
+from lowrank_jax.experiment.workdir.workdir import Workdir
+from tests import running
 from tests.stored import make
 
 RANKS = {"layers_0/kernel": 3, "layers_1/kernel": None, "head/kernel": 1}
@@ -125,3 +129,19 @@ def test_a_run_that_has_stored_no_ranks_is_compared_all_the_same(tmp_path):
     make(tmp_path, "a", top1=0.5, lowrank__budget__params=0.1)
     report = Report([str(tmp_path)])
     assert report.found.runs[0].done and "ranks.png" not in figures.draw(report.arms, report.found.best)
+
+
+def test_what_training_stores_is_what_the_report_reads(tmp_path):
+    plan = configs.make_plan(running.config(lowrank__budget__params=0.5))
+    folder = Workdir(tmp_path / "run")
+    folder.claim({})
+    stored_by_training.write(folder, stored_by_training.Decided(0, plan))
+    found = ranks.read(folder)
+    assert found == {kernel.name: getattr(kernel, "rank", None) for kernel in plan.kernels if kernel.choices}
+    assert any(found.values())
+
+
+def test_arms_of_the_same_ranks_share_a_line(tmp_path):
+    budgets(tmp_path, "p", values=(0.1,))
+    budgets(tmp_path, "s", values=(0.1,), lowrank__method="spectral")
+    assert figures._of_alike(Report([str(tmp_path)]).arms) == "budget.params 0.1, kernel_projection and 1 more"
