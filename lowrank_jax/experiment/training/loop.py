@@ -268,6 +268,7 @@ class Loop:
             raise self.feed.error or OtherFailed
         while True:
             with self.window.paused():
+                self.checkpoints.confirm()  # as soon as a save is on disk, it is said to be
                 self.evaluate_if_due()  # the state as it is, before it changes
                 self.save_if_due()  # before the iterator moves on
             if self.step == self.total or self.stopping():
@@ -297,6 +298,7 @@ class Loop:
     def evaluate_if_due(self) -> None:
         if self.evaluated is not None or not self.due(self.eval_every) or self.interrupted:
             return
+        self.window.check(self.saved)  # of a step that is not finite nothing is evaluated
         evaluated: Evaluated | None = None
         with self.until_stopped():
             evaluated = {
@@ -402,7 +404,8 @@ class Loop:
         scalars = self.window.summary(self.saved) | ({"train/undecodable": undecodable} if undecodable else {})
         self.logged[self.step] = scalars
         self.writer.write(self.step, scalars)
-        self.writer.say(progress_line(self.step, self.total, scalars, batch_size=self.config.batch_size, saved=self.saved))
+        saved = self.checkpoints.on_disk
+        self.writer.say(progress_line(self.step, self.total, scalars, batch_size=self.config.batch_size, saved=saved))
 
     def finish(self) -> TrainResult:
         self.checkpoints.wait()
