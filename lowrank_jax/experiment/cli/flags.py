@@ -113,7 +113,7 @@ _EVALUATE = f"""examples:
   lowrank evaluate --workdir=runs/digits --watch
 
 With several work directories, those that cannot be evaluated are reported and the others are evaluated; the exit status is
-then {BAD_INPUT}.
+then {BAD_INPUT}. The files of a sweep and of its report beside them are passed over.
 
 --watch runs beside training. It waits for the work directory, evaluates each checkpoint as it appears, adds the results to
 DIR/watch_SPLIT.jsonl and to TensorBoard, and ends when training ends. The same command resumes it.
