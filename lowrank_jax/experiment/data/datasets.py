@@ -16,7 +16,20 @@ from lowrank_jax.experiment.data.base import DataError, Dataset, Decoding, Reque
 from lowrank_jax.experiment.data.sources import synthetic, tfds_arrays, tfds_records
 from lowrank_jax.text import did_you_mean
 
-__all__ = ["DATASETS", "NAMES", "DataError", "Dataset", "Decoding", "Split", "describe", "find", "is_code", "is_recorded", "load", "problem"]
+__all__ = [
+    "DATASETS",
+    "NAMES",
+    "DataError",
+    "Dataset",
+    "Decoding",
+    "Split",
+    "describe",
+    "find",
+    "is_code",
+    "is_recorded",
+    "load",
+    "problem",
+]
 
 
 @dataclasses.dataclass(frozen=True)

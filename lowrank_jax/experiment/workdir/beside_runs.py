@@ -1,6 +1,5 @@
 """The files that commands write into a folder of runs, beside their work directories."""
 
-import os
 import pathlib
 from collections.abc import Collection, Sequence
 
@@ -19,12 +18,12 @@ def runs_among(paths: Sequence[str], written: Collection[str | None] = ()) -> li
       written: further files that are ours: what the command is about to write.
     """
     paths = list(dict.fromkeys(paths))
-    ours = {os.path.abspath(path) for path in written if path}
+    ours = {pathlib.Path(path).absolute() for path in written if path}
     return [path for path in paths if not (files.is_local(path) and (_is_ours(path) or _is_file(path, ours)))] or paths
 
 
-def _is_file(path: str, names: Collection[str]) -> bool:
-    return os.path.abspath(path) in names and pathlib.Path(path).is_file()
+def _is_file(path: str, names: Collection[pathlib.Path]) -> bool:
+    return pathlib.Path(path).absolute() in names and pathlib.Path(path).is_file()
 
 
 def _is_ours(path: str) -> bool:

@@ -195,7 +195,12 @@ def test_code_of_the_data_is_not_imported_where_its_record_serves(tmp_path, monk
     )
     monkeypatch.syspath_prepend(tmp_path)
     own = {"dataset__name": "data_of_a_test:splits", "dataset__crop_padding": 0, "dataset__mixup": 0.0, "epochs": 3}
-    train(running.config(**own, extensions=(("2 epochs", "constant"),), steps=None, eval__every="1 epochs", optim__warmup="1 steps"), str(run))
+    train(
+        running.config(
+            **own, extensions=(("2 epochs", "constant"),), steps=None, eval__every="1 epochs", optim__warmup="1 steps"
+        ),
+        str(run),
+    )
     code.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
     sys.modules.pop("data_of_a_test")
     Image.new("RGB", (6, 6)).save(tmp_path / "a.png")
