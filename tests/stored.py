@@ -35,7 +35,7 @@ def make(
     if top1 is not None:
         folder.metrics.append({"step": 20, "eval/top1": top1, "train/images_per_second": None})
         method = changes.get("lowrank__method", "kernel_projection")
-        params = 1000 if method == "none" else int(1000 * changes.get("lowrank__scale", 0.25))
+        params = 1000 if method == "none" else int(1000 * (changes.get("lowrank__scale") or 0.25))
         held_out = {"top1": valid, "loss": 1 - valid} if valid else None
         averaged = raw and {"top1": raw, "top5": 1.0, "loss": 0.5}
         folder.write_json("result.json", {**result(top1, held_out, params), "eval_raw": averaged})
