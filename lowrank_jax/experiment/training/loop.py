@@ -91,7 +91,7 @@ def train(
             for note in experiment.dataset.notes:
                 writer.say(f"{experiment.dataset.name}: {note}")
             with stop.waiting_for_data(saved=False):
-                dataset = recorded_data.settle(folder, experiment.dataset, data["train"], writer.say)
+                dataset = recorded_data.settle(folder, config, experiment.dataset, data["train"], writer.say)
             experiment = dataclasses.replace(experiment, dataset=dataset)
             writer.show_settings(flatten(to_dict(config)))
             with stop.waiting_for_data(saved=False):
