@@ -39,7 +39,7 @@ def make(
     if top1 is not None:
         folder.metrics.append({"step": 20, "eval/top1": top1, "train/images_per_second": None})
         method = changes.get("lowrank__method", "kernel_projection")
-        share = changes.get("lowrank__budget__params", changes.get("lowrank__scale", 0.25))
+        share = changes.get("lowrank__budget__params", changes.get("lowrank__scale")) or 0.25
         params = 1000 if method == "none" else share if isinstance(share, int) else int(1000 * share)
         held_out = {"top1": valid, "loss": 1 - valid} if valid else None
         averaged = raw and {"top1": raw, "top5": 1.0, "loss": 0.5}

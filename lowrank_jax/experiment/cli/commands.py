@@ -155,6 +155,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from lowrank_jax.experiment.config.trust import UntrustedCode
     from lowrank_jax.experiment.evaluation.evaluator import Evaluator
+    from lowrank_jax.experiment.workdir.beside_runs import runs_among
 
     _check_devices() if args.watch else _join(args)
     trusted = args.trust_code or []
@@ -163,7 +164,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         trust_code=True in trusted or trusted,
         classes=bool(args.classes or args.confusion or args.json),
     )
-    workdirs = list(dict.fromkeys(args.workdir))
+    workdirs = runs_among(args.workdir, written=(args.json, args.confusion))
     try:
         status = (_watch if args.watch else _evaluate_now)(args, workdirs, evaluator)
     except UntrustedCode as error:  # of the only work directory
@@ -278,9 +279,11 @@ def _sweep(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from lowrank_jax.experiment.report.page import Report
+    from lowrank_jax.experiment.workdir.beside_runs import runs_among
 
-    report = Report(args.folders, rival=args.rival, tune=args.tune)
-    paths = report.write(args.out or args.folders[0])
+    folders = runs_among(args.folders)
+    report = Report(folders, rival=args.rival, tune=args.tune)
+    paths = report.write(args.out or folders[0])
     say(report.console())
     say("\n".join(map(one_line, paths)))
     return DONE

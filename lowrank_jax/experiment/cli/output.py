@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import errno
 import io
+import os
 import pathlib
+import stat
 import sys
 from collections.abc import Iterator
 
 from lowrank_jax.experiment import interrupts
-from lowrank_jax.experiment.workdir.files import named_in_errors
+from lowrank_jax.experiment.workdir.files import named_in_errors, write
 from lowrank_jax.text import printable
 
 
@@ -41,13 +43,24 @@ class Output:
 
     def write(self, content: str | bytes) -> None:
         if self.path:
-            with interrupts.held_back(), named_in_errors(self.path):
-                self.path.write_bytes(content.encode() if isinstance(content, str) else content)
+            with named_in_errors(self.path):
+                _write(self.path.resolve(), content.encode() if isinstance(content, str) else content)
 
     def give_up(self) -> None:
         """Leaves the folder as it was."""
         if self.path and self.new:
             self.path.unlink(missing_ok=True)
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+    """Completely or not at all, where that can be: a full disk must not cost what was there before."""
+    if path.is_file() and os.access(path.parent, os.W_OK):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        write(path, content)
+        path.chmod(mode)
+        return
+    with interrupts.held_back():
+        path.write_bytes(content)
 
 
 _open: set[pathlib.Path] = set()

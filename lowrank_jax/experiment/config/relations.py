@@ -30,17 +30,19 @@ def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> l
         problems.append(f"optim.lr: {config.peak_lr:g} for batches of {config.batch_size} images; {complaint}")
     if config.batch_size % config.optim.accumulate and not wrong & {"batch_size", "optim.accumulate"}:
         problems.append(f"optim.accumulate: {config.optim.accumulate}; batch_size {config.batch_size} is not a multiple of it")
-    parts = [] if wrong & {"dataset.name"} else _dataset_problems(config, wrong)
-    known = not parts and not any(key.startswith("dataset") for key in wrong)
+    data = [] if wrong & {"dataset.name"} else _unreadable(config)
+    known = not data and not any(key.startswith("dataset") for key in wrong)
+    if not data and not wrong & {"dataset.name"}:
+        data = _dataset_problems(config, wrong)
     if not any(key.startswith(("objective", "eval.best", "code_dir")) for key in wrong):
         objective = objectives.problems(config, config.description if known else None)
         problems += objective
     else:
         objective = ["of its own"]
-    parts += _model_problems(config) + _rule_problems(config, wrong)
-    if not parts and not objective and not any(key.startswith(("dataset.", "model.", "lowrank.")) for key in wrong):
+    parts = _model_problems(config) + _rule_problems(config, wrong)
+    if known and not parts and not objective and not any(key.startswith(("model.", "lowrank.")) for key in wrong):
         parts = _plan_problems(config)
-    problems += parts
+    problems += data + parts
     mesh = _mesh_problems(config, devices) if devices else []
     problems += mesh
     if not mesh and not problems and not any(key.startswith(("dataset.", "model", "mesh.")) for key in wrong):
@@ -48,16 +50,22 @@ def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> l
     return problems
 
 
-def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
+def _unreadable(config: Config) -> list[str]:
+    """Why nothing is known of the data: wrong settings of its source, or data of the user's own that cannot be used."""
     source = datasets.find(config.dataset.name)
     problems: list[str] = []
     if source.options:
         read_section(source.options, config.dataset.kwargs, "dataset.kwargs.", problems)
     elif not source.free_options:
         problems += [f"dataset.kwargs.{key}: {config.dataset.name} has no settings" for key in config.dataset.kwargs]
-    problems = problems or _data_problems(config) or _image_problems(config)
-    if problems:
+    return problems or _data_problems(config)
+
+
+def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
+    """Settings that do not fit the data."""
+    if problems := _evaluated_only(config):
         return problems
+    images, problems = _image_problems(config), []
     for key in ("train_split", "eval_split", "valid_split"):
         split = getattr(config.dataset, key)
         if split is None:
@@ -74,7 +82,7 @@ def _dataset_problems(config: Config, wrong: set[str]) -> list[str]:
         traced = config.profile.steps
         if traced and traced[1] > config.total_steps:
             problems.append(f"profile.steps: {traced}; training ends at step {config.total_steps}")
-    return problems
+    return images + problems
 
 
 def _phase_problems(config: Config) -> list[str]:
@@ -102,8 +110,9 @@ def _data_problems(config: Config) -> list[str]:
     try:
         _ = config.description
     except datasets.DataError as error:
-        said = first_line(error)
-        return [said if said.startswith("dataset.") else f"dataset.name: {said}"]
+        if str(error).startswith("dataset."):
+            return str(error).splitlines()
+        return [f"dataset.name: {first_line(error)}"]
     return []
 
 
@@ -128,15 +137,20 @@ def _length_problems(config: Config) -> list[str]:
     return problems
 
 
+def _evaluated_only(config: Config) -> list[str]:
+    dataset, name = config.description, config.dataset.name
+    if "train" in dataset.sizes:
+        return []
+    known = "" if name in datasets.NAMES else f"; it has no split train, only {', '.join(dataset.sizes)}"
+    return [f"dataset.name: {name!r}; for evaluation only, as in lowrank evaluate --dataset={name}{known}"]
+
+
 _CROPPING_KEYS = ("image_size", "crop_area", "eval_crop")
 
 
 def _image_problems(config: Config) -> list[str]:
     """Settings that these images do not take."""
-    dataset, name = config.description, config.dataset.name
-    if "train" not in dataset.sizes:
-        known = "" if name in datasets.NAMES else f"; it has no split train, only {', '.join(dataset.sizes)}"
-        return [f"dataset.name: {name!r}; for evaluation only, as in lowrank evaluate --dataset={name}{known}"]
+    dataset = config.description
     return [
         *_crop_problems(config, dataset),
         *_augmentation_problems(config.dataset, dataset),

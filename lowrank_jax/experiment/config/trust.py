@@ -34,13 +34,14 @@ class UntrustedCode(UserError):
         )
 
 
-def check_trust(values: Mapping[str, Any], trusted: Trust, source: str) -> None:
+def check_trust(values: Mapping[str, Any], trusted: Trust, source: str, unused: Collection[str] = ()) -> None:
     """Checks the names in a stored config before anything imports them.
 
     Args:
       values: as in config.json; they need not be valid.
       trusted: what the user trusts.
       source: what to call the config in messages.
+      unused: the keys whose code will not be imported, whatever it is.
 
     Raises:
       UntrustedCode: a name is neither trusted nor the project's own.
@@ -49,6 +50,7 @@ def check_trust(values: Mapping[str, Any], trusted: Trust, source: str) -> None:
         return
     allowed = own_names() | set(trusted or ())
     named = {key: [name for name in names if name not in allowed] for key, names in code_names(values).items()}
+    named = {key: names for key, names in named.items() if key not in unused}
     if untrusted := {key: names for key, names in named.items() if names}:
         raise UntrustedCode(source, untrusted, values.get("code_dir"))
 

@@ -16,7 +16,20 @@ from lowrank_jax.experiment.data.base import DataError, Dataset, Decoding, Reque
 from lowrank_jax.experiment.data.sources import synthetic, tfds_arrays, tfds_records
 from lowrank_jax.text import did_you_mean
 
-__all__ = ["DATASETS", "NAMES", "DataError", "Dataset", "Decoding", "Split", "describe", "find", "is_code", "load", "problem"]
+__all__ = [
+    "DATASETS",
+    "NAMES",
+    "DataError",
+    "Dataset",
+    "Decoding",
+    "Split",
+    "describe",
+    "find",
+    "is_code",
+    "is_recorded",
+    "load",
+    "problem",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +138,8 @@ def describe(
     Raises:
       DataError: it is the user's own, and cannot be used.
     """
-    known = _recorded.get()
-    if known is not None and known.digest and known.name == name:
+    known = _known(name)
+    if known is not None:
         dataset = dataclasses.replace(known, origin=_RECORD)
     else:
         source = find(name)
@@ -160,6 +173,16 @@ def recorded(dataset: Dataset | None) -> Iterator[None]:
         yield
     finally:
         _recorded.reset(token)
+
+
+def is_recorded(name: str) -> bool:
+    """Whether a data set is known by a record: it is not looked at, and no code of it is imported."""
+    return _known(name) is not None
+
+
+def _known(name: str) -> Dataset | None:
+    known = _recorded.get()
+    return known if known is not None and known.digest and known.name == name else None
 
 
 def load(dataset: Dataset, split: str, data_dir: str | None) -> Split:

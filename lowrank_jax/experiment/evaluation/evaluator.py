@@ -162,7 +162,7 @@ class Evaluator:
             if self._max_undecodable is not None:
                 limited = dataclasses.replace(config.dataset, max_undecodable=self._max_undecodable)
                 config = dataclasses.replace(config, dataset=limited)
-            phases = self._phases_of(config, folder)
+            phases = self._phases_of(config, ranks.read(folder, stored), workdir)
             experiment = phases.last
             eval_step = self._eval_step(experiment)
         other, changed = self._data(config, folder, experiment.dataset)
@@ -188,12 +188,11 @@ class Evaluator:
             self.untrusted |= dict.fromkeys(error.names)
             raise
 
-    def _phases_of(self, config: Config, folder: Workdir) -> Phases:
-        decided = ranks.read(folder, config)
+    def _phases_of(self, config: Config, decided: ranks.Decided | None, workdir: str) -> Phases:
         first = config.dense_steps, config.guided_steps
         key = (_code(config), config.description, config.lowrank, config.optim.ema_decay is None, first, decided)
         if key not in self._phases:
-            self._phases[key] = phases_of(dataclasses.replace(config, mesh=MeshConfig()), decided, str(folder.path))
+            self._phases[key] = phases_of(dataclasses.replace(config, mesh=MeshConfig()), decided, workdir)
         return self._phases[key]
 
     def _eval_step(self, experiment: Experiment) -> Callable[..., dict[str, jax.Array]]:

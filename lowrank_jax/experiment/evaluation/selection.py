@@ -16,22 +16,25 @@ from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.text import shown
 
 
-def read_config(folder: Workdir, trusted: Trust, data_dir: str | None = None) -> Config:
+def read_config(folder: Workdir, trusted: Trust, data_dir: str | None = None, *, looks_at_data: bool = True) -> Config:
     """The config of a run; no code is imported that is not trusted, and none out of the folder.
 
     Args:
       folder: the run's.
       trusted: what of the code that it names may be imported.
       data_dir: where the data is; None for where it was in training.
+      looks_at_data: whether the caller will do more than its record tells.
 
     Raises:
       WorkdirError, ConfigError: there is none, or it is not valid.
-      UntrustedCode: it names code that is not trusted.
+      UntrustedCode: it names code that is not trusted; that of data which is known by its record is not imported.
     """
     values, source = folder.read_config(), f"{folder.path}/config.json"
     if data_dir:
         values["dataset"] = {**values["dataset"], "data_dir": data_dir}
-    check_trust(values, trusted, source)
+    name = values["dataset"].get("name")
+    unused = ("dataset.name",) if not looks_at_data and isinstance(name, str) and datasets.is_recorded(name) else ()
+    check_trust(values, trusted, source, unused)
     with named_code.not_in(folder.path):
         return configs.parse(values, source=source, devices=None)
 

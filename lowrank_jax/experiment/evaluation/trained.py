@@ -36,8 +36,8 @@ class TrainedNetwork:
       variables: `params`, with a `LowRankKernel` where a kernel is factored, `batch_stats`, and the model's other collections.
         `lowrank_jax.apply(net.model, net.variables, x, train=False)` runs it on images that are normalised already.
       plan: which kernels are factored.
-      config: of the run.
-      dataset: what it was trained on.
+      config: of the run; its own description of the data looks at the data, and imports code of it.
+      dataset: what it was trained on, as the run recorded it.
       step: the checkpoint's.
       damaged: the reason by newer step that could not be used.
     """
@@ -142,11 +142,11 @@ def restore(workdir: str, step: str = "latest", *, raw: bool = False, trust_code
     """See `lowrank_jax.experiment.restore`."""
     folder = Workdir(workdir)
     with recorded_data.used(folder):
-        stored = selection.read_config(folder, trust_code)
+        stored = selection.read_config(folder, trust_code, looks_at_data=False)
         config = recorded_data.as_trained(stored, folder)
-        decided = ranks.read(folder, config)
+        decided = ranks.read(folder, stored)
         phases = phases_of(dataclasses.replace(config, mesh=MeshConfig()), decided, workdir, jax.local_devices())
-    identity, earlier = digest_of(stored), earlier_digests(stored)
+        identity, earlier = digest_of(stored), earlier_digests(stored)
     with Checkpoints(folder.checkpoints, identity, earlier=earlier, read_only=True) as checkpoints:
         restored = selection.restore(checkpoints, step, lambda step: selection.evaluated_parts(phases.at(step).shapes))
     experiment = phases.at(restored.step)

@@ -15,6 +15,7 @@ from lowrank_jax.experiment.best import Best
 from lowrank_jax.experiment.report.stored_runs import BUDGETS, SIZES, Found, StoredRun
 from lowrank_jax.experiment.sweep import names
 from lowrank_jax.experiment.sweep.trials import merit
+from lowrank_jax.text import did_you_mean
 
 CONFIDENCE = 0.95
 _SIZES = (*SIZES, *BUDGETS)
@@ -79,6 +80,11 @@ class Arm:
     @property
     def method(self) -> str:
         return dict(self.line).get("lowrank.method", "")
+
+    @property
+    def told_apart_by(self) -> dict[str, Any]:
+        """What another arm may have otherwise: a setting that it lacks here is None."""
+        return dict(self.line) | dict(self.size)
 
     @property
     def label(self) -> str:
@@ -227,7 +233,7 @@ def paired(arms: Sequence[Arm], rival: tuple[str, str], name: str) -> list[Diffe
 
     Args:
       arms: all arms.
-      rival: key and value as text, for example ("lowrank.method", "spectral").
+      rival: key and value as text, for example ("lowrank.method", "spectral") or ("lowrank.scale", "0.1").
       name: of the figure to compare; see `StoredRun.figure`.
     """
     differences = []
@@ -244,6 +250,23 @@ def paired(arms: Sequence[Arm], rival: tuple[str, str], name: str) -> list[Diffe
 def _differ_in(arm: Arm, other: Arm, rival: tuple[str, str]) -> bool:
     """Whether `other` is the rival and differs from `arm` in nothing else."""
     key, value = rival
-    line, others = dict(arm.line), dict(other.line)
-    own, its = line.pop(key, None), others.pop(key, None)
-    return line == others and arm.size == other.size and bool(arm.size) and own != its and same(its, value)
+    ours, theirs = arm.told_apart_by, other.told_apart_by
+    own, its = ours.pop(key, None), theirs.pop(key, None)
+    return ours == theirs and bool(arm.size and other.size) and own != its and same(its, value)
+
+
+def no_rival(key: str, arms: Sequence[Arm], found: Found) -> str:
+    """Why no arm can be the others' rival by its value of a setting; "" if one can."""
+    if any(key in arm.told_apart_by for arm in arms) or not arms:
+        return ""
+    legal = sorted({name for run in found.runs for name in run.settings})
+    if key not in legal:
+        return f"{key}: unknown key{did_you_mean(key, legal)}"
+    if key == "seed":
+        return "seed: runs that differ in their seed are one arm"
+    if any(key in dict(arm.tuning) for arm in arms):
+        return f"{key}: every arm has the value of it that is best on the held-out split"
+    if key in found.varied:
+        return f"{key}: it is not set in any finished run with factors"
+    values = [run.settings[key] for run in found.runs if key in run.settings]
+    return f"{key}: it is {text(values[0])} in all runs, so none of them is a rival by it"

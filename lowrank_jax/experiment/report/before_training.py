@@ -135,18 +135,54 @@ def compare(config: Config, settings: Settings, *, say: Callable[[str], None] = 
         (scale, method): programs.plan(method, scale) for scale, method in itertools.product(settings.scales, settings.methods)
     }
     total = settings.seeds * len(plans)
-    begin = time.perf_counter()
+    say(
+        f"{len(plans)} programs to compile, one for each scale and method, which serve all seeds and take most of the time;"
+        " fewer by --scales and --methods"
+    )
+    clock = _Clock(total, len(set(plans.values())))
     for seed in range(config.seed, config.seed + settings.seeds):
         network = _Network(dataclasses.replace(config, seed=seed), settings, programs)
         for (scale, method), plan in plans.items():
             one = network.measure(method, scale, plan)
             measured.append(one)
-            left = (time.perf_counter() - begin) / len(measured) * (total - len(measured))
+            left = clock.left(one.compile_seconds if seed == config.seed else 0.0)
             say(
                 f"[{len(measured)}/{total}] seed {seed}  scale {scale:g}  {method:24}  mean risk {one.mean_risk:.4f}"
-                f"  logit error {one.logit_error:.4f}  {one.seconds:.2f} s  eta {duration(left)}"
+                f"  logit error {one.logit_error:.4f}  {short_time(one.seconds)} s"
+                f"  compiled in {one.compile_seconds:.1f} s  eta {duration(left)}"
             )
     return measured
+
+
+def short_time(seconds: float) -> str:
+    """12.34 -> 12.34, 0.001234 -> 0.0012."""
+    return f"{seconds:.2f}" if seconds >= 1 else f"{seconds:.2g}"
+
+
+class _Clock:
+    """The time that measurements take: that of the programs still to be compiled, and of each measurement besides.
+
+    Args:
+      total: how many measurements there are.
+      programs: how many programs they need.
+    """
+
+    def __init__(self, total: int, programs: int):
+        self._total, self._programs = total, programs
+        self._compiling: list[float] = []
+        self._others: list[float] = []
+        self._last = time.perf_counter()
+
+    def left(self, compiling: float) -> float:
+        """Seconds until the end, after one more measurement that compiled its program for so long; 0 for a known one."""
+        now = time.perf_counter()
+        self._others.append(now - self._last - compiling)
+        self._last = now
+        if compiling:
+            self._compiling.append(compiling)
+        more = (self._programs - len(self._compiling)) * statistics.fmean(self._compiling or [0.0])
+        # The first measurements compile what all networks share, too.
+        return more + (self._total - len(self._others)) * statistics.median(self._others)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 
 from lowrank_jax.experiment.config.plan import plan_by_rules
 from lowrank_jax.experiment.config.schema import Config
-from lowrank_jax.experiment.report.before_training import Measurement, Settings
+from lowrank_jax.experiment.report.before_training import Measurement, Settings, short_time
 from lowrank_jax.experiment.report.blocks import Block, Emphasis, Heading, Paragraph, Picture, Preformatted, Table
 from lowrank_jax.experiment.report.budget_curves import BudgetCurve, budget_curves, draw
 from lowrank_jax.experiment.report.drawing import default_style
@@ -30,7 +30,7 @@ def summary(measured: Sequence[Measurement]) -> list[list[str]]:
             method,
             _spread([one.mean_risk for one in members]),
             _spread([one.logit_error for one in members]),
-            f"{statistics.median(one.seconds for one in members):.2f}",
+            short_time(statistics.median(one.seconds for one in members)),
             f"{statistics.median(one.compile_seconds for one in members):.1f}",
         ])  # fmt: skip
     return [header, *rows]

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowrank_jax.experiment.best import Best
-from lowrank_jax.experiment.report.arms import Arm, short, text
+from lowrank_jax.experiment.report.arms import CONFIDENCE, Arm, short, text
 from lowrank_jax.experiment.report.drawing import default_style
 from lowrank_jax.experiment.report.ranks import Ranks
 from lowrank_jax.text import count, one_line
@@ -70,7 +70,9 @@ def _against(arms: Sequence[Arm], cost: str, best: Best) -> bytes:
         panel.set_xticks(sizes, [count(round(size)) for size in sizes])
         panel.minorticks_off()
     panel.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize=8)
+    spread = any(len(arm.runs) > 1 for arm in arms)
+    title = f"mean over seeds, and its\n{CONFIDENCE:.0%} interval (Student's t)" if spread else None
+    figure.legend(loc="outside right center", fontsize=8, title=title, title_fontsize=8)
     return _png(figure)
 
 
@@ -94,8 +96,10 @@ def _curves(arms: Sequence[Arm], best: Best) -> bytes:
         panels[1, column].set(xlabel="step")
     panels[0, 0].set(ylabel="training loss")
     panels[1, 0].set(ylabel=best.title)
+    spread = any(len(arm.runs) > 1 for arm in arms)
     handles = {label: line for panel in panels.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
+    title = "mean over seeds; bands from\nthe lowest to the highest" if spread else None
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, title=title, title_fontsize=8)
     return _png(figure)
 
 

@@ -35,8 +35,8 @@ class Report:
 
     Args:
       folders: local folders or URLs, each a work directory or a folder of work directories.
-      rival: the arm to compare the others with: a method, or "key=value" of any varied setting; None for `spectral`, or the
-        first method if that is missing.
+      rival: the arm to compare the others with: a method, or "key=value" of a setting that tells arms apart; None for
+        `spectral`, or the first method if that is missing.
       tune: the keys whose best value on the held-out split each arm takes, in addition to those that sweeps tuned.
 
     Raises:
@@ -74,7 +74,9 @@ class Report:
         key, equals, value = given.partition("=")
         if not equals:
             key, value = "lowrank.method", given
-        known = dict.fromkeys(dict(arm.line)[key] for arm in low_rank if key in dict(arm.line))
+        if why := grouping.no_rival(key, low_rank, self.found):
+            raise WorkdirError(f"--rival: {why}")
+        known = dict.fromkeys(arm.told_apart_by.get(key) for arm in low_rank)
         if not any(grouping.same(other, value) for other in known):
             finished = ", ".join(map(text, known)) or "none"
             raise WorkdirError(f"--rival: no finished run has {key}={value}; finished: {finished}")

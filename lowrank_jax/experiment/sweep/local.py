@@ -246,7 +246,7 @@ def _end_server() -> None:
 
 def _train(lowrank: Lowrank, arguments: list[str], log: str) -> None:
     """In the child: runs `lowrank` with these arguments and its output in a file."""
-    with files.open_to_append(log) as file:
+    with files.open_to_append(pathlib.Path(log)) as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())

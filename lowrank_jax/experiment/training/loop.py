@@ -90,7 +90,7 @@ def train(
         folder.set_earlier_result_aside(earlier_digests(config))
         folder.write_text("overview.txt", f"{describe_phases(phases)}\n")
         if phases.decided:
-            ranks.write(folder, phases.decided)
+            ranks.write(folder, config, phases.decided)
         experiment = phases.last
         with Writer(folder, board=config.log.tensorboard) as writer, _checkpoints(folder, config) as checkpoints:
             writer.say(headline(phases))
@@ -99,7 +99,7 @@ def train(
             for note in experiment.dataset.notes:
                 writer.say(f"{experiment.dataset.name}: {note}")
             with stop.waiting_for_data(saved=False):
-                dataset = recorded_data.settle(folder, experiment.dataset, data["train"], writer.say)
+                dataset = recorded_data.settle(folder, config, experiment.dataset, data["train"], writer.say)
             phases = phases.map(lambda each: dataclasses.replace(each, dataset=dataset))
             writer.show_settings(flatten(to_dict(config)))
             with stop.waiting_for_data(saved=False):
@@ -281,6 +281,7 @@ class Loop:
             raise self.feed.error or OtherFailed
         while True:
             with self.window.paused():
+                self.checkpoints.confirm()  # as soon as a save is on disk, it is said to be
                 self.evaluate_if_due()  # the state as it is, before it changes
                 self.look_at_stable_ranks()
                 self.save_if_due()  # before the iterator moves on
@@ -341,7 +342,7 @@ class Loop:
         self.writer.say(f"step {self.step}: the dense warm-up ends; factoring the network ...")
         phases = decided_after(self.phases, self.state, self.first_batches, self.step)
         if phases.decided:
-            ranks.write(self.tools.folder, phases.decided)
+            ranks.write(self.tools.folder, self.config, phases.decided)
         self.tools.folder.write_text("overview.txt", f"{describe_phases(phases)}\n")
         state = switched(phases.last, self.state, self.first_batches)
         self.phases, self.experiment, self.state = phases, phases.last, state
@@ -360,6 +361,7 @@ class Loop:
     def evaluate_if_due(self) -> None:
         if self.evaluated is not None or not self.due(self.eval_every) or self.interrupted:
             return
+        self.window.check(self.saved)  # of a step that is not finite nothing is evaluated
         evaluated: Evaluated | None = None
         with self.until_stopped():
             evaluated = {
@@ -466,7 +468,8 @@ class Loop:
         scalars = self.window.summary(self.saved) | ({"train/undecodable": undecodable} if undecodable else {})
         self.logged[self.step] = scalars
         self.writer.write(self.step, scalars)
-        self.writer.say(progress_line(self.step, self.total, scalars, batch_size=self.config.batch_size, saved=self.saved))
+        saved = self.checkpoints.on_disk
+        self.writer.say(progress_line(self.step, self.total, scalars, batch_size=self.config.batch_size, saved=saved))
 
     def finish(self) -> TrainResult:
         self.checkpoints.wait()

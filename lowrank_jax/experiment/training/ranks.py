@@ -9,6 +9,7 @@ from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.hosts.processes import exchange
 from lowrank_jax.experiment.workdir import step_folders
 from lowrank_jax.experiment.workdir.files import is_count
+from lowrank_jax.experiment.workdir.identity import check_experiment, digest_of
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.planning.decided import from_record, to_record
 from lowrank_jax.planning.plans import Plan
@@ -39,8 +40,9 @@ def read(folder: Workdir, config: Config) -> Decided | None:
         _check_not_lost(folder, config)
         return None
     try:
-        if record.keys() != {"step", "ranks"} or not is_count(record["step"]):
-            raise ValueError("it has no step and ranks")
+        if record.keys() != {"step", "ranks", "experiment"} or not is_count(record["step"]):
+            raise ValueError("it has no step, ranks and experiment")
+        check_experiment(record, config)
         return Decided(record["step"], from_record(plan_by_rules(config), record["ranks"]))
     except ValueError as error:
         raise WorkdirError(f"{folder.path}/{NAME} is damaged: {error}; put it back as it was") from None
@@ -77,7 +79,7 @@ def agreed(config: Config, plan: Plan, step: int) -> Decided:
     return Decided(step, from_record(plan_by_rules(config), record))
 
 
-def write(folder: Workdir, decided: Decided) -> None:
+def write(folder: Workdir, config: Config, decided: Decided) -> None:
     """Writes the record, unless it is there."""
     if folder.read_json(NAME) is None:
-        folder.write_json(NAME, {"step": decided.step, "ranks": to_record(decided.plan)})
+        folder.write_json(NAME, {"step": decided.step, "ranks": to_record(decided.plan), "experiment": digest_of(config)})

@@ -14,19 +14,26 @@ from lowrank_jax.experiment.data.statistics import measured
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.hosts.processes import exchange
 from lowrank_jax.experiment.workdir.dataset_record import changes, from_record, misfits, to_record
+from lowrank_jax.experiment.workdir.identity import check_experiment, digest_of
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
 NAME = "dataset.json"
 
 
-def read(folder: Workdir) -> Dataset | None:
+def read(folder: Workdir, config: Config | None = None) -> Dataset | None:
     """The data set that a run was trained on; None if it has not begun, or began before this was recorded.
 
+    Args:
+      folder: the run's.
+      config: the run's, to see that the record is too; earlier versions wrote none of it.
+
     Raises:
-      WorkdirError: the record is damaged.
+      WorkdirError: the record is damaged, or another run's.
     """
     record = folder.read_json(NAME)
     try:
+        if record is not None and config is not None:
+            check_experiment(record, config)
         return None if record is None else from_record(record)
     except ValueError as error:
         raise WorkdirError(
@@ -34,11 +41,12 @@ def read(folder: Workdir) -> Dataset | None:
         ) from None
 
 
-def settle(folder: Workdir, dataset: Dataset, train: Split, say: Callable[[str], None]) -> Dataset:
+def settle(folder: Workdir, config: Config, dataset: Dataset, train: Split, say: Callable[[str], None]) -> Dataset:
     """The data set with the mean and deviation of its training split, which are measured once and kept.
 
     Args:
       folder: the run's, locked.
+      config: the run's.
       dataset: as it is described now.
       train: the training split.
       say: takes a line.
@@ -47,7 +55,7 @@ def settle(folder: Workdir, dataset: Dataset, train: Split, say: Callable[[str],
       WorkdirError: it is not what the run began with, or the processes have different data.
       DataError: it cannot be read.
     """
-    old = read(folder)
+    old = read(folder, config)
     if old and (different := changes(old, dataset)):
         raise WorkdirError(
             f"{folder.path}: {dataset.name} is not what this run began with: {'; '.join(different)}."
@@ -59,7 +67,7 @@ def settle(folder: Workdir, dataset: Dataset, train: Split, say: Callable[[str],
         dataset = _measured(dataset, train, say)
     dataset = _agreed(dataset)
     if not old:
-        folder.write_json(NAME, to_record(dataset))
+        folder.write_json(NAME, {**to_record(dataset), "experiment": digest_of(config)})
     return dataset
 
 
@@ -105,7 +113,7 @@ def as_trained(config: Config, folder: Workdir) -> Config:
     Raises:
       WorkdirError: the record is damaged or missing.
     """
-    old, now = read(folder), config.description
+    old, now = read(folder, config), config.description
     if old is None and not (now.mean and now.std):
         raise WorkdirError(
             f"{folder.path}/{NAME} is missing, which has the mean of {now.name}; resume the run to have it measured"

@@ -5,6 +5,7 @@ step has a record, under a seal, of what it is: its number, a digest of its expe
 Restoring compares them; a step that is not what its folder's name says, or damaged, is reported, and the one before it is used.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -68,8 +69,11 @@ class Checkpoints:
       experiment: the digest of the settings that they belong to; None to take any.
       earlier: the digests of the experiments that this one extends, whose steps are its own.
       keep: the number of latest checkpoints to keep, besides the one with the highest score.
-      confirmed: called with each step once it is on disk and can be found there.
+      confirmed: called with each step once it is on disk and can be found there, and with one that is restored.
       read_only: nothing is written or moved, as evaluation needs it.
+
+    Attributes:
+      on_disk: the latest step that is known to be on disk, as process 0 knows it; None if there is none.
     """
 
     def __init__(
@@ -85,6 +89,9 @@ class Checkpoints:
         self.directory = step_folders.absolute(epath.Path(directory))  # orbax takes absolute paths only
         self._experiment, self._keep, self._confirmed = experiment, keep, confirmed
         self._earlier = tuple(earlier)
+        self.on_disk: int | None = None
+        self._waiter = concurrent.futures.ThreadPoolExecutor(1, "checkpoint_waiter")
+        self._saving: concurrent.futures.Future[None] | None = None
         self._unconfirmed: int | None = None  # the step that is being saved
         self._spare: list[int] = []  # steps to delete once it is
         self._strange: dict[int, str] = {}  # steps that orbax must not see, and what is said of them
@@ -223,13 +230,24 @@ class Checkpoints:
         self._unconfirmed = step
         with self._reporting():
             self._writer.save(self.directory / str(step), args=items)
+            self._saving = self._waiter.submit(self._writer.wait_until_finished)
 
     def wait(self) -> None:
         """Waits until everything is on disk."""
         assert self._writer
         with self._reporting():
-            self._writer.wait_until_finished()
-            self._confirm()
+            self._finish()
+
+    def confirm(self) -> None:
+        """Confirms the step that is being saved, if it is on disk by now; does not wait.  `wait` reports a save that failed."""
+        if self._saving and self._saving.done() and not self._saving.exception():
+            self.wait()
+
+    def _finish(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving:
+            saving.result()
+        self._confirm()
 
     def _confirm(self) -> None:
         """Makes sure that what was saved is there: orbax reports the success of saves whose files it has lost."""
@@ -238,8 +256,12 @@ class Checkpoints:
             return
         if not (self.directory / str(step) / "state" / _MANIFEST).exists() or self._read_record(step) is None:
             raise ValueError(f"step {step} was written, and is not there")
-        self._confirmed(step)
+        self._note(step)
         self._delete_spare()
+
+    def _note(self, step: int) -> None:
+        self.on_disk = step
+        self._confirmed(step)
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -259,9 +281,12 @@ class Checkpoints:
         try:
             with contextlib.suppress(Exception) if exception[0] else self._reporting():  # the failure is reported already
                 if self._writer:
-                    self._writer.close()
-                    self._confirm()
+                    try:
+                        self._finish()
+                    finally:
+                        self._writer.close()
         finally:
+            self._waiter.shutdown(wait=False)
             self._reader.close()
 
     def restore(self, target: Any, unfit: Callable[[Restored], str] = lambda restored: "") -> Restored | None:
@@ -285,6 +310,8 @@ class Checkpoints:
                 attempt = unfit(attempt) or attempt
             if isinstance(attempt, Restored):
                 self._set_aside(damaged)
+                if self._writer:
+                    self._note(step)
                 return dataclasses.replace(attempt, damaged=self._strange | damaged)
             if attempt != _GONE:
                 damaged[step] = attempt

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank_jax.experiment import config as configs
@@ -40,6 +40,12 @@ def digest_of(config: configs.Config) -> str:
 def earlier_digests(config: configs.Config) -> tuple[str, ...]:
     """The digests of the experiments that this one extends, the latest first; it shares all of their steps."""
     return tuple(map(digest_of, config.earlier()))
+
+
+def check_experiment(record: Mapping[str, Any], config: configs.Config) -> None:
+    """Raises ValueError if a file of a work directory names another experiment; those of earlier versions name none."""
+    if record.get("experiment") not in (None, digest_of(config), *earlier_digests(config)):
+        raise ValueError("it is another experiment's")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import pathlib
 import re
 import shlex
 import shutil
@@ -21,6 +22,7 @@ import lowrank_jax.experiment as lx
 from lowrank_jax.experiment.cli import commands, environment
 from lowrank_jax.experiment.cli.flags import split_overrides
 from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 
 CONFIG = f"--config={running.ROOT / 'configs' / 'digits_resnet.py'}"
@@ -183,6 +185,30 @@ def test_evaluate_takes_several_work_directories(trained, tmp_path):
     assert [line.split()[:2] for line in result.stdout.splitlines()] == [["workdir", "split"], [str(trained), "test"]]
     (written,) = json.loads((tmp_path / "out.json").read_text())
     assert (written["workdir"], written["step"]) == (str(trained), 200)
+
+
+def test_files_of_ours_beside_the_runs_of_a_sweep_are_passed_over(trained, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(trained, tmp_path / name)
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps({**config, "eval": {**config["eval"], "batch_size": 128}}))
+    Workdir(tmp_path).write_json("sweep.json", {"commands": [], "tuned": [], "trials": {"a": {}, "b": {}}})
+    assert lowrank("report", tmp_path).status == 0
+    evaluate = ("evaluate", f"--json={tmp_path / 'all.json'}", "--workdir")
+    (tmp_path / "all.json").touch()
+    everything = sorted(tmp_path.iterdir())
+    assert len(everything) > 8
+    result = lowrank(*evaluate, *everything)
+    assert (result.status, result.stderr) == (0, ""), result.stderr
+    assert [pathlib.Path(one["workdir"]).name for one in json.loads((tmp_path / "all.json").read_text())] == ["a", "b"]
+    assert lowrank("report", f"--out={tmp_path / 'out'}", *(path for path in everything if path.name != "all.json")).status == 0
+
+    for strange in ("notes.md", "mine_speed.txt"):
+        (tmp_path / strange).touch()
+        result = lowrank(*evaluate, *everything, tmp_path / strange)
+        assert result.status == 2 and len(result.stderr.splitlines()) == 1 and strange in result.stderr
+    result = lowrank("evaluate", f"--workdir={tmp_path / 'sweep.json'}")
+    assert result.status == 2 and "sweep.json is not a work directory" in result.stderr
 
 
 def test_a_watch_stopped_by_ctrl_c_has_its_status(tmp_path, monkeypatch):

@@ -127,3 +127,19 @@ def test_an_image_does_not_move_without_its_map():
         assert parsed("maps", **changes) == [f"dataset.{key}: {value!r}; would move the image, but not its label"]
     assert parsed("maps") == []
     assert parsed("targets", flip=True) == []
+
+
+def test_settings_that_do_not_fit_a_folder_are_said_with_the_splits_that_it_lacks(pictures):
+    settings = {**MLP, "dataset.name": pictures, "dataset.crop_padding": 8, "dataset.mean": (0.5,)}
+    settings |= {"dataset.eval_split": "validation", "dataset.valid_split": "valid", "objective.metrics": ("top9",)}
+    with pytest.raises(configs.ConfigError) as raised:
+        configs.read(configs.default(), {**settings, "lowrank.rules": ({"path": "nothing", "scale": 0.1},)})
+    keys = [line.split(":")[0] for line in raised.value.problems]
+    assert keys[:1] == ["objective.metrics"]
+    assert keys[1:] == ["dataset.crop_padding", "dataset.mean", "dataset.eval_split", "dataset.valid_split"]
+    with pytest.raises(configs.ConfigError) as raised:
+        configs.read(
+            configs.default(),
+            {**settings, "objective.metrics": ("top1",), "lowrank.rules": ({"path": "nothing", "scale": 0.1},)},
+        )
+    assert len(raised.value.problems) == 5 and "nothing" in raised.value.problems[-1]

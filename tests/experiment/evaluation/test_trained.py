@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import lowrank_jax as lr
 import lowrank_jax.experiment as lx
+from lowrank_jax.experiment.cli.commands import main
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.kernel import is_low_rank
 from tests import running
 
@@ -179,3 +182,41 @@ def test_code_that_nobody_trusts_is_not_imported(trained, tmp_path, monkeypatch)
     with pytest.raises(lx.CheckpointError, match="another experiment"):  # as its checkpoints know
         lx.restore(tmp_path / "run", trust_code=["payload_of_a_network:Model"])
     assert (tmp_path / "ran").exists()
+
+
+def test_code_of_the_data_is_not_imported_where_its_record_serves(tmp_path, monkeypatch):
+    """Of a run with extensions, whose lengths depend on the size of the data."""
+    code, run = tmp_path / "data_of_a_test.py", tmp_path / "run"
+    code.write_text(
+        "import numpy as np\n"
+        "def splits():\n"
+        "    images = np.random.default_rng(0).integers(0, 256, (64, 6, 6, 3), np.uint8)\n"
+        "    return {'train': (images, np.arange(64) % 3), 'test': (images, np.arange(64) % 3)}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"dataset__name": "data_of_a_test:splits", "dataset__crop_padding": 0, "dataset__mixup": 0.0, "epochs": 3}
+    train(
+        running.config(
+            **own, extensions=(("2 epochs", "constant"),), steps=None, eval__every="1 epochs", optim__warmup="1 steps"
+        ),
+        str(run),
+    )
+    code.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    sys.modules.pop("data_of_a_test")
+    Image.new("RGB", (6, 6)).save(tmp_path / "a.png")
+
+    net = lx.restore(run, "best")
+    assert net(np.zeros((2, 6, 6, 3), np.uint8)).shape == (2, 3) and net.merged().plan is net.plan
+    assert [prediction.error for prediction in net.predict(tmp_path / "a.png")] == [""] and repr(net)
+    with pytest.raises(SystemExit, match="0"):
+        main(["predict", f"--workdir={run}", str(tmp_path / "a.png")])
+    with pytest.raises(lx.UntrustedCode, match=r"dataset\.name 'data_of_a_test:splits'"):
+        lx.evaluate(run)
+    record = json.loads((run / "dataset.json").read_text())
+    for spoiled in ({**record, "name": "other:splits"}, {**record, "digest": ""}, None):
+        (run / "dataset.json").unlink()
+        if spoiled:
+            Workdir(run).write_json("dataset.json", {key: value for key, value in spoiled.items() if key != "check"})
+        with pytest.raises(lx.UntrustedCode, match=r"dataset\.name 'data_of_a_test:splits'"):
+            lx.restore(run)
+    assert not (tmp_path / "ran").exists() and "data_of_a_test" not in sys.modules

@@ -32,6 +32,8 @@ def test_every_combination_is_measured_and_told_of(report):
     assert [(one.seed, one.scale, one.method) for one in measured] == [
         (seed, scale, method) for seed in (0, 1) for scale in (0.1, 0.5) for method in SETTINGS.methods
     ]
+    told, *lines = lines
+    assert told.startswith("4 programs to compile, one for each scale and method, which serve all seeds")
     assert len(lines) == 8 and lines[0].startswith("[1/8] seed 0  scale 0.1  spectral") and "eta" in lines[0]
     assert all(one.seconds > 0 and one.compile_seconds > 0 for one in measured)
 
@@ -176,3 +178,14 @@ def test_data_that_is_missing_and_kernels_that_stay_dense_are_said(tmp_path):
         before_training.compare(config, before_training.Settings(images="data"))
     with pytest.raises(configs.ConfigError, match="at scale 1 no kernel of this network would be factored"):
         before_training.compare(running.config(), before_training.Settings(scales=(1.0,)))
+
+
+def test_the_time_left_counts_what_is_still_to_be_compiled(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock, left = before_training._Clock(total=6, programs=3), []
+    for took, compiling in ((19, 10), (11, 10), (13, 12), (1, 0), (1, 0), (1, 0)):
+        now[0] += took
+        left.append(clock.left(compiling))
+    assert left == [2 * 10 + 5 * 9, 10 + 4 * 5, 3 * 1, 2 * 1, 1, 0]
+    assert [before_training.short_time(seconds) for seconds in (123.456, 0.001234, 0.5)] == ["123.46", "0.0012", "0.5"]

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import itertools
 import json
 import re
 import shutil
@@ -12,7 +13,9 @@ import pytest
 from scipy import stats
 
 from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.best import Best
 from lowrank_jax.experiment.report.arms import Interval, into_arms, paired
+from lowrank_jax.experiment.report.figures import draw
 from lowrank_jax.experiment.report.page import Report
 from lowrank_jax.experiment.report.stored_runs import find
 from lowrank_jax.experiment.sweep.trials import expand
@@ -322,6 +325,57 @@ def test_a_damaged_record_of_a_sweep_is_listed_beside_the_runs(runs):
     report = Report([str(runs)])
     assert [(run.name, run.status) for run in report.found.runs if not run.done] == [("sweep.json", "damaged")]
     assert "sweep.json is damaged" in report.console() and len(report.arms) == 5
+
+
+def test_a_size_is_a_rival_too(shared, tmp_path):
+    report = Report([str(shared)], rival="lowrank.scale=0.1")
+    text = report.markdown()
+    assert "Paired differences from lowrank.scale 0.1" in text and "Of 2 comparisons" in text
+    for difference in paired(report.arms, report.rival, "eval/top1"):
+        assert (difference.arm.size, difference.rival.size) == ((("lowrank.scale", 0.25),), (("lowrank.scale", 0.1),))
+        assert difference.arm.method == difference.rival.method
+    for rank, norm in itertools.product((2, 4), (None, 0.5)):
+        make(tmp_path, f"{rank}{norm}", top1=0.5, seed=0, lowrank__scale=None, lowrank__rank=rank, optim__clip_norm=norm)
+    for rival in ("lowrank.rank=2", "optim.clip_norm=None", "optim.clip_norm=5e-1"):
+        report = Report([str(tmp_path)], rival=rival)
+        assert len(paired(report.arms, report.rival, "eval/top1")) == 2
+    with pytest.raises(WorkdirError, match=r"no finished run has lowrank.rank=3; finished: 2, 4$"):
+        Report([str(tmp_path)], rival="lowrank.rank=3")
+
+
+@pytest.mark.parametrize(
+    ("rival", "message"),
+    [
+        ("seed=0", "seed: runs that differ in their seed are one arm"),
+        ("optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr"),
+        ("optim.frobenius_decay=0", r"optim.frobenius_decay: it is \S+ in all runs, so none of them is a rival by it"),
+        ("model.name=mlp", r"model.name: it is \S+ in all runs"),
+    ],
+)
+def test_what_is_no_rival_is_named(shared, rival, message):
+    with pytest.raises(WorkdirError, match=f"^--rival: {message}"):
+        Report([str(shared)], rival=rival)
+
+
+def test_a_tuned_setting_is_no_rival(tmp_path):
+    for lr in (0.1, 0.2):
+        make(tmp_path, f"{lr}", top1=0.5, seed=0, optim__lr=lr, valid=lr)
+    with pytest.raises(WorkdirError, match=r"--rival: optim\.lr: every arm has the value of it that is best on the held-out"):
+        Report([str(tmp_path)], rival="optim.lr=0.1")
+
+
+def test_bands_of_the_pictures_say_what_they_are(shared, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("lowrank_jax.experiment.report.figures._png", lambda figure: drawn.append(figure) or b"")
+    draw(Report([str(shared)]).arms, Best())
+    titles = [figure.legends[0].get_title().get_text().replace("\n", " ") for figure in drawn]
+    assert titles == [
+        *["mean over seeds, and its 95% interval (Student's t)"] * 3,
+        "mean over seeds; bands from the lowest to the highest",
+    ]
+    make(tmp_path, "one", top1=0.5, seed=0)
+    draw(Report([str(tmp_path)]).arms, Best())
+    assert [figure.legends[0].get_title().get_text() for figure in drawn[4:]] == [""] * 4
 
 
 def test_a_line_that_is_being_written_is_left_out(runs):

@@ -261,10 +261,13 @@ def test_a_killed_trial_is_tried_once_more_and_an_interrupted_sweep_goes_on(tmp_
     assert "2 interrupted" in output and "stopping: saved step" in log.read_text()
     assert not descendants(process.pid)
 
+    (tmp_path / "backup").hardlink_to(log)  # as `cp -al` makes one
+    backed_up = log.read_text()
     # The rest of it is long; that the same command goes on is enough.
     with started(command) as process:
         wait_until(lambda: log.read_text().count("resuming") == 2, process)
         process.kill()
+    assert (tmp_path / "backup").read_text() == backed_up
     end = time.monotonic() + 30
     while any(str(log) in open_files(pid) for pid in all_pids()):
         assert time.monotonic() < end, "a trial outlived its sweep"

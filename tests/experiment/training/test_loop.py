@@ -1,6 +1,7 @@
 """Whole runs: to the end, stopped, killed, resumed, damaged, diverged.  Tests in this process share one trained run."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -18,6 +19,7 @@ from lowrank_jax.experiment.training.evaluate import evaluate
 from lowrank_jax.experiment.training.log_window import Diverged
 from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.training.mixing import normalizer
+from lowrank_jax.experiment.workdir.checked_json import unseal
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.digest import digests
 from lowrank_jax.paths import named_leaves
@@ -206,6 +208,37 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(tmp_path):
     with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore(build(config).shapes)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.state.params))
+
+
+def test_nothing_is_evaluated_after_a_step_that_is_not_finite(tmp_path, monkeypatch):
+    """Networks may give finite outputs with weights that are not."""
+    made_up = {"": {"loss": 1.0, "top1": 0.5, "examples": 360}}
+    monkeypatch.setattr("lowrank_jax.experiment.training.loop.evaluate", lambda *args, **kwargs: made_up)
+    config = running.config(optim__lr=1e30, eval__every="1 steps", log__every="40 steps", checkpoint__every="40 steps")
+    told = []
+    with pytest.raises(Diverged, match=r"at step \d+") as raised:
+        train(config, str(tmp_path), on_evaluation=lambda step, evaluated: told.append(step))
+    step = int(re.search(r"at step (\d+)", str(raised.value))[1])
+    assert told == list(range(1, step)) and [line["step"] for line in evaluations(tmp_path)] == told
+    assert [*unseal(json.loads((tmp_path / "checkpoints" / "scores.json").read_text()))] == [str(at) for at in told]
+    assert all(int(path.name) < step for path in (tmp_path / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def test_a_step_is_said_to_be_saved_once_it_is_on_disk(tmp_path, monkeypatch, capsys):
+    looks = []
+
+    def late(self):
+        looks.append(self.on_disk)
+        if len(looks) == 18:  # before step 18
+            assert self.on_disk is None and not (tmp_path / "saved.json").exists()
+            self.wait()
+            assert json.loads((tmp_path / "saved.json").read_text())["step"] == 10
+
+    monkeypatch.setattr(Checkpoints, "confirm", late)
+    train(running.config(checkpoint__every="10 steps", log__every="5 steps", steps=29), str(tmp_path))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    saved = [line.partition("saved@")[2] for line in lines]
+    assert len(looks) == 30 and saved == ["", "", "", "10", "10", "10"]
 
 
 def test_the_best_checkpoint_is_chosen_on_the_held_out_part(whole):

@@ -150,6 +150,11 @@ def test_ranks_are_those_of_the_file_and_a_damaged_one_is_refused(whole, tmp_pat
         for call in (lambda: train(running.config(**WARM), str(folder)), lambda: lx.restore(folder)):
             with pytest.raises((WorkdirError, lx.UserError), match=r"ranks\.json is damaged"):
                 call()
+    other = train(running.config(**WARM, seed=1, steps=16), str(tmp_path / "other"))
+    assert other.state.step == 16
+    shutil.copy(tmp_path / "other" / "ranks.json", folder)
+    with pytest.raises((WorkdirError, lx.UserError), match=r"ranks\.json is damaged: it is another experiment's"):
+        lx.restore(folder)
     (folder / "ranks.json").unlink()
     with pytest.raises((WorkdirError, lx.UserError), match=r"ranks\.json is missing"):
         train(running.config(**WARM), str(folder))

@@ -9,9 +9,12 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
@@ -386,6 +389,38 @@ def test_what_was_saved_is_looked_for(tmp_path):
         assert found == [1, 2]
         checkpoints.save(3, make_state(3), info())
     assert found == [1, 2, 3]
+
+
+def test_a_save_is_confirmed_as_soon_as_it_is_on_disk(tmp_path, monkeypatch):
+    held, wait, found = threading.Event(), ocp.AsyncCheckpointer.wait_until_finished, []
+
+    def held_up(self):
+        if threading.current_thread() is not threading.main_thread():
+            held.wait(60)
+        wait(self)
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", held_up)
+    with Checkpoints(tmp_path / "c", keep=1, confirmed=found.append) as checkpoints:
+        checkpoints.confirm()
+        held.set()
+        checkpoints.save(1, make_state(1), info())
+        checkpoints.wait()
+        held.clear()
+        checkpoints.save(2, make_state(2), info())
+        checkpoints.confirm()
+        assert (found, checkpoints.on_disk) == ([1], 1) and (tmp_path / "c" / "1").exists()
+        held.set()
+        for _ in range(600):
+            checkpoints.confirm()
+            if len(found) > 1:
+                break
+            time.sleep(0.1)
+        assert (found, checkpoints.on_disk) == ([1, 2], 2) and not (tmp_path / "c" / "1").exists()
+        checkpoints.wait()
+    assert found == [1, 2]
+    with Checkpoints(tmp_path / "c", confirmed=found.append) as checkpoints:
+        checkpoints.restore(TARGET)
+        assert (found, checkpoints.on_disk) == ([1, 2, 2], 2)
 
 
 @pytest.mark.parametrize("name", ["a[1]", "back\\slash"])

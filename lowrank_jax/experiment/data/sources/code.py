@@ -82,11 +82,12 @@ def _is_builder(named: Any) -> bool:
 def _keys(name: str, options: Mapping[str, Any]) -> Keys:
     """The settings of a builder."""
     legal = [field.name for field in dataclasses.fields(Keys)]
-    for key, value in options.items():
-        if key not in legal:
-            raise DataError(f"dataset.kwargs.{key}: {name} has no such setting{did_you_mean(key, legal)}")
-        if not isinstance(value, str):
-            raise DataError(f"dataset.kwargs.{key}: {shown(value)}; must be a string")
+    unknown = [
+        f"dataset.kwargs.{key}: {name} has no such setting{did_you_mean(key, legal)}" for key in options if key not in legal
+    ]
+    wrong = {key: value for key, value in options.items() if key in legal and not isinstance(value, str)}
+    if problems := unknown + [f"dataset.kwargs.{key}: {shown(value)}; must be a string" for key, value in wrong.items()]:
+        raise DataError("\n".join(problems))
     return Keys(**options)
 
 

@@ -69,7 +69,7 @@ def describe_builder(name: str, origin: _Origin) -> Dataset:
     """
     prepared = _opened(name, origin)
     info, keys = prepared.builder.info, origin.keys
-    image, label = _feature(name, info, "image_key", keys.image_key), _feature(name, info, "label_key", keys.label_key)
+    image, label = _features(name, info, {"image_key": keys.image_key, "label_key": keys.label_key})
     shape, dtype, decoding = _image(name, keys.image_key, image, info)
     num_classes, names, kind = _label(name, keys.label_key, label)
     sizes = {split: found.num_examples for split, found in info.splits.items()}
@@ -128,11 +128,17 @@ def _named(name: str, what: str) -> Iterator[None]:
 _opened = Kept(_open)
 
 
-def _feature(name: str, info: Any, key: str, value: str) -> Any:
+def _features(name: str, info: Any, keys: dict[str, str]) -> list[Any]:
+    """The features of these names, by the setting that gives them.  Raises DataError with a line for each that is missing."""
     features = dict(info.features.items()) if hasattr(info.features, "items") else {}
-    if value not in features:
-        raise DataError(f"dataset.kwargs.{key}: {name} has no feature {value!r}{did_you_mean(value, features)}")
-    return features[value]
+    missing = [
+        f"dataset.kwargs.{key}: {name} has no feature {value!r}{did_you_mean(value, features)}"
+        for key, value in keys.items()
+        if value not in features
+    ]
+    if missing:
+        raise DataError("\n".join(missing))
+    return [features[value] for value in keys.values()]
 
 
 def _image(name: str, key: str, feature: Any, info: Any) -> tuple[tuple[int, ...], str, Decoding | None]:

@@ -71,7 +71,10 @@ def test_a_label_of_several_numbers_is_read_whole_beside_images_of_many_sizes(da
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({}, r"dataset\.kwargs\.image_key: .* has no feature 'image'"),
+        (
+            {},
+            r"^dataset\.kwargs\.image_key: .* has no feature 'image'.*\ndataset\.kwargs\.label_key: .* has no feature 'label'",
+        ),
         (
             {"image_key": "picture", "label_key": "kindd"},
             r"dataset\.kwargs\.label_key: .*no feature 'kindd'; did you mean kind\?",
@@ -80,6 +83,7 @@ def test_a_label_of_several_numbers_is_read_whole_beside_images_of_many_sizes(da
         ({"image_key": "count", "label_key": "kind"}, "the feature 'count' is .*; expected an image"),
         ({"imagekey": "picture"}, r"dataset\.kwargs\.imagekey: .* has no such setting; did you mean image_key"),
         ({"image_key": 3}, r"dataset\.kwargs\.image_key: 3; must be a string"),
+        ({"image_key": 3, "lable_key": "kind"}, r"lable_key: .* has no such setting.*\ndataset\.kwargs\.image_key: 3; must be"),
     ],
 )
 def test_keys_that_do_not_fit_are_named(data_dir, keys, message):
