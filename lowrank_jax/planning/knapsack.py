@@ -15,6 +15,7 @@ import numpy as np
 
 _FILLS = 16  # budgets between two corners that are filled; only these, so that more budget never loses more
 _WEIGHTS = 33  # of two budgets against each other
+_STRIDE = 8  # of the first of them that are tried
 _FILLED = 3  # of them
 
 
@@ -98,9 +99,7 @@ def cheapest(kernels: Sequence[Options], weights: np.ndarray) -> Chosen:
 
 def least_sum(kernels: Sequence[Options], limits: np.ndarray) -> Chosen | None:
     """The options of least total loss whose costs stay within `limits`, `[budgets]`; None if there are none."""
-    corners = [_corner(kernels, limits, weights) for weights in _weights(limits)]
-    possible = [corner for corner in corners if corner is not None]
-    best = heapq.nsmallest(_FILLED, possible, key=lambda corner: total_loss(kernels, corner.chosen))
+    best = heapq.nsmallest(_FILLED, _corners(kernels, limits), key=lambda corner: total_loss(kernels, corner.chosen))
     found = [_between(kernels, corner, limits) for corner in best]
     return min(found, key=lambda chosen: total_loss(kernels, chosen), default=None)
 
@@ -153,6 +152,25 @@ class _Corner:
     chosen: Chosen
     cost: np.ndarray
     next: np.ndarray | None
+
+
+def _corners(kernels: Sequence[Options], limits: np.ndarray) -> list[_Corner]:
+    """Those of some weights, ever closer to the best ones; of all if nothing else fits the limits."""
+    weights, found = _weights(limits), dict[int, _Corner | None]()
+
+    def lost(place: int) -> float:
+        if place not in found:
+            found[place] = _corner(kernels, limits, weights[place])
+        corner = found[place]
+        return np.inf if corner is None else total_loss(kernels, corner.chosen)
+
+    best = min(range(0, len(weights), _STRIDE), key=lost)
+    step = _STRIDE
+    while (step := step // 2) and np.isfinite(lost(best)):
+        best = min((place for place in (best, best - step, best + step) if 0 <= place < len(weights)), key=lost)
+    if np.isinf(lost(best)):
+        min(range(len(weights)), key=lost)
+    return [corner for corner in found.values() if corner is not None]
 
 
 def _corner(kernels: Sequence[Options], limits: np.ndarray, weights: np.ndarray) -> _Corner | None:
