@@ -19,7 +19,7 @@ import lowrank_jax as lr
 from benchmarks.turns import ratio, take_turns
 from lowrank_jax import models
 
-ROUNDS = 5
+ROUNDS = 3
 KERNELS = 1000
 BUDGETS: dict[str, dict[str, Any]] = {
     "params": {"params": 0.25},

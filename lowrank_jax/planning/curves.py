@@ -8,16 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.kernel import MatrixView, is_low_rank, without_box
+from lowrank_jax.kernel import is_low_rank, without_box
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import PlannedKernel
-from lowrank_jax.planning.rules import Rule
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.activations import ActivationLike
-from lowrank_jax.projection.curves import Curves, Normalization, curves_of_stacks
-from lowrank_jax.projection.stack import Stack
-
-_KEY = 0  # of the Gaussian kernels: plans depend on shapes alone
+from lowrank_jax.projection.curves import Curves, Normalization, curves, gaussian_curves
 
 
 class Losses(NamedTuple):
@@ -41,35 +37,34 @@ def curves_of_kernels(
 
     Args:
       kernels: of a plan; all have choices.
-      variables: the dense model's variables or parameters; None for Gaussian kernels with columns of length one, one draw for
-        each shape.
+      variables: the dense model's variables or parameters; None for Gaussian kernels whose outputs have length one, by their
+        shapes alone.
       moments: by kernel, `[*stack, n, n]`: second moments of the inputs of one of its choices.  Kernels that are premerged, or
         that only their layer knows how to use, have none.
 
     Raises:
       ValueError: the variables or moments do not fit the kernels, or are not finite.
     """
-    asked = [(kernel, place) for kernel in kernels for place in range(len(kernel.choices))]
-    if variables is None:
-        with jax.ensure_compile_time_eval():  # shapes are known under an outer jit too
-            curves: list[Losses | None] = [*_gaussian_curves([_gaussian(kernel, place) for kernel, place in asked])]
-    else:
-        values = _values(kernels, variables)
-        if moments is not None:
-            _check_moments(kernels, moments)
-            asked = [(kernel, place) for kernel, place in asked if _has_moments(kernel, place, moments)]
-        settings = tuple(_Settings.of(kernel, place) for kernel, place in asked)
-        given = [(values[kernel.name], (moments or {}).get(kernel.name)) for kernel, _ in asked]
-        curves = [*_means(_of_values(given, settings))] if asked else []
     found: dict[str, list[Losses | None]] = {kernel.name: [None] * len(kernel.choices) for kernel in kernels}
-    for (kernel, place), curve in zip(asked, curves, strict=True):
-        found[kernel.name][place] = curve
+    values = None if variables is None else _values(kernels, variables)
+    if values is not None and moments is not None:
+        _check_moments(kernels, moments)
+    for kernel in kernels:
+        given, moment = None if values is None else np.asarray(values[kernel.name]), (moments or {}).get(kernel.name)
+        for place, choice in enumerate(kernel.choices):
+            settings = _Settings.of(kernel, place)
+            if given is None:
+                found[kernel.name][place] = _of_gaussian(settings)
+            elif moments is None or _has_moments(kernel, place, moments):
+                matrices = choice.view.to_matrix(given)  # type: ignore[arg-type]
+                found[kernel.name][place] = _of_values(settings, matrices, moment)
     return found
 
 
 def normalization_of(kernel: PlannedKernel) -> Normalization | None:
     """What follows a kernel's layer: as its rule says, or as it was found."""
-    said = _rule(kernel).normalized
+    assert kernel.rule is not None  # it has choices
+    said = kernel.rule.normalized
     if said is None:
         return kernel.normalized
     return "each" if said else None
@@ -101,83 +96,59 @@ def _check_moments(kernels: Sequence[PlannedKernel], moments: Mapping[str, jax.A
 
 
 class _Settings(NamedTuple):
-    """How a kernel is a matrix, and what follows it."""
+    """What the curves of a kernel depend on besides its values."""
 
-    view: MatrixView
+    n: int
+    m: int
+    group: int
     activation: ActivationLike
     normalized: Normalization | None
 
     @classmethod
     def of(cls, kernel: PlannedKernel, place: int) -> "_Settings":
-        return cls(kernel.choices[place].view, _rule(kernel).activation, normalization_of(kernel))
+        view = kernel.choices[place].view
+        assert kernel.rule is not None  # it has choices
+        return cls(view.n, view.m, view.group, kernel.rule.activation, normalization_of(kernel))
 
-    def stack(self, w: jax.Array) -> Stack:
-        """Of matrices `[k, n, m]`."""
-        return Stack(None, w, 1, self.activation, self.view.group)
-
-
-_known: dict[_Settings, Losses] = {}  # of Gaussian kernels that are matrices already
-
-
-def _gaussian(kernel: PlannedKernel, place: int) -> _Settings:
-    settings = _Settings.of(kernel, place)
-    view = settings.view
-    return settings._replace(view=MatrixView((view.n, view.m), (0,), view.group))
+    @property
+    def others(self) -> dict[str, Any]:
+        return {"activation": self.activation, "group": self.group, "normalized": self.normalized}
 
 
-def _drawn(settings: _Settings) -> jax.Array:
-    """A Gaussian kernel whose outputs have length one."""
-    view = settings.view
-    return jax.random.normal(jax.random.key(_KEY), view.shape) / np.sqrt(view.n * view.group)
+@functools.lru_cache(maxsize=4096)
+def _of_gaussian(settings: _Settings) -> Losses:
+    """Once a process: plans of one network are made again and again, as in a sweep."""
+    return _mean([gaussian_curves(settings.n, settings.m, **settings.others)])
 
 
-def _rule(kernel: PlannedKernel) -> Rule:
-    assert kernel.rule is not None  # it has choices
-    return kernel.rule
+def _of_values(settings: _Settings, matrices: np.ndarray, moment: jax.Array | None) -> Losses:
+    """Of the kernels of one module, `[*stack, n, m]`, and the second moments of their inputs, where these are known."""
+    given = matrices.reshape(-1, settings.n, settings.m).astype(np.float64)
+    if moment is not None:
+        roots = [_root(one) for one in moment.reshape(-1, settings.n, settings.n)]
+        given = np.stack([np.asarray(root, np.float64) @ w for root, w in zip(roots, given, strict=True)])
+    return _mean([curves(w, **settings.others) for w in given])
 
 
-def _gaussian_curves(asked: Sequence[_Settings]) -> list[Losses]:
-    """Each shape is decomposed once a process: plans of one network are made again and again, as in a sweep."""
-    new = tuple(one for one in dict.fromkeys(asked) if one not in _known)
-    if new:
-        _known.update(zip(new, _means(_of_values([(_drawn(one), None) for one in new], new)), strict=True))
-    return [_known[one] for one in asked]
+@jax.jit
+def _root(moment: jax.Array) -> jax.Array:
+    return linalg.square_root(moment.astype(linalg.wide(moment.dtype)))
 
 
-@functools.partial(jax.jit, static_argnames="settings")
-def _of_values(given: Sequence[tuple[jax.Array, jax.Array | None]], settings: tuple[_Settings, ...]) -> list[Curves]:
-    """Of kernels and the second moments of their inputs, where these are known; one program for all of them."""
-    stacks = [one.stack(_matrices(one.view, kernel, moment)) for one, (kernel, moment) in zip(settings, given, strict=True)]
-    return curves_of_stacks(stacks, [one.normalized for one in settings])
-
-
-def _matrices(view: MatrixView, kernel: jax.Array, moment: jax.Array | None) -> jax.Array:
-    """`[*stack, *kernel]` as `[k, n, m]`, as isotropic inputs would see them."""
-    w = view.to_matrix(kernel).reshape(-1, view.n, view.m)
-    w = w.astype(linalg.wide(w.dtype))
-    if moment is None:
-        return w
-    roots = jax.lax.map(linalg.square_root, moment.reshape(-1, view.n, view.n).astype(w.dtype))
-    return jnp.matmul(roots, w, precision="highest")
-
-
-def _means(curves: Sequence[Curves]) -> list[Losses]:
+def _mean(found: Sequence[Curves]) -> Losses:
     """A repeated module has one rank for all its kernels: what each loses on average."""
 
-    def falling(values: np.ndarray) -> np.ndarray:
+    def falling(values: list[np.ndarray]) -> np.ndarray:
         return np.minimum.accumulate(np.clip(values, 0, None).mean(axis=0))
 
-    def logarithm(kept: jax.Array) -> np.ndarray:
-        return -np.log(np.clip(np.asarray(kept, np.float64), 1e-12, 1))
+    def logarithm(kept: np.ndarray) -> np.ndarray:
+        return -np.log(np.clip(kept, 1e-12, 1))
 
-    return [
-        Losses(
-            falling(np.asarray(curve.risk, np.float64)),
-            falling(logarithm(curve.correlation)),
-            np.asarray(curve.energy, np.float64).min(axis=0),
-        )
-        for curve in curves
-    ]
+    return Losses(
+        falling([curve.risk for curve in found]),
+        falling([logarithm(curve.correlation) for curve in found]),
+        np.min([curve.energy for curve in found], axis=0),
+    )
 
 
 def _is_leaf(node: Any) -> bool:

@@ -1,46 +1,31 @@
-"""What a kernel's projection loses at every rank at once, from one decomposition.
+"""What a kernel's projection loses at every rank at once, from one decomposition, on the host in float64.
 
 In the leading left singular vectors an output j keeps c_j(r) = Σ_{i≤r} (σ_i B_ji)² of its squared length.  So the cosines of
-all ranks are a cumulative sum, and each says what is lost of the output's function (docs/mathematics.md, section 12).
+all ranks are a cumulative sum, and each says what is lost of the output's function (docs/mathematics.md, section 12).  Of a
+Gaussian kernel the terms of these sums can be drawn, without a matrix.
+
+Nothing is compiled for a shape: only an activation's table, once.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.ndimage import map_coordinates
 
 from lowrank_jax.projection import activations, linalg
 from lowrank_jax.projection.activations import Activation, ActivationLike
-from lowrank_jax.projection.batched import PaddedStack, measure, padded_stacks
-from lowrank_jax.projection.linalg import grouped, lengths, ratio, root
-from lowrank_jax.projection.stack import Stack
+from lowrank_jax.projection.batched import measure
 from lowrank_jax.text import did_you_mean
 
 # What a normalisation right behind makes the outputs' lengths: `each` has its own statistic, so that all become equal, or all
 # have one `together`, and keep their proportions.
 Normalization = Literal["each", "together"]
 
-_LENGTHS, _COSINES = 17, 129  # of the table of a risk that takes a series
-
-
-class _Outputs(NamedTuple):
-    """What is known of the outputs of kernels, in each kernel's unit.
-
-    Attributes:
-      length: `[k, outputs]`.
-      cosine: with the leading subspace of every rank, `[k, p, outputs]`.
-    """
-
-    length: jax.Array
-    cosine: jax.Array
-
 
 class Curves(NamedTuple):
-    """By rank, from 1 to full rank, on the last axis.
+    """By rank, from 1 to full rank: `[min(n, m)]`, float64.
 
     Attributes:
       risk: R(r) / R(0) of the kernel projection, falling to 0.
@@ -49,125 +34,222 @@ class Curves(NamedTuple):
       energy: the share of the squared singular values, rising to 1.
     """
 
-    risk: jax.Array
-    correlation: jax.Array
-    energy: jax.Array
+    risk: np.ndarray
+    correlation: np.ndarray
+    energy: np.ndarray
 
 
-def curves(
-    w: jax.Array, *, activation: ActivationLike = "relu", group: int = 1, normalized: Normalization | None = None
-) -> Curves:
+def curves(w: Any, *, activation: ActivationLike = "relu", group: int = 1, normalized: Normalization | None = None) -> Curves:
     """Of a kernel in its leading singular subspace at every rank.
 
     Args:
-      w: `[n, m]`.
+      w: `[n, m]`, with values: it is decomposed on the host.
       activation, group: as in `kernel_projection`.
       normalized: the normalisation that follows: of `each` output by itself, which then counts as much as any other, or of
         all `together`, as in LayerNorm, whose mean square becomes 1; None for none.
 
-    Returns:
-      Arrays `[min(n, m)]`, float32 or better.
-
     Raises:
-      ValueError: as in `kernel_projection`, or there is no such normalisation.
+      ValueError: as in `kernel_projection`, there is no such normalisation, or `w` is traced.
     """
     if normalized is not None and normalized not in get_args(Normalization):
         raise ValueError(f"unknown normalisation {normalized!r}{did_you_mean(str(normalized), get_args(Normalization))}")
     linalg.check_matrix(w)
     linalg.check_group(w, group)
-    return _of_one(w, activations.get(activation), group, normalized)
+    if isinstance(w, jax.core.Tracer):
+        raise ValueError("curves need the kernel's values, which a traced array does not have")
+    w = np.asarray(w).astype(np.float64)
+    unit = _unit(w)
+    act = activations.get(activation)
+    with jax.ensure_compile_time_eval():  # numbers are known under an outer jit too
+        size = float(measure(act, jnp.float32(unit)))
+    return _of_squares(_squares(w / unit, group), act, normalized, size)
 
 
-@functools.partial(jax.jit, static_argnames=("act", "group", "normalized"))
-def _of_one(w: jax.Array, act: Activation, group: int, normalized: Normalization | None) -> Curves:
-    [found] = curves_of_stacks([Stack(None, w[None], 1, act, group)], [normalized])
-    return Curves(*(curve[0] for curve in found))
+def gaussian_curves(
+    n: int, m: int, *, activation: ActivationLike = "relu", group: int = 1, normalized: Normalization | None = None
+) -> Curves:
+    """Of a Gaussian kernel `[n, m]` whose outputs have length one; from its shape alone, always the same."""
+    return _of_squares(_gaussian_squares(n, m, group), activations.get(activation), normalized, 1.0)
 
 
-def curves_of_stacks(stacks: Sequence[Stack], normalized: Sequence[Normalization | None]) -> list[Curves]:
-    """`curves` of many kernels: arrays `[k, p]` for every stack, p = min(n, m) of its matrices; their ranks do not matter.
-
-    Decompositions and products are compiled for few shapes, as in `batched.project`.
-    """
-    found: dict[int, Curves] = {}
-    for part, outputs in zip(parts := padded_stacks(stacks), _outputs(parts), strict=True):
-        kinds = np.repeat([normalized[i] or "" for i in part.bucket.members], part.bucket.counts)
-        of_runs = [_curves(act, part, run, outputs, kinds) for act, run in part.runs()]
-        whole = [part.bucket.split(jnp.concatenate(curve)) for curve in zip(*of_runs, strict=True)]
-        for i, *of_one in zip(part.bucket.members, *whole, strict=True):
-            found[i] = Curves(*(curve[:, : min(stacks[i].w.shape[1:])] for curve in of_one))
-    return [found[i] for i in range(len(stacks))]
+def _unit(w: np.ndarray) -> float:
+    """A power of four near the largest magnitude; 1 if all are zero."""
+    largest = np.abs(w).max()
+    return 4.0 ** np.round(np.log2(largest) / 2) if largest > 0 else 1.0
 
 
-@linalg.highest_precision
-def _outputs(parts: Sequence[PaddedStack]) -> list[_Outputs]:
-    sides = [jnp.asarray(part.sides) for part in parts]
-    # As if no rank were left out: what one decomposition cannot resolve is nothing next to the whole.
-    spans = linalg.singular_vectors([part.w for part in parts], sides, [jnp.zeros_like(side) for side in sides])
-    return [_kept(part, vectors) for part, vectors in zip(parts, spans, strict=True)]
-
-
-def _kept(part: PaddedStack, vectors: jax.Array) -> _Outputs:
-    if part.is_wide:
-        squares = (vectors.mT @ part.w) ** 2
+def _squares(w: np.ndarray, group: int) -> np.ndarray:
+    """(σ_i B_ji)², of every singular vector and output: `[p, outputs]`, by decreasing singular value."""
+    if len(w) <= w.shape[1]:
+        vectors = np.linalg.eigh(w @ w.T)[1][:, ::-1]
+        squares = (vectors.T @ w) ** 2
     else:
-        squares = jnp.sum((part.w @ vectors) ** 2, axis=1)[..., None] * vectors.mT**2
-    length = lengths(part.w, part.group)
-    kept = jnp.cumsum(jnp.sum(grouped(squares, part.group), axis=-2), axis=1)
-    # Of its own sum, so that nothing is lost at full rank.
-    return _Outputs(length, jnp.minimum(root(ratio(kept, kept[:, -1:])), 1))
+        values, vectors = np.linalg.eigh(w.T @ w)
+        squares = np.maximum(values, 0)[::-1, None] * vectors.T[::-1] ** 2
+    return squares.reshape(len(squares), group, -1).sum(axis=1)
 
 
-def _curves(act: Activation, part: PaddedStack, run: slice, outputs: _Outputs, normalized: np.ndarray) -> Curves:
-    """`[k, p]` of the kernels in `run`, which are followed by one activation."""
-    length, cosine = outputs.length[run], outputs.cosine[run]
-    each, together = (jnp.asarray(normalized[run] == kind)[:, None] for kind in get_args(Normalization))
-    present = (length > 0).astype(length.dtype)
-    shared = root(ratio(jnp.sum(length**2, axis=1), jnp.sum(present, axis=1)))[:, None]
-    size = jnp.where(each, present, jnp.where(together, ratio(length, shared), length * measure(act, part.unit[run, 0])))
-    nothing = jnp.zeros_like(size)
-    if isinstance(act, activations.Homogeneous):
-        lost, kept = _shares(act, jnp.ones_like(size)[:, None], cosine)
-    else:
-        lost, kept = _tabulated(act, size, cosine)
-    # Of a zero kernel nothing is lost.
-    return Curves(
-        _mean(lost, act.risk(size, nothing, nothing)),
-        1 - _mean(1 - kept**2, act.risk(size, size, nothing)),
-        1 - _mean(1 - cosine**2, length**2),
-    )
+_DRAWN = 512  # outputs
 
 
-def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Over outputs: `[k, p, outputs]` and `[k, outputs]` to `[k, p]`."""
-    return ratio(jnp.sum(values * weights[:, None], axis=-1), jnp.sum(weights, axis=-1)[:, None])
+def _gaussian_squares(n: int, m: int, group: int) -> np.ndarray:
+    """The same of outputs of a Gaussian kernel: `[p, drawn]`.
+
+    Its singular vectors are uniformly distributed: an output's coordinates are Gaussian numbers, divided by their length.  All
+    shapes have the same ones, so that chance hardly matters when they are compared.
+    """
+    p, q = min(n, m), max(n, m)
+    draw = np.random.default_rng(0)
+    coordinates = draw.chisquare(group, (p, _DRAWN))
+    coordinates *= group / coordinates.mean(axis=1, keepdims=True)  # singular vectors have length one
+    length = coordinates.sum(axis=0) + (draw.chisquare(group * (m - p), _DRAWN) if m > p else 0)
+    return q / n * _marchenko_pastur(p, q)[:, None] * coordinates / length
 
 
-def _shares(act: Activation, length: jax.Array, rho: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of outputs at a cosine: the share of the risk that is left at the best length, and the correlation that is kept."""
-    nothing = jnp.zeros_like(length)
-    lost = ratio(act.risk(length, act.best_length(length, rho), rho), act.risk(length, nothing, nothing))
-    return lost, 1 - ratio(act.risk(length, length, rho), act.risk(length, length, nothing))
+def _marchenko_pastur(p: int, q: int) -> np.ndarray:
+    """The eigenvalues of the smaller Gram matrix of p x q standard Gaussian numbers, over q: quantiles, `[p]`, decreasing."""
+    middle, half = 1 + p / q, 2 * np.sqrt(p / q)
+    angle = (np.arange(4096) + 0.5) * np.pi / 4096
+    x = middle + half * np.cos(angle)  # the density is √((high - x)(x - low)) / x
+    share = np.cumsum(np.sin(angle) ** 2 / x)
+    return np.interp((np.arange(p) + 0.5) / p, share / share[-1], x)
 
 
-def _tabulated(act: Activation, size: jax.Array, cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`_shares` of outputs of sizes `[k, outputs]` at cosines `[k, ranks, outputs]`.
+_BLOCK = 2**17  # ranks times outputs that are evaluated at a time
 
-    By tables for each kernel, over the lengths that it has and all cosines, read linearly.
+
+def _of_squares(squares: np.ndarray, act: Activation, normalized: Normalization | None, unit: float) -> Curves:
+    kept = np.cumsum(squares, axis=0)
+    whole = kept[-1]
+    size = _sizes(np.sqrt(whole), normalized, unit)
+    table = _Table.of(act, size)
+    found = Curves(*(np.empty(len(kept)) for _ in Curves._fields))
+    step = max(_BLOCK // len(whole), 1)
+    for ranks in (slice(start, start + step) for start in range(0, len(kept), step)):
+        # Of its own sum, so that nothing is lost at full rank.
+        share = np.divide(kept[ranks], whole, out=np.zeros_like(kept[ranks]), where=whole > 0)
+        lost, correlation = table.read(np.sqrt(share))
+        found.risk[ranks] = _mean(lost, table.risk)
+        found.correlation[ranks] = 1 - _mean(1 - correlation**2, table.variance)
+        found.energy[ranks] = 1 - _mean(1 - share, whole)
+    return found
+
+
+def _sizes(length: np.ndarray, normalized: Normalization | None, unit: float) -> np.ndarray:
+    """How long the activation finds each output's column."""
+    present = length > 0
+    if normalized == "each":
+        return present.astype(np.float64)
+    if normalized == "together":
+        return length / np.sqrt((length**2).sum() / present.sum()) if present.any() else length
+    return length * unit
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Over outputs: `[ranks, outputs]` to `[ranks]`; of a zero kernel nothing is lost."""
+    total = weights.sum()
+    return values @ (weights / total) if total > 0 else np.zeros(len(values))
+
+
+# Of a homogeneous activation one length is enough.  Of all others there are lengths by octaves, and cosines by 128ths.
+_COSINES, _COSINES_OF_ONE_LENGTH = 129, 2**14 + 1
+_PER_OCTAVE, _OCTAVES = 3, 16  # further below the largest length a column does not matter
+_AT_A_TIME = 4  # lengths
+
+
+class _Rows(NamedTuple):
+    """What outputs of some lengths lose: `[lengths]` and `[lengths, cosines]`.
+
+    Attributes:
+      risk, variance: at a cosine of 0, over the squared length: the risk of nothing, and of an output of the same length.
+      lost: the share of the risk that is left at the best length.
+      correlation: that is kept.
     """
 
-    def of_one(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        size, cosine = pair
+    risk: np.ndarray
+    variance: np.ndarray
+    lost: np.ndarray
+    correlation: np.ndarray
+
+
+class _Table(NamedTuple):
+    """What every output loses, read linearly in the logarithm of its length and in its cosine.
+
+    Attributes:
+      risk, variance: of every output, `[outputs]`.
+      lost, correlation: by cosine, `[outputs, cosines]`, or `[1, cosines]` where all outputs have the same.
+    """
+
+    risk: np.ndarray
+    variance: np.ndarray
+    lost: np.ndarray
+    correlation: np.ndarray
+
+    @classmethod
+    def of(cls, act: Activation, size: np.ndarray) -> "_Table":
+        """For outputs of sizes `[outputs]`."""
         present = size > 0
-        low = jnp.log(jnp.min(jnp.where(present, size, jnp.inf), initial=jnp.inf))
-        low = jnp.where(jnp.isfinite(low), low, 0)
-        width = jnp.maximum(jnp.log(jnp.max(size, initial=1e-30)) - low, 1e-6)
-        grid = jnp.exp(low + width * jnp.arange(_LENGTHS) / (_LENGTHS - 1)).astype(size.dtype)
-        rho = jnp.arange(_COSINES, dtype=size.dtype) / (_COSINES - 1)
-        tables = jax.lax.map(lambda length: _shares(act, jnp.full_like(rho, length), rho), grid)
-        place = (jnp.log(jnp.where(present, size, 1)) - low) / width * (_LENGTHS - 1)
-        places = [jnp.broadcast_to(place, cosine.shape), cosine * (_COSINES - 1)]
-        lost, kept = (map_coordinates(table, places, order=1, mode="nearest") for table in tables)
-        return lost, kept
+        if isinstance(act, activations.Homogeneous) or not present.any():
+            place = np.zeros(1)
+        else:
+            place = _PER_OCTAVE * np.log2(size, out=np.full_like(size, -np.inf), where=present)
+            place = np.maximum(place, place.max() - _PER_OCTAVE * _OCTAVES)
+            place = place[:1] if (place == place[0]).all() else place
+        low = np.floor(place)
+        part = place - low
+        steps, at = np.unique(np.concatenate([low, low + (part > 0)]).astype(int), return_inverse=True)
+        rows = _rows(act, tuple(map(int, steps)))
+        lower, upper = np.split(at, 2)
 
-    return jax.lax.map(of_one, (size, cosine))
+        def between(values: np.ndarray) -> np.ndarray:
+            weight = part if values.ndim == 1 else part[:, None]
+            return values[lower] * (1 - weight) + values[upper] * weight
+
+        risk, variance, lost, correlation = map(between, rows)
+        return cls(risk * size**2, variance * size**2, lost, correlation)
+
+    def read(self, cosine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`lost` and `correlation` at cosines `[ranks, outputs]`."""
+        outputs, count = self.lost.shape
+        place = np.minimum(cosine, 1) * (count - 1)
+        low = np.minimum(place.astype(np.int64), count - 2)
+        part = place - low
+        low += count * np.arange(outputs)
+
+        def at(table: np.ndarray) -> np.ndarray:
+            values = table.ravel()
+            found = values.take(low)
+            return found + part * (values.take(low + 1) - found)
+
+        return at(self.lost), at(self.correlation)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(act: Activation, steps: tuple[int, ...]) -> _Rows:
+    """Of the lengths at some steps of the logarithm."""
+    rows = [_known(act, start)[step - start] for step in steps for start in [step // _AT_A_TIME * _AT_A_TIME]]
+    return _Rows(*map(np.stack, zip(*rows, strict=True)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _known(act: Activation, start: int) -> list[tuple[np.ndarray, ...]]:
+    """Of the lengths from a step on."""
+    lengths = 2.0 ** ((start + np.arange(_AT_A_TIME)) / _PER_OCTAVE)
+    with jax.ensure_compile_time_eval():  # numbers are known under an outer jit too
+        parts = [np.asarray(part, np.float64) for part in _shares(act, lengths.astype(np.float32))]
+    return list(zip(*parts, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames="act")
+def _shares(act: Activation, lengths: jax.Array) -> _Rows:
+    one = isinstance(act, activations.Homogeneous)
+    cosine = jnp.linspace(0, 1, _COSINES_OF_ONE_LENGTH if one else _COSINES, dtype=lengths.dtype)
+
+    def of(length: jax.Array) -> tuple[jax.Array, ...]:
+        nothing, size = jnp.zeros_like(length), jnp.full_like(cosine, length)
+        whole, variance = act.risk(length, nothing, nothing), act.risk(length, length, nothing)
+        lost = linalg.ratio(act.risk(size, act.best_length(size, cosine), cosine), whole)
+        kept = 1 - linalg.ratio(act.risk(size, size, cosine), variance)
+        return whole / length**2, variance / length**2, lost, kept
+
+    return _Rows(*jax.lax.map(of, lengths))  # type: ignore[arg-type]
