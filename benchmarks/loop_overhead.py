@@ -18,7 +18,7 @@ from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.training import loop as train
-from lowrank_jax.experiment.training.build import build
+from lowrank_jax.experiment.training.phases import phases_of
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.experiment.workdir.writer import Writer
@@ -58,13 +58,14 @@ def bare_turn(step: Any, state: Any, batch: Any) -> tuple[float, Any]:
 
 def main() -> None:
     config = settings()
-    experiment = build(config)
+    phases = phases_of(config)
+    experiment = phases.last
     arrays = datasets.load(experiment.dataset, "train", None)
     data = {"train": arrays, "eval": arrays}
     with tempfile.TemporaryDirectory() as name:
         folder = Workdir(name)
         with Writer(folder) as writer, Checkpoints(folder.checkpoints) as checkpoints, train.StopSignal() as stop:
-            loop = train.begin(train.Tools(experiment, data, folder, writer, checkpoints, stop))
+            loop = train.begin(train.Tools(phases, data, folder, writer, checkpoints, stop))
             state, batch = experiment.init(), put_batch(next(loop.feed), experiment.mesh)
             pairs = []
             for _ in range(PAIRS + 1):
