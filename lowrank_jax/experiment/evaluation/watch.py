@@ -78,7 +78,7 @@ class _WatchedRun:
         self._folder = Workdir(workdir)
         self._folder.check_bucket()
         self._subject: Subject | None = None  # None before the folder exists
-        self._gone = False
+        self._config: dict[str, Any] = {}
         self._done: set[int] = set()
         self._suspects: set[int] = set()  # steps that could not be read at the last poll
         self._stack = contextlib.ExitStack()
@@ -98,9 +98,14 @@ class _WatchedRun:
         if self.finished or self._stop.requested:
             return
         if self.is_awaited():
-            self._tell_gone()
+            if self._subject:
+                self._complain(f"{self.workdir} is gone; waiting for it")
+                self._let_go()
             return
         try:
+            if self._subject and self._folder.read_config() != self._config:
+                self._complain(f"{self.workdir}: config.json has changed; looked at anew")
+                self._let_go()
             self._look(self._subject or self._open())
         except Interrupted:
             return
@@ -108,12 +113,13 @@ class _WatchedRun:
             self._fail(error)
             self.finished = True
 
-    def _tell_gone(self) -> None:
-        if self._subject and not self._gone:
-            self._complain(f"{self.workdir} is gone; waiting for it")
-            self._gone = True
+    def _let_go(self) -> None:
+        """Forgets the run: whatever comes in its place has steps of the same numbers, and files of its own."""
+        self._stack.close()
+        self._subject, self._done, self._suspects = None, set(), set()
 
     def _open(self) -> Subject:
+        self._config = self._folder.read_config()
         self._subject = subject = self._evaluator.open(self.workdir)
         for warning in selection.warnings({}, subject.data_changed):
             self._complain(f"{self.workdir}: {warning}")

@@ -198,6 +198,27 @@ def test_a_watch_sees_a_run_begin_and_end(trained, tmp_path, evaluator):
     assert watched(run)[-1]["eval/top1"] == final(run)["top1"]
 
 
+@pytest.mark.parametrize("gone", [True, False])  # whether the watch sees that nothing is there in between
+def test_a_watch_begins_anew_with_a_run_that_takes_the_place_of_another(trained, tmp_path, monkeypatch, evaluator, gone):
+    run, said, looks = tmp_path / "run", [], []
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("result.json"))
+    train(running.config(**SMALL, seed=7, checkpoint__every="20 steps"), str(tmp_path / "other"))
+
+    def sleep(seconds, stop):
+        looks.append(seconds)
+        if len(looks) == 1:
+            shutil.rmtree(run)
+        if len(looks) == (2 if gone else 1):
+            shutil.copytree(tmp_path / "other", run)
+
+    monkeypatch.setattr("lowrank_jax.experiment.evaluation.watch._sleep", sleep)
+    outcome = watch([str(run)], evaluator, poll=0.1, say=said.append, complain=said.append)
+    assert not outcome.failed
+    assert f"{run} is gone; waiting for it" in said if gone else f"{run}: config.json has changed; looked at anew" in said
+    assert [line["step"] for line in watched(run)] == [*STEPS]
+    assert watched(run)[-1]["eval/top1"] == final(tmp_path / "other")["top1"] != final(trained)["top1"]
+
+
 @pytest.mark.slow
 def test_a_watch_beside_training_sees_it_begin_and_end(tmp_path):
     folder = tmp_path / "run"
