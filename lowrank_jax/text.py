@@ -5,6 +5,8 @@ import html
 import re
 from collections.abc import Iterable
 
+_LISTED = 100  # of what is known, in a message
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type if it has none."""
@@ -44,10 +46,13 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """The clause "; did you mean x?" if a candidate is close, else a list of all candidates."""
+    """The clause "; did you mean x?" if a candidate is close, else a list of the candidates, of very many the first."""
     candidates = [str(c) for c in candidates]
     close = difflib.get_close_matches(str(name), candidates, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(candidates) or 'none'}"
+    if close:
+        return f"; did you mean {close[0]}?"
+    more = f" and {len(candidates) - _LISTED} more" if len(candidates) > _LISTED else ""
+    return f"; known: {', '.join(candidates[:_LISTED]) or 'none'}{more}"
 
 
 def align(rows: list[list[str]]) -> str:

@@ -10,6 +10,7 @@ from lowrank_jax.text import align, count, did_you_mean, first_line, html_table,
 def test_did_you_mean_proposes_or_lists():
     assert did_you_mean("scael", ["scale", "rank"]) == "; did you mean scale?"
     assert did_you_mean("zzz", ["scale", "rank"]) == "; known: scale, rank"
+    assert did_you_mean("zzz", [f"a{i}" for i in range(612)]).endswith(", a98, a99 and 512 more")
 
 
 class Unwritable(Exception):

@@ -1,6 +1,6 @@
 """Runs from Python, as the command line has them: load a config, train, evaluate, restore.
 
-What the command line says in one line is raised as an exception with that text, in which a flag of `train` is its argument.
+What the command line says in one line is raised as an exception with that text, in which a flag is an argument.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.cli import environment
 from lowrank_jax.experiment.config.files import Overrides
 from lowrank_jax.experiment.config.schema import Config
-from lowrank_jax.experiment.config.trust import Trust
+from lowrank_jax.experiment.config.trust import Trust, UntrustedCode
 from lowrank_jax.experiment.data import decode, kept
 from lowrank_jax.experiment.errors import UserError, ended_python, of_files
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator
@@ -194,12 +194,21 @@ def _a_config(config: Any) -> Config:
     return config
 
 
-_ARGUMENTS = {"--extend": "extend=True", "--restart": "restart=True", "--schedule": "schedule"}
+_ARGUMENTS = {
+    "--extend": "extend=True",
+    "--restart": "restart=True",
+    "--schedule": "schedule",
+    "--workdir": "workdir",
+    "--split": "split",
+    "--dataset": "dataset",
+    "--data-dir": "data_dir",
+}
+_FLAG = re.compile(rf"(?<!evaluate )({'|'.join(_ARGUMENTS)})(?![\w-])")  # but where a command is quoted
 
 
 def _of_arguments(text: str) -> str:
-    """A message with the arguments of `train` for its flags."""
-    return re.sub(rf"({'|'.join(_ARGUMENTS)})\b", lambda flag: _ARGUMENTS[flag[0]], text)
+    """A message with the arguments of `train` and `evaluate` for their flags."""
+    return _FLAG.sub(lambda flag: _ARGUMENTS[flag[0]], text)
 
 
 @contextlib.contextmanager
@@ -213,6 +222,8 @@ def _explained() -> Iterator[None]:
         raise
     except UserError as error:
         error.args = tuple(_of_arguments(text) for text in error.args)
+        if isinstance(error, UntrustedCode):
+            error.args = (f"{error} To import it: trust_code={[*error.names]!r}",)
         if isinstance(error, configs.ConfigError):
             error.problems = [_of_arguments(problem) for problem in error.problems]
         raise

@@ -1,4 +1,4 @@
-"""The configs that come with the package, by name: in a wheel beside the package's modules, in a checkout in configs/."""
+"""The configs that come with the package, by name, and its documents: in a wheel beside its modules, else in a checkout."""
 
 import ast
 import functools
@@ -13,6 +13,15 @@ def folder() -> pathlib.Path:
     package = pathlib.Path(lowrank_jax.__file__).resolve().parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
+
+
+def documents() -> list[pathlib.Path]:
+    """What there is to read, the README first."""
+    package = pathlib.Path(lowrank_jax.__file__).resolve().parent
+    installed = package / "docs"
+    if installed.is_dir():
+        return [installed / "README.md", installed / "your_own.md"]
+    return [package.parent / "README.md", package.parent / "docs" / "your_own.md"]
 
 
 def names() -> list[str]:

@@ -236,7 +236,7 @@ class Plan:
         total = [
             "total", "", "", "", "",
             with_change(self.params, self.dense_params), with_change(self.macs, self.dense_macs),
-            f"MACs of all but the {unknown} that are not known" if unknown else "",
+            f"without the MACs of {unknown}, which {'is' if unknown == 1 else 'are'} not known" if unknown else "",
         ]  # fmt: skip
         header = ["parameter", "shape", "rank", "method", "execution", "params", "MACs", "note"]
         return [header, *(kernel.row() for kernel in self.kernels), rest, total]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from lowrank_jax.experiment import shipped
 from lowrank_jax.experiment.cli import flag_types
 from lowrank_jax.experiment.errors import BAD_INPUT, DONE, MEANINGS
 
@@ -33,7 +34,8 @@ def parser(
     commands: Mapping[str, Callable[[argparse.Namespace], int]], show_version: Callable[[], None]
 ) -> argparse.ArgumentParser:
     """A parser whose result holds the chosen command's function as `command`, and its name as `called`."""
-    parser = argparse.ArgumentParser(prog="lowrank", description="Train and evaluate low-rank neural networks.", epilog=_STATUS)
+    parser = argparse.ArgumentParser(prog="lowrank", description="Train and evaluate low-rank neural networks.")
+    parser.epilog = "\n".join([_STATUS, "", "documentation:", *(f"  {path}" for path in shipped.documents())])
     parser.add_argument(
         "--version",
         action=_Show,
@@ -299,8 +301,8 @@ _PREFLIGHT = f"""examples:
   lowrank preflight --config=imagenet_resnet50 --topology=v6e:16x16 --config.batch_size=16384 --effort=full
 
 Compiles the training step, the evaluation and the initialisation for a TPU, and compares the memory and time per chip with
-those of the dense network (lowrank.method=none). Needs no TPU, only pip install 'lowrank_jax[tpu-preflight]'. Nothing runs: all
-figures are the compiler's estimates. A slice is a generation (v3, v4, v5e, v5p or v6e) and a topology.
+those of the dense network (lowrank.method=none). Needs no TPU, only pip install 'lowrank_jax[train,tpu-preflight]'. Nothing
+runs: all figures are the compiler's estimates. A slice is a generation (v3, v4, v5e, v5p or v6e) and a topology.
 
 --effort=fast finds the FLOPs of full, and its memory within a few per cent; bytes and times are those of a less optimised
 program. full takes minutes per program.

@@ -52,6 +52,9 @@ class TrainedNetwork:
     _forward: Callable[[dict[str, Any], jax.Array], jax.Array] = dataclasses.field(repr=False)
     _mesh: Mesh = dataclasses.field(repr=False)
 
+    def __repr__(self) -> str:
+        return f"<TrainedNetwork {type(self.model).__name__} of {self.dataset.name}, step {self.step}>"
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """In the order of the labels; their numbers where the data set has no names, nothing where labels are no classes."""

@@ -75,6 +75,12 @@ def test_commands_without_a_config_take_no_settings(lowrank, tmp_path, monkeypat
     assert status == 2 and "--config.seed: this command takes no config" in err and not list(tmp_path.iterdir())
 
 
+def test_the_help_says_where_the_documents_are(lowrank):
+    status, out, _ = lowrank("--help")
+    assert status == 0 and all(path.is_file() and f"  {path}" in out for path in shipped.documents())
+    assert [path.name for path in shipped.documents()] == ["README.md", "your_own.md"]
+
+
 def test_a_new_project_is_a_folder_of_four_files(lowrank, tmp_path):
     folder = tmp_path / "a net"
     status, out, _ = lowrank("new", folder)
@@ -87,11 +93,12 @@ def test_a_new_project_is_a_folder_of_four_files(lowrank, tmp_path):
 
 
 def test_the_model_and_the_data_of_a_new_project_fit_each_other():
-    splits = data.splits()
+    splits = data.splits().splits
+    assert data.splits().class_names == data.SHAPES
     for (images, labels), count in zip((splits["train"], splits["test"]), (600, 150), strict=True):
         assert images.shape == (count, data.SIDE, data.SIDE, 3) and images.dtype == np.uint8
         assert sorted(set(labels)) == [0, 1, 2] and min(np.bincount(labels)) > count / 5
-    again = data.splits()["train"]
+    again = data.splits().splits["train"]
     assert all(np.array_equal(*pair) for pair in zip(splits["train"], again, strict=True))
     net, some = model.Net(num_classes=len(data.SHAPES)), splits["train"][0][:4] / np.float32(255)
     variables = net.init(jax.random.key(0), some)

@@ -176,8 +176,9 @@ def test_code_that_nobody_trusts_is_not_imported(trained, tmp_path, monkeypatch)
     config["model"]["name"] = "payload_of_a_network:Model"
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     for use in (lx.restore, lx.evaluate):
-        with pytest.raises(lx.UntrustedCode, match=r"model\.name 'payload_of_a_network:Model'"):
+        with pytest.raises(lx.UntrustedCode, match=r"model\.name 'payload_of_a_network:Model'") as raised:
             use(tmp_path / "run")
+        assert str(raised.value).endswith(" To import it: trust_code=['payload_of_a_network:Model']")
         assert not (tmp_path / "ran").exists()
     with pytest.raises(lx.CheckpointError, match="another experiment"):  # as its checkpoints know
         lx.restore(tmp_path / "run", trust_code=["payload_of_a_network:Model"])
@@ -207,7 +208,8 @@ def test_code_of_the_data_is_not_imported_where_its_record_serves(tmp_path, monk
 
     net = lx.restore(run, "best")
     assert net(np.zeros((2, 6, 6, 3), np.uint8)).shape == (2, 3) and net.merged().plan is net.plan
-    assert [prediction.error for prediction in net.predict(tmp_path / "a.png")] == [""] and repr(net)
+    assert [prediction.error for prediction in net.predict(tmp_path / "a.png")] == [""]
+    assert repr(net) == f"<TrainedNetwork MLP of data_of_a_test:splits, step {net.step}>"
     with pytest.raises(SystemExit, match="0"):
         main(["predict", f"--workdir={run}", str(tmp_path / "a.png")])
     with pytest.raises(lx.UntrustedCode, match=r"dataset\.name 'data_of_a_test:splits'"):

@@ -51,8 +51,8 @@ def known(builder: str) -> None:
     if ":" in builder or name not in tfds.list_builders(with_community_datasets=False):
         names = tfds.list_builders(with_community_datasets=False) if ":" not in builder else []
         raise DataError(
-            f"TFDS has no data set {builder!r}{did_you_mean(name, names) if names else ''};"
-            " name a builder of your own as package.module:Builder"
+            f"TFDS has no data set {builder!r}{did_you_mean(name, names) if names else ''}"
+            " (a builder of your own is named as package.module:Class)"
         )
 
 
