@@ -333,8 +333,8 @@ _INIT_REPORT = f"""examples:
   lowrank init-report --config=digits_resnet --scales=0.1 --methods=spectral,function_approximation
 
 Trains nothing. Writes OUT.md, OUT.json and OUT.png. Compiles a program for every scale and method, which serves all seeds and
-takes most of the time: of digits_resnet, the smallest network, some ten seconds each on two cores, or three minutes for the
-default 18; of deeper networks more. Choose fewer by --scales and --methods.
+takes most of the time: of digits_resnet, a small network, two to ten seconds each on two cores, so from one to three minutes
+for the default 18; of deeper networks more. Choose fewer by --scales and --methods.
 {_OVERRIDES}"""
 
 
