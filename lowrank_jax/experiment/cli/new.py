@@ -19,7 +19,8 @@ def new(args: argparse.Namespace) -> int:
     config = shlex.quote(str(folder / "config.py"))
     texts = {name: (source / name).read_text(encoding="utf-8") for name in _FILES}
     texts["README.md"] = texts["README.md"].replace("NAME", folder.resolve().name)
-    files.make_folder(folder.parent)
+    if not folder.parent.exists():
+        files.make_folder(folder.parent)
     try:
         folder.mkdir()
     except FileExistsError:

@@ -180,7 +180,7 @@ def test_code_that_nobody_trusts_is_not_imported(trained, tmp_path, monkeypatch)
             use(tmp_path / "run")
         assert str(raised.value).endswith(" To import it: trust_code=['payload_of_a_network:Model']")
         assert not (tmp_path / "ran").exists()
-    with pytest.raises(lx.CheckpointError, match="another experiment"):  # as its checkpoints know
+    with pytest.raises(lx.WorkdirError, match="another experiment"):  # as its records know
         lx.restore(tmp_path / "run", trust_code=["payload_of_a_network:Model"])
     assert (tmp_path / "ran").exists()
 
