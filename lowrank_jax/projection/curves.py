@@ -57,7 +57,7 @@ def curves(w: Any, *, activation: ActivationLike = "relu", group: int = 1, norma
     linalg.check_group(w, group)
     if isinstance(w, jax.core.Tracer):
         raise ValueError("curves need the kernel's values, which a traced array does not have")
-    w = np.asarray(w).astype(np.float64)
+    w = np.asarray(w, np.float64)
     unit = _unit(w)
     act = activations.get(activation)
     with jax.ensure_compile_time_eval():  # numbers are known under an outer jit too
@@ -80,13 +80,14 @@ def _unit(w: np.ndarray) -> float:
 
 def _squares(w: np.ndarray, group: int) -> np.ndarray:
     """(σ_i B_ji)², of every singular vector and output: `[p, outputs]`, by decreasing singular value."""
-    if len(w) <= w.shape[1]:
-        vectors = np.linalg.eigh(w @ w.T)[1][:, ::-1]
-        squares = (vectors.T @ w) ** 2
+    if len(w) < w.shape[1]:
+        _, vectors = np.linalg.eigh(w @ w.T)
+        squares = np.square(vectors.T[::-1] @ w)
     else:
         values, vectors = np.linalg.eigh(w.T @ w)
-        squares = np.maximum(values, 0)[::-1, None] * vectors.T[::-1] ** 2
-    return squares.reshape(len(squares), group, -1).sum(axis=1)
+        squares = np.square(vectors.T[::-1], order="C")
+        squares *= np.maximum(values, 0)[::-1, None]
+    return squares if group == 1 else squares.reshape(len(squares), group, -1).sum(axis=1)
 
 
 _DRAWN = 512  # outputs
