@@ -357,9 +357,9 @@ _INIT_REPORT = f"""examples:
 Trains nothing. Writes OUT.md, OUT.json, OUT.png, and OUT.budgets.png: what is lost by the budget's kind and objective, by
 default by parameters and MACs. Methods are compared at scales; the budget's ranks are in lowrank overview.
 
-Compiles a program for every scale and method, which serves all seeds and takes most of the time: of digits_resnet, the smallest
-network, two to ten seconds each on two cores, so one to three minutes for the default 18; of deeper networks more. Choose fewer by
---scales and --methods.
+Compiles a program for every scale and method, which serves all seeds and takes most of the time: of digits_resnet, a small
+network, two to ten seconds each on two cores, so one to three minutes for the default 18; of deeper networks more. Choose fewer
+by --scales and --methods.
 {_OVERRIDES}"""
 
 
