@@ -206,8 +206,9 @@ class _Table(NamedTuple):
             weight = part if values.ndim == 1 else part[:, None]
             return values[lower] * (1 - weight) + values[upper] * weight
 
-        risk, variance, lost, correlation = map(between, rows)
-        return cls(risk * size**2, variance * size**2, lost, correlation)
+        # Powers of the length are read exactly.
+        risk, variance = (np.exp(between(np.log(np.maximum(whole, 1e-37)))) * size**2 for whole in rows[:2])
+        return cls(risk, variance, between(rows.lost), between(rows.correlation))
 
     def read(self, cosine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`lost` and `correlation` at cosines `[ranks, outputs]`."""
