@@ -56,8 +56,8 @@ def curves_of_kernels(
             if given is None:
                 found[kernel.name][place] = _of_gaussian(settings)
             elif moments is None or _has_moments(kernel, place, moments):
-                matrices = choice.view.to_matrix(given)  # type: ignore[arg-type]
-                found[kernel.name][place] = _of_values(settings, matrices, moment)
+                matrices = choice.view.to_matrix(given)  # type: ignore[arg-type]  # of NumPy in, of NumPy out
+                found[kernel.name][place] = _of_values(settings, np.asarray(matrices), moment)
     return found
 
 

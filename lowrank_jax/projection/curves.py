@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lowrank_jax.projection import activations, linalg
 from lowrank_jax.projection.activations import Activation, ActivationLike
@@ -55,7 +56,7 @@ def curves(w: Any, *, activation: ActivationLike = "relu", group: int = 1, norma
         raise ValueError(f"unknown normalisation {normalized!r}{did_you_mean(str(normalized), get_args(Normalization))}")
     linalg.check_matrix(w)
     linalg.check_group(w, group)
-    if isinstance(w, jax.core.Tracer):
+    if isinstance(w, Tracer):
         raise ValueError("curves need the kernel's values, which a traced array does not have")
     w = np.asarray(w, np.float64)
     unit = _unit(w)
