@@ -50,14 +50,14 @@ def curves_of_kernels(
     if values is not None and moments is not None:
         _check_moments(kernels, moments)
     for kernel in kernels:
-        given, moment = None if values is None else np.asarray(values[kernel.name]), (moments or {}).get(kernel.name)
+        given, moment = None if values is None else values[kernel.name], (moments or {}).get(kernel.name)
         for place, choice in enumerate(kernel.choices):
             settings = _Settings.of(kernel, place)
             if given is None:
                 found[kernel.name][place] = _of_gaussian(settings)
             elif moments is None or _has_moments(kernel, place, moments):
-                matrices = choice.view.to_matrix(given)  # type: ignore[arg-type]
-                found[kernel.name][place] = _of_values(settings, matrices, moment)
+                matrices = choice.view.to_matrix(given)  # type: ignore[arg-type]  # of NumPy in, of NumPy out
+                found[kernel.name][place] = _of_values(settings, np.asarray(matrices), moment)
     return found
 
 
@@ -156,7 +156,8 @@ def _is_leaf(node: Any) -> bool:
     return is_low_rank(node) or (not isinstance(node, Mapping) and hasattr(node, "unbox"))
 
 
-def _values(kernels: Sequence[PlannedKernel], variables: Any) -> dict[str, jax.Array]:
+def _values(kernels: Sequence[PlannedKernel], variables: Any) -> dict[str, np.ndarray]:
+    """The kernels, on the host."""
     params = variables["params"] if isinstance(variables, Mapping) and "params" in variables else variables
     leaves = named_leaves(jax.tree.map(without_box, params, is_leaf=_is_leaf), is_leaf=is_low_rank)
     problems = []
@@ -169,8 +170,8 @@ def _values(kernels: Sequence[PlannedKernel], variables: Any) -> dict[str, jax.A
             problems.append(f"{kernel.name}: is a shape without values")
         elif not jnp.issubdtype(leaf.dtype, jnp.floating):
             problems.append(f"{kernel.name}: is {leaf.dtype}, not real numbers")
-        elif not linalg.known_finite(leaf):
+        elif not np.isfinite(np.asarray(leaf)).all():
             problems.append(f"{kernel.name}: has values that are not finite")
     if problems:
         raise ValueError("the variables do not fit the plan:\n  " + "\n  ".join(problems))
-    return {kernel.name: leaves[kernel.name] for kernel in kernels}
+    return {kernel.name: np.asarray(leaves[kernel.name]) for kernel in kernels}

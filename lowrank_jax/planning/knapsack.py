@@ -243,7 +243,7 @@ def hull(cost: np.ndarray, loss: np.ndarray) -> list[int]:
         falling = np.append(order[0], falling)
     corners: list[tuple[int, float, float]] = []
     for three in zip(falling.tolist(), cost[falling].tolist(), loss[falling].tolist(), strict=True):
-        while len(corners) > 1 and not _turns(*corners[-2:], three):
+        while len(corners) > 1 and not _turns(corners[-2], corners[-1], three):
             corners.pop()
         corners.append(three)
     return [option for option, *_ in corners]
@@ -293,7 +293,7 @@ def _filled(kernels: Sequence[Options], chosen: Chosen, limits: np.ndarray, move
 def _drops(kernels: Sequence[Options], chosen: Chosen, left: np.ndarray) -> list[tuple[float, int]]:
     """The largest drop of every kernel that has one within what is left of the budgets, and the kernel."""
     flat = _Flat.of(kernels)
-    at = flat.starts + chosen
+    at = flat.starts + np.array(chosen)
     fits = (flat.cost - flat.cost[:, at][:, flat.owner] <= left[:, None]).all(axis=0)
     drops = flat.least(np.where(fits, flat.loss, np.inf)) - flat.loss[at]
     return [(float(drops[number]), int(number)) for number in np.flatnonzero(drops < 0)]

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from lowrank_jax.projection import activations, linalg
 from lowrank_jax.projection.activations import Activation, ActivationLike
@@ -55,7 +56,7 @@ def curves(w: Any, *, activation: ActivationLike = "relu", group: int = 1, norma
         raise ValueError(f"unknown normalisation {normalized!r}{did_you_mean(str(normalized), get_args(Normalization))}")
     linalg.check_matrix(w)
     linalg.check_group(w, group)
-    if isinstance(w, jax.core.Tracer):
+    if isinstance(w, Tracer):
         raise ValueError("curves need the kernel's values, which a traced array does not have")
     w = np.asarray(w, np.float64)
     unit = _unit(w)
@@ -206,8 +207,9 @@ class _Table(NamedTuple):
             weight = part if values.ndim == 1 else part[:, None]
             return values[lower] * (1 - weight) + values[upper] * weight
 
-        risk, variance, lost, correlation = map(between, rows)
-        return cls(risk * size**2, variance * size**2, lost, correlation)
+        # Powers of the length are read exactly.
+        risk, variance = (np.exp(between(np.log(np.maximum(whole, 1e-37)))) * size**2 for whole in rows[:2])
+        return cls(risk, variance, between(rows.lost), between(rows.correlation))
 
     def read(self, cosine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`lost` and `correlation` at cosines `[ranks, outputs]`."""

@@ -2,9 +2,9 @@
 
 UPDATE_GOLDEN=1 python -m pytest tests/planning/test_golden.py      rewrites them.
 
-The curves are of Gaussian kernels drawn with a fixed key and decomposed in float32.  Draws of equal keys and the last digits of
-a decomposition may differ between versions and devices, and where two kernels' next ranks are worth the same to a few digits,
-either may get its rank: so a rank may differ by one, or by what one per cent of the budget buys.
+The curves are of Gaussian kernels, drawn with a fixed seed by NumPy.  Draws of equal seeds may differ between its versions, and
+where two kernels' next ranks are worth the same to a few digits, either may get its rank: so a rank may differ by one, or by
+what one per cent of the budget buys.
 """
 
 import functools

@@ -97,3 +97,19 @@ def test_a_hull_has_growing_slopes_and_starts_with_the_cheapest():
     cost, loss = np.array([1.0, 2, 3, 4, 5, 1]), np.array([np.inf, 4, 3.9, 1, 0, 9])
     assert knapsack.hull(cost, loss) == [5, 1, 3, 4]
     assert knapsack.hull(np.array([1.0, 2]), np.array([np.inf, 1])) == [0, 1]
+
+
+def test_weights_between_those_that_are_tried_first_count_too():
+    """Of this kernel only some weights between a half and three quarters choose the option that fits."""
+    kernel = Options(np.array([[1, 0.2, 1.5], [1, 3, 0.3]]), np.array([1.0, 0.5, 0.2]))
+    assert knapsack.least_sum([kernel], np.ones(2)) == [0]
+
+
+def test_alike_kernels_are_changed_one_by_one():
+    [kernel] = network(0, kernels=1)
+    alike, known = [kernel] * 4, corners([kernel])
+    costs = [kernel.cost[0, option] for option in knapsack.hull(kernel.cost[0], kernel.loss)]
+    for changed in range(5):
+        limit = (4 - changed) * known[0][0] + changed * costs[1]
+        found = knapsack.least_sum(alike, np.array([limit + 1e-9]))
+        assert knapsack.total_loss(alike, found) == pytest.approx(brute(alike, limit + 1e-9))

@@ -1,5 +1,8 @@
 """Curves against the singular value decomposition in float64 and the dual activation, rank by rank."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +10,7 @@ import pytest
 
 from lowrank_jax import projection
 from lowrank_jax.projection import activations
-from lowrank_jax.projection.curves import curves, curves_of_stacks
-from lowrank_jax.projection.stack import Stack
+from lowrank_jax.projection.curves import curves, gaussian_curves
 
 
 def kernel(n, m, seed=0, spread=1.0):
@@ -16,30 +18,43 @@ def kernel(n, m, seed=0, spread=1.0):
     return (draw.normal(size=(n, m)) * np.exp(spread * draw.normal(size=m))).astype(np.float32)
 
 
+@functools.partial(jax.jit, static_argnames="act")
+def risks(act, size, rho):
+    """Of outputs `[outputs]`: of nothing, of an output of the same length, of the best one, and of that length at a cosine."""
+    nothing = jnp.zeros_like(size)
+    best = act.risk(size, act.best_length(size, rho), rho)
+    return act.risk(size, nothing, nothing), act.risk(size, size, nothing), best, act.risk(size, size, rho)
+
+
 def directly(w, activation, group, normalized):
     """By LAPACK's decomposition, and the risks of every output at every rank."""
-    act = activations.get(activation)
     _, s, bt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
     energy = ((s[:, None] * bt) ** 2).reshape(len(s), group, -1).sum(axis=1)
     rho = np.sqrt(np.minimum(np.cumsum(energy, axis=0) / energy.sum(axis=0), 1)).astype(np.float32)
     size = np.sqrt(energy.sum(axis=0)).astype(np.float32)
     if normalized is not None:
         size = np.ones_like(size) if normalized == "each" else size / np.sqrt((size**2).mean())
-    sizes, nothing = np.broadcast_to(size, rho.shape), np.zeros_like(size)
-    lost = act.risk(sizes, act.best_length(sizes, rho), rho).sum(axis=1) / act.risk(size, nothing, nothing).sum()
-    variance = act.risk(size, size, nothing)
-    kept = 1 - act.risk(sizes, sizes, rho) / variance
-    return lost, (kept**2 * variance).sum(axis=1) / variance.sum()
+    padding = (0, MOST - rho.size)  # to one shape, which is compiled once
+    sizes, cosines = np.pad(np.broadcast_to(size, rho.shape).ravel(), padding, "edge"), np.pad(rho.ravel(), padding)
+    whole, variance, best, same = (
+        np.asarray(part, np.float64)[: rho.size].reshape(rho.shape)
+        for part in risks(activations.get(activation), sizes, cosines)
+    )
+    kept = 1 - same / variance
+    return best.sum(axis=1) / whole[0].sum(), (kept**2 * variance).sum(axis=1) / variance[0].sum()
 
 
-@pytest.mark.parametrize("normalized", [None, "each", "together"])
+MOST = 7 * 12  # outputs times ranks
+SHAPES = ((12, 7, 1), (7, 12, 1), (9, 12, 3))
+
+
 @pytest.mark.parametrize("activation", ["relu", "identity", "leaky_relu", "silu", "tanh"])
-def test_every_rank_is_what_its_projection_loses(activation, normalized):
-    for n, m, group in ((12, 7, 1), (7, 12, 1), (9, 12, 3)):
+def test_every_rank_is_what_its_projection_loses(activation):
+    atol = 1e-5 if activation in ("relu", "identity", "leaky_relu") else 2e-3  # read linearly off a table
+    for normalized, (n, m, group) in itertools.product((None, "each", "together"), SHAPES):
         w = kernel(n, m)
         found = curves(w, activation=activation, group=group, normalized=normalized)
         lost, kept = directly(w, activation, group, normalized)
-        atol = 1e-5 if activation in ("relu", "identity", "leaky_relu") else 2e-3  # read linearly off a table
         np.testing.assert_allclose(found.risk, lost, atol=atol)
         np.testing.assert_allclose(found.correlation, kept, atol=atol)
 
@@ -58,28 +73,49 @@ def test_it_is_the_risk_of_the_projection_and_the_correlation_that_samples_have(
 
 
 def test_risks_fall_and_correlations_rise_to_the_whole():
-    for activation in ("relu", "gelu"):
+    for activation in ("relu", "silu"):
         found = curves(kernel(40, 40), activation=activation)
         assert (np.diff(found.risk) <= 1e-6).all() and (np.diff(found.correlation) >= -1e-6).all()
         assert abs(found.risk[-1]) < 1e-5 and abs(found.correlation[-1] - 1) < 1e-5
 
 
-def test_many_shapes_together_are_what_they_are_alone():
-    settings = [
-        (12, 7, "relu", 1, None),
-        (30, 20, "silu", 1, "together"),
-        (8, 24, "relu", 3, "each"),
-        (7, 12, "identity", 1, None),
+@pytest.mark.parametrize("normalized", [None, "each", "together"])
+@pytest.mark.parametrize(("n", "m", "group"), [(24, 40, 1), (96, 64, 1), (64, 96, 1), (64, 64, 1), (48, 96, 3)])
+def test_gaussian_curves_are_those_of_drawn_kernels(n, m, group, normalized):
+    """Within twice what single draws differ by, and what a large matrix's largest singular value is off by."""
+    drawn = [
+        curves(np.random.default_rng(seed).normal(size=(n, m)) / np.sqrt(n * group), group=group, normalized=normalized)
+        for seed in range(12)
     ]
-    stacks = [
-        Stack(None, jnp.stack([kernel(n, m, seed) for seed in range(2)]), 1, act, group) for n, m, act, group, _ in settings
-    ]
-    together = jax.jit(lambda: curves_of_stacks(stacks, [normalized for *_, normalized in settings]))()
-    for found, stack, (*_, act, group, normalized) in zip(together, stacks, settings, strict=True):
-        for i in range(2):
-            alone = curves(stack.w[i], activation=act, group=group, normalized=normalized)
-            np.testing.assert_allclose(found.risk[i], alone.risk, atol=1e-4)
-            np.testing.assert_allclose(found.correlation[i], alone.correlation, atol=1e-4)
+    found = gaussian_curves(n, m, group=group, normalized=normalized)
+    assert found.energy[-1] == pytest.approx(1) and found.risk[-1] == pytest.approx(0, abs=1e-6)
+    for name in found._fields:
+        values = np.array([getattr(one, name) for one in drawn])
+        assert (np.abs(getattr(found, name) - values.mean(axis=0)) <= 2 * values.std(axis=0) + 0.004).all()
+
+
+def test_gaussian_outputs_have_length_one():
+    """So that activations find them where those of a fresh layer are: at other lengths a steep one loses other shares."""
+    for n, m, group in ((48, 80, 1), (80, 48, 1), (48, 96, 2)):
+        w = np.random.default_rng(0).normal(size=(n, m)) / np.sqrt(n * group)
+        drawn, longer = (curves(scale * w, activation="tanh", group=group).risk for scale in (1, 2))
+        found = gaussian_curves(n, m, activation="tanh", group=group).risk
+        assert np.abs(found - drawn).max() < 0.015 and np.abs(found - longer).max() > 0.03
+
+
+def test_a_shape_compiles_nothing(caplog):
+    gaussian_curves(12, 7, activation="silu")
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        gaussian_curves(33, 21, activation="silu")
+    assert not [record for record in caplog.records if "ompil" in record.message]
+
+
+def test_traced_kernels_are_refused_and_constants_are_known():
+    with pytest.raises(ValueError, match="traced"):
+        jax.jit(lambda w: curves(w).risk)(kernel(4, 3))
+    found = []
+    jax.jit(lambda x: found.append(curves(kernel(4, 3), activation="silu")) or x)(1.0)
+    np.testing.assert_array_equal(found[0].risk, curves(kernel(4, 3), activation="silu").risk)
 
 
 def test_zero_outputs_do_not_count_and_a_zero_kernel_loses_nothing():
