@@ -2,8 +2,7 @@
 
 from typing import NoReturn
 
-from lowrank_jax.experiment import interrupts
-from lowrank_jax.experiment.cli import streams
+from lowrank_jax.experiment import interrupts, streams
 
 
 def main() -> NoReturn:

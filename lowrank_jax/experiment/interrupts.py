@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from lowrank_jax.experiment.cli import streams
+from lowrank_jax.experiment import streams
 
 SIGNALS = {signal.SIGHUP: "ended by SIGHUP", signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
 """What is said of each, once it has ended a command; the status is 128 and its number."""
@@ -35,6 +35,7 @@ _receivers: list[Receive] = []
 _clean_ups: list[Callable[[], object]] = []
 _leave: list[Callable[[int, str], NoReturn]] = []
 _too_late = False
+_reached: int | None = None  # the status of a command that has nothing left to do
 _dropping = False
 
 
@@ -114,11 +115,16 @@ def leave_by(leave: Callable[[int, str], NoReturn]) -> None:
     _leave.append(leave)
 
 
-def too_late() -> None:
-    """The work is done, and its status stands: SIGTERM and SIGHUP no longer change it; Ctrl-C is still obeyed."""
-    global _too_late
+def too_late(status: int | None = None) -> None:
+    """The work is done, and its status stands: SIGTERM and SIGHUP no longer change it; Ctrl-C is still obeyed.
+
+    Args:
+      status: of a command that has nothing left to do: these signals end it with this one.  Python may still be waiting for
+        threads that somebody's code has left behind.
+    """
+    global _too_late, _reached
     with _alone():
-        _too_late = True
+        _too_late, _reached = True, status
 
 
 @contextlib.contextmanager
@@ -203,8 +209,10 @@ def end(status: int, message: str) -> NoReturn:
 
 
 def _end(number: int) -> None:
-    if not (_too_late and number != signal.SIGINT):
+    if number == signal.SIGINT or not _too_late:
         _end_with(128 + number, f"lowrank: {SIGNALS[signal.Signals(number)]}")
+    if _reached is not None and not _leave:  # several processes end together
+        _end_with(_reached, "")
 
 
 def _end_with(status: int, message: str) -> NoReturn:
@@ -216,7 +224,7 @@ def _end_with(status: int, message: str) -> NoReturn:
     for leave in _leave:
         leave(status, message)
     with contextlib.suppress(OSError):
-        os.write(2, f"{message}\n".encode())
+        os.write(2, f"{message}\n".encode() if message else b"")
     os._exit(status)
 
 

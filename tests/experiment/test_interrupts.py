@@ -219,6 +219,17 @@ def test_signals_of_a_fork_are_its_own():
         assert process.communicate() == ("cleaned\n", INTERRUPTED[2])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_waits_for_threads_left_behind_ends_with_the_status_that_it_has(number):
+    code = """
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    interrupts.too_late(3)
+    ready()
+    sys.exit(3)
+    """
+    assert signalled(code, number) == (3, "", "")
+
+
 def test_nohup_is_respected():
     code = """
     with StopSignal() as stop:
@@ -242,7 +253,7 @@ def test_a_library_that_takes_a_signal_gives_it_back():
 
 
 UNREAD = """
-from lowrank_jax.experiment.cli import streams
+from lowrank_jax.experiment import streams
 streams._UNREAD = 0.5
 streams.keep_open()
 

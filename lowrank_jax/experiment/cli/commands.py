@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = parser(_COMMANDS, version.show).parse_args(rest)
     args.overrides, args.given = overrides, arguments[1:]
     status = _status(args)
-    interrupts.too_late()
+    interrupts.too_late(status)
     sys.exit(status)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests import running
 
-START = "import os, sys\nfrom lowrank_jax.experiment.cli import streams\nstreams.keep_open()\n"
+START = "import os, sys\nfrom lowrank_jax.experiment import streams\nstreams.keep_open()\n"
 
 
 def program(code, **kwargs):
