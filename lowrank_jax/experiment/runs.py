@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -79,7 +79,17 @@ def load_config(config: Path | ConfigDict, overrides: Overrides = ()) -> Config:
     """
     _begin()
     with _explained():
-        return configs.read(config if isinstance(config, ConfigDict) else os.fspath(config), overrides)
+        if not isinstance(config, str | os.PathLike | ConfigDict):
+            raise UserError(f"load_config takes a path, a name or a ConfigDict, not a {type(config).__name__}")
+        _check_overrides(overrides)
+        return configs.read(config if isinstance(config, ConfigDict) else str(os.fspath(config)), overrides)
+
+
+def _check_overrides(overrides: Any) -> None:
+    pairs = list(overrides.items()) if isinstance(overrides, Mapping) else overrides
+    named = isinstance(pairs, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
+    if not named or not all(isinstance(key, str) for key, _ in pairs):
+        raise UserError(f'overrides are values by dotted key, such as {{"lowrank.scale": 0.1}}, not {shown(overrides)}')
 
 
 def train(config: Config, workdir: Path, *, restart: bool = False, extend: bool = False, schedule: str | None = None) -> Run:

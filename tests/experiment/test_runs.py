@@ -47,6 +47,24 @@ def trained(config, tmp_path_factory):
     return lx.train(config, tmp_path_factory.mktemp("runs") / "a")
 
 
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        (5, ()),
+        (b"digits_resnet", ()),
+        (None, ()),
+        ("digits_resnet", None),
+        ("digits_resnet", 5),
+        ("digits_resnet", {5: 3}),
+        ("digits_resnet", "seed=1"),
+        ("digits_resnet", ["seed"]),
+    ],
+)
+def test_what_is_no_config_and_what_are_no_overrides_is_refused(config, overrides):
+    with pytest.raises(lx.UserError, match=r"load_config takes a path|overrides are values by dotted key"):
+        lx.load_config(config, overrides)
+
+
 def test_a_config_is_that_of_the_command_line(config):
     pairs = [(key, str(value)) for key, value in SMALL.items()]
     assert config == configs.read(str(CONFIG), pairs, devices=jax.device_count())
