@@ -74,7 +74,9 @@ def _make_phase(settings: "OptimConfig", lr: Any, total_steps: int, in_steps: Ca
     return optax.join_schedules([lambda step: lr * (step + 1) / warmup, after], [warmup])
 
 
-def make_optimizer(settings: "OptimConfig", schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: "OptimConfig", schedule: optax.Schedule, params: Any, also: Sequence[str] = ()
+) -> optax.GradientTransformation:
     """The optimiser with clipping and decay.
 
     Decay is added to the gradient in `sgd`, `rmsprop` and `lars`, and decoupled from it in `adamw` and `lamb`.  `rmsprop` is
@@ -91,11 +93,12 @@ def make_optimizer(settings: "OptimConfig", schedule: optax.Schedule, params: An
         take no weight decay.
       schedule: the learning rate.
       params: the parameters or their shapes, for their names.
+      also: names that parameters may have in another phase of training, which rules may be for.
 
     Raises:
       ValueError: the optimiser is unknown, a rule matches no parameter, or a parameter is matched by no rule.
     """
-    decays, rate = _decays(settings, params), optax.scale_by_learning_rate(schedule)
+    decays, rate = _decays(settings, params, also), optax.scale_by_learning_rate(schedule)
     clip = [optax.clip_by_global_norm(settings.clip_norm)] if settings.clip_norm else []
     momentum = {"momentum": settings.momentum, "nesterov": settings.nesterov}
     if settings.name == "sgd":
@@ -113,9 +116,9 @@ def make_optimizer(settings: "OptimConfig", schedule: optax.Schedule, params: An
     return optax.chain(*clip, *core)
 
 
-def _decays(settings: "OptimConfig", params: Any) -> list[optax.GradientTransformation]:
+def _decays(settings: "OptimConfig", params: Any, also: Sequence[str]) -> list[optax.GradientTransformation]:
     skip_factors = settings.frobenius_decay + settings.nuclear_decay > 0
-    multipliers = decay_multipliers(params, settings.decay_rules, skip_factors=skip_factors)
+    multipliers = decay_multipliers(params, settings.decay_rules, skip_factors=skip_factors, also=also)
     decays = [
         optax.add_decayed_weights(settings.weight_decay * multiplier, mask=_mask(multipliers, multiplier))
         for multiplier in sorted(set(multipliers.values()))
@@ -138,14 +141,16 @@ def _no_guides(params: Any) -> Any:
     return map_named(lambda name, _: names[name] == name, params)
 
 
-def decay_multipliers(params: Any, rules: Sequence[tuple[str, float]], *, skip_factors: bool) -> dict[str, float]:
-    """The multiplier of weight decay of every parameter, by name.
+def decay_multipliers(
+    params: Any, rules: Sequence[tuple[str, float]], *, skip_factors: bool, also: Sequence[str] = ()
+) -> dict[str, float]:
+    """The multiplier of weight decay of every parameter, by name; `also` as in `make_optimizer`.
 
     Raises:
       ValueError: a rule matches no parameter, or a parameter is matched by no rule.
     """
     names = names_in_rules(params)
-    matches = first_match([path for path, _ in rules], list(names.values()))
+    matches = first_match([path for path, _ in rules], list(dict.fromkeys([*names.values(), *also])))
     multipliers, uncovered = {}, []
     for name, called in names.items():
         index = matches[called]

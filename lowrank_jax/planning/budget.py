@@ -33,6 +33,8 @@ class Request:
             raise ValueError("give one budget, or two: params, macs, bytes or seconds")
         for kind, value in given.items():
             _check_budget(kind, value)
+        if {"bytes", "seconds"} <= given.keys():  # itemsize would be that of parameters, and of activations
+            raise ValueError("bytes and seconds cannot be budgets at once; give params in the place of bytes")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {self.objective!r}{did_you_mean(self.objective, OBJECTIVES)}")
         if not is_number(self.min_scale) or not 0 <= self.min_scale <= 1:

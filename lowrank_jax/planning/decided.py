@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lowrank_jax.kernel import Execution
 from lowrank_jax.planning.decide import problem
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
 
@@ -48,9 +49,19 @@ def _decided(kernel: PlannedKernel, entry: Any) -> PlannedKernel:
     choice, rank = _choice(kernel, entry["rows"]), entry["rank"]
     if type(rank) is not int or rank < 1 or problem(choice, rank):
         raise ValueError(f"{kernel.name} cannot have rank {rank!r}")
-    if entry["execution"] not in _EXECUTIONS or premerged != (entry["execution"] == "premerged"):
+    if entry["execution"] not in _EXECUTIONS:
         raise ValueError(f"{kernel.name} cannot run {entry['execution']!r}")
-    return FactoredKernel(**common, choice=choice, rank=rank, execution=entry["execution"], note=note)
+    return FactoredKernel(**common, choice=choice, rank=rank, execution=_execution(kernel, entry["execution"]), note=note)
+
+
+def _execution(kernel: PlannedKernel, decided: Execution | None) -> Execution | None:
+    """How a kernel runs: as its rule says by now, or else as a budget counted on."""
+    if kernel.execution == "premerged":
+        return "premerged"
+    assert kernel.rule is not None
+    if kernel.rule.execution != "auto":
+        return kernel.rule.execution
+    return None if decided == "premerged" else decided
 
 
 def _choice(kernel: PlannedKernel, rows: Any) -> Choice:

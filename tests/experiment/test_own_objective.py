@@ -23,6 +23,7 @@ from lowrank_jax.experiment.training.class_weights import balanced, with_class_w
 from lowrank_jax.experiment.training.evaluate import evaluate
 from lowrank_jax.experiment.training.log_window import Diverged
 from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.training.phases import phases_of
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 
@@ -282,7 +283,7 @@ def test_balanced_classes_count_the_same_and_an_example_counts_one_on_average():
     with pytest.raises(configs.ConfigError, match="class 1 does not occur"):
         balanced(np.array([3, 0]))
     split = Drawn(KINDS["maps"], SIZES["train"])
-    experiment = with_class_weights(build(config("maps", objective__class_weights="balanced")), split)
+    experiment = with_class_weights(phases_of(config("maps", objective__class_weights="balanced")), split).last
     labels = split.plain(np.arange(len(split)))["label"]
     assert experiment.class_weights == balanced(np.bincount(labels.ravel(), minlength=3))
     assert experiment.objective.class_weights == experiment.class_weights

@@ -54,13 +54,15 @@ class Output:
 
 def _write(path: pathlib.Path, content: bytes) -> None:
     """Completely or not at all, where that can be: a full disk must not cost what was there before."""
-    if path.is_file() and os.access(path.parent, os.W_OK):
+    if not path.is_file():  # a terminal, which may wait for its reader
+        path.write_bytes(content)
+    elif os.access(path.parent, os.W_OK):
         mode = stat.S_IMODE(path.stat().st_mode)
         write(path, content)
         path.chmod(mode)
-        return
-    with interrupts.held_back():
-        path.write_bytes(content)
+    else:
+        with interrupts.held_back():
+            path.write_bytes(content)
 
 
 _open: set[pathlib.Path] = set()

@@ -31,8 +31,8 @@ def make_plan(config: Config) -> Plan:
     Raises:
       ConfigError: see `check_plan`.
     """
-    budget = budget_arguments(config)
-    return _allocated(plan_by_rules(config), *budget) if budget else plan_by_rules(config)
+    plan, budget = plan_by_rules(config), budget_arguments(config)
+    return _allocated(plan, tuple(kernel.normalized for kernel in plan.kernels), *budget) if budget else plan
 
 
 def has_budget(config: Config) -> bool:
@@ -69,7 +69,8 @@ def allocated(config: Config, plan: Plan, **values: Any) -> Plan:
 
 
 @functools.cache
-def _allocated(plan: Plan, *budget: tuple[str, Any]) -> Plan:
+def _allocated(plan: Plan, _normalized: tuple[str | None, ...], *budget: tuple[str, Any]) -> Plan:
+    # Equal plans may differ in what follows their kernels.
     with _budget_named():
         return allocate(plan, **dict(budget))
 

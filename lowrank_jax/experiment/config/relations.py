@@ -272,10 +272,16 @@ def _plan_problems(config: Config) -> list[str]:
     return []
 
 
+_FORGETFUL = ("random", "unit_spectral")
+"""Methods that do not keep what a trained kernel does."""
+
+
 def _rule_problems(config: Config, wrong: set[str]) -> list[str]:
     low = config.lowrank
     if low.self_guided is not None and low.dense_warmup is not None:
         return [f"lowrank.self_guided: {low.self_guided}, and dense_warmup is set too; training begins with one of them"]
+    if low.dense_warmup is not None and low.method in _FORGETFUL:
+        return [f"lowrank.method: {low.method!r}; it would forget what the dense warm-up has learned"]
     if problems := _budget_problems(low.budget, wrong):
         return problems
     if low.budget.amounts:

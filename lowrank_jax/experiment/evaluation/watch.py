@@ -11,6 +11,7 @@ from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation import selection
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator, Subject, complaint
 from lowrank_jax.experiment.evaluation.results import Rows
+from lowrank_jax.experiment.training import ranks
 from lowrank_jax.experiment.training.evaluate import Interrupted
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints
@@ -78,7 +79,7 @@ class _WatchedRun:
         self._folder = Workdir(workdir)
         self._folder.check_bucket()
         self._subject: Subject | None = None  # None before the folder exists
-        self._config: dict[str, Any] = {}
+        self._known: tuple[Any, Any] = None, None
         self._done: set[int] = set()
         self._suspects: set[int] = set()  # steps that could not be read at the last poll
         self._stack = contextlib.ExitStack()
@@ -103,8 +104,9 @@ class _WatchedRun:
                 self._let_go()
             return
         try:
-            if self._subject and self._folder.read_config() != self._config:
-                self._complain(f"{self.workdir}: config.json has changed; looked at anew")
+            if self._subject and self._settings() != self._known:
+                if self._folder.read_config() != self._known[0]:
+                    self._complain(f"{self.workdir}: config.json has changed; looked at anew")
                 self._let_go()
             self._look(self._subject or self._open())
         except Interrupted:
@@ -113,13 +115,17 @@ class _WatchedRun:
             self._fail(error)
             self.finished = True
 
+    def _settings(self) -> tuple[Any, Any]:
+        """What the run's network follows from: its config, and the ranks that a warm-up may end with."""
+        return self._folder.read_config(), self._folder.read_json(ranks.NAME)
+
     def _let_go(self) -> None:
         """Forgets the run: whatever comes in its place has steps of the same numbers, and files of its own."""
         self._stack.close()
         self._subject, self._done, self._suspects = None, set(), set()
 
     def _open(self) -> Subject:
-        self._config = self._folder.read_config()
+        self._known = self._settings()
         self._subject = subject = self._evaluator.open(self.workdir)
         for warning in selection.warnings({}, subject.data_changed):
             self._complain(f"{self.workdir}: {warning}")

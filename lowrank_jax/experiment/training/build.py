@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from lowrank_jax.experiment import optim
 from lowrank_jax.experiment.config.files import ConfigError
-from lowrank_jax.experiment.config.plan import make_plan
+from lowrank_jax.experiment.config.plan import has_budget, make_plan, plan_by_rules
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.experiment.hosts import votes
@@ -259,7 +259,7 @@ def build(
             in_steps=config.in_steps,
             extensions=[(end, how) for end, (_, how) in zip(config.phase_ends, config.extensions, strict=False)],
         )
-        return schedule, optim.make_optimizer(config.optim, schedule, weights.params)
+        return schedule, optim.make_optimizer(config.optim, schedule, weights.params, _names_of_phases(config))
 
     try:
         _, optimizer = make_optimizer(config.peak_lr)
@@ -273,6 +273,14 @@ def build(
         raise ConfigError(source, [f"mesh.rules: {line}" for line in str(error).splitlines()]) from error
     shapes = _placed(shapes, shardings)
     return Experiment(config, dataset, network, plan, make_optimizer, mesh, shapes, guided_steps=guided_steps)
+
+
+def _names_of_phases(config: Config) -> list[str]:
+    """What the parameters that a budget or a warm-up decides about may be called, before and after."""
+    if not (has_budget(config) or config.starts_dense):
+        return []
+    kernels = [kernel.name for kernel in plan_by_rules(config).kernels if kernel.choices]
+    return [f"{name}{part}" for name in kernels for part in ("", "/u", "/v")]
 
 
 def _mesh(config: Config, devices: Sequence[Any] | int | None) -> Mesh:

@@ -374,13 +374,18 @@ class Loop:
             return
         self.check_finite(evaluated)
         self.evaluated, self.evals[self.step] = evaluated, evaluated["eval"]
-        current, best = score(evaluated, self.objective.best), self.checkpoints.best()
+        current, best = self.score_of(evaluated), self.checkpoints.best()
         self.improved = current is not None and (best is None or current > self.checkpoints.best_score())
         if current is not None:
             self.checkpoints.note_score(self.step, current)
         self.write_evaluation(evaluated)
         if self.tools.on_evaluation:
             self.tools.on_evaluation(self.step, evaluated)
+
+    def score_of(self, evaluated: Evaluated | None) -> float | None:
+        """By which the best checkpoint is chosen; the dense network of a warm-up is no rival to the low-rank one."""
+        warming_up = self.config.starts_dense and self.phases.at(self.step) is not self.phases.last
+        return None if evaluated is None or warming_up else score(evaluated, self.objective.best)
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps and at the end happens now."""
@@ -434,11 +439,12 @@ class Loop:
         info = {
             "data": self.feed.get_state(),
             "evaluated": self.evaluated,
-            "score": score(self.evaluated, self.objective.best) if self.evaluated else None,
+            "score": self.score_of(self.evaluated),
             "seconds": self.seconds(),
             "window": self.window.check(self.saved),  # what is saved is good
             "metrics": self.tools.folder.metrics.digest(),
             "stable_ranks": self.stable_ranks.rows,
+            "low_rank": self.phases.at(self.step) is self.phases.last,
             "jax": jax_settings(),
         }
         self.checkpoints.save(self.step, self.state.saved(), info)

@@ -8,6 +8,7 @@ from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.hosts.processes import exchange
 from lowrank_jax.experiment.workdir import step_folders
+from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.files import is_count
 from lowrank_jax.experiment.workdir.identity import check_experiment, digest_of
 from lowrank_jax.experiment.workdir.workdir import Workdir
@@ -51,9 +52,12 @@ def read(folder: Workdir, config: Config) -> Decided | None:
 def _check_not_lost(folder: Workdir, config: Config) -> None:
     """Raises WorkdirError if there is a checkpoint that only ranks which were decided can be of."""
     first = config.dense_steps
-    if first is None or not has_budget(config):
-        return
-    if later := [step for step in step_folders.stored(folder.checkpoints) if step > first]:
+    if first is None:
+        with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+            later = [step for step, info in checkpoints.records().items() if info.get("low_rank")]
+    else:
+        later = [step for step in step_folders.stored(folder.checkpoints) if step > first] if has_budget(config) else []
+    if later:
         raise WorkdirError(f"{folder.path}/{NAME} is missing, which has the ranks of checkpoint {later[-1]}; put it back")
 
 

@@ -185,7 +185,10 @@ class Start:
         images = (normalize(batch["image"]) for batch in batches)
         dropout = {"dropout": key(self.seed, "dropout")}
         flags = self.network.flags(train=True)
-        return inputs.second_moments(self.network.module, variables, images, plan or self.plan, rngs=dropout, **flags)
+        try:
+            return inputs.second_moments(self.network.module, variables, images, plan or self.plan, rngs=dropout, **flags)
+        except ValueError as error:
+            raise ConfigError("config", [f"lowrank.moment_batches: {first_line(error)}"]) from error
 
     def factored_by_host(self, variables: Any, moments: Moments) -> Weights:
         """`factored`, decomposed by this machine's CPU; the same in all processes, on the host.

@@ -13,14 +13,17 @@ Step, learning rate, order of the data, statistics of BatchNorm and the model's 
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import optax
 
-from lowrank_jax.experiment.config.plan import allocated, has_budget, plan_by_rules
+from lowrank_jax.experiment.config.files import ConfigError
+from lowrank_jax.experiment.config.plan import allocated, has_budget, make_plan, plan_by_rules
 from lowrank_jax.experiment.guided import without_guides
+from lowrank_jax.experiment.hosts.processes import exchange
 from lowrank_jax.experiment.hosts.sharding import replicated
 from lowrank_jax.experiment.training import ranks
 from lowrank_jax.experiment.training.build import Experiment
@@ -47,7 +50,7 @@ def decided_after(phases: Phases, state: TrainState, batches: Batches, step: int
     config = phases.last.config
     if phases.decided or (config.dense_steps is not None and not has_budget(config)):
         return phases
-    plan = _allocated(phases.last, state, batches) if has_budget(config) else phases.last.plan
+    plan = _allocated(phases.last, state, batches) if has_budget(config) else make_plan(config)
     return phases.decide(ranks.agreed(config, plan, step))
 
 
@@ -56,7 +59,15 @@ def _allocated(low_rank: Experiment, state: TrainState, batches: Batches) -> Pla
     moments = _moments(low_rank, state, batches, plan.opened())
     params = on_host(_whole(state.params, low_rank))
     moments = moments and on_host(_whole(moments, low_rank))
-    return allocated(low_rank.config, plan, variables=params, moments=moments) if jax.process_index() == 0 else low_rank.plan
+    problems: list[str] = []
+    if jax.process_index() == 0:
+        try:
+            plan = allocated(low_rank.config, plan, variables=params, moments=moments)
+        except ConfigError as error:
+            problems = error.problems
+    if problems := json.loads(exchange(json.dumps(problems))[0]):  # the others wait for the ranks
+        raise ConfigError("config", problems)
+    return plan
 
 
 def switched(low_rank: Experiment, state: TrainState, batches: Batches) -> TrainState:

@@ -152,7 +152,7 @@ class Checkpoints:
         """What `note_score` wrote, and the steps' own records, which count where they differ; as process 0 reads both."""
         scores = {}
         if jax.process_index() == 0:
-            own = {step: info for step, info in self._records().items() if not self._other(step, info)}
+            own = {step: info for step, info in self.records().items() if not self._other(step, info)}
             recorded = {step: info["score"] for step, info in own.items() if files.is_number(info.get("score"))}
             scores = self._noted_scores() | recorded
         return dict(json.loads(processes.exchange(json.dumps([*scores.items()]))[0]))
@@ -168,7 +168,7 @@ class Checkpoints:
         except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or damaged
             return {}
 
-    def _records(self) -> dict[int, dict[str, Any]]:
+    def records(self) -> dict[int, dict[str, Any]]:
         """The records that can be read, by step; restoring a step reports what is wrong with it."""
         records = {step: self._read_record(step) for step in self.steps()}
         return {step: info for step, info in records.items() if info is not None}
@@ -194,7 +194,7 @@ class Checkpoints:
 
     def check_experiment(self) -> None:
         """Raises CheckpointError if a step belongs to another experiment, or is none of this folder's."""
-        for step, info in self._records().items():
+        for step, info in self.records().items():
             if other := self._other(step, info):
                 raise CheckpointError(f"{self.directory / str(step)}: {other}. Use a new --workdir, or the old settings.")
 

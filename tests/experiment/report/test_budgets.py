@@ -132,10 +132,11 @@ def test_a_run_that_has_stored_no_ranks_is_compared_all_the_same(tmp_path):
 
 
 def test_what_training_stores_is_what_the_report_reads(tmp_path):
-    plan = configs.make_plan(running.config(lowrank__budget__params=0.5))
+    config = running.config(lowrank__budget__params=0.5)
+    plan = configs.make_plan(config)
     folder = Workdir(tmp_path / "run")
     folder.claim({})
-    stored_by_training.write(folder, stored_by_training.Decided(0, plan))
+    stored_by_training.write(folder, config, stored_by_training.Decided(0, plan))
     found = ranks.read(folder)
     assert found == {kernel.name: getattr(kernel, "rank", None) for kernel in plan.kernels if kernel.choices}
     assert any(found.values())

@@ -247,7 +247,7 @@ def test_a_damaged_record_is_named(moved, content):
 def test_the_record_of_another_run_is_refused(moved, pictures, tmp_path):
     """Its mean is not that of this run's weights; both may be of the same folder."""
     _, workdir = moved
-    other = config(pictures, dataset__train_split="train[:48]", steps=2)
+    other = config(pictures, dataset__train_split="train[:48]", steps=6)
     train(other, str(tmp_path / "other"))
     shutil.copy(tmp_path / "other" / "dataset.json", workdir)
     for call in (lambda: lx.restore(workdir), lambda: lx.evaluate(workdir), lambda: train(config(pictures), str(workdir))):

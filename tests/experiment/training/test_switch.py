@@ -16,12 +16,17 @@ import lowrank_jax.experiment as lx
 from lowrank_jax.experiment.config import ConfigError
 from lowrank_jax.experiment.config.schema import OptimConfig
 from lowrank_jax.experiment.errors import WorkdirError
+from lowrank_jax.experiment.evaluation.evaluator import Evaluator
+from lowrank_jax.experiment.evaluation.watch import watch
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.optim import make_optimizer
+from lowrank_jax.experiment.training import ranks
 from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.training.phases import phases_of
 from lowrank_jax.experiment.training.stable_ranks import StableRanks
 from lowrank_jax.experiment.training.state import TrainState, key
 from lowrank_jax.experiment.training.switch import carried
+from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
 from lowrank_jax.paths import named_leaves
 from tests import running
@@ -35,6 +40,9 @@ WARM = {
     "optim__ema_decay": 0.5,
     "eval__every": "10 steps",
 }
+
+AUTO = {"lowrank__dense_warmup": "auto", "batch_size": 256, "eval__every": "1000 steps", "checkpoint__every": "4 steps"}
+EVALUATED = {"eval__every": "5 steps", "checkpoint__every": "5 steps", "checkpoint__keep": 9}
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +192,54 @@ def test_the_rules_alone_decide_without_a_budget(tmp_path):
     assert shapes[0] == shapes[1]
 
 
+def test_a_lost_record_is_noticed_where_training_itself_ended_the_warmup(tmp_path):
+    config = running.config(**AUTO, steps=24, optim__lr=0.5)
+    train(config, str(tmp_path / "run"))
+    (tmp_path / "run" / "ranks.json").unlink()
+    for call in (lambda: train(config, str(tmp_path / "run")), lambda: lx.restore(tmp_path / "run")):
+        with pytest.raises((WorkdirError, lx.UserError), match=r"ranks\.json is missing, which has the ranks of checkpoint 24"):
+            call()
+
+
+def test_the_best_step_is_one_of_the_low_rank_network(tmp_path):
+    """However much better the dense one was."""
+    config = running.config(lowrank__dense_warmup="30 steps", lowrank__rank=1, lowrank__scale=None, optim__lr=0.3, **EVALUATED)
+    train(config, str(tmp_path / "run"))
+    top1 = {line["step"]: line["eval/top1"] for line in running.metrics(tmp_path / "run") if "eval/top1" in line}
+    assert top1[30] > max(top1[35], top1[40])
+    best = json.loads((tmp_path / "run" / "result.json").read_text())["best_step"]
+    assert best == max((35, 40), key=lambda step: (top1[step], step))
+    assert lx.restore(tmp_path / "run", step="best").plan.factored
+
+
+def test_a_watch_from_before_the_switch_goes_on_after_it(whole, tmp_path, monkeypatch):
+    run, said = tmp_path / "run", []
+    shutil.copytree(whole[0], run, ignore=shutil.ignore_patterns("ranks.json", "result.json", "20", "30", "40"))
+
+    def sleep(seconds, stop):
+        shutil.copytree(whole[0], run, dirs_exist_ok=True)
+
+    monkeypatch.setattr("lowrank_jax.experiment.evaluation.watch._sleep", sleep)
+    outcome = watch([str(run)], Evaluator(), poll=0.1, say=said.append, complain=said.append)
+    assert not outcome.failed, said
+    assert [json.loads(line)["step"] for line in (run / "watch_test.jsonl").read_text().splitlines()] == steps_of(run)
+
+
+def test_how_layers_run_may_change_between_two_starts(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder)
+    for execution in ("merged", "premerged", "factored"):
+        config = running.config(**WARM, lowrank__execution=execution)
+        phases = phases_of(config, ranks.settle(Workdir(str(folder)), config))
+        assert {kernel.execution for kernel in phases.last.plan.factored} == {execution}
+
+
+def test_decay_rules_may_be_for_either_phase(tmp_path):
+    rules = (("head/kernel", 0.0), (".*/kernel/[uv]", 2.0), (".*kernel", 1.0), (".*", 0.0))
+    run = train(running.config(**{**WARM, "steps": 16}, optim__decay_rules=rules), str(tmp_path / "run"))
+    assert int(run.state.step) == 16
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -194,6 +250,8 @@ def test_the_rules_alone_decide_without_a_budget(tmp_path):
         ({"lowrank__budget": {"params": 1.5}}, "lowrank.budget.params: 1.5; must be a fraction"),
         ({"lowrank__budget": {"seconds": 0.5}}, "lowrank.budget.chip: seconds need a chip"),
         ({"lowrank__budget": {"chip": "v5e"}}, "lowrank.budget.chip: says nothing without a budget"),
+        ({"lowrank__budget": {"bytes": 0.5, "seconds": 0.9, "chip": "v5e"}}, "bytes and seconds cannot be budgets at once"),
+        ({"lowrank__dense_warmup": "9 steps", "lowrank__method": "random"}, "it would forget what the dense warm-up has"),
         ({"lowrank__budget": {"params": 0.5, "macs": 0.5, "bytes": 0.5}}, "at most two kinds"),
     ],
 )
@@ -299,9 +357,6 @@ def test_the_network_after_the_switch_is_factorize_of_the_one_before(tmp_path, s
     expected = lr.factorize(dense.variables["params"], plan, key=key(config.seed, "factorize"))
     for name, leaf in named_leaves(lr.merge(expected)).items():
         np.testing.assert_allclose(named_leaves(lr.merge(run.state.params))[name], leaf, atol=2e-5, err_msg=name)
-
-
-AUTO = {"lowrank__dense_warmup": "auto", "batch_size": 256, "eval__every": "1000 steps", "checkpoint__every": "4 steps"}
 
 
 def test_a_warmup_of_its_own_accord_ends_when_stable_ranks_settle_and_resumes(tmp_path, monkeypatch):
