@@ -47,6 +47,18 @@ def trained(config, tmp_path_factory):
     return lx.train(config, tmp_path_factory.mktemp("runs") / "a")
 
 
+def test_a_config_file_that_changes_the_modes_of_jax_is_refused(tmp_path):
+    (tmp_path / "config.py").write_text(
+        "import jax\nfrom lowrank_jax.config import load\n"
+        "def get_config():\n    jax.config.update('jax_numpy_rank_promotion', 'raise')\n    return load('digits_resnet')\n"
+    )
+    try:
+        with pytest.raises(lx.UserError, match="jax_numpy_rank_promotion is raise"):
+            lx.load_config(tmp_path / "config.py")
+    finally:
+        jax.config.update("jax_numpy_rank_promotion", "allow")
+
+
 @pytest.mark.parametrize(
     ("config", "overrides"),
     [

@@ -368,7 +368,9 @@ def _init_report(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace, devices: int | None = None) -> "Config":
     from lowrank_jax.experiment import config
 
-    return config.read(args.config, args.overrides, devices=devices)
+    found = config.read(args.config, args.overrides, devices=devices)
+    environment.check_modes()  # the file, or code that it names, may have changed them
+    return found
 
 
 def _configs(args: argparse.Namespace) -> int:
