@@ -82,9 +82,8 @@ def load_config(config: Path | ConfigDict, overrides: Overrides = ()) -> Config:
         if not isinstance(config, str | os.PathLike | ConfigDict):
             raise UserError(f"load_config takes a path, a name or a ConfigDict, not a {type(config).__name__}")
         _check_overrides(overrides)
-        found = configs.read(config if isinstance(config, ConfigDict) else str(os.fspath(config)), overrides)
-        environment.check_modes()  # the file, or code that it names, may have changed them
-        return found
+        with environment.modes_kept():
+            return configs.read(config if isinstance(config, ConfigDict) else str(os.fspath(config)), overrides)
 
 
 def _check_overrides(overrides: Any) -> None:

@@ -368,9 +368,8 @@ def _init_report(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace, devices: int | None = None) -> "Config":
     from lowrank_jax.experiment import config
 
-    found = config.read(args.config, args.overrides, devices=devices)
-    environment.check_modes()  # the file, or code that it names, may have changed them
-    return found
+    with environment.modes_kept():
+        return config.read(args.config, args.overrides, devices=devices)
 
 
 def _configs(args: argparse.Namespace) -> int:

@@ -1,9 +1,11 @@
 """Before a command runs: quiet libraries, and the folder of the compilation cache."""
 
+import contextlib
 import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from lowrank_jax.experiment.errors import UserError
@@ -47,6 +49,15 @@ _MODES: dict[str, tuple[Any, ...]] = {
     "jax_transfer_guard_device_to_host": (None, "allow", "log", "log_explicit"),
 }
 """What these settings of jax may be: those of its debugging modes in which training cannot run are left out."""
+
+
+@contextlib.contextmanager
+def modes_kept() -> Iterator[None]:
+    """Around what runs a config file, or code that it names, which may change jax's modes.  Raises UserError then."""
+    try:
+        yield
+    finally:  # in place of an error that such a mode has caused
+        check_modes()
 
 
 def check_modes() -> None:
