@@ -67,7 +67,7 @@ def allocate(
       variables: the dense model's variables or parameters, whose kernels are decomposed; None for Gaussian kernels.
       moments: from `inputs.second_moments(..., plan.opened())`, for the layers' real inputs; needs `variables`.  A scheme whose
         moments are not there is not considered.
-      sensitivity: by name, what a kernel's loss counts; 1 for those that are not there.
+      sensitivity: by name, what a kernel's loss counts; 1 for those that are not there.  One of 0 gets what the others leave.
 
     Returns:
       A plan whose table also shows each kernel's relative risk, and what the next per cent of the budget would take off
@@ -152,14 +152,18 @@ def _check_sensitivity(values: Mapping[str, Any], kernels: Sequence[PlannedKerne
             raise ValueError(f"sensitivity of {name!r}: {shown(value)} must be a number of at least 0")
 
 
+_TIE = 1e-9  # of the mean weight: what a kernel of weight 0 counts, so that it too takes what the others leave
+
+
 def _weighted(
     points: Sequence[Points], kernels: Sequence[PlannedKernel], sensitivity: Mapping[str, float], objective: str
 ) -> list[knapsack.Options]:
-    found = []
-    for kernel, of_kernel in zip(kernels, points, strict=True):
+    found, weights = [], [sensitivity.get(kernel.name, 1.0) for kernel in kernels]
+    least = _TIE * (np.mean(weights) or 1.0) if sensitivity and kernels else 0.0
+    for kernel, of_kernel, weight in zip(kernels, points, weights, strict=True):
         loss = of_kernel.correlation if objective == "correlation" else of_kernel.risk
         copies = 1 if objective == "tolerance" else math.prod(kernel.stack)  # of a repeated module, each loses so much
-        found.append(knapsack.Options(of_kernel.cost, sensitivity.get(kernel.name, 1.0) * copies * loss))
+        found.append(knapsack.Options(of_kernel.cost, (weight + least) * copies * loss))
     return found
 
 

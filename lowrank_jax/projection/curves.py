@@ -79,16 +79,40 @@ def _unit(w: np.ndarray) -> float:
     return 4.0 ** np.round(np.log2(largest) / 2) if largest > 0 else 1.0
 
 
+# An output that is so much shorter than the longest one is rounding, or of dead weights: it does not count.
+_ABSENT = 1e-13
+# Of the whole energy: of outputs with less, the eigenvalues of a Gram matrix, which are squares, know too little.
+_SMALL = 1e-8
+
+
 def _squares(w: np.ndarray, group: int) -> np.ndarray:
-    """(σ_i B_ji)², of every singular vector and output: `[p, outputs]`, by decreasing singular value."""
-    if len(w) < w.shape[1]:
+    """(σ_i B_ji)², of every singular vector and output: `[p, outputs]`, by decreasing singular value; 0 of absent outputs."""
+
+    def of_outputs(squares: np.ndarray) -> np.ndarray:
+        return squares if group == 1 else squares.reshape(len(squares), group, -1).sum(axis=1)
+
+    energy = of_outputs(np.square(w).sum(axis=0, keepdims=True))[0]
+    present = energy > _ABSENT**2 * energy.max()
+    if energy.min(where=present, initial=np.inf) < _SMALL * energy.sum():
+        squares = _squares_of_small(w)
+    elif len(w) < w.shape[1]:
         _, vectors = np.linalg.eigh(w @ w.T)
         squares = np.square(vectors.T[::-1] @ w)
     else:
         values, vectors = np.linalg.eigh(w.T @ w)
         squares = np.square(vectors.T[::-1], order="C")
         squares *= np.maximum(values, 0)[::-1, None]
-    return squares if group == 1 else squares.reshape(len(squares), group, -1).sum(axis=1)
+    squares = of_outputs(squares)
+    squares[:, ~present] = 0
+    return squares
+
+
+def _squares_of_small(w: np.ndarray) -> np.ndarray:
+    """The same of columns of very different lengths: a product with the columns rounds each in proportion to its own."""
+    if len(w) > w.shape[1]:
+        w = np.linalg.qr(w, mode="r")
+    vectors, _, _ = np.linalg.svd(w, full_matrices=False)
+    return np.square(vectors.T @ w)
 
 
 _DRAWN = 512  # outputs

@@ -130,6 +130,21 @@ def test_a_kernel_that_counts_more_keeps_more(plan):
         assert heavy[name] <= usual[name] and (heavy[name] < usual[name] or usual[name] == 0)
 
 
+@pytest.mark.parametrize("objective", WEIGHED)
+def test_a_kernel_that_nothing_feels_takes_what_is_left(plan, objective):
+    names = [kernel.name for kernel in plan.kernels]
+    everything = {"params": 1.0, "objective": objective}
+    for zeros in (names[:1], names[-1:], names):
+        made = allocate(plan, **everything, sensitivity=dict.fromkeys(zeros, 0.0))
+        assert all(risk_of(kernel) == pytest.approx(0, abs=1e-6) for kernel in made.kernels)
+    for objective_of_sums in {objective} - {"tolerance"}:
+        made = allocate(plan, params=0.4, objective=objective_of_sums, sensitivity=dict.fromkeys(names, 0.0))
+        usual = allocate(plan, params=0.4, objective=objective_of_sums)
+        assert [(k.rank if not isinstance(k, DenseKernel) else None) for k in made.kernels] == [
+            (k.rank if not isinstance(k, DenseKernel) else None) for k in usual.kernels
+        ]
+
+
 def test_trained_kernels_are_ranked_by_what_they_are(plan, variables):
     """A kernel of rank 2 needs no more, whatever its shape asks for."""
     params = jax.tree.map(lambda leaf: leaf, variables["params"])

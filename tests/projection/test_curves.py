@@ -128,6 +128,46 @@ def test_zero_outputs_do_not_count_and_a_zero_kernel_loses_nothing():
     assert (np.asarray(curves(np.zeros((4, 3), np.float32)).risk) == 0).all()
 
 
+def with_dead(n, m, dead=0.0):
+    w = kernel(n, m, spread=0.3)
+    w[:, ::3] *= dead
+    return w, w[:, [j for j in range(m) if j % 3]]
+
+
+@pytest.mark.parametrize(("n", "m"), [(60, 20), (20, 60), (15, 20)])
+@pytest.mark.parametrize("dead", [0.0, 1e-20])
+def test_dead_outputs_can_be_anywhere_or_nowhere(n, m, dead):
+    w, alive = with_dead(n, m, dead)
+    for normalized in (None, "each", "together"):
+        found = curves(w, normalized=normalized)
+        permuted = curves(w[:, np.random.default_rng(1).permutation(m)], normalized=normalized)
+        without = curves(alive, normalized=normalized)
+        for name in found._fields:
+            values, full = getattr(found, name), min(alive.shape)
+            np.testing.assert_allclose(getattr(permuted, name), values, atol=1e-6)
+            np.testing.assert_allclose(values[:full], getattr(without, name), atol=1e-6)
+            np.testing.assert_allclose(values[full:], getattr(without, name)[-1], atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "m", "group"), [(60, 20, 1), (20, 30, 1), (60, 40, 2)])
+@pytest.mark.parametrize("scales", [(1e-8,), (1e-12,), (1e-4, 1e-8, 1e-12)])
+def test_small_outputs_are_those_of_a_singular_value_decomposition(n, m, group, scales):
+    w = np.random.default_rng(0).normal(size=(n, m))
+    outputs = w.reshape(n, group, -1)
+    for place, scale in enumerate(scales):
+        outputs[:, :, place :: len(scales) + 1] *= scale
+    u, _, _ = np.linalg.svd(w, full_matrices=False)
+    energy = ((u.T @ w) ** 2).reshape(min(n, m), group, -1).sum(axis=1)
+    rho2 = np.minimum(np.cumsum(energy, axis=0) / energy.sum(axis=0), 1)
+    # Of identity outputs the risk is 1 - ρ², and the correlation ρ.
+    found = curves(w, activation="identity", group=group, normalized="each")
+    np.testing.assert_allclose(found.risk, 1 - rho2.mean(axis=1), atol=1e-3)
+    np.testing.assert_allclose(found.correlation, rho2.mean(axis=1), atol=1e-3)
+    order = np.random.default_rng(1).permutation(outputs.shape[2])
+    permuted = curves(outputs[:, :, order].reshape(n, m), activation="identity", group=group, normalized="each")
+    np.testing.assert_allclose(permuted.risk, found.risk, atol=1e-3)
+
+
 def test_sizes_near_the_ends_of_float32_change_nothing():
     w = kernel(12, 7, spread=0.3)
     for scale in (1e-30, 1e30):
