@@ -1,8 +1,9 @@
 """Which kernels' outputs are normalised, found by following every output through the traced program.
 
 An output is normalised if each of its ways on ends in a product with the inverse root of a mean square that was computed from
-it, or of a statistic that the model stores beside its parameters, as BatchNorm does for evaluation.  Until then nothing but
-shapes, dtypes, constants, its own mean and a bias may change it.  Whatever else reads it means no.
+it, or of a statistic of the collection `batch_stats`, as BatchNorm's is for evaluation.  Until then nothing but shapes, dtypes,
+constants, its own mean and a bias may change it, and nothing but small constants the mean square.  Whatever else reads it means
+no.
 """
 
 import math
@@ -143,7 +144,7 @@ class _Follower:
             return self._inside(eqn, bodies, values)
         if not any(isinstance(value, Signal | Variable) for value in values):
             constant = kind in (*SHAPES, *_ARITHMETIC) and all(isinstance(value, Constant) for value in values)
-            return [Constant()] if constant else []
+            return [values[0] if kind in SHAPES else Constant()] if constant else []
         result = self._computed(kind, eqn, values)
         if result is None:
             return self._unknown(values)
@@ -197,7 +198,7 @@ class _Follower:
         if kind in ("add", "sub"):
             return self._sum(*values, subtracts=kind == "sub")
         if kind in ("max", "min", "select_n"):
-            return bounded(values)
+            return bounded(kind, values)
         if kind == "reduce_sum":
             return summed(values[0], eqn.params["axes"])
         if kind == "psum":
@@ -213,15 +214,17 @@ class _Follower:
             if isinstance(value, Signal | Variable) and value.power < 0 and isinstance(factor, Variable) and not factor.power:
                 return value  # the scale that follows a normalisation
         if isinstance(one, Signal) and isinstance(other, Signal) and alike(one, other):
-            return one._replace(power=one.power + other.power, together=one.together or other.together)
+            squared = one.whole or (one.squared and other.squared)
+            together = one.together or other.together
+            return one._replace(power=one.power + other.power, together=together, squared=squared)
         return None
 
     def _normalized(self, value: Signal, factor: Value) -> bool:
         """Whether the factor normalises an output; notes it."""
         output = self.outputs[value.place]
-        if isinstance(factor, Signal) and factor.place == value.place and factor.power == -1 and not factor.whole:
+        if isinstance(factor, Signal) and factor.place == value.place and _is_inverse_length(factor):
             output.together |= factor.together
-        elif isinstance(factor, Variable) and factor.stored and factor.power == -1 and factor.size in (1, output.elements):
+        elif isinstance(factor, Variable) and factor.normalizes and factor.power == -1 and factor.size in (1, output.elements):
             output.together |= factor.size < output.elements
         else:
             return False
@@ -231,7 +234,8 @@ class _Follower:
     def _sum(self, one: Value, other: Value, subtracts: bool) -> Value:
         for value, more in ((one, other), (other, one)):
             if isinstance(more, Constant):
-                return value
+                turned = subtracts and more is one  # a constant minus a statistic
+                return value if is_output(value) or (more.is_small and not turned) else None
             if isinstance(value, Signal) and isinstance(more, Variable):
                 return self._with_variable(value, more)
         if not isinstance(one, Signal) or not isinstance(other, Signal) or (one.place, one.power) != (other.place, other.power):
@@ -240,7 +244,8 @@ class _Follower:
             return None
         if is_output(one) and is_output(other):
             return None
-        return one._replace(together=one.together or (other.together and not one.whole))
+        squared = one.squared or (other.squared and not subtracts)
+        return one._replace(together=one.together or (other.together and not one.whole), squared=squared)
 
     def _with_variable(self, value: Signal, more: Variable) -> Value:
         if more.power:
@@ -248,6 +253,10 @@ class _Follower:
         if not value.whole:
             return more if more.stored else None  # a running average
         return value if is_output(value) and more.size <= self.outputs[value.place].elements else None
+
+
+def _is_inverse_length(value: Signal) -> bool:
+    return value.power == -1 and not value.whole and value.squared
 
 
 def _value(var: Any, known: Mapping[Any, Value]) -> Value:

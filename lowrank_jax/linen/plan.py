@@ -18,6 +18,7 @@ from lowrank_jax.planning.decide import check_rules, is_matrix, plan_kernel, pre
 from lowrank_jax.planning.kernel_use import KernelUse
 from lowrank_jax.planning.plans import Plan, PlannedKernel
 from lowrank_jax.planning.rules import Rule
+from lowrank_jax.projection.curves import Normalization
 from lowrank_jax.text import shown
 
 
@@ -85,10 +86,20 @@ def _in_all_calls(calls: Sequence[dict[str, KernelUse]]) -> dict[str, KernelUse]
     found = dict(first)
     for uses in others:
         for name, use in uses.items():
-            known = found.setdefault(name, dataclasses.replace(use, positions=0, widened=0, inputs=0))
-            normalized = known.normalized or use.normalized  # one call may show what another hides
+            known = found.get(name)
+            if known is None:  # not seen before, which is no reading
+                found[name] = dataclasses.replace(use, positions=0, widened=0, inputs=0)
+                continue
+            normalized = _normalized_in_both(known.normalized, use.normalized)
             found[name] = dataclasses.replace(known, refusal=known.refusal or use.refusal, normalized=normalized)
     return found
+
+
+def _normalized_in_both(one: Normalization | None, other: Normalization | None) -> Normalization | None:
+    """Whatever else reads the output in either call means no."""
+    if one is None or other is None:
+        return None
+    return "together" if "together" in (one, other) else "each"
 
 
 def _with_premerged(call: ModelCall, variables: Any, kernels: list[PlannedKernel]) -> list[PlannedKernel]:

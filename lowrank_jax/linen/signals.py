@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
 from lowrank_jax.linen.split_axes import after_broadcast, after_reshape
 
 SHAPES = ("reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "convert_element_type", "reduce_precision")
-_PARAMETERS = "params/"
+_PARAMETERS, _STATISTICS = "params/", "batch_stats/"
+_SMALL = 1e-2  # beside a mean square near 1
 
 
 class Signal(NamedTuple):
@@ -21,6 +23,7 @@ class Signal(NamedTuple):
       whole: whether no axis has been summed over.
       split: along each axis how many elements of the output's features it has; None if that is not known any more.
       together: whether features were summed over, so that all share one statistic.
+      squared: whether it came through squares of the output: a mean is no length.
     """
 
     place: int
@@ -28,6 +31,7 @@ class Signal(NamedTuple):
     whole: bool = True
     split: tuple[int, ...] | None = None
     together: bool = False
+    squared: bool = False
 
 
 class Variable(NamedTuple):
@@ -48,9 +52,25 @@ class Variable(NamedTuple):
         """Whether it is none of the parameters."""
         return not self.name.startswith(_PARAMETERS)
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether an output may be normalised with it: any other state may be any number."""
+        return self.name.startswith(_STATISTICS)
+
 
 class Constant(NamedTuple):
+    """A number that the program knows; None where only that it is one is known."""
+
     value: Any = None
+
+    @property
+    def number(self) -> float | None:
+        return float(self.value) if self.value is not None and np.size(self.value) == 1 else None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it only keeps a statistic from being 0."""
+        return self.number is not None and abs(self.number) <= _SMALL
 
 
 class Done(NamedTuple):
@@ -95,10 +115,26 @@ def summed(value: Value, axes: Sequence[int]) -> Value:
     return value._replace(whole=False, split=split, together=together)
 
 
-def bounded(values: Sequence[Value]) -> Value:
+def bounded(kind: str, values: Sequence[Value]) -> Value:
     """A statistic that is kept from being negative, too small or not a number."""
     known = [value for value in values if not isinstance(value, Constant)]
-    return known[0] if len(known) == 1 and not is_output(known[0]) else None
+    if len(known) != 1 or is_output(known[0]):
+        return None
+    constants = [value for value in values if isinstance(value, Constant)]
+    if kind == "select_n":  # by a constant, which comes first
+        constants = [value for value in values[1:] if isinstance(value, Constant)]
+    return known[0] if all(_is_harmless(kind, known[0], bound) for bound in constants) else None
+
+
+def _is_harmless(kind: str, value: Value, bound: Constant) -> bool:
+    if bound.number is None:
+        return False
+    inverse = isinstance(value, Signal | Variable) and value.power < 0
+    if kind == "select_n":
+        return np.isnan(bound.number) or bound.number == 0
+    if kind == "max":
+        return bound.number <= (0 if inverse else _SMALL)
+    return inverse and bound.number >= 1 / _SMALL
 
 
 def exponent_of(kind: str, eqn: Any) -> float | None:
@@ -126,7 +162,7 @@ def power_of(value: Value, exponent: float | None) -> Value:
     if isinstance(value, Signal):
         power = value.power * exponent
         possible = exponent == 2 if value.whole else power in (-2, -1, 1, 2)
-        return value._replace(power=int(power)) if possible else None
+        return value._replace(power=int(power), squared=value.squared or value.whole) if possible else None
     if exponent == -1 and value.power:
         return value._replace(power=-value.power)
     if value.power == 0 and value.stored and exponent in (0.5, -0.5):

@@ -10,7 +10,7 @@ from lowrank_jax.planning.decide import problem
 from lowrank_jax.planning.plans import DenseKernel, FactoredKernel, PlannedKernel
 from lowrank_jax.planning.rules import Rule, rounded_up
 
-_ROUNDING = 1e-6  # of float32's sums: a share that is missed by less is kept
+_ROUNDING = 1e-12  # of float64's sums: a share that is missed by less is kept
 
 
 def energy_of(kernel: PlannedKernel) -> float | None:

@@ -228,12 +228,6 @@ class _Segments:
         return cls(slope[order], number[order], np.concatenate(options)[order], np.concatenate(costs, axis=1)[:, order])
 
 
-def segments(kernels: Sequence[Options], weights: np.ndarray) -> list[tuple[float, int, int]]:
-    """The hulls' segments by slope, steepest first: the slope, the kernel, and the option at the segment's end."""
-    found = _Segments.of(kernels, weights)
-    return list(zip(found.slope.tolist(), found.kernel.tolist(), found.option.tolist(), strict=True))
-
-
 def hull(cost: np.ndarray, loss: np.ndarray) -> list[int]:
     """The options on the lower convex hull, by growing cost and falling loss; the first is the cheapest."""
     order = np.lexsort((loss, cost))

@@ -110,7 +110,7 @@ def _squares(w: np.ndarray, group: int) -> np.ndarray:
 def _squares_of_small(w: np.ndarray) -> np.ndarray:
     """The same of columns of very different lengths: a product with the columns rounds each in proportion to its own."""
     if len(w) > w.shape[1]:
-        w = np.linalg.qr(w, mode="r")
+        w = np.asarray(np.linalg.qr(w, mode="r"))
     vectors, _, _ = np.linalg.svd(w, full_matrices=False)
     return np.square(vectors.T @ w)
 

@@ -70,7 +70,18 @@ class MeanSquare(nn.Module):
         (lambda: functools.partial(jax.nn.standardize, axis=0), "each"),
         (lambda: jax.nn.standardize, "together"),
         (lambda: lambda x: x, None),
+        (lambda: lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6), "together"),
+        (lambda: lambda x: x * jnp.minimum(1e6, 1 / jnp.linalg.norm(x, axis=-1, keepdims=True)), "together"),
+        (lambda: lambda x: x * jax.lax.rsqrt(jnp.maximum(jnp.mean(x**2, axis=0) - x.mean(axis=0) ** 2, 0) + 1e-3), "each"),
         (lambda: lambda x: x * jax.lax.rsqrt(1 + x**2), None),
+        (lambda: lambda x: x * jax.lax.rsqrt(jnp.mean(x**2, axis=0) + 1e6), None),
+        (lambda: lambda x: x * jax.lax.rsqrt(jnp.mean(x**2, axis=0) + jnp.full(8, 1e6)), None),
+        (lambda: lambda x: x * jax.lax.rsqrt(jnp.mean(x**2 + 1e6, axis=0)), None),
+        (lambda: lambda x: x / (1 + jnp.linalg.norm(x, axis=-1, keepdims=True)), None),
+        (lambda: lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1), None),
+        (lambda: lambda x: x * jnp.minimum(1, 1 / jnp.linalg.norm(x, axis=-1, keepdims=True)), None),
+        (lambda: lambda x: x / x.mean(axis=0), None),
+        (lambda: lambda x: x / jnp.sqrt(x.mean(axis=0) ** 2 + 1e-6), None),
         (lambda: lambda x: x - x.mean(axis=0), None),
         (lambda: jax.nn.softmax, None),
     ],
@@ -78,6 +89,27 @@ class MeanSquare(nn.Module):
 def test_every_kind_of_normalisation(layer, norm, expected):
     made, x = LAYERS[layer]
     assert found(Then(made, norm), x) == {"layer": expected}
+
+
+class Stored(nn.Module):
+    """Divided by the root of what is stored."""
+
+    collection: str
+    shape: tuple[int, ...]
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(8, name="layer")(x)
+        stored = self.variable(self.collection, "var", jnp.ones, self.shape)
+        return jnp.tanh(y / jnp.sqrt(stored.value + self.eps))
+
+
+def test_only_statistics_that_are_stored_as_such_normalise():
+    assert found(Stored("batch_stats", (8,)), ROWS) == {"layer": "each"}
+    assert found(Stored("batch_stats", (8,), 1e6), ROWS) == {"layer": None}
+    for shape in ((), (8,)):
+        assert found(Stored("state", shape), ROWS) == {"layer": None}
 
 
 def test_statistics_of_every_image_and_channel():
@@ -206,18 +238,40 @@ def test_attention_with_normalised_queries_and_keys():
     assert names == {"query": "together", "key": "together", "value": None, "out": None}
 
 
-def test_another_call_may_show_what_the_first_one_hides():
+class Called(nn.Module):
+    """A normalised layer; in training its output is returned too, has other statistics, or another layer is there."""
+
+    training: str
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        y = nn.Dense(8, name="layer")(x)
+        if self.training == "own":
+            scale = self.param("var", nn.initializers.ones, (8,))
+            return jax.nn.standardize(y, axis=0) if train else y * jax.lax.rsqrt(scale + 1e-5)
+        if train and self.training == "together" and not self.is_initializing():
+            return nn.LayerNorm(use_scale=False, use_bias=False)(y)
+        z = nn.BatchNorm(use_running_average=not train)(y)
+        if self.training == "more" and (train or self.is_initializing()):
+            z = nn.BatchNorm(use_running_average=not train)(nn.Dense(8, name="more")(nn.relu(z)))
+        return (z, jnp.tanh(y)) if train and self.training == "read" else z
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ("read", {"layer": None}),
+        ("own", {"layer": None}),
+        ("together", {"layer": "together"}),
+        ("more", {"layer": "each", "more": "each"}),
+        ("", {"layer": "each"}),
+    ],
+)
+def test_all_calls_that_see_a_kernel_count(training, expected):
     """Of running statistics that the model keeps among its parameters nobody sees that they are statistics."""
-
-    class Own(nn.Module):
-        @nn.compact
-        def __call__(self, x, train=False):
-            y = nn.Dense(8, name="layer")(x)
-            mean, var = (self.param(name, nn.initializers.ones, (8,)) for name in ("mean", "var"))
-            return jax.nn.standardize(y, axis=0) if train else (y - mean) * jax.lax.rsqrt(var + 1e-5)
-
-    assert found(Own(), ROWS) == {"layer": None}
-    assert found(Own(), ROWS, also=[{"train": True}]) == {"layer": "each"} == found(Own(), ROWS, train=True)
+    model, x = Called(training), ROWS
+    assert found(model, x, also=[{"train": True}], train=False) == expected
+    assert found(model, x, also=[{"train": False}], train=True) == expected
 
 
 def test_a_kernel_that_something_changes_before_its_layer_counts_as_no():

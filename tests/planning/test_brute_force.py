@@ -75,6 +75,16 @@ def lost(plan, whole):
     return total
 
 
+def segments(kernels):
+    """The hulls' segments by slope, steepest first: the kernel, and the option at the segment's end."""
+    found = []
+    for number, kernel in enumerate(kernels):
+        for one, other in itertools.pairwise(knapsack.hull(kernel.cost[0], kernel.loss)):
+            slope = (kernel.loss[other] - kernel.loss[one]) / (kernel.cost[0, other] - kernel.cost[0, one])
+            found.append((slope, number, other))
+    return [(number, option) for _, number, option in sorted(found, key=lambda segment: segment[:2])]
+
+
 @pytest.mark.parametrize("kind", ["params", "macs"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_allocate_is_brute_force_at_the_corners_and_within_a_segment_elsewhere(name, kind):
@@ -86,7 +96,7 @@ def test_allocate_is_brute_force_at_the_corners_and_within_a_segment_elsewhere(n
     fixed = plan.other_params if kind == "params" else 0
     chosen = knapsack.cheapest(kernels, np.ones(1))
     before = knapsack.total_cost(kernels, chosen)[0]
-    for _, kernel, option in [(0.0, 0, chosen[0]), *knapsack.segments(kernels, np.ones(1))]:
+    for kernel, option in [(0, chosen[0]), *segments(kernels)]:
         drop = kernels[kernel].loss[chosen[kernel]] - kernels[kernel].loss[option]
         chosen[kernel] = option
         corner = knapsack.total_cost(kernels, chosen)[0]

@@ -32,11 +32,21 @@ def brute(kernels, limits, worst=False):
     return best
 
 
+def segments(kernels):
+    """The hulls' segments by slope, steepest first: the kernel, and the option at the segment's end."""
+    found = []
+    for number, kernel in enumerate(kernels):
+        for one, other in itertools.pairwise(knapsack.hull(kernel.cost[0], kernel.loss)):
+            slope = (kernel.loss[other] - kernel.loss[one]) / (kernel.cost[0, other] - kernel.cost[0, one])
+            found.append((slope, number, other))
+    return [(number, option) for _, number, option in sorted(found, key=lambda segment: segment[:2])]
+
+
 def corners(kernels):
     """The budgets that the hulls hit, and the drop of the segment that ends there."""
     chosen = knapsack.cheapest(kernels, np.ones(1))
     found = [(knapsack.total_cost(kernels, chosen)[0], 0.0)]
-    for _, kernel, option in knapsack.segments(kernels, np.ones(1)):
+    for kernel, option in segments(kernels):
         drop = kernels[kernel].loss[chosen[kernel]] - kernels[kernel].loss[option]
         chosen[kernel] = option
         found.append((knapsack.total_cost(kernels, chosen)[0], drop))
