@@ -3,7 +3,10 @@ import sys
 
 import pytest
 
+from lowrank_jax.experiment.data import datasets
+from lowrank_jax.experiment.data.base import DataError
 from lowrank_jax.experiment.data.prepare import main, restore_gzip_header
+from tests import running
 
 
 def test_a_restored_header_holds_name_and_time_and_the_same_data(tmp_path):
@@ -34,3 +37,17 @@ def test_missing_files_are_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare", "fashion_mnist", f"--manual-dir={tmp_path}"])
     with pytest.raises(SystemExit, match=f"{tmp_path} does not contain train-images-idx3-ubyte.gz"):
         main()
+
+
+@pytest.mark.parametrize("place", ["http://127.0.0.1:9/x", "file:///etc", "hf://a/b"])
+def test_what_is_neither_a_folder_nor_a_bucket_is_refused(place):
+    with pytest.raises(DataError, match="is neither a folder nor a bucket such as gs://bucket/folder"):
+        datasets.load(running.config().description, "train", place)
+
+
+def test_a_users_home_is_found_in_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home" / "data").mkdir(parents=True)
+    assert len(datasets.load(running.config().description, "test", "~/data"))
+    assert [path.name for path in tmp_path.iterdir()] == ["home"] and (tmp_path / "home" / "data" / "digits").is_dir()

@@ -68,9 +68,25 @@ def open_prepared(dataset: Dataset, data_dir: str | None) -> Prepared:
     Raises:
       DataError: it is not prepared, not as array_record, or damaged.
     """
-    local = None if dataset.prepare or not data_dir or "://" in data_dir else epath.Path(data_dir).expanduser()
-    if local and not local.is_dir():
-        raise DataError(f"dataset.data_dir: {data_dir} is not a folder; make it, or leave the setting out")
+    if not data_dir:
+        return _open_prepared(dataset, data_dir)
+    if "://" not in data_dir:
+        local = epath.Path(data_dir).expanduser()  # once, as TFDS takes some of it as it is
+        if not dataset.prepare and not local.is_dir():
+            raise DataError(f"dataset.data_dir: {data_dir} is not a folder; make it, or leave the setting out")
+        return _open_prepared(dataset, str(local))
+    if not data_dir.startswith(("gs://", "s3://")):
+        raise DataError(f"dataset.data_dir: {data_dir} is neither a folder nor a bucket such as gs://bucket/folder")
+    try:
+        return _open_prepared(dataset, data_dir)
+    except DataError:
+        raise
+    except Exception as error:  # whatever a store's library raises
+        raise DataError(f"dataset.data_dir: {data_dir} cannot be read: {first_line(error)}") from None
+
+
+def _open_prepared(dataset: Dataset, data_dir: str | None) -> Prepared:
+    """The same, once it is known what kind of place it is."""
     root, path = tfds_folder.folder(dataset.name, data_dir)
     try:
         with explained(_remedy(dataset, path, root)):
