@@ -64,9 +64,10 @@ def test_the_smallest_possible_budget_is_the_first():
 
 def test_whole_numbers_and_seconds_are_fractions_too():
     seconds = {"lowrank__budget__seconds": 1.0, "lowrank__budget__chip": "h100", "batch_size": 4096}
-    found = curves(lowrank__budget__bytes=8000, **seconds)
+    found = curves(lowrank__budget__params=2000, **seconds) | curves(lowrank__budget__bytes=8000)
     dense = plan_by_rules(running.config(**NETWORK)).dense_params
     assert found["bytes"].own == pytest.approx(8000 / (4 * dense)) and found["seconds"].own == 1.0
+    assert found["params"].own == pytest.approx(2000 / dense)
     assert all(cost <= 1 + 1e-9 for cost, _ in found["bytes"].uniform)
     # A product of factors takes longer than the dense layer; a scale of 1 leaves all of them dense.
     assert any(cost == pytest.approx(1.0) and lost == 0 for cost, lost in found["seconds"].uniform)
