@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.training.build import Experiment
+from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.training.stop import StopSignal
+from lowrank_jax.paths import named_leaves
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -101,6 +104,19 @@ def shared_programs() -> Iterator[None]:
         patch.setattr(Experiment, "jit_eval_step", shared_eval)
         patch.setattr(Experiment, "init", shared_init)
         yield
+
+
+def arrays(state: TrainState) -> dict[str, np.ndarray]:
+    """Everything that a checkpoint of a state holds, by name."""
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(state.saved()).items()}
+
+
+def assert_same(one: TrainState, other: TrainState) -> None:
+    """Bit for bit."""
+    ours, theirs = arrays(one), arrays(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
 class Stop(StopSignal):

@@ -111,19 +111,29 @@ def check_budget(plan: Plan, **arguments: Any) -> None:
 
     Of two budgets that cannot hold together only `allocate` knows.
     """
+    network, options = _of_arguments(plan, arguments)
+    if (network.least(options) > network.limits).any():
+        raise ValueError(network.impossible(options))
+
+
+def smallest_budgets(plan: Plan, **arguments: Any) -> dict[str, float]:
+    """By kind, whatever is asked for, the smallest possible budget as a fraction of the dense network; see `check_budget`."""
+    network, options = _of_arguments(plan, arguments)
+    return dict(zip(network.given, (network.least(options) / network.whole).tolist(), strict=True))
+
+
+def _of_arguments(plan: Plan, arguments: Mapping[str, Any]) -> tuple[Network, list[knapsack.Options]]:
+    """What a budget is for, and the options of its kernels, whose losses are not known."""
     names = {field.name for field in dataclasses.fields(Request)}
     request = Request(**{name: value for name, value in arguments.items() if name in names})
     given: dict[Any, Any] = {name: value for name, value in arguments.items() if name not in names}
     request.check(given)
     network = Network.of(plan, given, request)
-    free = {kernel.name: [no_loss(choice) for choice in kernel.choices] for kernel in network.open}
-    options = _weighted(network.points(free), network.open, {}, request.objective)
-    least = network.fixed + network.smallest(options)
-    if (least > network.limits).any():
-        raise ValueError(network.impossible(options))
+    free = {kernel.name: [_no_loss(choice) for choice in kernel.choices] for kernel in network.open}
+    return network, _weighted(network.points(free), network.open, {}, request.objective)
 
 
-def no_loss(choice: Choice) -> Losses:
+def _no_loss(choice: Choice) -> Losses:
     nothing = np.zeros(choice.view.full_rank)
     return Losses(nothing, nothing, nothing)
 

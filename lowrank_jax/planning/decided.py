@@ -39,11 +39,9 @@ def from_record(plan: Plan, record: Any) -> Plan:
 
 
 def _decided(kernel: PlannedKernel, entry: Any) -> PlannedKernel:
-    common = {field: getattr(kernel, field) for field in ("name", "shape", "macs", "rule", "choices", "own_run")}
-    premerged = kernel.execution == "premerged"
-    note = getattr(kernel, "note", "") if premerged else ""
+    note = kernel.note if kernel.execution == "premerged" else ""
     if entry is None:
-        return DenseKernel(**common, execution=kernel.execution, note=note or "the budget affords it")
+        return DenseKernel(**kernel.shared, execution=kernel.execution, note=note or "the budget affords it")
     if not isinstance(entry, Mapping) or entry.keys() != {"rank", "rows", "execution"}:
         raise ValueError(f"{kernel.name} has no rank, rows and execution")
     choice, rank = _choice(kernel, entry["rows"]), entry["rank"]
@@ -51,7 +49,9 @@ def _decided(kernel: PlannedKernel, entry: Any) -> PlannedKernel:
         raise ValueError(f"{kernel.name} cannot have rank {rank!r}")
     if entry["execution"] not in _EXECUTIONS:
         raise ValueError(f"{kernel.name} cannot run {entry['execution']!r}")
-    return FactoredKernel(**common, choice=choice, rank=rank, execution=_execution(kernel, entry["execution"]), note=note)
+    return FactoredKernel(
+        **kernel.shared, choice=choice, rank=rank, execution=_execution(kernel, entry["execution"]), note=note
+    )
 
 
 def _execution(kernel: PlannedKernel, decided: Execution | None) -> Execution | None:

@@ -49,20 +49,20 @@ class Network:
     def points(self, losses: Mapping[str, Sequence[Losses | None]]) -> list["Points"]:
         return all_points(self.open, losses, self.request, tuple(self.given))
 
-    def smallest(self, options: Sequence[knapsack.Options]) -> np.ndarray:
-        """By kind, the least that the open kernels cost, each for itself."""
+    def least(self, options: Sequence[knapsack.Options]) -> np.ndarray:
+        """By kind, the least that the network can cost, each kind for itself."""
         least = np.zeros(len(self.given))
         for place in range(len(self.given) if options else 0):
             cheapest = knapsack.cheapest(options, np.eye(len(self.given))[place])
             least[place] = knapsack.total_cost(options, cheapest)[place]
-        return least
+        return self.fixed + least
 
     def impossible(self, options: Sequence[knapsack.Options]) -> str:
         """That the budget is, and which is not."""
         if not options:
             return "the budget is impossible: the plan's rules leave no kernel open"
         parts = []
-        least, values = self.fixed + self.smallest(options), self.given.items()
+        least, values = self.least(options), self.given.items()
         for (kind, value), smallest, whole in zip(values, least, self.whole, strict=True):
             count = "" if kind == "seconds" else f", {math.ceil(smallest):,}"
             parts.append(

@@ -11,6 +11,7 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax.planning import knapsack
 from lowrank_jax.planning.curves import curves_of_kernels
+from tests.planning.hulls import segments
 
 
 class Convolutions(nn.Module):
@@ -73,16 +74,6 @@ def lost(plan, whole):
         curve = curves[kernel.name][kernel.choices.index(kernel.choice)]
         total += math.prod(kernel.stack) * curve.correlation[kernel.rank - 1]
     return total
-
-
-def segments(kernels):
-    """The hulls' segments by slope, steepest first: the kernel, and the option at the segment's end."""
-    found = []
-    for number, kernel in enumerate(kernels):
-        for one, other in itertools.pairwise(knapsack.hull(kernel.cost[0], kernel.loss)):
-            slope = (kernel.loss[other] - kernel.loss[one]) / (kernel.cost[0, other] - kernel.cost[0, one])
-            found.append((slope, number, other))
-    return [(number, option) for _, number, option in sorted(found, key=lambda segment: segment[:2])]
 
 
 @pytest.mark.parametrize("kind", ["params", "macs"])

@@ -7,6 +7,7 @@ import pytest
 
 from lowrank_jax.planning import knapsack
 from lowrank_jax.planning.knapsack import Options
+from tests.planning.hulls import segments
 
 NETWORKS = 3
 
@@ -30,16 +31,6 @@ def brute(kernels, limits, worst=False):
             losses = [kernel.loss[option] for kernel, option in zip(kernels, chosen, strict=True)]
             best = min(best, max(losses) if worst else sum(losses))
     return best
-
-
-def segments(kernels):
-    """The hulls' segments by slope, steepest first: the kernel, and the option at the segment's end."""
-    found = []
-    for number, kernel in enumerate(kernels):
-        for one, other in itertools.pairwise(knapsack.hull(kernel.cost[0], kernel.loss)):
-            slope = (kernel.loss[other] - kernel.loss[one]) / (kernel.cost[0, other] - kernel.cost[0, one])
-            found.append((slope, number, other))
-    return [(number, option) for _, number, option in sorted(found, key=lambda segment: segment[:2])]
 
 
 def corners(kernels):

@@ -11,12 +11,11 @@ from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation import selection
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator, Subject, complaint
 from lowrank_jax.experiment.evaluation.results import Rows
-from lowrank_jax.experiment.training import ranks
 from lowrank_jax.experiment.training.evaluate import Interrupted
 from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.experiment.workdir.checkpoint import CheckpointError, Checkpoints
 from lowrank_jax.experiment.workdir.metrics import Metrics
-from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.experiment.workdir.workdir import RANKS, Workdir
 from lowrank_jax.experiment.workdir.writer import Writer
 
 _STOP_POLL_SECONDS = 0.2  # polling interval of the stop signal
@@ -117,7 +116,7 @@ class _WatchedRun:
 
     def _settings(self) -> tuple[Any, Any]:
         """What the run's network follows from: its config, and the ranks that a warm-up may end with."""
-        return self._folder.read_config(), self._folder.read_json(ranks.NAME)
+        return self._folder.read_config(), self._folder.read_json(RANKS)
 
     def _let_go(self) -> None:
         """Forgets the run: whatever comes in its place has steps of the same numbers, and files of its own."""

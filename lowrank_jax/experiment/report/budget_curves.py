@@ -14,7 +14,7 @@ from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.plan import budget_arguments, plan_by_rules
 from lowrank_jax.experiment.config.schema import BudgetConfig, Config
 from lowrank_jax.experiment.report.drawing import default_style
-from lowrank_jax.planning.allocate import allocate, check_budget
+from lowrank_jax.planning.allocate import allocate, check_budget, smallest_budgets
 from lowrank_jax.planning.curves import Losses, curves_of_kernels
 from lowrank_jax.planning.decide import problem
 from lowrank_jax.planning.decided import from_record
@@ -32,6 +32,7 @@ _LOST = {
     "correlation": "-log of the squared correlation kept",
     "risk": "relative function risk, summed over kernels",
     "tolerance": "largest relative function risk of a kernel",
+    "uniform": "relative function risk, summed over kernels",
 }
 
 
@@ -95,9 +96,9 @@ class _Network:
         return True
 
     def curve(self, kind: str, own: float | int | None) -> BudgetCurve:
-        least = self._smallest(kind)
+        (least,) = smallest_budgets(self.plan, **{kind: 1.0}, **self._settings).values()
         budgets = [float(budget) for budget in np.geomspace(least, 1.0, _BUDGETS)]
-        budgets[-1] = 1.0  # np.geomspace may miss it by a rounding
+        budgets[0], budgets[-1] = least, 1.0  # np.geomspace may miss them by a rounding
         chosen = [(budget, self.loss(allocate(self.plan, **{kind: budget}, **self._settings))) for budget in budgets]
         plans = [self.uniform(scale) for scale in _SCALES]
         uniform = sorted({(self.cost(plan, kind), self.loss(plan)) for plan in plans})
@@ -156,18 +157,6 @@ class _Network:
         if not isinstance(kernel, FactoredKernel):
             return dense_seconds(kernel, *self._device)
         return seconds(kernel, "factored" if kernel.execution == "factored" else "merged", *self._device)
-
-    def _smallest(self, kind: str) -> float:
-        """The smallest possible budget, from above."""
-        low, high = 1e-7, 1.0
-        for _ in range(16):
-            middle = math.sqrt(low * high)
-            try:
-                check_budget(self.plan, **{kind: middle}, **self._settings)
-                high = middle
-            except ValueError:
-                low = middle
-        return high
 
 
 def _entry(kernel: PlannedKernel, scale: float) -> dict[str, Any] | None:

@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowrank_jax.experiment.workdir.files import is_count
-from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
-
-NAME = "ranks.json"
+from lowrank_jax.experiment.workdir.workdir import RANKS, Workdir, WorkdirError
 
 Ranks = Mapping[str, int | None]
 """By kernel, in the network's order; None where the budget affords the dense one."""
@@ -18,12 +16,12 @@ def read(folder: Workdir) -> Ranks | None:
     Raises:
       WorkdirError: the record is damaged.
     """
-    record = folder.read_json(NAME)
+    record = folder.read_json(RANKS)
     if record is None:
         return None
     ranks = record.get("ranks")
     if not isinstance(ranks, dict) or not all(entry is None or _is_rank(entry) for entry in ranks.values()):
-        raise WorkdirError(f"{folder.path}/{NAME} is damaged: it has no rank for every kernel")
+        raise WorkdirError(f"{folder.path}/{RANKS} is damaged: it has no rank for every kernel")
     return {name: entry and entry["rank"] for name, entry in ranks.items()}
 
 

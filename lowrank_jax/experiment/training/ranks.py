@@ -11,11 +11,9 @@ from lowrank_jax.experiment.workdir import step_folders
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.files import is_count
 from lowrank_jax.experiment.workdir.identity import check_experiment, digest_of
-from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.experiment.workdir.workdir import RANKS, Workdir
 from lowrank_jax.planning.decided import from_record, to_record
 from lowrank_jax.planning.plans import Plan
-
-NAME = "ranks.json"
 
 
 class Decided(NamedTuple):
@@ -36,7 +34,7 @@ def read(folder: Workdir, config: Config) -> Decided | None:
     Raises:
       WorkdirError: the record is damaged, or of another network, or gone.
     """
-    record = folder.read_json(NAME)
+    record = folder.read_json(RANKS)
     if record is None:
         _check_not_lost(folder, config)
         return None
@@ -46,7 +44,7 @@ def read(folder: Workdir, config: Config) -> Decided | None:
         check_experiment(record, config)
         return Decided(record["step"], from_record(plan_by_rules(config), record["ranks"]))
     except ValueError as error:
-        raise WorkdirError(f"{folder.path}/{NAME} is damaged: {error}; put it back as it was") from None
+        raise WorkdirError(f"{folder.path}/{RANKS} is damaged: {error}; put it back as it was") from None
 
 
 def _check_not_lost(folder: Workdir, config: Config) -> None:
@@ -58,7 +56,7 @@ def _check_not_lost(folder: Workdir, config: Config) -> None:
     else:
         later = [step for step in step_folders.stored(folder.checkpoints) if step > first] if has_budget(config) else []
     if later:
-        raise WorkdirError(f"{folder.path}/{NAME} is missing, which has the ranks of checkpoint {later[-1]}; put it back")
+        raise WorkdirError(f"{folder.path}/{RANKS} is missing, which has the ranks of checkpoint {later[-1]}; put it back")
 
 
 def settle(folder: Workdir, config: Config) -> Decided | None:
@@ -85,5 +83,5 @@ def agreed(config: Config, plan: Plan, step: int) -> Decided:
 
 def write(folder: Workdir, config: Config, decided: Decided) -> None:
     """Writes the record, unless it is there."""
-    if folder.read_json(NAME) is None:
-        folder.write_json(NAME, {"step": decided.step, "ranks": to_record(decided.plan), "experiment": digest_of(config)})
+    if folder.read_json(RANKS) is None:
+        folder.write_json(RANKS, {"step": decided.step, "ranks": to_record(decided.plan), "experiment": digest_of(config)})

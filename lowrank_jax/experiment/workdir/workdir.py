@@ -20,6 +20,9 @@ from lowrank_jax.experiment.workdir.identity import defaults, differences, diffe
 from lowrank_jax.experiment.workdir.metrics import Metrics
 from lowrank_jax.text import first_line
 
+RANKS = "ranks.json"
+"""The ranks that a budget chose."""
+
 # Without these a config.json belongs to something else.
 _REQUIRED = {"seed", "dataset.name", "model.name", "lowrank.method"}
 _LENGTH = {"steps", "epochs", "extensions"}

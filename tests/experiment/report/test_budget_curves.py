@@ -88,3 +88,8 @@ def test_the_picture_has_a_panel_for_each_kind():
 def test_where_there_is_nothing_to_choose_it_says_so(changes, message):
     with pytest.raises(ConfigError, match=message):
         curves(**changes)
+
+
+def test_one_scale_may_be_what_is_asked_for():
+    (curve,) = budget_curves(running.config(**NETWORK, lowrank__budget__params=0.3, lowrank__budget__objective="uniform"))
+    assert curve.own == 0.3 and draw([curve], "mlp").startswith(b"\x89PNG")

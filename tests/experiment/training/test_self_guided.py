@@ -63,17 +63,6 @@ def whole(tmp_path_factory, devices):
     return folder, trained(folder, devices)
 
 
-def arrays(state) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in named_leaves(state.saved()).items()}
-
-
-def assert_same(a, b):
-    a, b = arrays(a), arrays(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
 def test_a_run_ends_as_the_low_rank_network_of_its_budget(whole):
     folder, run = whole
     record = json.loads((folder / "ranks.json").read_text())
@@ -81,7 +70,7 @@ def test_a_run_ends_as_the_low_rank_network_of_its_budget(whole):
     pairs = named_leaves(run.state.params, is_leaf=is_low_rank)
     ranks = {name: entry["rank"] for name, entry in record["ranks"].items() if entry}
     assert ranks and ranks == {name: pair.rank for name, pair in pairs.items() if is_low_rank(pair)}
-    assert not any(name.endswith(GUIDE) for name in arrays(run.state))
+    assert not any(name.endswith(GUIDE) for name in running.arrays(run.state))
     result = json.loads((folder / "result.json").read_text())
     assert result["guided_steps"] == 14 and result["dense_steps"] == 0
     assert result["params"] == sum(leaf.size for leaf in jax.tree.leaves(run.state.params)) <= 0.6 * result["dense_params"]
@@ -107,7 +96,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(whole, devices, tmp_path,
         patch.setattr("lowrank_jax.experiment.training.loop.put_batch", die)
         with pytest.raises(MemoryError):
             trained(tmp_path / "run", devices, **often)
-    assert_same(trained(tmp_path / "run", devices, **often).state, whole[1].state)
+    running.assert_same(trained(tmp_path / "run", devices, **often).state, whole[1].state)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +118,7 @@ def stopped(devices, tmp_path_factory):
 
 def test_guides_are_kept_with_what_the_optimiser_has_for_them(stopped):
     _, run = stopped
-    guides = {name for name in arrays(run.state) if name.endswith(f"/{GUIDE}")}
+    guides = {name for name in running.arrays(run.state) if name.endswith(f"/{GUIDE}")}
     assert {name.split("/")[0] for name in guides} == {"params", "opt_state"}  # no averages of them
 
 
@@ -164,9 +153,9 @@ def test_after_the_phase_all_but_the_guides_is_as_it_was(changes):
     for leaf, shape in zip(jax.tree.leaves(after), jax.tree.leaves(phases.last.shapes), strict=True):
         assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
         assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
-    before = {name: leaf for name, leaf in arrays(state).items() if not name.endswith(f"/{GUIDE}")}
-    assert len(before) < len(arrays(state))
-    for old, new in zip(before.values(), arrays(after).values(), strict=True):
+    before = {name: leaf for name, leaf in running.arrays(state).items() if not name.endswith(f"/{GUIDE}")}
+    assert len(before) < len(running.arrays(state))
+    for old, new in zip(before.values(), running.arrays(after).values(), strict=True):
         np.testing.assert_array_equal(new, old)
 
 

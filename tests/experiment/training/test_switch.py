@@ -51,17 +51,6 @@ def whole(tmp_path_factory):
     return folder, train(running.config(**WARM), str(folder))
 
 
-def arrays(run) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in named_leaves(run.state.saved()).items()}
-
-
-def assert_same(a, b):
-    a, b = arrays(a), arrays(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
 def steps_of(folder):
     return sorted(int(step.name) for step in (folder / "checkpoints").iterdir() if step.name.isdigit())
 
@@ -114,7 +103,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bits(whole, tmp_path, killed, 
         patch.setattr("lowrank_jax.experiment.training.loop.put_batch", die)
         with pytest.raises(MemoryError):
             train(config, str(tmp_path / "run"))
-    assert_same(train(config, str(tmp_path / "run")), whole[1])
+    running.assert_same(train(config, str(tmp_path / "run")).state, whole[1].state)
     assert json.loads((tmp_path / "run/ranks.json").read_text()) == json.loads((whole[0] / "ranks.json").read_text())
 
 
@@ -130,7 +119,7 @@ def test_a_stop_at_the_switch_resumes_to_the_same_bits(whole, tmp_path, monkeypa
         patch.setattr("lowrank_jax.experiment.training.loop.put_batch", count)
         assert train(running.config(**WARM), str(tmp_path / "run"), stop=stop).interrupted
     assert steps_of(tmp_path / "run")[-1] == 14 and not (tmp_path / "run" / "ranks.json").exists()
-    assert_same(train(running.config(**WARM), str(tmp_path / "run")), whole[1])
+    running.assert_same(train(running.config(**WARM), str(tmp_path / "run")).state, whole[1].state)
 
 
 def test_ranks_that_were_decided_are_never_computed_again(whole, tmp_path, monkeypatch):
@@ -144,7 +133,7 @@ def test_ranks_that_were_decided_are_never_computed_again(whole, tmp_path, monke
 
     for place in ("config.plan.allocate", "training.switch.allocated", "training.ranks.make_plan"):
         monkeypatch.setattr(f"lowrank_jax.experiment.{place}", computed)
-    assert_same(train(running.config(**WARM), str(folder)), whole[1])
+    running.assert_same(train(running.config(**WARM), str(folder)).state, whole[1].state)
     assert lx.restore(folder).plan.factored
     assert lx.evaluate(folder).params < lx.evaluate(folder).dense_params
 
@@ -383,7 +372,7 @@ def test_a_warmup_of_its_own_accord_ends_when_stable_ranks_settle_and_resumes(tm
             patch.setattr("lowrank_jax.experiment.training.loop.put_batch", die)
             with pytest.raises(MemoryError):
                 train(config, str(tmp_path / str(killed)))
-        assert_same(train(config, str(tmp_path / str(killed))), whole)
+        running.assert_same(train(config, str(tmp_path / str(killed))).state, whole.state)
 
 
 def test_a_warmup_of_its_own_accord_takes_at_most_half_of_training(tmp_path):
