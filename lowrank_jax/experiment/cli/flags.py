@@ -242,7 +242,8 @@ def _add_ray(command: argparse.ArgumentParser) -> None:
     add("--tpus", type=int, metavar="N", help="TPU chips per trial; default: 0")
     add(
         "--asha-grace", type=flag_types.duration, metavar="LENGTH",
-        help='stop poor trials early, but never before this point, e.g. "500 steps"',
+        help='stop poor trials early, but never before this point, e.g. "500 steps"; it must come after every dense warm-up and'
+        " self-guided phase",
     )  # fmt: skip
     add("--asha-reduction", type=float, metavar="N", help="keep the best 1/N at each rung; default: 4")
 

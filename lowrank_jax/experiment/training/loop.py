@@ -251,7 +251,7 @@ class Loop:
             self.feed.set_state(resumed.data)
         self.state, self.step, self.saved, self.evaluated = resumed.state, resumed.step, resumed.saved, resumed.evaluated
         epoch = config.in_steps(Duration(1, "epoch"))
-        self.stable_ranks = StableRanks(tools.phases.last.plan, epoch, config.phase_ends[0] // 2, resumed.stable_ranks)
+        self.stable_ranks = StableRanks(tools.phases.last.plan, epoch, config.latest_switch, resumed.stable_ranks)
         self.improved = False  # by the evaluation of the state at hand
         self.interrupted = False  # in an evaluation, or while data did not come
         self.logged: dict[int, dict[str, float]] = {}
