@@ -120,7 +120,7 @@ class _Network:
     def uniform(self, scale: float) -> Plan:
         """The plan of one scale, within the bounds of the rules."""
         record = {kernel.name: _entry(kernel, scale) for kernel in self.open}
-        plan = from_record(self.plan, record)
+        plan = from_record(self.plan, {"ranks": record})
         if "chip" not in self._settings:
             return plan
         return choose_execution(

@@ -39,10 +39,10 @@ def read(folder: Workdir, config: Config) -> Decided | None:
         _check_not_lost(folder, config)
         return None
     try:
-        if record.keys() != {"step", "ranks", "experiment"} or not is_count(record["step"]):
+        if record.keys() - {"worth"} != {"step", "ranks", "experiment"} or not is_count(record["step"]):
             raise ValueError("it has no step, ranks and experiment")
         check_experiment(record, config)
-        return Decided(record["step"], from_record(plan_by_rules(config), record["ranks"]))
+        return Decided(record["step"], from_record(plan_by_rules(config), record))
     except ValueError as error:
         raise WorkdirError(f"{folder.path}/{RANKS} is damaged: {error}; put it back as it was") from None
 
@@ -84,4 +84,4 @@ def agreed(config: Config, plan: Plan, step: int) -> Decided:
 def write(folder: Workdir, config: Config, decided: Decided) -> None:
     """Writes the record, unless it is there."""
     if folder.read_json(RANKS) is None:
-        folder.write_json(RANKS, {"step": decided.step, "ranks": to_record(decided.plan), "experiment": digest_of(config)})
+        folder.write_json(RANKS, {"step": decided.step, **to_record(decided.plan), "experiment": digest_of(config)})
