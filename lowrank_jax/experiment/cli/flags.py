@@ -100,7 +100,9 @@ def _train(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     command.add_argument("--workdir", required=True, type=flag_types.text, help="folder of the run, local or remote (gs://...)")
     command.add_argument(
-        "--restart", action="store_true", help="begin anew if the run's checkpoints are gone; with checkpoints, resume as ever"
+        "--restart",
+        action="store_true",
+        help="begin anew, ranks included, if the run's checkpoints are gone; with checkpoints, resume as ever",
     )
     command.add_argument(
         "--extend", action="store_true", help="go on from the end of a run: for a larger epochs or steps than it has"

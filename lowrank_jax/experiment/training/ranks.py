@@ -59,16 +59,21 @@ def _check_not_lost(folder: Workdir, config: Config) -> None:
         raise WorkdirError(f"{folder.path}/{RANKS} is missing, which has the ranks of checkpoint {later[-1]}; put it back")
 
 
-def settle(folder: Workdir, config: Config) -> Decided | None:
+def settle(folder: Workdir, config: Config, *, restart: bool = False) -> Decided | None:
     """What was decided, or what the budget affords before training; None if ranks are the rules', or a warm-up comes first.
 
     Every process calls this and gets what process 0 decided.
+
+    Args:
+      folder, config: of the run.
+      restart: decide anew if the run was saved and its checkpoints are gone.
 
     Raises:
       WorkdirError: see `read`.
       ConfigError: the budget is impossible.
     """
-    if found := read(folder, config):
+    anew = restart and folder.saved() is not None and not step_folders.stored(folder.checkpoints)
+    if not anew and (found := read(folder, config)):
         return found
     if not has_budget(config) or config.starts_dense:
         return None

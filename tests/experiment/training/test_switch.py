@@ -175,6 +175,26 @@ def test_the_overview_shows_what_ranks_lose_also_where_they_were_read_back(tmp_p
     assert "risk" not in (tmp_path / "run" / "overview.txt").read_text()
 
 
+def test_a_restart_decides_the_ranks_anew_and_keeps_the_old_ones(whole, tmp_path, capsys):
+    """What the old ones are counts for nothing: of another version, or damaged."""
+    plain, warm = tmp_path / "plain", tmp_path / "warm"
+    config = running.config(lowrank__budget={"params": 0.4}, steps=10)
+    train(config, str(plain))
+    shutil.copytree(whole[0], warm)
+    for folder, settings in ((plain, config), (warm, running.config(**WARM))):
+        decided = json.loads((folder / "ranks.json").read_text())
+        dense = {"ranks": dict.fromkeys(decided["ranks"]), "worth": {}}
+        other = json.dumps({name: value for name, value in (decided | dense).items() if name != "check"})
+        (folder / "ranks.json").write_text(other)
+        shutil.rmtree(folder / "checkpoints")
+        train(settings, str(folder), restart=True)
+        assert f"{folder}: ranks are decided anew; the old ones are in ranks-1.json" in capsys.readouterr().out
+        assert json.loads((folder / "ranks.json").read_text()) == decided
+        assert (folder / "ranks-1.json").read_text() == other
+        train(settings, str(folder), restart=True)  # it has checkpoints by now
+        assert "has finished" in capsys.readouterr().out and not (folder / "ranks-2.json").exists()
+
+
 def test_a_budget_without_a_warmup_is_decided_before_training(tmp_path, monkeypatch):
     config = running.config(lowrank__budget={"params": 0.4}, steps=10)
     first = train(config, str(tmp_path / "run"))
