@@ -453,6 +453,12 @@ class Config:
         return 0 if length is None or self.lowrank.method == "none" else max(1, self.in_steps(length))
 
     @property
+    def latest_switch(self) -> int:
+        """The step with which the dense or self-guided network makes way for the low-rank one at the latest, 0 without one."""
+        dense = self.dense_steps
+        return self.phase_ends[0] // 2 if dense is None else dense or self.guided_steps
+
+    @property
     def peak_lr(self) -> float:
         """The highest learning rate of this batch size."""
         per = self.optim.lr_per_images

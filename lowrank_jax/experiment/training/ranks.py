@@ -39,10 +39,10 @@ def read(folder: Workdir, config: Config) -> Decided | None:
         _check_not_lost(folder, config)
         return None
     try:
-        if record.keys() != {"step", "ranks", "experiment"} or not is_count(record["step"]):
+        if record.keys() - {"worth"} != {"step", "ranks", "experiment"} or not is_count(record["step"]):
             raise ValueError("it has no step, ranks and experiment")
         check_experiment(record, config)
-        return Decided(record["step"], from_record(plan_by_rules(config), record["ranks"]))
+        return Decided(record["step"], from_record(plan_by_rules(config), record))
     except ValueError as error:
         raise WorkdirError(f"{folder.path}/{RANKS} is damaged: {error}; put it back as it was") from None
 
@@ -59,16 +59,21 @@ def _check_not_lost(folder: Workdir, config: Config) -> None:
         raise WorkdirError(f"{folder.path}/{RANKS} is missing, which has the ranks of checkpoint {later[-1]}; put it back")
 
 
-def settle(folder: Workdir, config: Config) -> Decided | None:
+def settle(folder: Workdir, config: Config, *, restart: bool = False) -> Decided | None:
     """What was decided, or what the budget affords before training; None if ranks are the rules', or a warm-up comes first.
 
     Every process calls this and gets what process 0 decided.
+
+    Args:
+      folder, config: of the run.
+      restart: decide anew if the run was saved and its checkpoints are gone.
 
     Raises:
       WorkdirError: see `read`.
       ConfigError: the budget is impossible.
     """
-    if found := read(folder, config):
+    anew = restart and folder.saved() is not None and not step_folders.stored(folder.checkpoints)
+    if not anew and (found := read(folder, config)):
         return found
     if not has_budget(config) or config.starts_dense:
         return None
@@ -84,4 +89,4 @@ def agreed(config: Config, plan: Plan, step: int) -> Decided:
 def write(folder: Workdir, config: Config, decided: Decided) -> None:
     """Writes the record, unless it is there."""
     if folder.read_json(RANKS) is None:
-        folder.write_json(RANKS, {"step": decided.step, "ranks": to_record(decided.plan), "experiment": digest_of(config)})
+        folder.write_json(RANKS, {"step": decided.step, **to_record(decided.plan), "experiment": digest_of(config)})

@@ -70,6 +70,7 @@ def test_a_run_is_dense_and_then_of_the_ranks_that_the_budget_affords(whole):
     assert losses[-1] < losses[0]
     overview = (folder / "overview.txt").read_text()
     assert overview.startswith("Dense warm-up\n") and "\nAfter step 14\n" in overview
+    assert all(f"  {kernel['risk']:.4f}  " in overview for kernel in record["worth"].values())
 
 
 def test_both_phases_are_evaluated_as_what_they_are(tmp_path):
@@ -157,6 +158,41 @@ def test_ranks_are_those_of_the_file_and_a_damaged_one_is_refused(whole, tmp_pat
         train(running.config(**WARM), str(folder))
     with pytest.raises((WorkdirError, lx.UserError), match=r"ranks\.json is missing"):
         lx.restore(folder)
+
+
+def test_the_overview_shows_what_ranks_lose_also_where_they_were_read_back(tmp_path):
+    config = running.config(lowrank__budget={"params": 0.4}, steps=10)
+    for _ in range(2):  # decided, then read
+        train(config, str(tmp_path / "run"))
+        header, *rows = (tmp_path / "run" / "overview.txt").read_text().splitlines()
+        assert "risk" in header.split() and "next 1%" in header
+        for line, kernel in zip(rows, lx.config.make_plan(config).kernels, strict=False):
+            assert {kernel.name, *kernel.worth()} <= {*line.split()} and kernel.risk is not None
+    record = json.loads((tmp_path / "run" / "ranks.json").read_text())
+    del record["worth"], record["check"]  # as earlier versions wrote it
+    (tmp_path / "run" / "ranks.json").write_text(json.dumps(record))
+    train(config, str(tmp_path / "run"))
+    assert "risk" not in (tmp_path / "run" / "overview.txt").read_text()
+
+
+def test_a_restart_decides_the_ranks_anew_and_keeps_the_old_ones(whole, tmp_path, capsys):
+    """What the old ones are counts for nothing: of another version, or damaged."""
+    plain, warm = tmp_path / "plain", tmp_path / "warm"
+    config = running.config(lowrank__budget={"params": 0.4}, steps=10)
+    train(config, str(plain))
+    shutil.copytree(whole[0], warm)
+    for folder, settings in ((plain, config), (warm, running.config(**WARM))):
+        decided = json.loads((folder / "ranks.json").read_text())
+        dense = {"ranks": dict.fromkeys(decided["ranks"]), "worth": {}}
+        other = json.dumps({name: value for name, value in (decided | dense).items() if name != "check"})
+        (folder / "ranks.json").write_text(other)
+        shutil.rmtree(folder / "checkpoints")
+        train(settings, str(folder), restart=True)
+        assert f"{folder}: ranks are decided anew; the old ones are in ranks-1.json" in capsys.readouterr().out
+        assert json.loads((folder / "ranks.json").read_text()) == decided
+        assert (folder / "ranks-1.json").read_text() == other
+        train(settings, str(folder), restart=True)  # it has checkpoints by now
+        assert "has finished" in capsys.readouterr().out and not (folder / "ranks-2.json").exists()
 
 
 def test_a_budget_without_a_warmup_is_decided_before_training(tmp_path, monkeypatch):
