@@ -6,7 +6,7 @@ from typing import Any
 
 from lowrank_jax.kernel import Execution
 from lowrank_jax.planning.decide import problem
-from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
+from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, OpenKernel, Plan, PlannedKernel
 
 _EXECUTIONS = (None, "factored", "merged", "premerged")
 
@@ -25,8 +25,13 @@ def _entry(kernel: PlannedKernel) -> dict[str, Any] | None:
     return {"rank": kernel.rank, "rows": list(kernel.view.rows), "execution": kernel.execution}
 
 
-def from_record(plan: Plan, record: Any) -> Plan:
+def from_record(plan: Plan, record: Any, *, budget: bool) -> Plan:
     """The plan of the same model and rules with the ranks of a record.
+
+    Args:
+      plan: by the rules.
+      record: from `to_record`.
+      budget: whether the ranks were chosen for one, which then is why kernels stay dense.
 
     Raises:
       ValueError: it is no record of this plan.
@@ -34,14 +39,14 @@ def from_record(plan: Plan, record: Any) -> Plan:
     names = {kernel.name for kernel in plan.kernels if kernel.choices}
     if not isinstance(record, Mapping) or record.keys() != names:
         raise ValueError("it is of other kernels")
-    kernels = (_decided(kernel, record[kernel.name]) if kernel.choices else kernel for kernel in plan.kernels)
+    kernels = (_decided(kernel, record[kernel.name], budget) if kernel.choices else kernel for kernel in plan.kernels)
     return dataclasses.replace(plan, kernels=tuple(kernels))
 
 
-def _decided(kernel: PlannedKernel, entry: Any) -> PlannedKernel:
+def _decided(kernel: PlannedKernel, entry: Any, budget: bool) -> PlannedKernel:
     note = kernel.note if kernel.execution == "premerged" else ""
     if entry is None:
-        return DenseKernel(**kernel.shared, execution=kernel.execution, note=note or "the budget affords it")
+        return DenseKernel(**kernel.shared, execution=kernel.execution, note=_why_dense(kernel, note, budget))
     if not isinstance(entry, Mapping) or entry.keys() != {"rank", "rows", "execution"}:
         raise ValueError(f"{kernel.name} has no rank, rows and execution")
     choice, rank = _choice(kernel, entry["rows"]), entry["rank"]
@@ -52,6 +57,13 @@ def _decided(kernel: PlannedKernel, entry: Any) -> PlannedKernel:
     return FactoredKernel(
         **kernel.shared, choice=choice, rank=rank, execution=_execution(kernel, entry["execution"]), note=note
     )
+
+
+def _why_dense(kernel: PlannedKernel, note: str, budget: bool) -> str:
+    if isinstance(kernel, OpenKernel):
+        reason = f"energy {kernel.rule.energy}: its rank would not be smaller"
+        return f"{reason}; {note}" if note else reason
+    return (note or "the budget affords it") if budget else kernel.note
 
 
 def _execution(kernel: PlannedKernel, decided: Execution | None) -> Execution | None:

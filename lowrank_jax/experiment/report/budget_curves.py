@@ -18,6 +18,7 @@ from lowrank_jax.planning.allocate import allocate, check_budget, smallest_budge
 from lowrank_jax.planning.curves import Losses, curves_of_kernels
 from lowrank_jax.planning.decide import problem
 from lowrank_jax.planning.decided import from_record
+from lowrank_jax.planning.energy import unbounded
 from lowrank_jax.planning.execution import choose_execution, dense_seconds, seconds
 from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.rules import wanted_rank
@@ -65,7 +66,7 @@ def budget_curves(config: Config) -> list[BudgetCurve]:
         raise ConfigError("config", ["lowrank.method: 'none'; a dense network has no ranks to choose"])
     own = config.lowrank.budget.amounts
     whole = config if own else _with_budget(config)
-    network = _Network(plan_by_rules(whole), dict(budget_arguments(whole)))
+    network = _Network(unbounded(plan_by_rules(whole)), dict(budget_arguments(whole)))
     if not network.open:
         raise ConfigError("config", ["lowrank.rules: they leave no kernel open to a budget"])
     try:
@@ -120,7 +121,7 @@ class _Network:
     def uniform(self, scale: float) -> Plan:
         """The plan of one scale, within the bounds of the rules."""
         record = {kernel.name: _entry(kernel, scale) for kernel in self.open}
-        plan = from_record(self.plan, record)
+        plan = from_record(self.plan, record, budget=True)
         if "chip" not in self._settings:
             return plan
         return choose_execution(
@@ -164,7 +165,8 @@ def _entry(kernel: PlannedKernel, scale: float) -> dict[str, Any] | None:
     choice, rule = kernel.choices[0], kernel.rule
     assert rule is not None  # it has choices
     bound = wanted_rank(rule, choice.view) or choice.view.full_rank
-    rank = min(bound, choice.view.full_rank, wanted_rank(dataclasses.replace(rule, scale=scale, rank=None), choice.view) or 1)
+    scaled = dataclasses.replace(rule, scale=scale, rank=None, energy=None)
+    rank = min(bound, choice.view.full_rank, wanted_rank(scaled, choice.view) or 1)
     if problem(choice, rank):
         return None
     return {"rank": rank, "rows": list(choice.view.rows), "execution": kernel.execution}
