@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax import inputs
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.objectives import output_problems
 from lowrank_jax.experiment.config.schema import Config, EvalConfig, LowRankConfig, OptimConfig
@@ -76,12 +77,28 @@ def check_plan(config: Config) -> None:
 
     Raises:
       ConfigError: the model cannot be built, trained or evaluated on these inputs, its outputs are not what the objective
-        takes, a rule does not fit it, or no network fits the budget.
+        takes, a rule does not fit it, no network fits the budget, or the inputs of a layer cannot be measured.
     """
     plan, budget = plan_by_rules(config), budget_arguments(config)
     if budget:
         with _named("lowrank.budget"):
             check_budget(least_bounded(plan), **dict(budget))
+    if config.lowrank.moment_batches:
+        # To choose ranks after a warm-up, the inputs of all kernels that are open to it are measured.
+        _check_captured(config, plan.opened() if config.starts_dense and chooses_ranks(config) else plan)
+
+
+def _check_captured(config: Config, plan: Plan) -> None:
+    """Raises ConfigError now, rather than at the end of a dense warm-up."""
+    network, one = config.build_network(), images_like(config)
+    variables = jax.eval_shape(lambda images: network.init(jax.random.key(0), images), one)
+    variables = {**variables, "params": nn.meta.unbox(variables["params"])}
+    rngs = {"dropout": jax.random.key(0)}
+    try:
+        inputs.check_captured(network.module, variables, one, plan, rngs=rngs, **network.flags(train=True))
+    except ValueError as error:
+        line = f"{first_line(error)}; or set it to 0"
+        raise ConfigError("config", [f"lowrank.moment_batches: {line}"]) from error
 
 
 def allocated(config: Config, plan: Plan, **values: Any) -> Plan:
