@@ -27,7 +27,7 @@ NETWORKS = {
 }
 
 
-def read(network: str, changes: Mapping[str, str]) -> configs.Config:
+def read(network: str, changes: Mapping[str, Any]) -> configs.Config:
     """The config of a network on four chips."""
     file, own = NETWORKS[network]
     return configs.read(file, {**own, **changes}, devices=CHIPS_OF_SLICE)

@@ -7,7 +7,7 @@ from typing import Any
 from lowrank_jax.kernel import Execution
 from lowrank_jax.planning.budget import is_number
 from lowrank_jax.planning.decide import problem
-from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
+from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, OpenKernel, Plan, PlannedKernel
 
 _WORTH = ("risk", "next_gain")
 _EXECUTIONS = (None, "factored", "merged", "premerged")
@@ -30,8 +30,13 @@ def _entry(kernel: PlannedKernel) -> dict[str, Any] | None:
     return {"rank": kernel.rank, "rows": list(kernel.view.rows), "execution": kernel.execution}
 
 
-def from_record(plan: Plan, record: Mapping[str, Any]) -> Plan:
+def from_record(plan: Plan, record: Mapping[str, Any], *, budget: bool) -> Plan:
     """The plan of the same model and rules with the ranks of a record; `worth` may be missing.
+
+    Args:
+      plan: by the rules.
+      record: from `to_record`.
+      budget: whether the ranks were chosen for one, which then is why kernels stay dense.
 
     Raises:
       ValueError: it is no record of this plan.
@@ -42,7 +47,7 @@ def from_record(plan: Plan, record: Mapping[str, Any]) -> Plan:
         raise ValueError("it is of other kernels")
     if not isinstance(worth, Mapping) or not worth.keys() <= names:
         raise ValueError("it has the worth of other kernels")
-    kernels = (_decided(kernel, ranks[kernel.name]) if kernel.choices else kernel for kernel in plan.kernels)
+    kernels = (_decided(kernel, ranks[kernel.name], budget) if kernel.choices else kernel for kernel in plan.kernels)
     kernels = (_with_worth(kernel, worth[kernel.name]) if kernel.name in worth else kernel for kernel in kernels)
     return dataclasses.replace(plan, kernels=tuple(kernels))
 
@@ -55,10 +60,10 @@ def _with_worth(kernel: PlannedKernel, worth: Any) -> PlannedKernel:
     return dataclasses.replace(kernel, **worth)
 
 
-def _decided(kernel: PlannedKernel, entry: Any) -> PlannedKernel:
+def _decided(kernel: PlannedKernel, entry: Any, budget: bool) -> PlannedKernel:
     note = kernel.note if kernel.execution == "premerged" else ""
     if entry is None:
-        return DenseKernel(**kernel.shared, execution=kernel.execution, note=note or "the budget affords it")
+        return DenseKernel(**kernel.shared, execution=kernel.execution, note=_why_dense(kernel, note, budget))
     if not isinstance(entry, Mapping) or entry.keys() != {"rank", "rows", "execution"}:
         raise ValueError(f"{kernel.name} has no rank, rows and execution")
     choice, rank = _choice(kernel, entry["rows"]), entry["rank"]
@@ -69,6 +74,13 @@ def _decided(kernel: PlannedKernel, entry: Any) -> PlannedKernel:
     return FactoredKernel(
         **kernel.shared, choice=choice, rank=rank, execution=_execution(kernel, entry["execution"]), note=note
     )
+
+
+def _why_dense(kernel: PlannedKernel, note: str, budget: bool) -> str:
+    if isinstance(kernel, OpenKernel):
+        reason = f"energy {kernel.rule.energy}: its rank would not be smaller"
+        return f"{reason}; {note}" if note else reason
+    return (note or "the budget affords it") if budget else kernel.note
 
 
 def _execution(kernel: PlannedKernel, decided: Execution | None) -> Execution | None:

@@ -19,7 +19,7 @@ OPEN = lr.plan(
 @pytest.mark.parametrize("budget", [0.4, 0.7, 1.0])
 def test_a_plan_comes_back_with_all_that_its_table_shows(budget):
     plan = lr.allocate(OPEN, params=budget)
-    back = from_record(OPEN, json.loads(json.dumps(to_record(plan), allow_nan=False)))
+    back = from_record(OPEN, json.loads(json.dumps(to_record(plan), allow_nan=False)), budget=True)
     assert back == plan and back.rows() == plan.rows() and "risk" in plan.rows()[0]
 
 
@@ -28,7 +28,7 @@ def test_ranks_whose_worth_is_not_known_come_back_without_it():
     record = to_record(plan)
     assert record["worth"] == {}
     for known in (record, {"ranks": record["ranks"]}):
-        assert from_record(plan, known).rows() == plan.rows()
+        assert from_record(plan, known, budget=True).rows() == plan.rows()
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,4 @@ def test_ranks_whose_worth_is_not_known_come_back_without_it():
 def test_a_worth_that_is_none_is_refused(worth, message):
     record = to_record(lr.allocate(OPEN, params=0.4))
     with pytest.raises(ValueError, match=message):
-        from_record(OPEN, {**record, "worth": worth})
+        from_record(OPEN, {**record, "worth": worth}, budget=True)

@@ -250,7 +250,8 @@ class LowRankConfig(_Hashable):
     # How long the network trains dense before it is factored; "auto": until its stable ranks settle.
     dense_warmup: Literal["auto"] | Duration | None = _option(None, lambda value: _warmup(value))
     self_guided: Duration | None = _option(None, lambda d: _positive(d))  # how long dense kernels guide the factors
-    rules: tuple[FrozenDict, ...] = ()  # exceptions, first match wins: {"path": ..., "rows": ..., and any of the keys above}
+    # Exceptions, first match wins: {"path": ..., and any of "energy", "rows", "normalized" and the keys up to execution}.
+    rules: tuple[FrozenDict, ...] = ()
 
     def to_rules(self) -> tuple[Rule, ...]:
         """The rules in order, with a catch-all of the settings above at the end; none for the dense network.
@@ -274,7 +275,7 @@ class LowRankConfig(_Hashable):
         return tuple(rules)
 
 
-_KEYS_OF_ONE = ("path", "rows")  # of a rule alone
+_KEYS_OF_ONE = ("path", "energy", "rows", "normalized")  # of a rule alone
 _RULE_KEYS = ("method", "scale", "rank", "scheme", "activation", "multiple_of", "scale_of", "execution")
 
 
@@ -285,7 +286,7 @@ def _to_rule(common: dict[str, Any], entry: dict[str, Any]) -> Rule:
         unknown.append("no path")
     if unknown:
         raise ValueError(f"rule {dict(entry)}: {'; '.join(unknown)}")
-    size = {"scale": None, "rank": None} if {"scale", "rank"} & set(entry) else {}
+    size = {"scale": None, "rank": None} if {"scale", "rank", "energy"} & set(entry) else {}
     settings = {**common, **size, **entry}
     if settings["method"] == "none":
         return Rule(entry["path"])

@@ -17,6 +17,7 @@ from lowrank_jax.experiment.config.schema import BudgetConfig, Config
 from lowrank_jax.experiment.report.drawing import default_style
 from lowrank_jax.planning.allocate import allocate, check_budget, smallest_budgets
 from lowrank_jax.planning.curves import Losses, curves_of_kernels
+from lowrank_jax.planning.energy import unbounded
 from lowrank_jax.planning.plans import FactoredKernel, Plan
 from lowrank_jax.text import first_line
 
@@ -61,7 +62,7 @@ def budget_curves(config: Config) -> list[BudgetCurve]:
         raise ConfigError("config", ["lowrank.method: 'none'; a dense network has no ranks to choose"])
     own = config.lowrank.budget.amounts
     whole = config if own else _with_budget(config)
-    network = _Network(plan_by_rules(whole), dict(budget_arguments(whole)))
+    network = _Network(unbounded(plan_by_rules(whole)), dict(budget_arguments(whole)))
     if not network.open:
         raise ConfigError("config", ["lowrank.rules: they leave no kernel open to a budget"])
     try:

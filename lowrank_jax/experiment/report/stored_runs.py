@@ -298,7 +298,8 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
     if "metrics" in result:
         folder.metrics.check(result["metrics"])
         _check_agreement(folder, result, metrics)
-    return StoredRun(name, settings, "done", "", result, metrics, ranks.read(folder) if _has_budget(settings) else None)
+    chosen = ranks.read(folder) if _has_budget(settings) or ranks.by_energies(settings) else None
+    return StoredRun(name, settings, "done", "", result, metrics, chosen)
 
 
 def _with_effect(settings: dict[str, Any]) -> dict[str, Any]:

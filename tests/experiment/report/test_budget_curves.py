@@ -98,6 +98,12 @@ def test_where_there_is_nothing_to_choose_it_says_so(changes, message):
         curves(**changes)
 
 
+def test_energies_bound_nothing_before_training():
+    """Nor do they fail: they are those of trained kernels."""
+    rules = {"lowrank__rules": ({"path": ".*/kernel", "energy": 0.5},), "lowrank__dense_warmup": "5 steps"}
+    assert curves(**rules) == curves()
+
+
 def test_one_scale_may_be_what_is_asked_for():
     (curve,) = budget_curves(running.config(**NETWORK, lowrank__budget__params=0.3, lowrank__budget__objective="uniform"))
     assert curve.own == 0.3 and draw([curve], "mlp").startswith(b"\x89PNG")

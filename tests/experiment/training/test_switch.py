@@ -5,6 +5,7 @@ import json
 import shutil
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -425,3 +426,51 @@ def test_stable_ranks_are_those_of_numpy():
         singular = np.linalg.svd(np.asarray(named_leaves(params)[name], np.float64), compute_uv=False)
         np.testing.assert_allclose(value, (singular**2).sum() / singular[0] ** 2, rtol=1e-4)  # float32's eigenvalues
     assert seen.keys() == {kernel.name for kernel in plan.factored}
+
+
+class Turn(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.relu(nn.Dense(24, name="dense")(x)), None
+
+
+class Stacked(nn.Module):
+    """A repeated layer with a kernel for each turn, or one for all of them, whose inputs are kept or not; and a shared one."""
+
+    num_classes: int = 10
+    kept: bool = True
+    one: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(24, name="wide")(x.reshape(len(x), -1))
+        axes = {} if self.one else {"params": 0}
+        axes |= {"lowrank_inputs": 0} if self.kept else {}
+        shared = {"variable_broadcast": "params"} if self.one else {}
+        x, _ = nn.scan(Turn, variable_axes=axes, **shared, split_rngs={"params": not self.one}, length=3)(name="layers")(
+            x, None
+        )
+        twice = nn.Dense(24, name="twice")
+        return nn.Dense(self.num_classes, name="head")(twice(nn.relu(twice(x))))
+
+
+STACKED = {
+    "model__name": f"{__name__}:Stacked",
+    "lowrank__moment_batches": 1,
+    "lowrank__dense_warmup": "3 steps",
+    "steps": 5,
+}
+
+
+@pytest.mark.parametrize("budget", [{}, {"params": 0.5}])
+@pytest.mark.parametrize("one", [False, True])
+def test_inputs_that_cannot_be_measured_at_the_switch_are_refused_at_the_start(one, budget):
+    changes = {**STACKED, "model__kwargs": {"kept": False, "one": one}, "lowrank__budget": budget}
+    with pytest.raises(ConfigError) as caught:
+        running.config(**changes)
+    (problem,) = caught.value.problems
+    assert problem.startswith(
+        "lowrank.moment_batches: cannot capture the inputs of 'layers/dense/kernel': under nn.scan and nn.vmap"
+    )
+    assert 'add "lowrank_inputs": 0 to variable_axes' in problem and problem.endswith("; or set it to 0")
+    assert running.config(**{**changes, "lowrank__moment_batches": 0}).starts_dense
