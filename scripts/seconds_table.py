@@ -49,8 +49,7 @@ def key(network: str, chip: str, arm: str) -> str:
 
 
 def wanted() -> Iterator[str]:
-    for chip in ("v5e", "v6e", "v4"):
-        yield from (key(network, chip, arm) for network, arm in ARMS)
+    yield from (key(network, chip, arm) for network, arm in ARMS for chip in ("v5e", "v6e", "v4"))
 
 
 def computed(name: str) -> dict[str, Any]:
