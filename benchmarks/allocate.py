@@ -31,7 +31,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "macs": {"macs": 0.5},
     "both": {"params": 0.5, "macs": 0.4},
     "seconds": {"seconds": 0.9, "chip": lr.chips.CHIPS["v5e"], "batch": 64, "itemsize": 2},
-    "tolerance": {"params": 0.25, "objective": "tolerance"},
+    "correlation": {"params": 0.25, "objective": "correlation"},
 }
 
 

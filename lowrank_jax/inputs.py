@@ -78,6 +78,25 @@ def _mean_of_both(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
     return mean + (new / jnp.maximum(total, 1))[..., None, None] * (other - mean), total
 
 
+def check_captured(model: nn.Module, variables: Any, batch: Any, plan: Plan, *, rngs: Any = None, **kwargs: Any) -> None:
+    """Whether `second_moments` can capture the inputs of every kernel that the plan factors; nothing is computed.
+
+    Args:
+      model, plan, rngs, **kwargs: as in `second_moments`.
+      variables, batch: the same, or their shapes.
+
+    Raises:
+      TypeError: the model is not a Linen module.
+      ValueError: the inputs of a planned kernel cannot be captured; the message says which, and what to do.
+    """
+    capture = _capture(model)
+
+    def run(variables: Any, batch: Any) -> dict[str, Any]:
+        return capture(model, variables, batch, plan, _moments, _mean_of_both, rngs, kwargs)
+
+    jax.eval_shape(run, variables, batch)
+
+
 def moment_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     """What `second_moments` returns, as shapes."""
     return {

@@ -8,33 +8,15 @@ merged, and as chosen by the cost model (`auto`).  The numbers are the compiler'
 docs/results/execution.json.  Needs libtpu (pip install 'lowrank_jax[tpu-preflight]') and no TPU.
 """
 
-import argparse
-import fcntl
 import itertools
-import json
-import os
-import pathlib
-import time
+from collections.abc import Iterator
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-
-from lowrank_jax.experiment import config as configs
-from lowrank_jax.experiment.preflight.compiler import compile_program, topology
-from lowrank_jax.experiment.training.build import build
-from lowrank_jax.planning.chips import CHIPS
 from lowrank_jax.text import markdown_table
+from scripts.compiled_steps import NETWORKS, RESULTS, SLICES, Results, estimate, read
 
-RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 SCALES = (0.05, 0.25, 0.5)
 ARMS = ("factored", "merged", "auto")
-# Four chips, with as many images per chip as the config's batch on 16.
-SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2"}
-NETWORKS = {
-    "ResNet-50": ("configs/imagenet_resnet50_lowrank.py", {"batch_size": "256"}),
-    "EfficientNet-B0": ("configs/imagenet_efficientnet_lowrank.py", {"batch_size": "1024"}),
-    "ViT-B/16": ("configs/imagenet_vit_lowrank.py", {"batch_size": "256", "model.name": "vit_b16"}),
-}
 LIMIT = 1.02
 
 HEAD = """# Factored or merged: the gain of choosing on TPUs
@@ -48,58 +30,34 @@ column counts the kernels that it runs factored. In parentheses: ratio to the de
 """
 
 
+_results = Results("execution.json")
+
+
 def key(network: str, chip: str, arm: str, scale: float) -> str:
     return f"{network}/{chip}/{arm}/{scale:g}"
 
 
-def wanted() -> list[tuple[str, str, str, float]]:
+def wanted() -> Iterator[str]:
     pairs = [(network, chip) for chip in ("v5e", "v6e", "v4") for network in NETWORKS]
-    dense = [(network, chip, "dense", 0.0) for network, chip in pairs]
+    yield from (key(network, chip, "dense", 0.0) for network, chip in pairs)
     ends_first = sorted(SCALES, key=lambda scale: -abs(scale - 0.25))
-    return dense + [(network, chip, arm, scale) for scale in ends_first for network, chip in pairs for arm in ARMS]
+    for scale, (network, chip), arm in itertools.product(ends_first, pairs, ARMS):
+        yield key(network, chip, arm, scale)
 
 
-def estimate(network: str, chip: str, arm: str, scale: float) -> dict[str, Any]:
+def computed(name: str) -> dict[str, Any]:
     """The compiler's estimate of a training step."""
-    file, changes = NETWORKS[network]
-    low_rank = {"lowrank.scale": str(scale), "lowrank.execution": arm} if arm != "dense" else {"lowrank.method": "none"}
-    devices = topology(SLICES[chip])
-    experiment = build(configs.read(file, changes | low_rank, devices=len(devices)), devices=devices)
-    executions = {kernel.execution for kernel in experiment.plan.factored}
-    pure = next(iter(executions)) if len(executions) == 1 else None
-    if arm == "auto" and pure is not None and key(network, chip, pure, scale) in known():
-        return known()[key(network, chip, pure, scale)]  # the same program
-    program = compile_program(experiment.lower_train_step(), CHIPS[chip])
-    cost = program.cost
-    if cost is None or cost.seconds is None:
-        raise SystemExit(f"{key(network, chip, arm, scale)}: no time: {cost.doubt if cost else 'it does not fit'}")
-    return {
-        "seconds": cost.seconds,
-        "flops": cost.flops,
-        "bytes": cost.bytes,
-        "peak_bytes": program.peak_bytes,
-        "kernels": len(experiment.plan.factored),
-        "factored": sum(kernel.execution == "factored" for kernel in experiment.plan.factored),
-    }
+    network, chip, arm, scale = name.rsplit("/", 3)
+    low_rank = {"lowrank.scale": scale, "lowrank.execution": arm} if arm != "dense" else {"lowrank.method": "none"}
+    return estimate(name, read(network, low_rank), chip)
 
 
-def note(name: str, found: dict[str, Any]) -> None:
-    """Adds a result to the file, which another process may be writing too."""
-    with (RESULTS / "execution.json").open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        known = {**read(file), name: found}
-        file.truncate(0)
-        file.write(json.dumps(known, indent=1, sort_keys=True) + "\n")
-
-
-def read(file: Any) -> dict[str, Any]:
-    file.seek(0)
-    return json.loads(file.read() or "{}")
-
-
-def known() -> dict[str, Any]:
-    path = RESULTS / "execution.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def dense_step(network: str, chip: str) -> float:
+    """The seconds of the dense step; compiled now if that was never done."""
+    name = key(network, chip, "dense", 0.0)
+    if name not in _results.known():
+        _results.note(name, computed(name))
+    return _results.known()[name]["seconds"]
 
 
 def page(results: dict[str, Any]) -> str:
@@ -129,17 +87,8 @@ def page(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default="0/1", help="I/N: compute every N-th result, starting from the I-th")
-    part, parts = (int(number) for number in parser.parse_args().part.split("/"))
-    for case in wanted()[part::parts]:
-        if key(*case) in known():
-            continue
-        begin = time.process_time()
-        found = estimate(*case)
-        note(key(*case), found)
-        print(f"{key(*case)}: {1e3 * found['seconds']:.2f} ms ({time.process_time() - begin:.0f} CPU-s)", flush=True)
-    (RESULTS / "execution.md").write_text(page(known()))
+    _results.compute(__doc__, wanted(), computed)
+    (RESULTS / "execution.md").write_text(page(_results.known()))
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def allocate(
     batch: int | None = None,
     itemsize: int = 4,
     rest: float = 0.0,
-    objective: str = "correlation",
-    min_scale: float = 0.0,
+    objective: str = "tolerance",
+    min_scale: float | None = None,
     multiple_of: int = 1,
     variables: Any = None,
     moments: Mapping[str, jax.Array] | None = None,
@@ -60,11 +60,12 @@ def allocate(
       chip, batch: for `seconds`: the device, and the examples per step on it.
       itemsize: bytes of a parameter; for `seconds`, of an activation.
       rest: for `seconds`: how long the dense step takes besides its kernels, in seconds, from `rest_of_step`.
-      objective: what is to be least: `correlation`, minus the logarithm of the product over kernels of the squared
-        correlation that their outputs keep with the dense ones; `risk`, the sum of their relative function risks;
-        `tolerance`, the largest of them; or `uniform`, to compare with: nothing is weighed, and the largest scale that fits
-        is that of all kernels.
-      min_scale: no rank is below this fraction of full rank.
+      objective: what is to be least: `tolerance`, the largest relative function risk of a kernel; `correlation`, minus the
+        logarithm of the product over kernels of the squared correlation that their outputs keep with the dense ones; `risk`,
+        the sum of their relative function risks; or `uniform`, to compare with: nothing is weighed, and the largest scale
+        that fits is that of all kernels.
+      min_scale: no rank is below this fraction of full rank.  None is 0, but 0.05 for a budget of seconds, where rules allow
+        so much: at rank 1 a layer may be cheap in seconds, and worthless.
       multiple_of: ranks are multiples of this and of the rule's, where a kernel has so many.
       variables: the dense model's variables or parameters, whose kernels are decomposed; None for Gaussian kernels.
       moments: from `inputs.second_moments(..., plan.opened())`, for the layers' real inputs; needs `variables`.  A scheme whose

@@ -1,14 +1,15 @@
 """What a network may cost: budgets as they are asked for, and checked."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from lowrank_jax.checks import count, is_number
 from lowrank_jax.planning.chips import Chip
 from lowrank_jax.text import did_you_mean, shown
 
-OBJECTIVES = ("correlation", "risk", "tolerance", "uniform")
+OBJECTIVES = ("tolerance", "correlation", "risk", "uniform")
+MIN_SCALE_OF_SECONDS = 0.05
 
 
 Kind = Literal["params", "macs", "bytes", "seconds"]
@@ -22,8 +23,8 @@ class Request:
     batch: int | None = None
     itemsize: int = 4
     rest: float = 0.0
-    objective: str = "correlation"
-    min_scale: float = 0.0
+    objective: str = "tolerance"
+    min_scale: float | None = None
     multiple_of: int = 1
 
     def check(self, given: Mapping[Kind, float | int]) -> None:
@@ -35,7 +36,7 @@ class Request:
             raise ValueError("bytes and seconds cannot be budgets at once; give params in the place of bytes")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"unknown objective {shown(self.objective)}{did_you_mean(self.objective, OBJECTIVES)}")
-        if not is_number(self.min_scale) or not 0 <= self.min_scale <= 1:
+        if self.min_scale is not None and not (is_number(self.min_scale) and 0 <= self.min_scale <= 1):
             raise ValueError(f"min_scale {shown(self.min_scale)} must be from 0 to 1")
         if "seconds" in given and (self.chip is None or self.batch is None):
             raise ValueError("a budget of seconds needs chip, one of lowrank_jax.chips.CHIPS, and batch, the examples on it")
@@ -47,6 +48,12 @@ class Request:
                 raise ValueError(f"{name} {shown(value)} {complaint}")
         if not is_number(self.rest) or self.rest < 0:
             raise ValueError(f"rest {shown(self.rest)} must be a number of seconds, at least 0")
+
+    def smallest_scale(self, kinds: Collection[Kind]) -> float:
+        """`min_scale`, or what it is for budgets of these kinds: at rank 1 a layer may be cheap in seconds, and worthless."""
+        if self.min_scale is not None:
+            return self.min_scale
+        return MIN_SCALE_OF_SECONDS if "seconds" in kinds else 0.0
 
 
 def _check_budget(kind: str, value: float | int) -> None:

@@ -1,13 +1,13 @@
 """The ranks of rules that give an energy: known once the kernels are."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from lowrank_jax.planning.curves import Losses
 from lowrank_jax.planning.decide import problem
-from lowrank_jax.planning.plans import DenseKernel, FactoredKernel, PlannedKernel
+from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, OpenKernel, Plan, PlannedKernel
 from lowrank_jax.planning.rules import Rule, rounded_up
 
 _ROUNDING = 1e-12  # of float64's sums: a share that is missed by less is kept
@@ -16,6 +16,32 @@ _ROUNDING = 1e-12  # of float64's sums: a share that is missed by less is kept
 def energy_of(kernel: PlannedKernel) -> float | None:
     """The energy that a kernel's rule asks for; None if it asks for something else."""
     return kernel.rule.energy if kernel.rule is not None else None
+
+
+def awaited(plan: Plan, until: str) -> Plan:
+    """The plan to go on with while its open ranks are: dense where they are open, of which it says until when."""
+    return _with_open(plan, lambda kernel: dataclasses.replace(kernel, until=until))
+
+
+def unbounded(plan: Plan) -> Plan:
+    """The plan for a budget that does not know the kernels yet: energies bound nothing."""
+    return _with_open(plan, lambda kernel: _bounded(kernel, lambda choice: choice.view.full_rank))
+
+
+def least_bounded(plan: Plan) -> Plan:
+    """The plan with the tightest bounds that energies may come to: a budget that is possible then is so with all others."""
+    return _with_open(plan, lambda kernel: _bounded(kernel, lambda choice: rounded_up(kernel.rule, 1)))
+
+
+def _with_open(plan: Plan, change: Callable[[OpenKernel], PlannedKernel]) -> Plan:
+    if not plan.waiting:
+        return plan
+    kernels = (change(kernel) if isinstance(kernel, OpenKernel) else kernel for kernel in plan.kernels)
+    return dataclasses.replace(plan, kernels=tuple(kernels))
+
+
+def _bounded(kernel: OpenKernel, bound: Callable[[Choice], int]) -> OpenKernel:
+    return dataclasses.replace(kernel, bounds=tuple(map(bound, kernel.choices)))
 
 
 def with_bounds(

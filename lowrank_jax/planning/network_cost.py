@@ -68,8 +68,13 @@ class Network:
             parts.append(
                 f"{kind}={value}: the smallest possible is {_rounded_up(smallest / whole)} of the dense network{count}"
             )
+        scale = "" if self.request.min_scale is not None else self._with_scale()
         both = " (each for itself), and no plan was found that holds both" if len(self.given) > 1 else ""
-        return f"the budget is impossible; {'; '.join(parts)}{both}"
+        return f"the budget is impossible; {'; '.join(parts)}{both}{scale}"
+
+    def _with_scale(self) -> str:
+        scale = self.request.smallest_scale(tuple(self.given))
+        return f", with ranks of at least {scale} of full rank; min_scale=0 allows any" if scale else ""
 
 
 def _fixed(plan: Plan, open_: Sequence[PlannedKernel], kind: Kind, request: Request) -> float:

@@ -57,7 +57,7 @@ def all_points(
 
 
 def _rows(kernel: PlannedKernel, places: Sequence[int], request: Request, kinds: tuple[Kind, ...]) -> list[_Row]:
-    ranks = [(place, rank) for place in places for rank in _ranks(kernel, kernel.choices[place], request)]
+    ranks = [(place, rank) for place in places for rank in _ranks(kernel, kernel.choices[place], request, kinds)]
     rows: list[_Row] = [(place, rank, way) for place, rank in ranks for way in _executions(kernel, kinds)]
     return [*rows, (-1, 0, None)] if _may_be_dense(kernel) else rows
 
@@ -94,7 +94,7 @@ def _wanted(kernel: PlannedKernel, choice: Choice) -> int | None:
     return wanted_rank(rule_of(kernel), choice.view)
 
 
-def _ranks(kernel: PlannedKernel, choice: Choice, request: Request) -> range:
+def _ranks(kernel: PlannedKernel, choice: Choice, request: Request, kinds: tuple[Kind, ...]) -> range:
     """The ranks that a kernel may have: those of which the rule's is the largest, and that save parameters.
 
     Raises:
@@ -103,8 +103,10 @@ def _ranks(kernel: PlannedKernel, choice: Choice, request: Request) -> range:
     view, rule = choice.view, rule_of(kernel)
     wanted = min(_wanted(kernel, choice) or view.full_rank, view.full_rank)
     bound = min(wanted, (view.n * view.m - 1) // (view.n + view.m))
-    low = max(1, math.ceil(request.min_scale * view.full_rank - 1e-9))
-    if wanted < low and not _may_be_dense(kernel):
+    low = max(1, math.ceil(request.smallest_scale(kinds) * view.full_rank - 1e-9))
+    if request.min_scale is None:
+        low = min(low, wanted)
+    elif wanted < low and not _may_be_dense(kernel):
         raise ValueError(f"{kernel.name}: min_scale {request.min_scale} needs a rank of {low}; its rule allows {wanted}")
     steps = (math.lcm(request.multiple_of, rule.multiple_of), rule.multiple_of, request.multiple_of, 1)
     step = next(step for step in steps if step <= max(bound, 1))  # of small kernels there may be no multiple

@@ -207,12 +207,16 @@ class OpenKernel(DenseKernel):
 
     Attributes:
       rule: the rule that decided.
+      until: when its values will be known, for plans to go on with until then; None if nothing can be done before they are.
     """
 
     rule: Rule
+    until: str | None = None
 
     def _cells(self) -> tuple[str, str, str, str]:
         open_ = "the rank is open: lr.allocate(plan, variables=variables)"
+        if self.until:
+            open_ = f"the rank is open until {self.until}; dense here"
         note = f"{open_}; {self.note}" if self.note else open_
         return f"energy {self.rule.energy}", self.rule.method, self.execution or self.rule.execution, note
 
@@ -236,15 +240,20 @@ class Plan:
         """The kernels that will be factored.
 
         Raises:
-          ValueError: a rank is open.
+          ValueError: a rank is open, and nothing is said of when it will be known.
         """
-        if open_ := [kernel.name for kernel in self.kernels if isinstance(kernel, OpenKernel)]:
+        if open_ := [kernel.name for kernel in self.waiting if not kernel.until]:
             more = f" and {len(open_) - 1} more" if len(open_) > 1 else ""
             raise ValueError(
                 f"the plan has no rank for {open_[0]!r}{more}, whose rule gives an energy: "
                 "plan = lr.allocate(plan, variables=variables) finds it"
             )
         return tuple(kernel for kernel in self.kernels if isinstance(kernel, FactoredKernel))
+
+    @property
+    def waiting(self) -> tuple[OpenKernel, ...]:
+        """The kernels whose ranks are open."""
+        return tuple(kernel for kernel in self.kernels if isinstance(kernel, OpenKernel))
 
     @property
     def captured(self) -> tuple[FactoredKernel, ...]:

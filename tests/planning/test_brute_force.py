@@ -44,7 +44,7 @@ NETWORKS = {
 }
 
 
-def options(plan, kind):
+def options(plan, kind, objective):
     """What every kernel may become, from the curves of Gaussian kernels."""
     curves, found = curves_of_kernels(plan.kernels), []
     for kernel in plan.kernels:
@@ -54,26 +54,27 @@ def options(plan, kind):
             for rank in range(1, choice.view.full_rank + 1):
                 if choice.params(rank) < choice.view.n * choice.view.m:
                     costs.append(copies * choice.params(rank) if kind == "params" else choice.macs(rank))
-                    losses.append(copies * curve.correlation[rank - 1])
+                    losses.append(curve.risk[rank - 1] if objective == "tolerance" else copies * curve.correlation[rank - 1])
         found.append(knapsack.Options(np.array([costs], float), np.array(losses)))
     return found
 
 
-def combinations(kernels):
+def combinations(kernels, objective):
     """Costs and losses of all of them."""
     every = list(itertools.product(*(range(len(kernel.loss)) for kernel in kernels)))
     costs = sum(kernels[i].cost[0][[chosen[i] for chosen in every]] for i in range(len(kernels)))
-    losses = sum(kernels[i].loss[[chosen[i] for chosen in every]] for i in range(len(kernels)))
-    return costs, losses
+    losses = [kernels[i].loss[[chosen[i] for chosen in every]] for i in range(len(kernels))]
+    return costs, np.max(losses, axis=0) if objective == "tolerance" else np.sum(losses, axis=0)
 
 
-def lost(plan, whole):
+def lost(plan, whole, objective):
     """What a plan loses of Gaussian kernels."""
-    curves, total = curves_of_kernels(whole.kernels), 0.0
+    curves, losses = curves_of_kernels(whole.kernels), [0.0]
     for kernel in plan.factored:
         curve = curves[kernel.name][kernel.choices.index(kernel.choice)]
-        total += math.prod(kernel.stack) * curve.correlation[kernel.rank - 1]
-    return total
+        by_rank = curve.risk if objective == "tolerance" else math.prod(kernel.stack) * curve.correlation
+        losses.append(by_rank[kernel.rank - 1])
+    return max(losses) if objective == "tolerance" else math.fsum(losses)
 
 
 @pytest.mark.parametrize("kind", ["params", "macs"])
@@ -82,8 +83,8 @@ def test_allocate_is_brute_force_at_the_corners_and_within_a_segment_elsewhere(n
     model, x = NETWORKS[name]
     plan = lr.plan(model, x, [lr.Rule(".*kernel", scale=1.0)])
     assert all(kernel.choices for kernel in plan.kernels)
-    kernels = options(plan, kind)
-    costs, losses = combinations(kernels)
+    kernels = options(plan, kind, "correlation")
+    costs, losses = combinations(kernels, "correlation")
     fixed = plan.other_params if kind == "params" else 0
     chosen = knapsack.cheapest(kernels, np.ones(1))
     before = knapsack.total_cost(kernels, chosen)[0]
@@ -93,6 +94,19 @@ def test_allocate_is_brute_force_at_the_corners_and_within_a_segment_elsewhere(n
         corner = knapsack.total_cost(kernels, chosen)[0]
         for budget, slack in ((corner, 0.0), ((before + corner) // 2, drop)):
             best = losses[costs <= budget].min()
-            found = lost(lr.allocate(plan, **{kind: int(budget) + fixed}), plan)
+            made = lr.allocate(plan, **{kind: int(budget) + fixed}, objective="correlation")
+            found = lost(made, plan, "correlation")
             assert best - 1e-9 <= found <= best + slack + 1e-9, f"{kind}={budget}"
         before = corner
+
+
+@pytest.mark.parametrize("kind", ["params", "macs"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_ranks_have_a_smaller_largest_risk(name, kind):
+    model, x = NETWORKS[name]
+    plan = lr.plan(model, x, [lr.Rule(".*kernel", scale=1.0)])
+    costs, losses = combinations(options(plan, kind, "tolerance"), "tolerance")
+    fixed = plan.other_params if kind == "params" else 0
+    for budget in np.linspace(costs.min(), costs.max(), 25).astype(int):
+        found = lost(lr.allocate(plan, **{kind: int(budget) + fixed}), plan, "tolerance")
+        assert found == pytest.approx(losses[costs <= budget].min(), abs=1e-9), f"{kind}={budget}"

@@ -100,7 +100,9 @@ def _train(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     command.add_argument("--workdir", required=True, type=flag_types.text, help="folder of the run, local or remote (gs://...)")
     command.add_argument(
-        "--restart", action="store_true", help="begin anew if the run's checkpoints are gone; with checkpoints, resume as ever"
+        "--restart",
+        action="store_true",
+        help="begin anew, ranks included, if the run's checkpoints are gone; with checkpoints, resume as ever",
     )
     command.add_argument(
         "--extend", action="store_true", help="go on from the end of a run: for a larger epochs or steps than it has"
@@ -242,7 +244,8 @@ def _add_ray(command: argparse.ArgumentParser) -> None:
     add("--tpus", type=int, metavar="N", help="TPU chips per trial; default: 0")
     add(
         "--asha-grace", type=flag_types.duration, metavar="LENGTH",
-        help='stop poor trials early, but never before this point, e.g. "500 steps"',
+        help='stop poor trials early, but never before this point, e.g. "500 steps"; it must come after every dense warm-up and'
+        " self-guided phase",
     )  # fmt: skip
     add("--asha-reduction", type=float, metavar="N", help="keep the best 1/N at each rung; default: 4")
 

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax import inputs
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.objectives import output_problems
 from lowrank_jax.experiment.config.schema import Config, EvalConfig, LowRankConfig, OptimConfig
@@ -19,6 +20,7 @@ from lowrank_jax.linen.plan import plan as plan_model
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.allocate import allocate, check_budget
 from lowrank_jax.planning.chips import CHIPS
+from lowrank_jax.planning.energy import awaited, least_bounded, unbounded
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.text import first_line
 
@@ -26,18 +28,43 @@ from lowrank_jax.text import first_line
 def make_plan(config: Config) -> Plan:
     """Decides which kernels of the model are factored, and at which ranks; results are cached.
 
-    Only for a budget is anything computed: what every rank loses of a random kernel of each shape.
+    Only for a budget is anything computed: what every rank loses of a random kernel of each shape.  What trained weights decide
+    is not known yet: a budget's ranks then are a forecast, and without a budget those of energies stay open.
 
     Raises:
       ConfigError: see `check_plan`.
     """
     plan, budget = plan_by_rules(config), budget_arguments(config)
-    return _allocated(plan, tuple(kernel.normalized for kernel in plan.kernels), *budget) if budget else plan
+    if not budget:
+        return awaited(plan, "the dense warm-up ends")
+    return _allocated(unbounded(plan), tuple(kernel.normalized for kernel in plan.kernels), *budget)
 
 
 def has_budget(config: Config) -> bool:
     """Whether ranks are chosen for a budget."""
     return bool(budget_arguments(config))
+
+
+def has_energies(config: Config) -> bool:
+    """Whether the ranks of some kernels, or their bounds, go by the values of the kernels."""
+    return bool(plan_by_rules(config).waiting)
+
+
+def chooses_ranks(config: Config) -> bool:
+    """Whether ranks are chosen and recorded, rather than those of the rules."""
+    return has_budget(config) or has_energies(config)
+
+
+def forecast(config: Config) -> str:
+    """What of `make_plan` is not yet as it will be after a dense warm-up, in words; "" if all of it is."""
+    if not config.starts_dense or not chooses_ranks(config):
+        return ""
+    if not has_budget(config):
+        return (
+            "the ranks of energies are open, and their kernels count as dense; they are chosen then, from the trained weights"
+        )
+    bounded = ", and energies bound them" if has_energies(config) else ""
+    return f"by shapes and costs alone; ranks are chosen then, from the trained weights{bounded}"
 
 
 def dense_plan(config: Config) -> Plan:
@@ -50,28 +77,44 @@ def check_plan(config: Config) -> None:
 
     Raises:
       ConfigError: the model cannot be built, trained or evaluated on these inputs, its outputs are not what the objective
-        takes, a rule does not fit it, or no network fits the budget.
+        takes, a rule does not fit it, no network fits the budget, or the inputs of a layer cannot be measured.
     """
     plan, budget = plan_by_rules(config), budget_arguments(config)
     if budget:
-        with _budget_named():
-            check_budget(plan, **dict(budget))
+        with _named("lowrank.budget"):
+            check_budget(least_bounded(plan), **dict(budget))
+    if config.lowrank.moment_batches:
+        # To choose ranks after a warm-up, the inputs of all kernels that are open to it are measured.
+        _check_captured(config, plan.opened() if config.starts_dense and chooses_ranks(config) else plan)
+
+
+def _check_captured(config: Config, plan: Plan) -> None:
+    """Raises ConfigError now, rather than at the end of a dense warm-up."""
+    network, one = config.build_network(), images_like(config)
+    variables = jax.eval_shape(lambda images: network.init(jax.random.key(0), images), one)
+    variables = {**variables, "params": nn.meta.unbox(variables["params"])}
+    rngs = {"dropout": jax.random.key(0)}
+    try:
+        inputs.check_captured(network.module, variables, one, plan, rngs=rngs, **network.flags(train=True))
+    except ValueError as error:
+        line = f"{first_line(error)}; or set it to 0"
+        raise ConfigError("config", [f"lowrank.moment_batches: {line}"]) from error
 
 
 def allocated(config: Config, plan: Plan, **values: Any) -> Plan:
-    """The ranks that the config's budget affords, of a plan by its rules; `values` as in `allocate`.
+    """The ranks that the config's budget affords and its energies ask for, of a plan by its rules; `values` as in `allocate`.
 
     Raises:
-      ConfigError: the budget is impossible.
+      ConfigError: the budget is impossible, or the values are of no use.
     """
-    with _budget_named():
+    with _named("lowrank.budget" if has_budget(config) else "lowrank.rules"):
         return allocate(plan, **dict(budget_arguments(config)), **values)
 
 
 @functools.cache
 def _allocated(plan: Plan, _normalized: tuple[str | None, ...], *budget: tuple[str, Any]) -> Plan:
     # Equal plans may differ in what follows their kernels.
-    with _budget_named():
+    with _named("lowrank.budget"):
         return allocate(plan, **dict(budget))
 
 
@@ -90,11 +133,11 @@ def budget_arguments(config: Config) -> tuple[tuple[str, Any], ...]:
 
 
 @contextlib.contextmanager
-def _budget_named() -> Iterator[None]:
+def _named(key: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ConfigError("config", [f"lowrank.budget: {line}" for line in str(error).splitlines()]) from None
+        raise ConfigError("config", [f"{key}: {line}" for line in str(error).splitlines()]) from None
 
 
 def plan_by_rules(config: Config) -> Plan:

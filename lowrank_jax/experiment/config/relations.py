@@ -6,14 +6,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from lowrank_jax.experiment.config import objectives
+from lowrank_jax.experiment.config import factors, objectives
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.plan import check_plan, images_like
-from lowrank_jax.experiment.config.schema import BUDGET_KINDS, BudgetConfig, Config, DatasetConfig, LowRankConfig, rate
+from lowrank_jax.experiment.config.schema import Config, DatasetConfig, rate
 from lowrank_jax.experiment.config.typed import read_section, read_value
 from lowrank_jax.experiment.data import datasets, splits
 from lowrank_jax.experiment.hosts.sharding import AXES, read_rules, rule_problems
-from lowrank_jax.planning.chips import CHIPS
 from lowrank_jax.text import first_line, shown
 
 
@@ -39,7 +38,7 @@ def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> l
         problems += objective
     else:
         objective = ["of its own"]
-    parts = _model_problems(config) + _rule_problems(config, wrong)
+    parts = _model_problems(config) + factors.problems(config.lowrank, wrong)
     if known and not parts and not objective and not any(key.startswith(("model.", "lowrank.")) for key in wrong):
         parts = _plan_problems(config)
     problems += data + parts
@@ -269,62 +268,6 @@ def _plan_problems(config: Config) -> list[str]:
         check_plan(config)
     except ConfigError as error:
         return error.problems
-    return []
-
-
-_FORGETFUL = ("random", "unit_spectral")
-"""Methods that do not keep what a trained kernel does."""
-
-
-def _rule_problems(config: Config, wrong: set[str]) -> list[str]:
-    low = config.lowrank
-    if low.self_guided is not None and low.dense_warmup is not None:
-        return [f"lowrank.self_guided: {low.self_guided}, and dense_warmup is set too; training begins with one of them"]
-    if low.dense_warmup is not None and (problems := _forgotten(low)):
-        return problems
-    if problems := _budget_problems(low.budget, wrong):
-        return problems
-    if low.budget.amounts:
-        return _to_rules_problems(low)
-    if low.method != "none" and low.scale is None and low.rank is None and not wrong & {"lowrank.scale", "lowrank.rank"}:
-        return ["lowrank.scale: neither scale nor rank is set; for a dense network set lowrank.method=none"]
-    if low.scale is not None and low.rank is not None:
-        # A scale that was reported as wrong has fallen back to its default: not the user's.
-        both = f"lowrank.rank: both rank ({low.rank}) and scale ({low.scale:g}) are set; set one to None"
-        return [] if wrong & {"lowrank.scale"} else [both]
-    return _to_rules_problems(low)
-
-
-def _forgotten(low: LowRankConfig) -> list[str]:
-    """Methods, the general one's or a rule's, that would undo a dense warm-up."""
-    methods = {"lowrank.method": low.method}
-    methods |= {f"lowrank.rules: {rule.get('path')!r}, method": rule.get("method") for rule in low.rules}
-    reason = "it would forget what the dense warm-up has learned"
-    return [f"{key}: {method!r}; {reason}" for key, method in methods.items() if method in _FORGETFUL]
-
-
-def _budget_problems(budget: BudgetConfig, wrong: set[str]) -> list[str]:
-    """Settings of a budget that say nothing without another one, and more kinds than two."""
-    kinds, usual = budget.amounts, BudgetConfig()
-    if len(kinds) > 2:
-        return [f"lowrank.budget: {', '.join(kinds)} are set; at most two kinds can hold at once"]
-    if "seconds" in kinds and budget.chip is None and "lowrank.budget.chip" not in wrong:
-        return [f"lowrank.budget.chip: seconds need a chip; one of {', '.join(CHIPS)}"]
-    if any(f"lowrank.budget.{kind}" in wrong for kind in BUDGET_KINDS):
-        return []  # there is a budget, which has been reported
-    needed = "a budget" if not kinds else "lowrank.budget.seconds"
-    idle = ("chip", "batch", "rest") if "seconds" not in kinds else ()
-    idle += ("objective", "min_scale") if not kinds else ()
-    return [
-        f"lowrank.budget.{key}: says nothing without {needed}" for key in idle if getattr(budget, key) != getattr(usual, key)
-    ]
-
-
-def _to_rules_problems(low: LowRankConfig) -> list[str]:
-    try:
-        low.to_rules()
-    except ValueError as error:
-        return [f"lowrank: {line}" for line in str(error).splitlines()]
     return []
 
 

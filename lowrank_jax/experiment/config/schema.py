@@ -220,8 +220,8 @@ class BudgetConfig:
     chip: str | None = _option(None, _one_of(*CHIPS))
     batch: int | None = _option(None, at_least(1, _COUNT))  # examples on a device at a time; None for all of batch_size
     rest: float = _option(0.0, at_least(0, 1e6))  # seconds of the dense training step besides its kernels
-    objective: str = _option("correlation", _one_of(*OBJECTIVES))  # what is to be least
-    min_scale: float = _option(0.0, _between(0, 1))
+    objective: str = _option("tolerance", _one_of(*OBJECTIVES))  # what is to be least
+    min_scale: float | None = _option(None, _between(0, 1))  # None: 0.05 for seconds, 0 for others
 
     @property
     def amounts(self) -> dict[str, int | float]:
@@ -250,7 +250,8 @@ class LowRankConfig(_Hashable):
     # How long the network trains dense before it is factored; "auto": until its stable ranks settle.
     dense_warmup: Literal["auto"] | Duration | None = _option(None, lambda value: _warmup(value))
     self_guided: Duration | None = _option(None, lambda d: _positive(d))  # how long dense kernels guide the factors
-    rules: tuple[FrozenDict, ...] = ()  # exceptions, first match wins: {"path": ..., "rows": ..., and any of the keys above}
+    # Exceptions, first match wins: {"path": ..., and any of "energy", "rows", "normalized" and the keys up to execution}.
+    rules: tuple[FrozenDict, ...] = ()
 
     def to_rules(self) -> tuple[Rule, ...]:
         """The rules in order, with a catch-all of the settings above at the end; none for the dense network.
@@ -274,7 +275,7 @@ class LowRankConfig(_Hashable):
         return tuple(rules)
 
 
-_KEYS_OF_ONE = ("path", "rows")  # of a rule alone
+_KEYS_OF_ONE = ("path", "energy", "rows", "normalized")  # of a rule alone
 _RULE_KEYS = ("method", "scale", "rank", "scheme", "activation", "multiple_of", "scale_of", "execution")
 
 
@@ -285,7 +286,7 @@ def _to_rule(common: dict[str, Any], entry: dict[str, Any]) -> Rule:
         unknown.append("no path")
     if unknown:
         raise ValueError(f"rule {dict(entry)}: {'; '.join(unknown)}")
-    size = {"scale": None, "rank": None} if {"scale", "rank"} & set(entry) else {}
+    size = {"scale": None, "rank": None} if {"scale", "rank", "energy"} & set(entry) else {}
     settings = {**common, **size, **entry}
     if settings["method"] == "none":
         return Rule(entry["path"])
@@ -451,6 +452,12 @@ class Config:
         """The last step of self-guided training, 0 without it."""
         length = self.lowrank.self_guided
         return 0 if length is None or self.lowrank.method == "none" else max(1, self.in_steps(length))
+
+    @property
+    def latest_switch(self) -> int:
+        """The step with which the dense or self-guided network makes way for the low-rank one at the latest, 0 without one."""
+        dense = self.dense_steps
+        return self.phase_ends[0] // 2 if dense is None else dense or self.guided_steps
 
     @property
     def peak_lr(self) -> float:

@@ -38,6 +38,7 @@ class Estimate:
       state_bytes: parameters, statistics, optimiser state and averages, as they lie on one device.
       resident: bytes on one device that are not arguments of a program but stay there while it runs, by the program's name.
       programs: the compiler's estimates by the program's name.
+      waiting: how many kernels are dense here because their ranks are open.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Estimate:
     state_bytes: int
     resident: dict[str, int]
     programs: dict[str, Program]
+    waiting: int = 0
 
     def peak_bytes(self, program: str) -> int:
         """Peak memory of one device while a program runs, with everything else that is on the device then."""
@@ -182,6 +184,7 @@ def _estimate(network: Network, requested: bool, experiment: Experiment, program
         # Where averages of the weights are kept, they are what is evaluated.
         resident={EVALUATE: state - device_bytes(experiment.shapes.variables()[""])},
         programs={**programs, TRAIN: in_parts(programs[TRAIN], parts)},
+        waiting=len(plan.waiting),
     )
 
 

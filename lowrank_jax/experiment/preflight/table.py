@@ -80,7 +80,9 @@ class Estimates:
             rows.append([
                 row.name,
                 ratio(_count, row.params, dense.params),
-                f"{row.factored} of {row.kernels}" + (f", {row.merged} merged" if row.merged else ""),
+                f"{row.factored} of {row.kernels}"
+                + (f", {row.merged} merged" if row.merged else "")
+                + (f", {row.waiting} open" if row.waiting else ""),
                 ratio(memory, row.state_bytes, dense.state_bytes),
                 *cells,
                 self._verdict(row),
@@ -138,6 +140,11 @@ class Estimates:
                 "optim.accumulate: FLOPs, bytes and times are those of one micro-batch and the update, times the number of "
                 "micro-batches."
             )
+        lines += [
+            f"{row.name}: the ranks of {row.waiting} kernels are open until the dense warm-up ends, and they are dense here."
+            for row in self.rows
+            if row.waiting
+        ]
         doubts = {row.name: row.step.doubt for row in self.rows if row.step and row.step.doubt}
         lines += [f"{name}: the compiler's time is left out: {doubt}." for name, doubt in doubts.items()]
         for row in self.rows:
@@ -182,6 +189,7 @@ class Estimates:
             "kernels": row.kernels,
             "factored": row.factored,
             "merged": row.merged,
+            "open": row.waiting,
             "batch_size": row.batch_size,
             "programs": {name: dataclasses.asdict(program) for name, program in row.programs.items()},
         }

@@ -140,6 +140,8 @@ def compare(config: Config, settings: Settings, *, say: Callable[[str], None] = 
         " fewer by --scales and --methods"
     )
     clock = _Clock(total, len(set(plans.values())))
+    if note := left_dense(next(iter(plans.values()))):
+        say(note)
     for seed in range(config.seed, config.seed + settings.seeds):
         network = _Network(dataclasses.replace(config, seed=seed), settings, programs)
         for (scale, method), plan in plans.items():
@@ -152,6 +154,15 @@ def compare(config: Config, settings: Settings, *, say: Callable[[str], None] = 
                 f"  compiled in {one.compile_seconds:.1f} s  eta {duration(left)}"
             )
     return measured
+
+
+def left_dense(plan: Plan) -> str:
+    """Which kernels no measurement factors, as the ranks of their rules are not known before training; "" if there are none."""
+    if not plan.waiting:
+        return ""
+    first, *others = [kernel.name for kernel in plan.waiting]
+    more = f" and {len(others)} more" if others else ""
+    return f"{first}{more}: dense here, by a rule with an energy, whose ranks are open until the dense warm-up ends"
 
 
 def short_time(seconds: float) -> str:
@@ -208,7 +219,10 @@ class _Programs:
         lowrank = dataclasses.replace(own, method=method, scale=scale, rank=None, budget=BudgetConfig(), dense_warmup=None)
         plan = configs.make_plan(dataclasses.replace(self._config, lowrank=lowrank))
         if not plan.factored:
-            raise configs.ConfigError("init-report", [f"at scale {scale:g} no kernel of this network would be factored"])
+            because = "; the ranks of energies are open before training" if plan.waiting else ""
+            raise configs.ConfigError(
+                "init-report", [f"at scale {scale:g} no kernel of this network would be factored{because}"]
+            )
         return plan
 
     def factorizer(self, plan: Plan, *arguments: Any) -> _Factorizer:

@@ -12,7 +12,7 @@ import jax
 
 from lowrank_jax.experiment.config.plan import plan_by_rules
 from lowrank_jax.experiment.config.schema import Config
-from lowrank_jax.experiment.report.before_training import Measurement, Settings, short_time
+from lowrank_jax.experiment.report.before_training import Measurement, Settings, left_dense, short_time
 from lowrank_jax.experiment.report.blocks import Block, Emphasis, Heading, Paragraph, Picture, Preformatted, Table
 from lowrank_jax.experiment.report.budget_curves import BudgetCurve, budget_curves, draw
 from lowrank_jax.experiment.report.drawing import default_style
@@ -68,9 +68,10 @@ def write(
 ) -> list[pathlib.Path]:
     """Writes the report as PREFIX.md, PREFIX.json, PREFIX.budgets.png and PREFIX.png, and returns their paths."""
     page, data, budgets, picture = (pathlib.Path(f"{prefix}.{suffix}") for suffix in SUFFIXES)
-    shapes = {kernel.name: kernel.shape for kernel in plan_by_rules(config).kernels}
     low_rank = dataclasses.replace(config.lowrank, method=settings.methods[0])  # the config's own may be dense
-    curves = budget_curves(dataclasses.replace(config, lowrank=low_rank))
+    low_rank = dataclasses.replace(config, lowrank=low_rank)
+    plan, curves = plan_by_rules(low_rank), budget_curves(low_rank)
+    shapes, note = {kernel.name: kernel.shape for kernel in plan.kernels}, left_dense(plan)
     by_budget = draw(curves, config.model.name)
     with default_style():
         drawn = _plot(measured, config.model.name)
@@ -78,10 +79,11 @@ def write(
         Heading(f"{config.model.name} before training", level=1),
         Preformatted([command]),
         *_reading_aid(config, settings),
+        *([Paragraph(f"{note}.")] if note else []),
         Table(summary(measured)),
         Picture(picture.name, drawn, "risk and logit error by scale"),
         Heading("Ranks from a budget"),
-        _of_budgets(curves),
+        _of_budgets(curves, bounded=bool(note)),
         Picture(budgets.name, by_budget, "what is lost by the budget"),
     ]
     for scale in settings.scales:
@@ -96,11 +98,12 @@ def write(
     return [page, data, budgets, picture]
 
 
-def _of_budgets(curves: Sequence[BudgetCurve]) -> Paragraph:
+def _of_budgets(curves: Sequence[BudgetCurve], *, bounded: bool) -> Paragraph:
+    energies = " The energies of rules, which trained kernels alone tell, bound no rank here." if bounded else ""
     return Paragraph(
         f"What the network loses (lowrank.budget.objective={curves[0].objective}) within each budget, from the smallest"
         " possible one to the dense network: with the ranks that are chosen for it, and with one scale for all kernels. By the"
-        " shapes of kernels alone, under Gaussian inputs."
+        f" shapes of kernels alone, under Gaussian inputs.{energies}"
     )
 
 

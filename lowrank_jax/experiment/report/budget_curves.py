@@ -1,5 +1,6 @@
 """What a network loses by its budget, before training: the ranks that are chosen for it, against one scale for all kernels."""
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -16,18 +17,14 @@ from lowrank_jax.experiment.config.schema import BudgetConfig, Config
 from lowrank_jax.experiment.report.drawing import default_style
 from lowrank_jax.planning.allocate import allocate, check_budget, smallest_budgets
 from lowrank_jax.planning.curves import Losses, curves_of_kernels
-from lowrank_jax.planning.decide import problem
-from lowrank_jax.planning.decided import from_record
-from lowrank_jax.planning.execution import choose_execution, dense_seconds, seconds
-from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
-from lowrank_jax.planning.rules import wanted_rank
+from lowrank_jax.planning.energy import unbounded
+from lowrank_jax.planning.plans import FactoredKernel, Plan
 from lowrank_jax.text import first_line
 
 Points = list[tuple[float, float]]
 """Budgets, as fractions of the dense network, and what is lost within each."""
 
 _BUDGETS = 12
-_SCALES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
 _LOST = {
     "correlation": "-log of the squared correlation kept",
     "risk": "relative function risk, summed over kernels",
@@ -44,7 +41,7 @@ class BudgetCurve:
       kind: such as "macs".
       objective: what is lost.
       chosen: with the ranks that are chosen for each budget, from the smallest possible one on.
-      uniform: with one scale for all kernels, by what that costs.
+      uniform: with the largest scale for all kernels that fits, for each of these budgets where one does.
       own: the config's budget, as a fraction; None if it has none of this kind.
     """
 
@@ -65,7 +62,7 @@ def budget_curves(config: Config) -> list[BudgetCurve]:
         raise ConfigError("config", ["lowrank.method: 'none'; a dense network has no ranks to choose"])
     own = config.lowrank.budget.amounts
     whole = config if own else _with_budget(config)
-    network = _Network(plan_by_rules(whole), dict(budget_arguments(whole)))
+    network = _Network(unbounded(plan_by_rules(whole)), dict(budget_arguments(whole)))
     if not network.open:
         raise ConfigError("config", ["lowrank.rules: they leave no kernel open to a budget"])
     try:
@@ -99,11 +96,17 @@ class _Network:
         (least,) = smallest_budgets(self.plan, **{kind: 1.0}, **self._settings).values()
         budgets = [float(budget) for budget in np.geomspace(least, 1.0, _BUDGETS)]
         budgets[0], budgets[-1] = least, 1.0  # np.geomspace may miss them by a rounding
-        chosen = [(budget, self.loss(allocate(self.plan, **{kind: budget}, **self._settings))) for budget in budgets]
-        plans = [self.uniform(scale) for scale in _SCALES]
-        uniform = sorted({(self.cost(plan, kind), self.loss(plan)) for plan in plans})
+        chosen, uniform = (self._points(kind, budgets, objective) for objective in (self.objective, "uniform"))
         fraction = own / self._whole(kind) if isinstance(own, int) else own
         return BudgetCurve(kind, self.objective, chosen, uniform, fraction)
+
+    def _points(self, kind: str, budgets: Sequence[float], objective: str) -> Points:
+        points = []
+        for budget in budgets:
+            with contextlib.suppress(ValueError):  # ranks that fit need not be of one scale
+                plan = allocate(self.plan, **{kind: budget}, **{**self._settings, "objective": objective})
+                points.append((budget, self.loss(plan)))
+        return points
 
     def loss(self, plan: Plan) -> float:
         """What the budget is to keep small."""
@@ -117,57 +120,14 @@ class _Network:
         copies = 1 if self.objective == "tolerance" else math.prod(kernel.stack)
         return copies * float(by_rank[kernel.rank - 1])
 
-    def uniform(self, scale: float) -> Plan:
-        """The plan of one scale, within the bounds of the rules."""
-        record = {kernel.name: _entry(kernel, scale) for kernel in self.open}
-        plan = from_record(self.plan, record)
-        if "chip" not in self._settings:
-            return plan
-        return choose_execution(
-            plan, self._settings["chip"], batch=self._settings["batch"], itemsize=self._settings["itemsize"]
-        )
-
-    def cost(self, plan: Plan, kind: str) -> float:
-        """Of a plan, as a fraction of the dense network."""
-        match kind:
-            case "params" | "bytes":
-                return plan.params / plan.dense_params
-            case "macs":
-                return plan.macs / plan.dense_macs
-            case _:
-                return (math.fsum(map(self._seconds, plan.kernels)) + self._settings["rest"]) / self._whole(kind)
-
-    def _whole(self, kind: str) -> float:
-        match kind:
-            case "params":
-                return self.plan.dense_params
-            case "bytes":
-                return self.plan.dense_params * self._settings["itemsize"]
-            case "macs":
-                return self.plan.dense_macs
-            case _:
-                dense = (dense_seconds(kernel, *self._device) for kernel in self.plan.kernels)
-                return math.fsum(dense) + self._settings["rest"]
-
-    @property
-    def _device(self) -> tuple[Any, int, int]:
-        return self._settings["chip"], self._settings["batch"], self._settings["itemsize"]
-
-    def _seconds(self, kernel: PlannedKernel) -> float:
-        if not isinstance(kernel, FactoredKernel):
-            return dense_seconds(kernel, *self._device)
-        return seconds(kernel, "factored" if kernel.execution == "factored" else "merged", *self._device)
-
-
-def _entry(kernel: PlannedKernel, scale: float) -> dict[str, Any] | None:
-    """A kernel's line of a record of ranks, at a scale."""
-    choice, rule = kernel.choices[0], kernel.rule
-    assert rule is not None  # it has choices
-    bound = wanted_rank(rule, choice.view) or choice.view.full_rank
-    rank = min(bound, choice.view.full_rank, wanted_rank(dataclasses.replace(rule, scale=scale, rank=None), choice.view) or 1)
-    if problem(choice, rank):
-        return None
-    return {"rank": rank, "rows": list(choice.view.rows), "execution": kernel.execution}
+    def _whole(self, kind: str) -> int:
+        """What the dense network costs, of what may be given as a count."""
+        whole = {
+            "params": self.plan.dense_params,
+            "bytes": self.plan.dense_params * self._settings["itemsize"],
+            "macs": self.plan.dense_macs,
+        }
+        return whole[kind]
 
 
 def draw(curves: Sequence[BudgetCurve], title: str, suffix: str = ".png") -> bytes:
@@ -183,8 +143,8 @@ def draw(curves: Sequence[BudgetCurve], title: str, suffix: str = ".png") -> byt
 
 
 def _panel(panel: Axes, curve: BudgetCurve) -> None:
-    panel.plot(*zip(*curve.chosen, strict=True), marker="o", ms=4, label="ranks chosen for the budget")
-    panel.plot(*zip(*curve.uniform, strict=True), marker="s", ms=4, ls="--", label="one scale for all kernels")
+    panel.plot(*_columns(curve.chosen), marker="o", ms=4, label="ranks chosen for the budget")
+    panel.plot(*_columns(curve.uniform), marker="s", ms=4, ls="--", label="one scale for all kernels")
     if curve.own is not None:
         panel.axvline(curve.own, color="black", lw=0.8, ls=":", label="the config's budget")
     panel.set(xscale="log", xlabel=f"{curve.kind}, of the dense network", ylabel=_LOST[curve.objective])
@@ -195,3 +155,7 @@ def _panel(panel: Axes, curve: BudgetCurve) -> None:
     panel.minorticks_off()
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [budget for budget, _ in points], [lost for _, lost in points]

@@ -29,7 +29,7 @@ def draw(arms: Sequence[Arm], best: Best) -> dict[str, bytes]:
     with default_style():
         pictures = {f"{best.metric}_{_file(cost)}.png": _against(arms, cost, best) for cost in _AXES}
         pictures["curves.png"] = _curves(arms, best)
-        return {**pictures, "ranks.png": _ranks(budgets)} if (budgets := [arm for arm in arms if _chosen(arm)]) else pictures
+        return {**pictures, "ranks.png": _ranks(chosen)} if (chosen := [arm for arm in arms if _chosen(arm)]) else pictures
 
 
 def _file(cost: str) -> str:
@@ -123,7 +123,7 @@ def _chosen(arm: Arm) -> Ranks | None:
 
 
 def _ranks(arms: Sequence[Arm]) -> bytes:
-    """The ranks that budgets chose, a line for each arm over the network's kernels; dense kernels lie on the top line."""
+    """The ranks that were chosen, a line for each arm over the network's kernels; dense kernels lie on the top line."""
     lines: dict[tuple[tuple[str, int | None], ...], list[Arm]] = {}
     for arm in arms:
         lines.setdefault(tuple((_chosen(arm) or {}).items()), []).append(arm)

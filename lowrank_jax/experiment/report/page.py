@@ -129,8 +129,17 @@ class Report:
             f". ±: half the width of the {grouping.CONFIDENCE:.0%} interval of the mean over seeds (Student's t); none for a"
             " single seed. ", Emphasis("Early loss"),
             f": mean training loss up to the first log line{self._first_window()}{own}. ", Emphasis("Images/s"),
-            ": training speed, median over the log; runs at the same time share the machine.",
+            ": training speed, median over the log; runs at the same time share the machine.", *self._of_which_phase(),
         )  # fmt: skip
+
+    def _of_which_phase(self) -> list[Inline]:
+        if not self._switched():
+            return []
+        return [" It is of the network that training ends with; before: of the dense or self-guided one that it begins with."]
+
+    def _switched(self) -> bool:
+        """Whether a run began with another network than the one that it ended with."""
+        return any(run.switch for run in self.found.runs)
 
     def _averaged(self) -> list[Inline]:
         if all(run.settings.get("optim.ema_decay") is None for run in self.found.runs):
@@ -149,7 +158,8 @@ class Report:
         """One row per arm."""
         sizes = list(dict.fromkeys(key for arm in self.arms for key, _ in arm.size))
         tuned = list(dict.fromkeys(key for arm in self.arms for key, _ in arm.tuning))
-        figures_of = ["params", "MACs", self.metric, "seeds", "early loss", "images/s"]
+        speeds = self._speeds()
+        figures_of = ["params", "MACs", self.metric, "seeds", "early loss", *speeds]
         rows = [[*map(short, sizes), "arm", *figures_of, *map(short, tuned)]]
         for arm in self.arms:
             whole = self._dense_twin(arm)
@@ -161,10 +171,13 @@ class Report:
                 _plus_minus(arm.interval(self._evaluated)),
                 f"{len(arm.runs)}" + (f" ({arm.missing} missing)" if arm.missing else ""),
                 f"{arm.interval('early loss').mean:.3f}" if len(self._windows()) == 1 else "",
-                f"{arm.interval('images/s').mean:,.0f}",
+                *(_rate(arm.interval(name)) for name in speeds),
                 *(text(dict(arm.tuning).get(key, "")) for key in tuned),
             ])  # fmt: skip
         return rows
+
+    def _speeds(self) -> tuple[str, ...]:
+        return ("images/s", "images/s before") if self._switched() else ("images/s",)
 
     def others(self) -> list[Block]:
         """What else was measured at the end of training, an arm a row."""
@@ -268,7 +281,7 @@ class Report:
         best = self.found.best.metric
         evaluated = {name: None for run in self.found.runs for name in measured(run.result.get("eval") or {})}
         names = dict.fromkeys([*(name for name in (best, *evaluated) if name != LOSS), LOSS])
-        figures_of = ("params", "macs", *(f"eval/{name}" for name in names), "early loss", "images/s", "seconds")
+        figures_of = ("params", "macs", *(f"eval/{name}" for name in names), "early loss", *self._speeds(), "seconds")
         figures_of += (f"eval_raw/{best}",) if any(run.result.get("eval_raw") for run in self.found.runs) else ()
         keys = [*self.found.varied]
         rows: list[list[Any]] = [["run", "status", "reason", "chosen", *keys, f"valid/{best}", *figures_of]]
@@ -309,6 +322,10 @@ def _plus_minus(interval: Interval) -> str:
     if math.isnan(interval.mean):  # not measured by all, or of nobody
         return ""
     return f"{interval.mean:.4f}" + ("" if math.isnan(interval.half) else f" ± {interval.half:.4f}")
+
+
+def _rate(interval: Interval) -> str:
+    return "" if math.isnan(interval.mean) else f"{interval.mean:,.0f}"
 
 
 def _bounds(interval: Interval) -> str:

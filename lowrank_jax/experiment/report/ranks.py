@@ -1,4 +1,4 @@
-"""The ranks that a budget chose for a run's kernels, from its ranks.json."""
+"""The ranks that were chosen for a run's kernels, for a budget or by energies, from its ranks.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from lowrank_jax.experiment.workdir.files import is_count
 from lowrank_jax.experiment.workdir.workdir import RANKS, Workdir, WorkdirError
 
 Ranks = Mapping[str, int | None]
-"""By kernel, in the network's order; None where the budget affords the dense one."""
+"""By kernel, in the network's order; None where it stays dense."""
 
 
 def read(folder: Workdir) -> Ranks | None:
@@ -23,6 +23,12 @@ def read(folder: Workdir) -> Ranks | None:
     if not isinstance(ranks, dict) or not all(entry is None or _is_rank(entry) for entry in ranks.values()):
         raise WorkdirError(f"{folder.path}/{RANKS} is damaged: it has no rank for every kernel")
     return {name: entry and entry["rank"] for name, entry in ranks.items()}
+
+
+def by_energies(settings: Mapping[str, Any]) -> bool:
+    """Whether a rule of a run's settings, by dotted key, gives an energy."""
+    rules = settings.get("lowrank.rules") or ()
+    return any(isinstance(rule, Mapping) and rule.get("energy") is not None for rule in rules)
 
 
 def _is_rank(entry: Any) -> bool:

@@ -7,7 +7,6 @@ import json
 import math
 import pathlib
 import stat
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from lowrank_jax.experiment.best import Best
 from lowrank_jax.experiment.config.schema import BUDGET_KINDS
 from lowrank_jax.experiment.report import ranks
 from lowrank_jax.experiment.report.ranks import Ranks
+from lowrank_jax.experiment.report.speed import images_per_second
 from lowrank_jax.experiment.sweep.trials import meaningless_when_dense, read_record
 from lowrank_jax.experiment.workdir import files, stored_values
 from lowrank_jax.experiment.workdir.identity import config_digest, differing_keys, flatten
@@ -71,19 +71,21 @@ class StoredRun:
         return self.settings.get("seed", 0)
 
     @property
-    def images_per_second(self) -> float:
-        """Training speed: the median over the log's windows without the first one, which includes compilation."""
-        rates = [value for _, value in self.curve("train/images_per_second")]
-        return statistics.median(rates[1:] or rates or [float("nan")])
+    def switch(self) -> int:
+        """The step with which the dense warm-up or self-guided training of a finished run ended; 0 without."""
+        return self.result.get("dense_steps") or self.result.get("guided_steps") or 0  # earlier versions wrote neither
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """`(step, value)` of a metric, where it was logged and finite."""
         return [(line["step"], line[name]) for line in self.metrics if line.get(name) is not None]
 
     def figure(self, name: str) -> float:
-        """One number of a finished run: `params`, `macs`, `images/s`, `early loss`, or a metric such as `eval/top1`."""
-        if name == "images/s":
-            return self.images_per_second
+        """One number of a finished run: `params`, `macs`, `images/s` of its last phase, `images/s before` of the one before it,
+        `early loss`, or a metric such as `eval/top1`.
+        """
+        if name in ("images/s", "images/s before"):
+            steps = (self.switch,) if name == "images/s" else (0, self.switch)
+            return images_per_second(self.curve("train/images_per_second"), *steps)
         if name == "early loss" and self.metrics and self.metrics[0].keys() == {"step"}:
             return math.nan  # the first metrics are missing
         if name == "early loss":
@@ -296,7 +298,8 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
     if "metrics" in result:
         folder.metrics.check(result["metrics"])
         _check_agreement(folder, result, metrics)
-    return StoredRun(name, settings, "done", "", result, metrics, ranks.read(folder) if _has_budget(settings) else None)
+    chosen = ranks.read(folder) if _has_budget(settings) or ranks.by_energies(settings) else None
+    return StoredRun(name, settings, "done", "", result, metrics, chosen)
 
 
 def _with_effect(settings: dict[str, Any]) -> dict[str, Any]:

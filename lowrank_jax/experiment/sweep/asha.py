@@ -17,7 +17,7 @@ class Asha:
     """Asynchronous successive halving (Li et al., 2020): ends the trials that are behind others at the same step.
 
     Attributes:
-      grace: no trial is ended before this step.
+      grace: no trial is ended before this step, at which every trial must have the network that its training ends with.
       reduction: keep the best 1/reduction of the trials at each rung; rungs are at grace, grace * reduction, and so on.
     """
 
@@ -33,6 +33,8 @@ class Asha:
         problems = []
         if not 1 <= self.grace <= longest:
             problems.append(f"grace: {self.grace}; must be from 1 to {longest}, the steps of the longest trial")
+        else:
+            problems += self._too_early(trials)
         if not self.reduction > 1:
             problems.append(f"reduction: {self.reduction:g}; must be more than 1")
         if problems:
@@ -48,6 +50,18 @@ class Asha:
             reduction_factor=self.reduction,
             stop_last_trials=False,
         )
+
+    def _too_early(self, trials: Sequence[Trial]) -> list[str]:
+        """What is wrong if trials are judged while some of them still train another network than the one they end with."""
+        early = {trial.name: switch for trial in trials if (switch := trial.config.latest_switch) >= self.grace}
+        if not early:
+            return []
+        name = max(early, key=early.__getitem__)
+        more = f" (and {len(early) - 1} more)" if len(early) > 1 else ""
+        return [
+            f"grace: {self.grace}; {name}{more} may be in its dense warm-up or self-guided phase until step {early[name]}, and"
+            f" a rung compares the networks that training ends with; must be more than {early[name]} steps"
+        ]
 
 
 def replay(scheduler: "ASHAScheduler", trials: Sequence[Trial]) -> None:

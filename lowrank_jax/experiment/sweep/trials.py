@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.best import Best
-from lowrank_jax.experiment.config.plan import has_budget
+from lowrank_jax.experiment.config.plan import forecast
 from lowrank_jax.experiment.config.schema import BUDGET_KINDS, Config
 from lowrank_jax.experiment.sweep import grammar
 from lowrank_jax.experiment.sweep.names import folder_names
@@ -136,8 +136,8 @@ class Sweep:
         if self.later:
             rest = len({(self._arm(trial), trial.values["seed"]) for trial in self.later})
             lines.append(f"and {rest} more: the other seeds at the best {', '.join(self.tuned)} of each arm")
-        if any(_decided_later(trial.config) for trial in self.first):
-            lines.append(_LATER)
+        later = dict.fromkeys(open_ for trial in self.first if (open_ := forecast(trial.config)))
+        lines += [f"Params and MACs after a dense warm-up: {open_}." for open_ in later]
         return "\n".join(lines)
 
 
@@ -293,16 +293,6 @@ def _same_tuning(trial: Trial, other: Trial | None, tuned: Sequence[str]) -> boo
 def _size(config: Config) -> list[str]:
     plan = configs.make_plan(config)
     return [count(plan.params), count(plan.macs), str(config.total_steps)]
-
-
-_LATER = (
-    "Where a dense warm-up comes before a budget, params and MACs are those of ranks by shapes alone; a trial's own ranks are"
-    " chosen from its trained weights."
-)
-
-
-def _decided_later(config: Config) -> bool:
-    return config.starts_dense and has_budget(config)
 
 
 def check_workdirs(trials: Iterable[Trial]) -> None:

@@ -79,7 +79,7 @@ def train(
         raise ConfigError("--schedule", ["it says how the learning rate of a longer run goes on; add --extend"])
     stop = stop or StopSignal()
     folder = _checked(workdir, config)
-    phases = phases_of(config, ranks.settle(folder, config), source)
+    phases = phases_of(config, ranks.settle(folder, config, restart=restart), source)
     for experiment in phases.all:
         check_training(experiment)
     with stop.waiting_for_data(saved=False):
@@ -89,8 +89,6 @@ def train(
         folder.forget_failure()
         folder.set_earlier_result_aside(earlier_digests(config))
         folder.write_text("overview.txt", f"{describe_phases(phases)}\n")
-        if phases.decided:
-            ranks.write(folder, config, phases.decided)
         experiment = phases.last
         with Writer(folder, board=config.log.tensorboard) as writer, _checkpoints(folder, config) as checkpoints:
             writer.say(headline(phases))
@@ -108,6 +106,8 @@ def train(
                 writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in weights)}")
             try:
                 loop = begin(Tools(phases, data, folder, writer, checkpoints, stop, on_evaluation), restart)
+                if phases.decided:
+                    ranks.write(folder, config, phases.decided)
                 with stop:  # until now there was nothing to save
                     return loop.run()
             except Diverged as error:
@@ -251,7 +251,7 @@ class Loop:
             self.feed.set_state(resumed.data)
         self.state, self.step, self.saved, self.evaluated = resumed.state, resumed.step, resumed.saved, resumed.evaluated
         epoch = config.in_steps(Duration(1, "epoch"))
-        self.stable_ranks = StableRanks(tools.phases.last.plan, epoch, config.phase_ends[0] // 2, resumed.stable_ranks)
+        self.stable_ranks = StableRanks(tools.phases.last.plan, epoch, config.latest_switch, resumed.stable_ranks)
         self.improved = False  # by the evaluation of the state at hand
         self.interrupted = False  # in an evaluation, or while data did not come
         self.logged: dict[int, dict[str, float]] = {}

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lowrank_jax.experiment.config.plan import has_budget
+from lowrank_jax.experiment.config.plan import forecast
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.hosts.sharding import bytes_per_device
 from lowrank_jax.experiment.training.build import Experiment
@@ -45,8 +45,8 @@ def describe_phases(phases: Phases) -> str:
         return describe(phases.last)
     begin = "Self-guided training: each factor pair with a dense guide" if phases.guided else "Dense warm-up"
     after = f"After {f'step {phases.switch}' if phases.switch else 'the dense warm-up'}"
-    if phases.last.config.starts_dense and has_budget(phases.last.config) and not phases.decided:
-        after += ", by shapes and costs alone; ranks are chosen then, from the trained weights"
+    if not phases.decided and (open_ := forecast(phases.last.config)):
+        after += f", {open_}"
     return f"{begin}\n\n{describe(phases.first)}\n\n{after}\n\n{describe(phases.last)}"
 
 
@@ -64,8 +64,9 @@ def headline(phases: Phases) -> str:
 def sizes(experiment: Experiment) -> str:
     """How much of a network is factored, and what is left of its parameters."""
     config, plan = experiment.config, experiment.plan
+    waiting = f" ({len(plan.waiting)} more have open ranks, and are dense here)" if plan.waiting else ""
     return (
-        f"{len(plan.factored)} of {len(plan.kernels)} kernels factored by {config.lowrank.method},"
+        f"{len(plan.factored)} of {len(plan.kernels)} kernels factored by {config.lowrank.method}{waiting},"
         f" {count(plan.params)} of {count(plan.dense_params)} parameters"
     )
 

@@ -1,9 +1,9 @@
-"""The ranks that a budget chose, in `ranks.json` of a work directory: decided once, and never computed again."""
+"""The ranks that a budget or energies chose, in `ranks.json` of a work directory: decided once, and never computed again."""
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lowrank_jax.experiment.config.plan import has_budget, make_plan, plan_by_rules
+from lowrank_jax.experiment.config.plan import chooses_ranks, has_budget, make_plan, plan_by_rules
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.hosts.processes import exchange
@@ -39,10 +39,10 @@ def read(folder: Workdir, config: Config) -> Decided | None:
         _check_not_lost(folder, config)
         return None
     try:
-        if record.keys() != {"step", "ranks", "experiment"} or not is_count(record["step"]):
+        if record.keys() - {"worth"} != {"step", "ranks", "experiment"} or not is_count(record["step"]):
             raise ValueError("it has no step, ranks and experiment")
         check_experiment(record, config)
-        return Decided(record["step"], from_record(plan_by_rules(config), record["ranks"]))
+        return _decided(config, record["step"], record)
     except ValueError as error:
         raise WorkdirError(f"{folder.path}/{RANKS} is damaged: {error}; put it back as it was") from None
 
@@ -54,21 +54,26 @@ def _check_not_lost(folder: Workdir, config: Config) -> None:
         with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
             later = [step for step, info in checkpoints.records().items() if info.get("low_rank")]
     else:
-        later = [step for step in step_folders.stored(folder.checkpoints) if step > first] if has_budget(config) else []
+        later = [step for step in step_folders.stored(folder.checkpoints) if step > first] if chooses_ranks(config) else []
     if later:
         raise WorkdirError(f"{folder.path}/{RANKS} is missing, which has the ranks of checkpoint {later[-1]}; put it back")
 
 
-def settle(folder: Workdir, config: Config) -> Decided | None:
+def settle(folder: Workdir, config: Config, *, restart: bool = False) -> Decided | None:
     """What was decided, or what the budget affords before training; None if ranks are the rules', or a warm-up comes first.
 
     Every process calls this and gets what process 0 decided.
+
+    Args:
+      folder, config: of the run.
+      restart: decide anew if the run was saved and its checkpoints are gone.
 
     Raises:
       WorkdirError: see `read`.
       ConfigError: the budget is impossible.
     """
-    if found := read(folder, config):
+    anew = restart and folder.saved() is not None and not step_folders.stored(folder.checkpoints)
+    if not anew and (found := read(folder, config)):
         return found
     if not has_budget(config) or config.starts_dense:
         return None
@@ -77,11 +82,14 @@ def settle(folder: Workdir, config: Config) -> Decided | None:
 
 def agreed(config: Config, plan: Plan, step: int) -> Decided:
     """What process 0 decided; the others may have rounded differently."""
-    record = json.loads(exchange(json.dumps(to_record(plan)))[0])
-    return Decided(step, from_record(plan_by_rules(config), record))
+    return _decided(config, step, json.loads(exchange(json.dumps(to_record(plan)))[0]))
+
+
+def _decided(config: Config, step: int, record: Any) -> Decided:
+    return Decided(step, from_record(plan_by_rules(config), record, budget=has_budget(config)))
 
 
 def write(folder: Workdir, config: Config, decided: Decided) -> None:
     """Writes the record, unless it is there."""
     if folder.read_json(RANKS) is None:
-        folder.write_json(RANKS, {"step": decided.step, "ranks": to_record(decided.plan), "experiment": digest_of(config)})
+        folder.write_json(RANKS, {"step": decided.step, **to_record(decided.plan), "experiment": digest_of(config)})

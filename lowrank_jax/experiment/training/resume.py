@@ -74,7 +74,8 @@ def restore_or_start(
     Args:
       phases, batches, checkpoints, folder: the run's.
       say: takes a line for the console.
-      restart: begin anew if the run was saved and its checkpoints are gone; its old metrics are kept beside the new ones.
+      restart: begin anew if the run was saved and its checkpoints are gone; its old metrics and ranks are kept beside the new
+        ones.
       waiting: entered while a batch is waited for.
 
     Raises:
@@ -116,6 +117,8 @@ def _begin_anew(folder: Workdir, say: Callable[[str], None], restart: bool) -> N
             f"{folder.path}: step {saved} of this run was saved, and its checkpoints are gone. Put {folder.checkpoints} back,"
             " or begin anew with --restart, which keeps the old metrics."
         )
+    if saved is not None and (kept := folder.set_ranks_aside()):
+        say(f"{folder.path}: ranks are decided anew; the old ones are in {kept}")
     folder.set_result_aside()
     if kept := folder.metrics.set_aside():
         say(f"{folder.path} begins anew, without a checkpoint; its old metrics are in {kept}")

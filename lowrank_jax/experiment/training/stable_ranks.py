@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_jax.kernel import MatrixView
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.planning.plans import Plan
+from lowrank_jax.planning.energy import energy_of
+from lowrank_jax.planning.plans import FactoredKernel, Plan
 
 SETTLED = 0.1
 """A stable rank that changes by no more than this in an epoch has settled."""
@@ -25,21 +27,23 @@ class StableRanks:
     """The stable ranks at the last two ends of epochs.
 
     Args:
-      plan: whose factored kernels are looked at.
+      plan: whose kernels are looked at that are factored, or may be by their energies.
       epoch: steps between two looks.
       latest: the step at which the warm-up ends anyway.
       rows: what an earlier process saw.
     """
 
     def __init__(self, plan: Plan, epoch: int, latest: int, rows: Sequence[Row] = ()):
-        self._plan, self._epoch, self._latest = plan, max(1, epoch), latest
+        self._views, self._epoch, self._latest = _views(plan), max(1, epoch), latest
         self.rows = list(rows)
 
     def look(self, step: int, params: Any) -> dict[str, float]:
         """The stable ranks of the dense parameters, at the end of an epoch that was not looked at; {} elsewhere."""
         if not step or step % self._epoch or (self.rows and self.rows[-1][0] >= step):
             return {}
-        row = {name: float(value) for name, value in _stable_ranks(params, self._plan).items()}
+        leaves = named_leaves(params)
+        found = _stable_ranks({name: leaves[name] for name, _ in self._views}, self._views)
+        row = {name: float(value) for name, value in found.items()}
         self.rows = [*self.rows[-1:], (step, row)]
         return row
 
@@ -53,14 +57,18 @@ class StableRanks:
         return all(abs(now[name] - before[name]) <= SETTLED for name in now)
 
 
-def _stable_ranks(params: Any, plan: Plan) -> Mapping[str, jax.Array]:
-    leaves = named_leaves(params)
-    return _of_matrices({kernel.name: leaves[kernel.name] for kernel in plan.factored}, plan)
+_Views = tuple[tuple[str, MatrixView], ...]
 
 
-@functools.partial(jax.jit, static_argnames="plan")
-def _of_matrices(kernels: dict[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:
-    return {kernel.name: _stable_rank(kernel.view.to_matrix(kernels[kernel.name])) for kernel in plan.factored}
+def _views(plan: Plan) -> _Views:
+    factored = {kernel.name: kernel.view for kernel in plan.kernels if isinstance(kernel, FactoredKernel)}
+    energies = {kernel.name: kernel.choices[0].view for kernel in plan.kernels if kernel.choices and energy_of(kernel)}
+    return tuple({**energies, **factored}.items())
+
+
+@functools.partial(jax.jit, static_argnames="views")
+def _stable_ranks(kernels: dict[str, jax.Array], views: _Views) -> Mapping[str, jax.Array]:
+    return {name: _stable_rank(view.to_matrix(kernels[name])) for name, view in views}
 
 
 def _stable_rank(matrix: jax.Array) -> jax.Array:

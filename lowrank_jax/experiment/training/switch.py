@@ -21,7 +21,7 @@ import jax
 import optax
 
 from lowrank_jax.experiment.config.files import ConfigError
-from lowrank_jax.experiment.config.plan import allocated, has_budget, make_plan, plan_by_rules
+from lowrank_jax.experiment.config.plan import allocated, chooses_ranks, make_plan, plan_by_rules
 from lowrank_jax.experiment.guided import without_guides
 from lowrank_jax.experiment.hosts.processes import exchange
 from lowrank_jax.experiment.hosts.sharding import replicated
@@ -39,7 +39,7 @@ Batches = Callable[[], Iterable[dict[str, jax.Array]]]
 
 
 def decided_after(phases: Phases, state: TrainState, batches: Batches, step: int) -> Phases:
-    """The phases with the ranks that the budget affords the network as it is trained by now; every process calls this.
+    """The phases with the ranks that go by the network as it is trained by now; every process calls this.
 
     Args:
       phases: of the run.
@@ -48,9 +48,9 @@ def decided_after(phases: Phases, state: TrainState, batches: Batches, step: int
       step: the state's.
     """
     config = phases.last.config
-    if phases.decided or (config.dense_steps is not None and not has_budget(config)):
+    if phases.decided or (config.dense_steps is not None and not chooses_ranks(config)):
         return phases
-    plan = _allocated(phases.last, state, batches) if has_budget(config) else make_plan(config)
+    plan = _allocated(phases.last, state, batches) if chooses_ranks(config) else make_plan(config)
     return phases.decide(ranks.agreed(config, plan, step))
 
 

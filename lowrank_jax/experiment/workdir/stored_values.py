@@ -75,6 +75,9 @@ def check_result(result: Mapping[str, Any], best: str) -> None:
     for name in ("params", "macs", "seconds"):
         if not _is_number(result.get(name)) or result[name] < 0:
             raise _wrong(name, result.get(name), "a number of at least 0")
+    for name in ("dense_steps", "guided_steps"):
+        if not is_count(result.get(name, 0)):  # earlier versions wrote none
+            raise _wrong(name, result[name], "a whole number of at least 0")
     for name in ("eval", "valid", "eval_raw", "valid_raw"):
         evaluated = result.get(name)
         if evaluated is None and name != "eval":

@@ -254,6 +254,14 @@ class Workdir:
             if (self.path / "result.json").exists():
                 (self.path / "result.json").rename(files.free_name(self.path / "result.json"))
 
+    def set_ranks_aside(self) -> str | None:
+        """Renames the ranks that a budget chose, when the run begins anew; returns their new name, None if there are none."""
+        if not self._active or not (self.path / RANKS).exists():
+            return None
+        other = files.free_name(self.path / RANKS)
+        (self.path / RANKS).rename(other)
+        return other.name
+
     def saved(self) -> int | None:
         """The latest step that is known to have been saved; None if there is none.
 

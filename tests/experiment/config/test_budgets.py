@@ -1,9 +1,15 @@
 """Budgets of a config: what contradicts them, and what is wrong with one."""
 
+import json
+
+import jax.numpy as jnp
 import pytest
 
+import lowrank_jax as lr
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.config.files import ConfigError, keys_given
+from lowrank_jax.experiment.workdir.identity import digest_of
+from tests import running
 from tests.running import settings
 
 NAME = "digits_resnet"  # its config sets a scale
@@ -95,3 +101,23 @@ def test_the_tiny_experiment_takes_a_budget():
     config = configs.read(configs.default(), settings(lowrank__budget__macs=0.5))
     plan = configs.make_plan(config)
     assert plan.macs <= 0.5 * plan.dense_macs
+
+
+def test_what_a_rule_says_of_normalisations_counts_as_it_does_from_python():
+    """The network has BatchNorm behind its first two layers, which `plan` finds."""
+    found, denied, said = (
+        running.config(lowrank__budget={"params": 0.3, "objective": "risk"}, lowrank__rules=rules)
+        for rules in ((), ({"path": "dense1/kernel", "normalized": False},), ({"path": "dense1/kernel", "normalized": True},))
+    )
+    rules = [lr.Rule("dense1/kernel", scale=1.0, normalized=False), lr.Rule(".*", scale=1.0)]
+    plan = lr.plan(denied.build_model(), jnp.ones((2, 8, 8, 1)), rules, train=False)
+    expected = lr.allocate(plan, params=0.3, objective="risk")
+    ranks = [[getattr(kernel, "rank", None) for kernel in each.kernels] for each in (configs.make_plan(denied), expected)]
+    assert ranks[0] == ranks[1]
+    assert configs.make_plan(denied) != configs.make_plan(found)
+    assert [kernel.risk for kernel in configs.make_plan(said).kernels] == [
+        kernel.risk for kernel in configs.make_plan(found).kernels
+    ]
+    assert len({digest_of(config) for config in (found, denied, said)}) == 3
+    stored = json.loads(json.dumps(configs.to_dict(denied)))
+    assert configs.parse(stored) == denied

@@ -187,6 +187,9 @@ def test_all_problems_come_at_once_each_with_its_key():
         ({"lowrank__rules": "({'path': 'head/kernel', 'rank': 2.5},)"}, "rank 2.5 must be a whole number"),
         ({"lowrank__rules": "({'path': 'head/kernel', 'multiple_of': 2.5},)"}, "multiple_of 2.5 must be a whole number"),
         ({"lowrank__rules": "({'path': 'head/kernel', 'scale': 'x'},)"}, "scale 'x' must be a number"),
+        ({"lowrank__rules": "({'path': 'a', 'normalised': True},)"}, "unknown key 'normalised'; did you mean normalized?"),
+        ({"lowrank__rules": "({'path': 'a', 'normalized': 'each'},)"}, "normalized 'each' must be True, False or None"),
+        ({"lowrank__rules": "({'path': 'a', 'normalized': 1},)"}, "normalized 1 must be True, False or None"),
         ({"lowrank__rules": "({'path': 'hed/kernel', 'rank': 2},)"}, "matches no parameter; the nearest is 'head/kernel'"),
         ({"lowrank__rank": "5000", "lowrank__scale": "None"}, "rank 5000 is above full rank"),
         ({"optim__lr": "1e400"}, "optim.lr: inf; must be finite"),
@@ -269,8 +272,9 @@ def test_rules_are_exceptions_to_the_settings_above_them():
         Rule(".*", scale=0.25, **common),
     )
     assert dataclasses.replace(config, method="none").to_rules() == ()
-    (rule, _) = LowRankConfig(rules=({"path": "d", "rows": [0], "execution": "premerged"},)).to_rules()
-    assert (rule.rows, rule.execution) == ((0,), "premerged")
+    given = {"path": "d", "rows": [0], "execution": "premerged", "normalized": True}
+    (rule, _) = LowRankConfig(rules=(given,)).to_rules()
+    assert (rule.rows, rule.execution, rule.normalized) == ((0,), "premerged", True)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from lowrank_jax.experiment.hosts.sharding import (
 )
 from lowrank_jax.experiment.preflight.collectives import collectives
 from lowrank_jax.experiment.training.build import build as build_experiment
+from lowrank_jax.experiment.training.phases import phases_of
 from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.kernel import LowRankKernel
@@ -163,6 +164,22 @@ def test_a_config_with_rules_that_do_not_fit_is_refused():
         "mesh.rules: rule 'dense1/kernel': there is no mesh axis 'modle'; did you mean model?",
         "mesh.rules: rule 'haed/.*' matches no parameter; the nearest is 'head/bias'",
     ]
+
+
+@pytest.mark.parametrize("phase", ["dense_warmup", "self_guided"])
+def test_both_phases_call_a_kernel_by_one_name_so_that_one_rule_serves_them(phase):
+    def read(path):
+        rules = ({"path": path, "spec": ("fsdp", "model")},)
+        return running.config(mesh__fsdp=2, mesh__model=2, mesh__rules=rules, **{f"lowrank__{phase}": "5 steps"})
+
+    phases = phases_of(read("dense1/kernel"), devices=8)
+    first, last = (named_leaves(each.shapes.params) for each in phases.all)
+    dense = first["dense1/kernel" if phase == "dense_warmup" else "dense1/kernel/guide"]
+    assert dense.sharding.spec == PartitionSpec("fsdp", "model")
+    assert last["dense1/kernel/u"].sharding.spec == PartitionSpec("fsdp", None)
+    assert last["dense1/kernel/v"].sharding.spec == PartitionSpec(None, "model")
+    with pytest.raises(ConfigError, match="rule 'dense1/kernel/u' matches no parameter; the nearest is 'dense1/kernel'"):
+        read("dense1/kernel/u")
 
 
 COMMON = {"batch_size": 16, "optim__ema_decay": 0.9, "lowrank__method": "spectral"}

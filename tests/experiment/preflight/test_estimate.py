@@ -61,7 +61,12 @@ def test_a_batch_in_parts_takes_as_many_products_as_a_whole_one():
 def keys_of(**changes):
     """The cache's keys of a network's programs."""
     compiler = compiler_of(None)
-    return {name: compiler.key(lower()) for name, lower in programs(build(running.config(**SMALL, **changes))).items()}
+    return {name: compiler.key(lower()) for name, lower in programs(build(running.config(**{**SMALL, **changes}))).items()}
+
+
+def test_kernels_with_open_ranks_have_the_programs_of_dense_ones():
+    rules = ({"path": ".*", "energy": 0.9},)
+    assert keys_of(lowrank__method="spectral", lowrank__rules=rules, lowrank__dense_warmup="5 steps") == keys_of()
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,14 @@ def test_what_does_not_fit_is_said(changes, message):
     assert estimates(twin, estimate("low")).fits and "twin does not fit" in str(estimates(twin, estimate("low")))
 
 
+def test_open_ranks_are_said():
+    low = dataclasses.replace(estimate("low"), waiting=3)
+    text = str(estimates(estimate("dense warm-up", dense=True), low))
+    assert "2 of 5, 1 merged, 3 open" in text
+    assert "low: the ranks of 3 kernels are open until the dense warm-up ends, and they are dense here." in text
+    assert [arm["open"] for arm in json.loads(estimates(estimate("dense warm-up", dense=True), low).json())["arms"]] == [0, 3]
+
+
 def test_the_json_has_the_figures_and_their_ratios():
     written = json.loads(estimates(estimate("dense twin", dense=True, requested=False), estimate("low", flops=4e12)).json())
     dense, low = written["arms"]

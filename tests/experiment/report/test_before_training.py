@@ -189,3 +189,20 @@ def test_the_time_left_counts_what_is_still_to_be_compiled(monkeypatch):
         left.append(clock.left(compiling))
     assert left == [2 * 10 + 5 * 9, 10 + 4 * 5, 3 * 1, 2 * 1, 1, 0]
     assert [before_training.short_time(seconds) for seconds in (123.456, 0.001234, 0.5)] == ["123.46", "0.0012", "0.5"]
+
+
+def test_kernels_whose_ranks_are_open_are_named_and_stay_dense(tmp_path):
+    rules = ({"path": "dense1/kernel", "energy": 0.9},)
+    config = running.config(**UNNORMALISED, lowrank__rules=rules, lowrank__dense_warmup="5 steps")
+    settings, said = before_training.Settings(scales=(0.5,), methods=("spectral",), batch_size=2), []
+    (measured,) = before_training.compare(config, settings, say=said.append)
+    note = "dense1/kernel: dense here, by a rule with an energy, whose ranks are open until the dense warm-up ends"
+    assert "dense1/kernel" not in measured.rank and measured.rank and note in said
+    page, *_ = before_training_page.write([measured], str(tmp_path / "mlp"), command="x", config=config, settings=settings)
+    text = page.read_text()
+    assert f"{note}." in text and "trained kernels alone tell, bound no rank here" in text
+    config = running.config(lowrank__rules=({"path": ".*", "energy": 0.9},), lowrank__dense_warmup="5 steps")
+    with pytest.raises(
+        configs.ConfigError, match="no kernel of this network would be factored; the ranks of energies are open"
+    ):
+        before_training.compare(config, settings)

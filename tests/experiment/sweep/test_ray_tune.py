@@ -196,6 +196,29 @@ def test_an_asha_that_cannot_work_is_refused_before_a_cluster_is_looked_for(tmp_
         ray_tune.run([trial(tmp_path, "a")], asha=Asha(**asha))
 
 
+@pytest.mark.parametrize(
+    ("phase", "latest"),
+    [
+        ({"lowrank__dense_warmup": "12 steps"}, 12),
+        ({"lowrank__dense_warmup": "auto"}, 20),  # half of training
+        ({"lowrank__self_guided": "15 steps"}, 15),
+    ],
+)
+def test_rungs_that_would_compare_a_first_phase_with_low_rank_networks_are_refused(tmp_path, phase, latest):
+    plain, first = trial(tmp_path, "plain"), trial(tmp_path, "first", **phase)
+    again = trial(tmp_path, "again", **phase, seed=1)
+    with pytest.raises(
+        ConfigError, match=rf"grace: 10; first \(and 1 more\) .* until step {latest}, .* more than {latest} steps"
+    ):
+        ray_tune.run([plain, first, again], asha=Asha(grace=10))
+    with pytest.raises(
+        ConfigError, match=f"first may be in .* until step {latest},"
+    ):  # its evaluation is of the first phase's network
+        Asha(grace=latest).scheduler([plain, first])
+    assert Asha(grace=latest + 1).scheduler([plain, first])
+    assert Asha(grace=10).scheduler([plain, trial(tmp_path, "dense", lowrank__method="none", **phase)])
+
+
 # --- a worker, in this process, with a training that does not train ---
 
 

@@ -98,7 +98,18 @@ def test_budgets_and_scales_may_be_compared(tmp_path):
 
 def test_ranks_that_training_chooses_are_said_to_be_unknown(tmp_path):
     text = "lowrank.budget.params=0.25; lowrank.dense_warmup=None,1 epoch"
-    assert "a trial's own ranks are chosen from its trained weights" in expand(CONFIG, [], text, str(tmp_path)).table()
+    table = expand(CONFIG, [], text, str(tmp_path)).table()
+    expected = (
+        "Params and MACs after a dense warm-up: by shapes and costs alone; ranks are chosen then, from the trained weights."
+    )
+    assert table.splitlines()[-1] == expected
+    energies = [("lowrank.rules", "({'path': '.*', 'energy': 0.9},)"), ("lowrank.dense_warmup", "1 epoch")]
+    table = expand(CONFIG, energies, "lowrank.scale=0.1,0.2", str(tmp_path)).table()
+    assert table.count("are open, and their kernels count as dense; they are chosen then, from the trained weights.") == 1
+    dense = expand(CONFIG, [], "lowrank.method=none", str(tmp_path)).table()
+    assert table.splitlines()[1].split()[-3] == dense.splitlines()[1].split()[-3]
+    with pytest.raises(ConfigError, match=r"the energy of rule '\.\*' needs lowrank\.dense_warmup.*\(in dense_warmup=None\)"):
+        expand(CONFIG, energies[:1], "lowrank.dense_warmup=None,1 epoch", str(tmp_path))
     known = expand(CONFIG, [], "lowrank.scale=0.1; lowrank.dense_warmup=None,1 epoch", str(tmp_path))
     assert "trained weights" not in known.table()
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +71,7 @@ def test_a_run_is_dense_and_then_of_the_ranks_that_the_budget_affords(whole):
     assert losses[-1] < losses[0]
     overview = (folder / "overview.txt").read_text()
     assert overview.startswith("Dense warm-up\n") and "\nAfter step 14\n" in overview
+    assert all(f"  {kernel['risk']:.4f}  " in overview for kernel in record["worth"].values())
 
 
 def test_both_phases_are_evaluated_as_what_they_are(tmp_path):
@@ -157,6 +159,41 @@ def test_ranks_are_those_of_the_file_and_a_damaged_one_is_refused(whole, tmp_pat
         train(running.config(**WARM), str(folder))
     with pytest.raises((WorkdirError, lx.UserError), match=r"ranks\.json is missing"):
         lx.restore(folder)
+
+
+def test_the_overview_shows_what_ranks_lose_also_where_they_were_read_back(tmp_path):
+    config = running.config(lowrank__budget={"params": 0.4}, steps=10)
+    for _ in range(2):  # decided, then read
+        train(config, str(tmp_path / "run"))
+        header, *rows = (tmp_path / "run" / "overview.txt").read_text().splitlines()
+        assert "risk" in header.split() and "next 1%" in header
+        for line, kernel in zip(rows, lx.config.make_plan(config).kernels, strict=False):
+            assert {kernel.name, *kernel.worth()} <= {*line.split()} and kernel.risk is not None
+    record = json.loads((tmp_path / "run" / "ranks.json").read_text())
+    del record["worth"], record["check"]  # as earlier versions wrote it
+    (tmp_path / "run" / "ranks.json").write_text(json.dumps(record))
+    train(config, str(tmp_path / "run"))
+    assert "risk" not in (tmp_path / "run" / "overview.txt").read_text()
+
+
+def test_a_restart_decides_the_ranks_anew_and_keeps_the_old_ones(whole, tmp_path, capsys):
+    """What the old ones are counts for nothing: of another version, or damaged."""
+    plain, warm = tmp_path / "plain", tmp_path / "warm"
+    config = running.config(lowrank__budget={"params": 0.4}, steps=10)
+    train(config, str(plain))
+    shutil.copytree(whole[0], warm)
+    for folder, settings in ((plain, config), (warm, running.config(**WARM))):
+        decided = json.loads((folder / "ranks.json").read_text())
+        dense = {"ranks": dict.fromkeys(decided["ranks"]), "worth": {}}
+        other = json.dumps({name: value for name, value in (decided | dense).items() if name != "check"})
+        (folder / "ranks.json").write_text(other)
+        shutil.rmtree(folder / "checkpoints")
+        train(settings, str(folder), restart=True)
+        assert f"{folder}: ranks are decided anew; the old ones are in ranks-1.json" in capsys.readouterr().out
+        assert json.loads((folder / "ranks.json").read_text()) == decided
+        assert (folder / "ranks-1.json").read_text() == other
+        train(settings, str(folder), restart=True)  # it has checkpoints by now
+        assert "has finished" in capsys.readouterr().out and not (folder / "ranks-2.json").exists()
 
 
 def test_a_budget_without_a_warmup_is_decided_before_training(tmp_path, monkeypatch):
@@ -389,3 +426,51 @@ def test_stable_ranks_are_those_of_numpy():
         singular = np.linalg.svd(np.asarray(named_leaves(params)[name], np.float64), compute_uv=False)
         np.testing.assert_allclose(value, (singular**2).sum() / singular[0] ** 2, rtol=1e-4)  # float32's eigenvalues
     assert seen.keys() == {kernel.name for kernel in plan.factored}
+
+
+class Turn(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.relu(nn.Dense(24, name="dense")(x)), None
+
+
+class Stacked(nn.Module):
+    """A repeated layer with a kernel for each turn, or one for all of them, whose inputs are kept or not; and a shared one."""
+
+    num_classes: int = 10
+    kept: bool = True
+    one: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(24, name="wide")(x.reshape(len(x), -1))
+        axes = {} if self.one else {"params": 0}
+        axes |= {"lowrank_inputs": 0} if self.kept else {}
+        shared = {"variable_broadcast": "params"} if self.one else {}
+        x, _ = nn.scan(Turn, variable_axes=axes, **shared, split_rngs={"params": not self.one}, length=3)(name="layers")(
+            x, None
+        )
+        twice = nn.Dense(24, name="twice")
+        return nn.Dense(self.num_classes, name="head")(twice(nn.relu(twice(x))))
+
+
+STACKED = {
+    "model__name": f"{__name__}:Stacked",
+    "lowrank__moment_batches": 1,
+    "lowrank__dense_warmup": "3 steps",
+    "steps": 5,
+}
+
+
+@pytest.mark.parametrize("budget", [{}, {"params": 0.5}])
+@pytest.mark.parametrize("one", [False, True])
+def test_inputs_that_cannot_be_measured_at_the_switch_are_refused_at_the_start(one, budget):
+    changes = {**STACKED, "model__kwargs": {"kept": False, "one": one}, "lowrank__budget": budget}
+    with pytest.raises(ConfigError) as caught:
+        running.config(**changes)
+    (problem,) = caught.value.problems
+    assert problem.startswith(
+        "lowrank.moment_batches: cannot capture the inputs of 'layers/dense/kernel': under nn.scan and nn.vmap"
+    )
+    assert 'add "lowrank_inputs": 0 to variable_axes' in problem and problem.endswith("; or set it to 0")
+    assert running.config(**{**changes, "lowrank__moment_batches": 0}).starts_dense
