@@ -1,7 +1,11 @@
-"""Checks of numbers: each returns what is wrong with a value, or None."""
+"""Checks of numbers: most return what is wrong with a value, or None."""
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from jax.core import Tracer
 
 Check = Callable[[float], str | None]
 
@@ -28,3 +32,25 @@ def _too_large(value: float, high: float) -> str | None:
 def below_one(value: float) -> str | None:
     """A rate in [0, 1)."""
     return None if 0 <= value < 1 else "must be in [0, 1)"
+
+
+def plain(value: Any) -> Any:
+    """A number of Python's for one of NumPy's or jax's that is known."""
+    return value.item() if hasattr(value, "item") and not isinstance(value, Tracer) and np.ndim(value) == 0 else value
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number of Python's."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def count(value: Any) -> str | None:
+    """A whole number of Python's, at least 1 and of at most 64 bits."""
+    if type(value) is not int or value < 1:
+        return "must be a whole number of at least 1"
+    return None if value < 2**63 else "must have at most 64 bits"

@@ -15,10 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from lowrank_jax.checks import at_least, is_number
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
 from lowrank_jax.projection.linalg import Pair, wide
+from lowrank_jax.text import shown
 
 
 def frobenius_penalty(params: Any) -> jax.Array:
@@ -31,7 +34,11 @@ def add_frobenius_decay(decay: float) -> optax.GradientTransformation:
 
     Updates keep their dtypes.  `update` raises ValueError if it is not given the parameters, or one factor of a pair without
     the other, as under `optax.masked` with a mask that tells them apart.
+
+    Raises:
+      ValueError: the decay is no number of at least 0.
     """
+    _check(decay)
 
     def update(updates, state, params=None):
         if params is None:
@@ -54,12 +61,25 @@ def nuclear_penalty(params: Any) -> jax.Array:
 
 
 def add_nuclear_decay(decay: float) -> optax.GradientTransformation:
-    """Adds the gradient of `decay * nuclear_penalty` to the updates of factor pairs; others stay unchanged."""
+    """Adds the gradient of `decay * nuclear_penalty` to the updates of factor pairs; others stay unchanged.
+
+    Raises:
+      ValueError: the decay is no number of at least 0.
+    """
+    _check(decay)
 
     def factor_pairs(params):
         return jax.tree.map(is_low_rank, params, is_leaf=is_low_rank)
 
     return optax.add_decayed_weights(decay, mask=factor_pairs)
+
+
+def _check(decay: Any) -> None:
+    if isinstance(decay, jax.Array | np.ndarray | np.generic):  # a hyperparameter that is injected
+        return
+    complaint = at_least(0)(decay) if is_number(decay) else "must be a number of at least 0"
+    if complaint:
+        raise ValueError(f"decay {shown(decay)} {complaint}")
 
 
 def _pairs(params: Any) -> list[Pair]:

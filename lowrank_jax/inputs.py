@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.checks import count, plain
 from lowrank_jax.linen import inputs as linen_inputs
 from lowrank_jax.linen.inputs import COLLECTION as COLLECTION  # for `variable_axes` of nn.scan and nn.vmap
-from lowrank_jax.linen.model_check import check_model
+from lowrank_jax.linen.model_check import check_model, check_variables
+from lowrank_jax.planning.arguments import check_batches, check_key, check_plan
 from lowrank_jax.planning.plans import Plan
+from lowrank_jax.text import shown
 
 
 def second_moments(
@@ -38,11 +41,11 @@ def second_moments(
       By the kernel's name `[*stack, n, n]`, float32.
 
     Raises:
-      TypeError: the model is not a Linen module.
+      TypeError: the model is not a Linen module, or variables, batches or the plan are nothing of their kind.
       ValueError: there are no batches, one is empty, the inputs of a planned kernel cannot be captured, or their moments are
         not finite in float32, as for inputs above 1e19.
     """
-    capture = _capture(model)
+    capture = _capture(model, variables, batches, plan)
 
     @jax.jit
     def run(variables: Any, batch: Any) -> dict[str, Any]:
@@ -124,11 +127,13 @@ def samples(
       By the kernel's name `[*stack, samples, group, n]`, float32.
 
     Raises:
-      TypeError, ValueError: as in `second_moments`, but for moments; or per_batch is below 1.
+      TypeError, ValueError: as in `second_moments`, but for moments; the key is none, or per_batch is no count.
     """
-    capture = _capture(model)
-    if per_batch < 1:
-        raise ValueError(f"per_batch {per_batch} must be at least 1")
+    capture = _capture(model, variables, batches, plan)
+    check_key(key)
+    per_batch = plain(per_batch)
+    if complaint := count(per_batch):
+        raise ValueError(f"per_batch {shown(per_batch)} {complaint}")
 
     @jax.jit
     def run(variables: Any, batch: Any, key: jax.Array) -> dict[str, Any]:
@@ -149,9 +154,12 @@ def samples(
     return _not_empty({name: jnp.concatenate(rows, axis=-3) for name, rows in parts.items()}, plan)
 
 
-def _capture(model: Any) -> Callable[..., dict[str, Any]]:
+def _capture(model: Any, variables: Any, batches: Any, plan: Any) -> Callable[..., dict[str, Any]]:
     """The door's function for one batch; see `lowrank_jax.linen.inputs.capture`."""
     check_model(model)
+    check_variables(variables)
+    check_batches(batches)
+    check_plan(plan)
     return linen_inputs.capture
 
 

@@ -7,12 +7,16 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax.linen.dtypes import promote_dtype
+
+from lowrank_jax.checks import plain
+from lowrank_jax.text import shown
 
 Rows = tuple[int, ...]
 
@@ -80,19 +84,23 @@ def register_layer(
         `params` are `LowRankKernel`s, those that stay dense are arrays.
 
     Raises:
-      TypeError: `cls` is not a class of Linen modules.
+      TypeError: `cls` is not a class of Linen modules, `kernel` is no name, or `run` no function.
       ValueError: there are several kernels and no `run`, or rows are no ascending axes.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_layer takes a class of flax.linen modules, not {cls!r}")
-    names = (kernel,) if isinstance(kernel, str) else tuple(kernel)
+    names = (kernel,) if isinstance(kernel, str) else tuple(kernel) if isinstance(kernel, Sequence) else ()
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"kernel must be the name of a parameter, or several, not {shown(kernel)}")
+    if run is not None and not callable(run):
+        raise TypeError(f"run must be a function, not {shown(run)}")
     if len(names) != 1 and run is None:
         raise ValueError(f"{cls.__name__} has {len(names)} kernels: say with run= how it computes on factors")
 
     def given(layer: Any) -> Rows:
         found = rows(layer) if callable(rows) else rows
-        axes = (found,) if isinstance(found, int) else tuple(found)
-        if not axes or any(axis < 0 for axis in axes) or list(axes) != sorted(set(axes)):
+        axes = tuple(map(plain, found if isinstance(found, Iterable) and np.ndim(found) else (found,)))  # type: ignore[arg-type]
+        if not axes or any(type(axis) is not int or axis < 0 for axis in axes) or list(axes) != sorted(set(axes)):
             raise ValueError(f"rows {axes} of {cls.__name__} must be axes of its kernel, counted from 0 and ascending")
         return axes
 
@@ -179,7 +187,12 @@ def summed_axes(shape: Sequence[int], n: int) -> int:
 
 def first_argument(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a layer is called on, given by its place or by its name."""
-    return args[0] if args else kwargs[_first_name(type(layer))]
+    if args:
+        return args[0]
+    name = _first_name(type(layer))
+    if name not in kwargs:
+        raise TypeError(f"{type(layer).__name__} is called without its argument {name!r}")
+    return kwargs[name]
 
 
 def with_first_argument(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any) -> tuple[Any, Any]:

@@ -107,6 +107,8 @@ def _multiplied(variables: Any, mutable: Any) -> Any:
     Raises:
       ValueError: there are some, and the parameters are mutable: what the model returned would be products.
     """
+    if not isinstance(variables, Mapping):
+        return variables  # flax says what they must be
     params = variables.get("params", {})
     leaves, structure = jax.tree.flatten(params, is_leaf=is_low_rank)
     if not any(map(_is_premerged, leaves)):

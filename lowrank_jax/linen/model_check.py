@@ -1,8 +1,11 @@
-"""Refuses models that are not Linen modules, before any work."""
+"""Refuses models that are not Linen modules, and variables that are none, before any work."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+
+from lowrank_jax.text import shown
 
 
 def check_model(model: Any) -> None:
@@ -13,6 +16,15 @@ def check_model(model: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"lowrank_jax takes a flax.linen module; {_found(model)}")
+
+
+def check_variables(variables: Any) -> None:
+    """Raises TypeError for what is no dict of collections, and ValueError for one without parameters."""
+    if not isinstance(variables, Mapping):
+        raise TypeError(f"variables must be a dict of collections, as model.init returns it, not {shown(variables)}")
+    if "params" not in variables:
+        keys = ", ".join(map(str, variables)) or "nothing"
+        raise ValueError(f'variables must have "params", as for model.apply, and have {keys}')
 
 
 def _found(model: Any) -> str:

@@ -54,8 +54,10 @@ def plan(
         has the axes that it names as rows.
     """
     check_model(model)
-    if isinstance(also, Mapping):
+    if not isinstance(also, Sequence) or not all(isinstance(more, Mapping) and _are_names(more) for more in also):
         raise TypeError("also takes a list of dicts, a dict for every call")
+    if rngs is not None and not isinstance(rngs, Mapping) and not hasattr(rngs, "dtype"):
+        raise TypeError(f"rngs takes a key of jax.random, or a dict of keys, not {shown(rngs)}")
     if not isinstance(rules, Sequence) or not all(isinstance(rule, Rule) for rule in rules):
         raise TypeError(f"rules takes a list of lowrank_jax.Rule, not {shown(rules)}")
     call = ModelCall(model, inputs if isinstance(inputs, tuple) else (inputs,), kwargs, rngs)
@@ -78,6 +80,10 @@ def plan(
     low_rank = [leaf for leaf in leaves.values() if is_low_rank(leaf)]
     plain = sum(leaf.size for name, leaf in leaves.items() if name not in matches and not is_low_rank(leaf))
     return Plan(tuple(kernels), plain + sum(leaf.u.size + leaf.v.size for leaf in low_rank), keys_with_slashes(variables))
+
+
+def _are_names(kwargs: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) for name in kwargs)
 
 
 def _in_all_calls(calls: Sequence[dict[str, KernelUse]]) -> dict[str, KernelUse]:

@@ -11,12 +11,14 @@ import numpy as np
 
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.linen.layers import call_model
-from lowrank_jax.linen.model_check import check_model
+from lowrank_jax.linen.model_check import check_model, check_variables
 from lowrank_jax.linen.named_axes import in_named_axes
 from lowrank_jax.paths import map_named, named_leaves
+from lowrank_jax.planning.arguments import check_batches, check_plan
 from lowrank_jax.planning.curves import curves_of_kernels
 from lowrank_jax.planning.factorize import factorize
 from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
+from lowrank_jax.text import shown
 
 _LEAST = 1e-3  # of a relative risk: next to less, rounding would be seen in its place
 
@@ -66,10 +68,16 @@ def sensitivity(
       By the name of every kernel that the plan leaves open to a budget; 0 where nothing is lost or nothing changes.
 
     Raises:
-      TypeError: the model is not a Linen module, or what it returns are no logits.
+      TypeError: the model is not a Linen module, what it returns are no logits, or an argument is nothing of its kind.
       ValueError: there are no batches, predictions are not numbers, or the variables do not fit the plan.
     """
     check_model(model)
+    check_variables(variables)
+    check_batches(batches)
+    check_plan(plan)
+    for what, function in (("logits", logits), ("say", say)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{what} must be a function, not {shown(function)}")
     variables = {**variables, "params": nn.meta.unbox(variables["params"])}
     changed = _changed_kernels(variables["params"], plan)
     predict = jax.jit(lambda variables, batch: _predictions(model, variables, batch, logits, rngs, kwargs))

@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from lowrank_jax.checks import at_least, is_number, plain
 from lowrank_jax.planning import knapsack
-from lowrank_jax.planning.budget import Kind, Request, is_number, plain
+from lowrank_jax.planning.arguments import check_mapping, check_plan
+from lowrank_jax.planning.budget import Kind, Request
 from lowrank_jax.planning.chips import Chip
 from lowrank_jax.planning.curves import Losses, curves_of_kernels
 from lowrank_jax.planning.energy import closed, energy_of, with_bounds
@@ -75,10 +77,14 @@ def allocate(
       what is lost there (of the objective), in proportion where the next rank needs more.
 
     Raises:
+      TypeError: the plan is none, or moments or sensitivity are no dict.
       ValueError: no budget and no energy, or more than two budgets; an energy without variables; a budget is impossible (the
         smallest possible one is named), or MACs of a kernel are not known; an argument is out of range; the variables do not
         fit the plan.
     """
+    check_plan(plan)
+    check_mapping("moments", moments)
+    check_mapping("sensitivity", sensitivity)
     request = Request(chip, plain(batch), plain(itemsize), plain(rest), objective, plain(min_scale), plain(multiple_of))
     budgets = {"params": params, "macs": macs, "bytes": bytes, "seconds": seconds}
     given: dict[Kind, Any] = {kind: plain(value) for kind, value in budgets.items() if value is not None}  # type: ignore[misc]
@@ -86,12 +92,12 @@ def allocate(
         return _closed(plan, variables, moments)
     request.check(given)
     network = Network.of(plan, given, request)
-    _check_sensitivity(sensitivity or {}, network.open)
+    counts = _sensitivities(sensitivity or {}, network.open)
     _check_moments(variables, moments)
     curves = curves_of_kernels(network.open, variables, moments)
     open_ = with_bounds(network.open, curves, variables is not None)
     points = dataclasses.replace(network, open=open_).points(curves)
-    options = _weighted(points, open_, sensitivity or {}, objective)
+    options = _weighted(points, open_, counts, objective)
     room = network.limits - network.fixed
     if objective == "uniform":
         chosen = largest_uniform(open_, points, options, room)
@@ -154,13 +160,19 @@ def _check_moments(variables: Any, moments: Any) -> None:
         raise ValueError("moments need the variables too: they say what the kernels do with the inputs")
 
 
-def _check_sensitivity(values: Mapping[str, Any], kernels: Sequence[PlannedKernel]) -> None:
-    names = [kernel.name for kernel in kernels]
+_sensitivity = at_least(0, 1e30)  # so large that no sum of them leaves the floats
+
+
+def _sensitivities(values: Mapping[str, Any], kernels: Sequence[PlannedKernel]) -> dict[str, float]:
+    names, found = [kernel.name for kernel in kernels], {}
     for name, value in values.items():
         if name not in names:
             raise ValueError(f"sensitivity: {name!r} is no kernel that the plan's rules leave open{did_you_mean(name, names)}")
-        if not is_number(plain(value)) or value < 0:
-            raise ValueError(f"sensitivity of {name!r}: {shown(value)} must be a number of at least 0")
+        found[name] = plain(value)
+        complaint = _sensitivity(found[name]) if is_number(found[name]) else "must be a number of at least 0"
+        if complaint:
+            raise ValueError(f"sensitivity of {name!r}: {shown(value)} {complaint}")
+    return found
 
 
 _TIE = 1e-9  # of the mean weight: what a kernel of weight 0 counts, so that it too takes what the others leave

@@ -1,12 +1,10 @@
 """What a network may cost: budgets as they are asked for, and checked."""
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-
+from lowrank_jax.checks import count, is_number
 from lowrank_jax.planning.chips import Chip
 from lowrank_jax.text import did_you_mean, shown
 
@@ -37,17 +35,19 @@ class Request:
         if {"bytes", "seconds"} <= given.keys():  # itemsize would be that of parameters, and of activations
             raise ValueError("bytes and seconds cannot be budgets at once; give params in the place of bytes")
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {self.objective!r}{did_you_mean(self.objective, OBJECTIVES)}")
+            raise ValueError(f"unknown objective {shown(self.objective)}{did_you_mean(self.objective, OBJECTIVES)}")
         if self.min_scale is not None and not (is_number(self.min_scale) and 0 <= self.min_scale <= 1):
             raise ValueError(f"min_scale {shown(self.min_scale)} must be from 0 to 1")
-        for name in ("multiple_of", "itemsize"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} {shown(value)} must be a whole number of at least 1")
-        if "seconds" in given and (not isinstance(self.chip, Chip) or type(self.batch) is not int or self.batch < 1):
+        if "seconds" in given and (self.chip is None or self.batch is None):
             raise ValueError("a budget of seconds needs chip, one of lowrank_jax.chips.CHIPS, and batch, the examples on it")
+        if self.chip is not None and not isinstance(self.chip, Chip):
+            raise ValueError(f"chip must be one of lowrank_jax.chips.CHIPS, not {shown(self.chip)}")
+        counts = {"multiple_of": self.multiple_of, "itemsize": self.itemsize, "batch": 1 if self.batch is None else self.batch}
+        for name, value in counts.items():
+            if complaint := count(value):
+                raise ValueError(f"{name} {shown(value)} {complaint}")
         if not is_number(self.rest) or self.rest < 0:
-            raise ValueError(f"rest {shown(self.rest)} must be a number of seconds")
+            raise ValueError(f"rest {shown(self.rest)} must be a number of seconds, at least 0")
 
     def smallest_scale(self, kinds: Collection[Kind]) -> float:
         """`min_scale`, or what it is for budgets of these kinds: at rank 1 a layer may be cheap in seconds, and worthless."""
@@ -60,15 +60,8 @@ def _check_budget(kind: str, value: float | int) -> None:
     if isinstance(value, float) and 0 < value <= 1:
         return
     if kind != "seconds" and type(value) is int and value >= 1:
+        if complaint := count(value):
+            raise ValueError(f"{kind}={shown(value)} {complaint}")
         return
     what = "a fraction above 0 and up to 1" + ("" if kind == "seconds" else ", such as 0.5, or a whole number")
     raise ValueError(f"{kind}={shown(value)} must be {what}")
-
-
-def plain(value: Any) -> Any:
-    """A number of Python's for one of NumPy's or jax's."""
-    return value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

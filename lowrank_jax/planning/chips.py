@@ -80,6 +80,6 @@ def named(name: str) -> Chip:
     Raises:
       ValueError: there is no such chip.
     """
-    if name not in CHIPS:
+    if not isinstance(name, str) or name not in CHIPS:
         raise ValueError(f"unknown chip {name!r}{did_you_mean(name, CHIPS)}")
     return CHIPS[name]

@@ -10,6 +10,7 @@ import numpy as np
 
 from lowrank_jax.kernel import is_low_rank, without_box
 from lowrank_jax.paths import named_leaves
+from lowrank_jax.planning.arguments import array_problem, moments_problem, roots
 from lowrank_jax.planning.plans import PlannedKernel
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.activations import ActivationLike
@@ -86,11 +87,13 @@ def _check_moments(kernels: Sequence[PlannedKernel], moments: Mapping[str, jax.A
         moment, sizes = moments.get(name), [choice.view.n for choice in kernel.choices]
         if moment is None:
             problems.append(f"{name}: has no moments; capture them for plan.opened()")
+        elif problem := array_problem(moment):
+            problems.append(f"{name}: {problem}")
         elif not any(tuple(moment.shape) == (*kernel.stack, n, n) for n in sizes):
             wanted = " or ".join(str([*kernel.stack, n, n]) for n in dict.fromkeys(sizes))
             problems.append(f"{name}: moments must have shape {wanted}, not {list(moment.shape)}")
-        elif not linalg.known_finite(moment):
-            problems.append(f"{name}: moments are not finite")
+        elif problem := moments_problem(moment):
+            problems.append(f"{name}: {problem}")
     if problems:
         raise ValueError("the moments do not fit the plan:\n  " + "\n  ".join(problems))
 
@@ -125,14 +128,11 @@ def _of_values(settings: _Settings, matrices: np.ndarray, moment: jax.Array | No
     """Of the kernels of one module, `[*stack, n, m]`, and the second moments of their inputs, where these are known."""
     given = matrices.reshape(-1, settings.n, settings.m).astype(np.float64)
     if moment is not None:
-        roots = [_root(one) for one in moment.reshape(-1, settings.n, settings.n)]
-        given = np.stack([np.asarray(root, np.float64) @ w for root, w in zip(roots, given, strict=True)])
+        given = np.asarray(_roots(moment), np.float64) @ given
     return _mean([curves(w, **settings.others) for w in given])
 
 
-@jax.jit
-def _root(moment: jax.Array) -> jax.Array:
-    return linalg.square_root(moment.astype(linalg.wide(moment.dtype)))
+_roots = jax.jit(roots)
 
 
 def _mean(found: Sequence[Curves]) -> Losses:
@@ -163,14 +163,16 @@ def _values(kernels: Sequence[PlannedKernel], variables: Any) -> dict[str, np.nd
     problems = []
     for kernel in kernels:
         leaf = leaves.get(kernel.name)
-        if leaf is None or is_low_rank(leaf) or tuple(leaf.shape) != kernel.shape:
+        if leaf is not None and not is_low_rank(leaf) and not hasattr(leaf, "shape"):
+            problems.append(f"{kernel.name}: {array_problem(leaf)}")
+        elif leaf is None or is_low_rank(leaf) or tuple(leaf.shape) != kernel.shape:
             found = "is missing" if leaf is None else "is factored" if is_low_rank(leaf) else f"is {list(leaf.shape)}"
             problems.append(f"{kernel.name}: planned as {list(kernel.shape)}, {found}")
         elif isinstance(leaf, jax.ShapeDtypeStruct):
             problems.append(f"{kernel.name}: is a shape without values")
         elif not jnp.issubdtype(leaf.dtype, jnp.floating):
             problems.append(f"{kernel.name}: is {leaf.dtype}, not real numbers")
-        elif not np.isfinite(np.asarray(leaf)).all():
+        elif not linalg.known_finite(leaf):
             problems.append(f"{kernel.name}: has values that are not finite")
     if problems:
         raise ValueError("the variables do not fit the plan:\n  " + "\n  ".join(problems))

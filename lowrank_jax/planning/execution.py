@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
+from lowrank_jax.checks import count, is_number, plain
 from lowrank_jax.kernel import SPATIAL_ROWS, Execution
+from lowrank_jax.planning.arguments import check_plan
 from lowrank_jax.planning.chips import Chip
 from lowrank_jax.planning.plans import Choice, FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.text import shown
@@ -36,15 +37,14 @@ def choose_execution(plan: Plan, chip: Chip | None, *, batch: int, itemsize: int
       itemsize: bytes per element of an activation, such as 2 for bfloat16.
 
     Raises:
-      TypeError: the chip is none.
+      TypeError: the plan or the chip is none.
       ValueError: `batch` or `itemsize` is no whole number of at least 1, or the plan has an open rank.
     """
-    open_ = [kernel for kernel in plan.factored if kernel.execution is None]
+    check_plan(plan)
     if chip is not None and not isinstance(chip, Chip):
         raise TypeError(f"chip must be one of lowrank_jax.chips.CHIPS, or None, not {shown(chip)}")
-    for name, value in (("batch", batch), ("itemsize", itemsize)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {shown(value)}")
+    batch, itemsize = _counts(batch=batch, itemsize=itemsize)
+    open_ = [kernel for kernel in plan.factored if kernel.execution is None]
 
     def chosen(kernel: PlannedKernel) -> PlannedKernel:
         if not isinstance(kernel, FactoredKernel) or kernel not in open_:
@@ -57,6 +57,15 @@ def choose_execution(plan: Plan, chip: Chip | None, *, batch: int, itemsize: int
         return dataclasses.replace(kernel, execution=execution)
 
     return dataclasses.replace(plan, kernels=tuple(chosen(kernel) for kernel in plan.kernels))
+
+
+def _counts(**given: Any) -> list[int]:
+    """The counts as Python's numbers.  Raises ValueError for one that is none."""
+    counts = {name: plain(value) for name, value in given.items()}
+    for name, value in counts.items():
+        if complaint := count(value):
+            raise ValueError(f"{name} {complaint}, not {shown(given[name])}")
+    return list(counts.values())
 
 
 def seconds(kernel: FactoredKernel, execution: Execution, chip: Chip, batch: int, itemsize: int = 4) -> float:
@@ -103,8 +112,14 @@ def rest_of_step(plan: Plan, step: float | jax.stages.Compiled, chip: Chip, *, b
       At least 0: a step cannot take less than its kernels.
 
     Raises:
-      ValueError: the step's time is no number above 0, or the compiler tells neither FLOPs nor bytes.
+      TypeError: the plan or the chip is none.
+      ValueError: the step's time is no number above 0, the compiler tells neither FLOPs nor bytes, or `batch` or `itemsize` is
+        no whole number of at least 1.
     """
+    check_plan(plan)
+    if not isinstance(chip, Chip):
+        raise TypeError(f"chip must be one of lowrank_jax.chips.CHIPS, not {shown(chip)}")
+    batch, itemsize = _counts(batch=batch, itemsize=itemsize)
     operations = [operation for kernel in plan.kernels for operation in _dense(kernel, chip, batch, itemsize)]
     if isinstance(step, jax.stages.Compiled):
         cost: Any = step.cost_analysis()
@@ -112,7 +127,8 @@ def rest_of_step(plan: Plan, step: float | jax.stages.Compiled, chip: Chip, *, b
             raise ValueError("the compiler tells neither FLOPs nor bytes of the step: measure its seconds")
         flops, moved = (sum(part) for part in zip((0.0, 0.0), *operations, strict=True))
         return chip.seconds(max(cost["flops"] - flops, 0), max(cost["bytes accessed"] - moved, 0))
-    if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < math.inf:
+    step = plain(step)
+    if not is_number(step) or step <= 0:
         raise ValueError(f"step {shown(step)} must be seconds, a number above 0, or a compiled program")
     return max(step - sum(chip.seconds(flops, moved) for flops, moved in operations), 0.0)
 

@@ -13,6 +13,7 @@ from jax.scipy.linalg import solve_triangular
 
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import map_named, named_leaves
+from lowrank_jax.planning.arguments import array_problem, check_key, check_mapping, check_plan, moments_problem, roots
 from lowrank_jax.planning.plans import FactoredKernel, Plan
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.methods import METHODS, SAMPLED, Method
@@ -40,8 +41,13 @@ def factorize(
       The tree with `LowRankKernel`s in it, in the kernels' own dtypes; decompositions run in float32 or better.
 
     Raises:
+      TypeError: the plan or the key is none, or moments or inputs are no dict.
       ValueError: the parameters do not match the plan or are not finite, or moments or inputs do not fit it.
     """
+    check_plan(plan)
+    check_key(key)
+    check_mapping("moments", moments)
+    check_mapping("inputs", inputs)
     leaves = named_leaves(params, is_leaf=is_low_rank)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
         made = functools.partial(factorize, plan=plan)
@@ -82,22 +88,11 @@ def _data_aware(
     method: Method, stacks: list[Stack], groups: list[list[FactoredKernel]], moments: Mapping[str, jax.Array]
 ) -> list[linalg.Pair]:
     """With S = RᵀR the inputs of RW are isotropic: it is what the method factors, and U is multiplied by R⁻¹ afterwards."""
-    roots = [
-        jnp.concatenate([_roots(moments[kernel.name], n) for kernel in members])
-        for members, n in zip(groups, (stack.w.shape[1] for stack in stacks), strict=True)
-    ]
-    pairs = method(
-        [dataclasses.replace(stack, w=root @ stack.w.astype(root.dtype)) for stack, root in zip(stacks, roots, strict=True)]
-    )
-    us = [jax.lax.map(lambda pair: solve_triangular(*pair), (root, u)) for root, (u, _) in zip(roots, pairs, strict=True)]
+    rs = [jnp.concatenate([roots(moments[kernel.name]) for kernel in members]) for members in groups]
+    pairs = method([dataclasses.replace(stack, w=r @ stack.w.astype(r.dtype)) for stack, r in zip(stacks, rs, strict=True)])
+    us = [jax.lax.map(lambda pair: solve_triangular(*pair), (r, u)) for r, (u, _) in zip(rs, pairs, strict=True)]
     balanced = linalg.rebalance(us, [v for _, v in pairs])
     return [(u.astype(stack.w.dtype), v.astype(stack.w.dtype)) for stack, (u, v) in zip(stacks, balanced, strict=True)]
-
-
-def _roots(moments: Any, n: int) -> jax.Array:
-    """`[*stack, n, n] -> [k, n, n]`."""
-    moments = moments.astype(linalg.wide(moments.dtype))
-    return jax.lax.map(linalg.square_root, moments.reshape(-1, n, n))
 
 
 def _by_method(
@@ -150,8 +145,12 @@ def _check_tree(leaves: dict[str, Any], plan: Plan) -> None:
             problems.append(f"{kernel.name}: in the plan but not in the parameters")
         elif is_low_rank(leaf):
             problems.append(f"{kernel.name}: already factored; merge first")
+        elif problem := array_problem(leaf):
+            problems.append(f"{kernel.name}: {problem}")
         elif tuple(leaf.shape) != kernel.shape:
             problems.append(f"{kernel.name}: planned as {list(kernel.shape)}, found {list(leaf.shape)}")
+        elif isinstance(kernel, FactoredKernel) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            problems.append(f"{kernel.name}: is {leaf.dtype}, which cannot hold factors")
     if problems:
         raise ValueError("the parameters do not match the plan:\n  " + "\n  ".join(problems))
 
@@ -173,10 +172,11 @@ def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Map
         name, stack, n, group = kernel.name, kernel.stack, kernel.view.n, kernel.view.group
         if moments is not None:
             moment = moments.get(name)
-            problems += _misfit(name, "moments", moment, (*stack, n, n)) or _not_moments(name, moment, n)
+            misfit = _misfit(name, "moments", moment, (*stack, n, n))
+            problems += misfit or [f"{name}: {problem}" for problem in [moments_problem(moment)] if problem]
         if inputs is not None:
             fed = inputs.get(name)
-            problems += _misfit(name, "inputs", fed, (*stack, None, group, n)) or _unusable(name, "inputs", fed)
+            problems += _misfit(name, "inputs", fed, (*stack, None, group, n)) or _unusable(name, fed)
     names = {kernel.name for kernel in plan.captured}
     for name in {**(moments or {}), **(inputs or {})}:
         if name not in names:
@@ -188,20 +188,14 @@ def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Map
 def _misfit(name: str, what: str, value: jax.Array | None, shape: tuple[int | None, ...]) -> list[str]:
     if value is None:
         return [f"{name}: has no {what}"]
+    if problem := array_problem(value):
+        return [f"{name}: {what}: {problem}"]
     fits = len(value.shape) == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
     wanted = ", ".join("samples" if size is None else str(size) for size in shape)
     return [] if fits else [f"{name}: {what} must have shape [{wanted}], not {list(value.shape)}"]
 
 
-def _unusable(name: str, what: str, value: Any) -> list[str]:
-    if not value.size:
-        return [f"{name}: {what} are empty"]
-    return [] if linalg.known_finite(value) else [f"{name}: {what} contain non-finite values"]
-
-
-def _not_moments(name: str, moment: Any, n: int) -> list[str]:
-    """What is no matrix of second moments has no real square root."""
-    problems = _unusable(name, "moments", moment)
-    if problems or linalg.known_finite(_roots(moment, n)):
-        return problems
-    return [f"{name}: moments must be positive semidefinite"]
+def _unusable(name: str, inputs: Any) -> list[str]:
+    if not inputs.size:
+        return [f"{name}: inputs are empty"]
+    return [] if linalg.known_finite(inputs) else [f"{name}: inputs contain non-finite values"]

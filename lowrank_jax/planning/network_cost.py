@@ -38,13 +38,13 @@ class Network:
         unknown = [kernel.name for kernel in open_ if not kernel.macs and kernel.execution != "premerged"]
         if "macs" in given and unknown:
             raise ValueError(f"the MACs of {', '.join(unknown)} are not known, so that no budget of MACs can hold")
-        fixed = np.array([_fixed(plan, open_, kind, request) for kind in given])
-        whole = np.array([_whole(plan, kind, request) for kind in given])
+        fixed = np.array([_fixed(plan, open_, kind, request) for kind in given], float)
+        whole = np.array([_whole(plan, kind, request) for kind in given], float)
         return cls(open_, given, request, fixed, whole)
 
     @property
     def limits(self) -> np.ndarray:
-        return np.array([_limit(value, total) for value, total in zip(self.given.values(), self.whole, strict=True)])
+        return np.array([_limit(value, total) for value, total in zip(self.given.values(), self.whole, strict=True)], float)
 
     def points(self, losses: Mapping[str, Sequence[Losses | None]]) -> list["Points"]:
         return all_points(self.open, losses, self.request, tuple(self.given))

@@ -51,7 +51,7 @@ def all_points(
         key = dataclasses.replace(kernel, name=""), kernel.bounds, places
         if key not in costs:
             rows = _rows(kernel, places, request, kinds)
-            costs[key] = rows, np.array([[_cost(kernel, *row, kind, request) for row in rows] for kind in kinds])
+            costs[key] = rows, np.array([[_cost(kernel, *row, kind, request) for row in rows] for kind in kinds], float)
         found.append(_points(curves[kernel.name], *costs[key]))
     return found
 

@@ -8,11 +8,12 @@ import math
 from collections.abc import Collection
 from typing import Literal
 
+from lowrank_jax.checks import plain
 from lowrank_jax.kernel import MatrixView
 from lowrank_jax.patterns import compile_pattern
 from lowrank_jax.projection import activations
 from lowrank_jax.projection.methods import METHODS
-from lowrank_jax.text import did_you_mean
+from lowrank_jax.text import did_you_mean, shown
 
 SCHEMES = ("channel", "spatial")
 SCALE_OF = ("full_rank", "columns")
@@ -68,26 +69,29 @@ class Rule:
         if not isinstance(self.path, str):
             raise self._error("path must be a string")
         compile_pattern(self.path)
+        for name in ("scale", "rank", "energy", "multiple_of"):
+            object.__setattr__(self, name, plain(getattr(self, name)))  # of NumPy or jax
         for name in ("scale", "energy"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise self._error(f"{name} {value!r} must be a number")
+                raise self._error(f"{name} {shown(value)} must be a number")
         for name in ("rank", "multiple_of"):
             value = getattr(self, name)
             if value is not None and type(value) is not int:
-                raise self._error(f"{name} {value!r} must be a whole number")
+                raise self._error(f"{name} {shown(value)} must be a whole number")
         given = [name for name in ("scale", "rank", "energy") if getattr(self, name) is not None]
         if len(given) > 1:
-            both = " and ".join(f"{name} {getattr(self, name)}" for name in given)
+            both = " and ".join(f"{name} {shown(getattr(self, name))}" for name in given)
             raise self._error(f"has {'both ' if len(given) == 2 else ''}{both}; give one")
         for name in ("scale", "energy"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise self._error(f"{name} {value} must be in (0, 1]")
-        if self.rank is not None and self.rank < 1:
-            raise self._error(f"rank {self.rank} must be at least 1")
-        if self.multiple_of < 1:
-            raise self._error(f"multiple_of {self.multiple_of} must be at least 1")
+                raise self._error(f"{name} {shown(value)} must be in (0, 1]")
+        for name in ("rank", "multiple_of"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < 2**63:
+                complaint = "must be at least 1" if value < 1 else "must have at most 64 bits"
+                raise self._error(f"{name} {shown(value)} {complaint}")
         self._check_name("scheme", SCHEMES)
         self._check_name("method", METHODS)
         try:
@@ -105,11 +109,11 @@ class Rule:
 
     def _check_name(self, field: str, known: Collection[str]) -> None:
         name = getattr(self, field)
-        if name not in known:
-            raise self._error(f"unknown {field} {name!r}{did_you_mean(name, known)}")
+        if not isinstance(name, str) or name not in known:
+            raise self._error(f"unknown {field} {shown(name)}{did_you_mean(name, known)}")
 
     def _error(self, problem: str) -> ValueError:
-        return ValueError(f"rule {self.path!r}: {problem}")
+        return ValueError(f"rule {shown(self.path)}: {problem}")
 
 
 def _are_axes(rows: object) -> bool:

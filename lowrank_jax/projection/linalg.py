@@ -417,7 +417,8 @@ def known_finite(array: Any) -> bool:
     """False if elements are NaN or infinite; True if they are finite, or traced and so unknown."""
     if isinstance(array, Tracer):
         return True
-    with jax.ensure_compile_time_eval():  # constants are known even under an outer jit
+    # Constants are known even under an outer jit.  Of float64, what jax takes is what counts.
+    with jax.ensure_compile_time_eval(), np.errstate(over="ignore"):
         return bool(jnp.isfinite(array).all())
 
 

@@ -218,7 +218,7 @@ def test_the_next_per_cent_is_what_the_best_next_rank_takes_off(plan):
         ({"params": 0.5, "sensitivity": {"Dense_7/kernel": 1.0}}, "'Dense_7/kernel' is no kernel that the plan's rules leave"),
         (
             {"params": 0.5, "sensitivity": {"Dense_0/kernel": -1.0}},
-            "sensitivity of 'Dense_0/kernel': -1.0 must be a number",
+            "sensitivity of 'Dense_0/kernel': -1.0 must be at least 0",
         ),
         ({"params": 0.5, "sensitivity": {"Dense_0/kernel": np.nan}}, "sensitivity of 'Dense_0/kernel': nan must be"),
         ({"params": 0.5, "min_scale": "a"}, "min_scale 'a' must be from 0 to 1"),
@@ -325,7 +325,7 @@ def test_real_inputs_count():
         ({}, "layers_0/kernel: has no moments; capture them for plan.opened"),
         ({**moments, "nope": moments["layers_0/kernel"]}, "nope: has moments but is not open"),
         ({**moments, "layers_0/kernel": jnp.eye(7)}, r"layers_0/kernel: moments must have shape \[32, 32\], not \[7, 7\]"),
-        ({**moments, "layers_0/kernel": jnp.full((32, 32), jnp.nan)}, "layers_0/kernel: moments are not finite"),
+        ({**moments, "layers_0/kernel": jnp.full((32, 32), jnp.nan)}, "layers_0/kernel: moments contain non-finite values"),
     ):
         with pytest.raises(ValueError, match=message):
             allocate(plan, params=0.4, variables=variables, moments=wrong)

@@ -11,8 +11,8 @@ def problems(low: LowRankConfig, wrong: set[str]) -> list[str]:
     """Problems between values that are valid by themselves; `wrong` are the keys already reported."""
     if low.self_guided is not None and low.dense_warmup is not None:
         return [f"lowrank.self_guided: {low.self_guided}, and dense_warmup is set too; training begins with one of them"]
-    if low.dense_warmup is not None and low.method in _FORGETFUL:
-        return [f"lowrank.method: {low.method!r}; it would forget what the dense warm-up has learned"]
+    if low.dense_warmup is not None and (found := _forgotten(low)):
+        return found
     if found := _budget_problems(low.budget, wrong):
         return found
     if low.budget.amounts:
@@ -24,6 +24,14 @@ def problems(low: LowRankConfig, wrong: set[str]) -> list[str]:
         both = f"lowrank.rank: both rank ({low.rank}) and scale ({low.scale:g}) are set; set one to None"
         return [] if wrong & {"lowrank.scale"} else [both]
     return _to_rules_problems(low, wrong)
+
+
+def _forgotten(low: LowRankConfig) -> list[str]:
+    """Methods, the general one's or a rule's, that would undo a dense warm-up."""
+    methods = {"lowrank.method": low.method}
+    methods |= {f"lowrank.rules: {rule.get('path')!r}, method": rule.get("method") for rule in low.rules}
+    reason = "it would forget what the dense warm-up has learned"
+    return [f"{key}: {method!r}; {reason}" for key, method in methods.items() if method in _FORGETFUL]
 
 
 def _budget_problems(budget: BudgetConfig, wrong: set[str]) -> list[str]:

@@ -102,7 +102,7 @@ def _read_any(value: Any, hints: Sequence[Any]) -> Any:
             return read_value(value, hint)
         except ValueError as error:
             expected.append(str(error))
-    raise ValueError(", or ".join(expected))
+    raise ValueError(", or ".join(dict.fromkeys(expected)))
 
 
 def _finite(value: float) -> float:
