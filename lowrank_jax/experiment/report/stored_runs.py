@@ -296,7 +296,7 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
     if "metrics" in result:
         folder.metrics.check(result["metrics"])
         _check_agreement(folder, result, metrics)
-    return StoredRun(name, settings, "done", "", result, metrics, ranks.read(folder) if _has_budget(settings) else None)
+    return StoredRun(name, settings, "done", "", result, metrics, ranks.read(folder, config) if _has_budget(settings) else None)
 
 
 def _with_effect(settings: dict[str, Any]) -> dict[str, Any]:
