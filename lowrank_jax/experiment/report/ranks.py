@@ -4,21 +4,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowrank_jax.experiment.workdir.files import is_count
+from lowrank_jax.experiment.workdir.identity import run_digests
 from lowrank_jax.experiment.workdir.workdir import RANKS, Workdir, WorkdirError
 
 Ranks = Mapping[str, int | None]
 """By kernel, in the network's order; None where it stays dense."""
 
 
-def read(folder: Workdir) -> Ranks | None:
-    """The ranks of a run; None if it has stored none.
+def read(folder: Workdir, config: dict[str, Any]) -> Ranks | None:
+    """The ranks of a run with this config; None if it has stored none.
 
     Raises:
-      WorkdirError: the record is damaged.
+      WorkdirError: the record is damaged, or another run's.
     """
     record = folder.read_json(RANKS)
     if record is None:
         return None
+    if record.get("experiment") not in (None, *run_digests(config)):
+        raise WorkdirError(f"{folder.path}/{RANKS} is damaged: it is another experiment's; put it back as it was")
     ranks = record.get("ranks")
     if not isinstance(ranks, dict) or not all(entry is None or _is_rank(entry) for entry in ranks.values()):
         raise WorkdirError(f"{folder.path}/{RANKS} is damaged: it has no rank for every kernel")

@@ -298,7 +298,7 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
     if "metrics" in result:
         folder.metrics.check(result["metrics"])
         _check_agreement(folder, result, metrics)
-    chosen = ranks.read(folder) if _has_budget(settings) or ranks.by_energies(settings) else None
+    chosen = ranks.read(folder, config) if _has_budget(settings) or ranks.by_energies(settings) else None
     return StoredRun(name, settings, "done", "", result, metrics, chosen)
 
 

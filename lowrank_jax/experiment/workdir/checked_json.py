@@ -38,4 +38,7 @@ _CHECK = "check"
 
 
 def _checksum(body: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+    try:
+        return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+    except RecursionError:  # it was just shallow enough to be read
+        raise ValueError("it is nested too deeply") from None

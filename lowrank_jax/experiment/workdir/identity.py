@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.duration import Duration
 
 # Settings that may change between two starts of one experiment: where data and code are, what is written and how often, the
 # devices, how layers run on them, what decomposes their kernels, and the limit of undecodable images, on which no result
@@ -40,6 +41,17 @@ def digest_of(config: configs.Config) -> str:
 def earlier_digests(config: configs.Config) -> tuple[str, ...]:
     """The digests of the experiments that this one extends, the latest first; it shares all of their steps."""
     return tuple(map(digest_of, config.earlier()))
+
+
+def run_digests(config: dict[str, Any]) -> list[str]:
+    """The digests of a stored config's experiment and of those that it extends, without looking at its data."""
+    digests = [config_digest(config)]
+    extensions = list(config.get("extensions") or ())
+    while extensions:
+        length = Duration.read(extensions.pop()[0])
+        steps, epochs = (None, length.amount) if length.unit == "epoch" else (int(length.amount), None)
+        digests.append(config_digest({**config, "steps": steps, "epochs": epochs, "extensions": extensions}))
+    return digests
 
 
 def check_experiment(record: Mapping[str, Any], config: configs.Config) -> None:

@@ -12,6 +12,7 @@ from lowrank_jax.experiment.report.arms import into_arms, paired
 from lowrank_jax.experiment.report.page import Report
 from lowrank_jax.experiment.report.stored_runs import find
 from lowrank_jax.experiment.training import ranks as stored_by_training
+from lowrank_jax.experiment.workdir.identity import digest_of
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 from tests.stored import make
@@ -125,6 +126,21 @@ def test_a_damaged_record_of_ranks_is_listed_where_it_is_needed(tmp_path, text):
     assert "ranks.json is damaged" in report.console() and len(report.arms[0].runs) == 1
 
 
+def test_ranks_of_another_run_are_not_reported(tmp_path):
+    """Those of the run that a longer one extends are its own."""
+    longer = {"steps": 60, "extensions": (("20 steps", "restart"), ("40 steps", "restart"))}
+    for name, changes in {"own": {}, "strange": {"seed": 1}, "longer": longer}.items():
+        make(tmp_path, name, top1=0.5, lowrank__budget__params=0.1, ranks=RANKS, **changes)
+    for name, owner in {"own": {}, "strange": {"seed": 0}, "longer": {"steps": 20}}.items():
+        changes = {"lowrank__budget__params": 0.1, **owner}
+        digest = digest_of(running.config(**changes))
+        folder = Workdir(tmp_path / name)
+        folder.write_json("ranks.json", {**folder.read_json("ranks.json"), "experiment": digest})
+    assert {run.name: run.status for run in Report([str(tmp_path)]).found.runs} == {
+        "own": "done", "strange": "damaged", "longer": "done",
+    }  # fmt: skip
+
+
 def test_a_run_that_has_stored_no_ranks_is_compared_all_the_same(tmp_path):
     make(tmp_path, "a", top1=0.5, lowrank__budget__params=0.1)
     report = Report([str(tmp_path)])
@@ -135,9 +151,9 @@ def test_what_training_stores_is_what_the_report_reads(tmp_path):
     config = running.config(lowrank__budget__params=0.5)
     plan = configs.make_plan(config)
     folder = Workdir(tmp_path / "run")
-    folder.claim({})
+    folder.claim(configs.to_dict(config))
     stored_by_training.write(folder, config, stored_by_training.Decided(0, plan))
-    found = ranks.read(folder)
+    found = ranks.read(folder, folder.read_config())
     assert found == {kernel.name: getattr(kernel, "rank", None) for kernel in plan.kernels if kernel.choices}
     assert any(found.values())
 

@@ -139,3 +139,10 @@ def test_a_figure_that_changed_in_a_record_is_noticed(tmp_path):
             folder.read_json("dataset.json")
     (tmp_path / "dataset.json").write_text(json.dumps(record))  # as earlier versions wrote it
     assert folder.read_json("dataset.json") == record
+
+
+def test_what_is_just_shallow_enough_to_be_read_is_refused_like_what_is_not(tmp_path):
+    for depth in range(900, 1000):
+        (tmp_path / "ranks.json").write_text('{"check": 1, "a": ' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(WorkdirError, match=r"ranks\.json is damaged"):
+            Workdir(tmp_path).read_json("ranks.json")
