@@ -50,7 +50,7 @@ class StableRanks:
         if len(self.rows) < 2 or self.rows[-1][0] != step:
             return False
         (_, before), (_, now) = self.rows
-        return all(abs(now[name] - before[name]) <= SETTLED for name in now)
+        return before.keys() == now.keys() and all(abs(now[name] - before[name]) <= SETTLED for name in now)
 
 
 def _stable_ranks(params: Any, plan: Plan) -> Mapping[str, jax.Array]:
