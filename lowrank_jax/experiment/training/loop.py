@@ -13,6 +13,7 @@ import numpy as np
 from lowrank_jax.experiment import interrupts
 from lowrank_jax.experiment.best import measured
 from lowrank_jax.experiment.config.files import ConfigError, to_dict
+from lowrank_jax.experiment.config.plan import make_plan
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.pipeline import Feed, TrainBatches, shard_of
@@ -86,6 +87,7 @@ def train(
         data = _load(phases.last)
     with folder.locked():
         _claim(folder, config)
+        phases = _as_decided(phases, folder, config, source)
         folder.forget_failure()
         folder.set_earlier_result_aside(earlier_digests(config))
         folder.write_text("overview.txt", f"{describe_phases(phases)}\n")
@@ -114,6 +116,12 @@ def train(
                 folder.note_failure(diverged=True, reason=str(error))
                 checkpoints.wait()  # all processes come here, and what the message calls the last good one is on its way
                 raise
+
+
+def _as_decided(phases: Phases, folder: Workdir, config: Config, source: str) -> Phases:
+    """The phases with the ranks that a process which held the lock until now may have decided."""
+    decided = ranks.settle(folder, config)
+    return phases if decided == phases.decided else phases_of(config, decided, source)
 
 
 def _load(experiment: Experiment) -> dict[str, datasets.Split]:
@@ -251,7 +259,9 @@ class Loop:
             self.feed.set_state(resumed.data)
         self.state, self.step, self.saved, self.evaluated = resumed.state, resumed.step, resumed.saved, resumed.evaluated
         epoch = config.in_steps(Duration(1, "epoch"))
-        self.stable_ranks = StableRanks(tools.phases.last.plan, epoch, config.latest_switch, resumed.stable_ranks)
+        # Of the ranks by which a warm-up ends, also where it is gone through again with others that were decided.
+        watched = make_plan(config) if self.looks_at_stable_ranks() else experiment.plan
+        self.stable_ranks = StableRanks(watched, epoch, config.latest_switch, resumed.stable_ranks)
         self.improved = False  # by the evaluation of the state at hand
         self.interrupted = False  # in an evaluation, or while data did not come
         self.logged: dict[int, dict[str, float]] = {}
@@ -307,14 +317,18 @@ class Loop:
                 raise
             self.interrupted = True
 
+    def looks_at_stable_ranks(self) -> bool:
+        """Whether this step is of a warm-up that ends of its own accord."""
+        return self.config.dense_steps is None and self.phases.at(self.step) is self.phases.first
+
     def look_at_stable_ranks(self) -> None:
-        """Ends a warm-up of its own accord once they settle."""
-        if self.phases.first is None or self.phases.switch is not None:
+        """Ends a warm-up of its own accord once they settle, unless its end was decided before."""
+        if not self.looks_at_stable_ranks():
             return
         seen = self.stable_ranks.look(self.step, self.state.params)
         if seen:
             self.writer.write(self.step, {f"stable_rank/{name}": value for name, value in seen.items()})
-        if self.stable_ranks.settled(self.step):
+        if self.phases.switch is None and self.stable_ranks.settled(self.step):
             self.phases = dataclasses.replace(self.phases, switch=self.step)
 
     def switches(self) -> bool:

@@ -36,27 +36,40 @@ def read(folder: Workdir, config: Config) -> Decided | None:
     """
     record = folder.read_json(RANKS)
     if record is None:
-        _check_not_lost(folder, config)
+        needed = _needed_by(folder, config)
+        record = folder.read_json(RANKS)  # a training may have written both meanwhile, this one first
+        if record is None and needed:
+            raise WorkdirError(f"{folder.path}/{RANKS} is missing, which has the ranks of checkpoint {needed}; put it back")
+    if record is None:
         return None
     try:
         if record.keys() - {"worth"} != {"step", "ranks", "experiment"} or not is_count(record["step"]):
             raise ValueError("it has no step, ranks and experiment")
         check_experiment(record, config)
+        _check_step(record["step"], config)
         return _decided(config, record["step"], record)
     except ValueError as error:
         raise WorkdirError(f"{folder.path}/{RANKS} is damaged: {error}; put it back as it was") from None
 
 
-def _check_not_lost(folder: Workdir, config: Config) -> None:
-    """Raises WorkdirError if there is a checkpoint that only ranks which were decided can be of."""
+def _check_step(step: int, config: Config) -> None:
+    """Raises ValueError if the config's first phase cannot end with this step."""
+    first = config.dense_steps
+    latest = config.latest_switch if first is None else first
+    if not (min(1, latest) if first is None else first) <= step <= latest:
+        where = f"at most {latest}, and not 0" if first is None else str(first)
+        raise ValueError(f"its step is {step}, and the config's is {where}")
+
+
+def _needed_by(folder: Workdir, config: Config) -> int | None:
+    """The latest checkpoint that only ranks which were decided can be of; None if there is none."""
     first = config.dense_steps
     if first is None:
         with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
             later = [step for step, info in checkpoints.records().items() if info.get("low_rank")]
     else:
         later = [step for step in step_folders.stored(folder.checkpoints) if step > first] if chooses_ranks(config) else []
-    if later:
-        raise WorkdirError(f"{folder.path}/{RANKS} is missing, which has the ranks of checkpoint {later[-1]}; put it back")
+    return max(later, default=None)
 
 
 def settle(folder: Workdir, config: Config, *, restart: bool = False) -> Decided | None:

@@ -135,7 +135,7 @@ def _unfit(restored: Restored, total: int, deciding: str) -> str:
         "window": lambda rows: isinstance(rows, list) and len(rows) <= step and _are_rows(rows, {*_TRACKED, deciding}),
         "evaluated": lambda parts: parts is None or _are_evaluations(parts, deciding),
         "jax": lambda settings: settings is None or (isinstance(settings, dict) and settings.keys() <= {*_RANDOMNESS}),
-        "stable_ranks": lambda rows: rows is None or _are_stable_ranks(rows),
+        "stable_ranks": lambda rows: rows is None or _are_stable_ranks(rows, step),
         "metrics": lambda digest: digest is None or (_has(digest, "bytes", "crc32") and all(map(is_count, digest.values()))),
     }
     wrong = [name for name, is_valid in valid.items() if not is_valid(info.get(name))]
@@ -154,9 +154,10 @@ def _are_rows(rows: list[Any], names: set[str]) -> bool:
     )
 
 
-def _are_stable_ranks(rows: Any) -> bool:
-    pairs = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 2 for row in rows)
-    return pairs and all(is_count(step) and _are_numbers(ranks) for step, ranks in rows)
+def _are_stable_ranks(rows: Any, last: int) -> bool:
+    """Whether a value is what was seen at the ends of two epochs at most, none of them after the last step."""
+    pairs = isinstance(rows, list) and len(rows) <= 2 and all(isinstance(row, list) and len(row) == 2 for row in rows)
+    return pairs and all(is_count(step) and step <= last and _are_numbers(ranks) for step, ranks in rows)
 
 
 def _are_evaluations(parts: Any, deciding: str) -> bool:

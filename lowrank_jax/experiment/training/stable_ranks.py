@@ -54,7 +54,7 @@ class StableRanks:
         if len(self.rows) < 2 or self.rows[-1][0] != step:
             return False
         (_, before), (_, now) = self.rows
-        return all(abs(now[name] - before[name]) <= SETTLED for name in now)
+        return before.keys() == now.keys() and all(abs(now[name] - before[name]) <= SETTLED for name in now)
 
 
 _Views = tuple[tuple[str, MatrixView], ...]

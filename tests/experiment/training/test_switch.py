@@ -15,6 +15,7 @@ import pytest
 import lowrank_jax as lr
 import lowrank_jax.experiment as lx
 from lowrank_jax.experiment.config import ConfigError
+from lowrank_jax.experiment.config.plan import make_plan
 from lowrank_jax.experiment.config.schema import OptimConfig
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator
@@ -24,12 +25,14 @@ from lowrank_jax.experiment.optim import make_optimizer
 from lowrank_jax.experiment.training import ranks
 from lowrank_jax.experiment.training.loop import train
 from lowrank_jax.experiment.training.phases import phases_of
+from lowrank_jax.experiment.training.resume import _are_stable_ranks
 from lowrank_jax.experiment.training.stable_ranks import StableRanks
 from lowrank_jax.experiment.training.state import TrainState, key
 from lowrank_jax.experiment.training.switch import carried
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
 from lowrank_jax.paths import named_leaves
+from lowrank_jax.planning.plans import Plan
 from tests import running
 
 pytestmark = pytest.mark.usefixtures("programs_are_shared")
@@ -410,6 +413,70 @@ def test_a_warmup_of_its_own_accord_ends_when_stable_ranks_settle_and_resumes(tm
             with pytest.raises(MemoryError):
                 train(config, str(tmp_path / str(killed)))
         running.assert_same(train(config, str(tmp_path / str(killed))).state, whole.state)
+
+
+def test_a_warmup_that_is_gone_through_again_logs_the_same(tmp_path):
+    """Its ranks are decided, and its newest checkpoints are gone: as after a kill while that of the switch was written."""
+    config = running.config(**AUTO, steps=24, optim__lr=0.5, checkpoint__keep=9, lowrank__budget__params=0.4)
+    whole = train(config, str(tmp_path / "run"))
+    logged = running.metrics(tmp_path / "run")
+    for step in (12, 16, 20, 24):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    (tmp_path / "run" / "result.json").unlink()
+    running.assert_same(train(config, str(tmp_path / "run")).state, whole.state)
+    seen, expected = (
+        [line for line in lines if "train/loss" not in line] for lines in (running.metrics(tmp_path / "run"), logged)
+    )
+    assert seen == expected and any(key.startswith("stable_rank/") for line in seen for key in line)
+
+
+def test_what_another_process_decides_before_it_frees_the_lock_counts(whole, tmp_path, monkeypatch):
+    """It is read again: with the ranks of before, the other's checkpoints would be taken for damaged ones."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder, ignore=shutil.ignore_patterns("ranks.json", "result.json", "20", "30", "40"))
+    locked = Workdir.locked
+
+    def locked_later(self, *args, **kwargs):
+        shutil.copytree(whole[0], folder, dirs_exist_ok=True)
+        return locked(self, *args, **kwargs)
+
+    monkeypatch.setattr(Workdir, "locked", locked_later)
+    running.assert_same(train(running.config(**WARM), str(folder)).state, whole[1].state)
+    assert not (folder / "damaged").exists() and steps_of(folder) == steps_of(whole[0])
+
+
+@pytest.mark.parametrize(
+    ("warmup", "step"), [("14 steps", 0), ("14 steps", 40), ("auto", 0), ("auto", 21), ("auto", 2**62), (None, 5)]
+)
+def test_a_record_whose_step_the_first_phase_cannot_end_with_is_refused(tmp_path, warmup, step):
+    config = running.config(lowrank__dense_warmup=warmup, lowrank__budget__params=0.4)
+    folder = Workdir(tmp_path)
+    ranks.write(folder, config, ranks.Decided(step, make_plan(config)))
+    with pytest.raises(WorkdirError, match=rf"ranks\.json is damaged: its step is {step}, and the config's is"):
+        ranks.read(folder, config)
+
+
+def test_a_record_that_comes_with_its_checkpoint_while_it_is_looked_for_is_not_missing(whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[0], folder, ignore=shutil.ignore_patterns("ranks.json"))
+    stored = ranks.step_folders.stored
+
+    def stored_now(directory):
+        shutil.copy(whole[0] / "ranks.json", folder)
+        return stored(directory)
+
+    monkeypatch.setattr(ranks.step_folders, "stored", stored_now)
+    assert ranks.read(Workdir(folder), running.config(**WARM)).step == 14
+
+
+@pytest.mark.parametrize("rows", [[[1, {}], [2, {}], [6, {}]], [[99, {}]], [[6, {"a": None}]], [6], {}])
+def test_stable_ranks_that_no_training_wrote_are_no_record(rows):
+    assert not _are_stable_ranks(rows, 6)
+
+
+def test_a_warmup_does_not_end_by_the_stable_ranks_of_other_kernels():
+    looked = StableRanks(Plan((), 0), 6, 100, [(6, {"other": 1.0}), (12, {"kernel": 1.0})])
+    assert not looked.settled(12)
 
 
 def test_a_warmup_of_its_own_accord_takes_at_most_half_of_training(tmp_path):
