@@ -46,6 +46,7 @@ WARM = {
 }
 
 AUTO = {"lowrank__dense_warmup": "auto", "batch_size": 256, "eval__every": "1000 steps", "checkpoint__every": "4 steps"}
+SETTLED = {**AUTO, "steps": 24, "optim__lr": 0.5, "checkpoint__keep": 9, "lowrank__budget__params": 0.4}
 EVALUATED = {"eval__every": "5 steps", "checkpoint__every": "5 steps", "checkpoint__keep": 9}
 
 
@@ -53,6 +54,12 @@ EVALUATED = {"eval__every": "5 steps", "checkpoint__every": "5 steps", "checkpoi
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     return folder, train(running.config(**WARM), str(folder))
+
+
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("settled") / "run"
+    return folder, train(running.config(**SETTLED), str(folder))
 
 
 def steps_of(folder):
@@ -415,34 +422,29 @@ def test_a_warmup_of_its_own_accord_ends_when_stable_ranks_settle_and_resumes(tm
         running.assert_same(train(config, str(tmp_path / str(killed))).state, whole.state)
 
 
-def test_a_warmup_that_is_gone_through_again_logs_the_same(tmp_path):
+def test_a_warmup_that_is_gone_through_again_logs_the_same(settled, tmp_path):
     """Its ranks are decided, and its newest checkpoints are gone: as after a kill while that of the switch was written."""
-    config = running.config(**AUTO, steps=24, optim__lr=0.5, checkpoint__keep=9, lowrank__budget__params=0.4)
-    whole = train(config, str(tmp_path / "run"))
-    logged = running.metrics(tmp_path / "run")
-    for step in (12, 16, 20, 24):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
-    (tmp_path / "run" / "result.json").unlink()
-    running.assert_same(train(config, str(tmp_path / "run")).state, whole.state)
-    seen, expected = (
-        [line for line in lines if "train/loss" not in line] for lines in (running.metrics(tmp_path / "run"), logged)
-    )
+    folder = tmp_path / "run"
+    shutil.copytree(settled[0], folder, ignore=shutil.ignore_patterns("12", "16", "20", "24", "result.json"))
+    running.assert_same(train(running.config(**SETTLED), str(folder)).state, settled[1].state)
+    seen, expected = ([line for line in running.metrics(run) if "train/loss" not in line] for run in (folder, settled[0]))
     assert seen == expected and any(key.startswith("stable_rank/") for line in seen for key in line)
 
 
-def test_what_another_process_decides_before_it_frees_the_lock_counts(whole, tmp_path, monkeypatch):
+def test_what_another_process_decides_before_it_frees_the_lock_counts(settled, tmp_path, monkeypatch):
     """It is read again: with the ranks of before, the other's checkpoints would be taken for damaged ones."""
     folder = tmp_path / "run"
-    shutil.copytree(whole[0], folder, ignore=shutil.ignore_patterns("ranks.json", "result.json", "20", "30", "40"))
+    later = ("ranks.json", "result.json", "12", "16", "20", "24")
+    shutil.copytree(settled[0], folder, ignore=shutil.ignore_patterns(*later))
     locked = Workdir.locked
 
     def locked_later(self, *args, **kwargs):
-        shutil.copytree(whole[0], folder, dirs_exist_ok=True)
+        shutil.copytree(settled[0], folder, dirs_exist_ok=True)
         return locked(self, *args, **kwargs)
 
     monkeypatch.setattr(Workdir, "locked", locked_later)
-    running.assert_same(train(running.config(**WARM), str(folder)).state, whole[1].state)
-    assert not (folder / "damaged").exists() and steps_of(folder) == steps_of(whole[0])
+    running.assert_same(train(running.config(**SETTLED), str(folder)).state, settled[1].state)
+    assert not (folder / "damaged").exists() and steps_of(folder) == steps_of(settled[0])
 
 
 @pytest.mark.parametrize(
