@@ -89,7 +89,7 @@ def check_captured(model: nn.Module, variables: Any, batch: Any, plan: Plan, *, 
       TypeError: the model is not a Linen module.
       ValueError: the inputs of a planned kernel cannot be captured; the message says which, and what to do.
     """
-    capture = _capture(model)
+    capture = _capture(model, variables, [batch], plan)
 
     def run(variables: Any, batch: Any) -> dict[str, Any]:
         return capture(model, variables, batch, plan, _moments, _mean_of_both, rngs, kwargs)
