@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.projection import linalg
@@ -54,7 +55,7 @@ def moments_problem(moment: Any) -> str | None:
         return "moments are empty"
     if not linalg.known_finite(moment):
         return "moments contain non-finite values"
-    if isinstance(moment, jax.core.Tracer):
+    if isinstance(moment, Tracer):
         return None
     with jax.ensure_compile_time_eval():
         values = jnp.asarray(moment)

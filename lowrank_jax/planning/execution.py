@@ -127,10 +127,10 @@ def rest_of_step(plan: Plan, step: float | jax.stages.Compiled, chip: Chip, *, b
             raise ValueError("the compiler tells neither FLOPs nor bytes of the step: measure its seconds")
         flops, moved = (sum(part) for part in zip((0.0, 0.0), *operations, strict=True))
         return chip.seconds(max(cost["flops"] - flops, 0), max(cost["bytes accessed"] - moved, 0))
-    step = plain(step)
-    if not is_number(step) or step <= 0:
+    whole: Any = plain(step)
+    if not is_number(whole) or whole <= 0:
         raise ValueError(f"step {shown(step)} must be seconds, a number above 0, or a compiled program")
-    return max(step - sum(chip.seconds(flops, moved) for flops, moved in operations), 0.0)
+    return max(whole - sum(chip.seconds(flops, moved) for flops, moved in operations), 0.0)
 
 
 def _dense(kernel: PlannedKernel, chip: Chip, batch: int, itemsize: int) -> Sequence[Operation]:

@@ -135,7 +135,7 @@ def test_ranks_of_another_run_are_not_reported(tmp_path):
         changes = {"lowrank__budget__params": 0.1, **owner}
         digest = digest_of(running.config(**changes))
         folder = Workdir(tmp_path / name)
-        folder.write_json("ranks.json", {**folder.read_json("ranks.json"), "experiment": digest})
+        folder.write_json("ranks.json", {**(folder.read_json("ranks.json") or {}), "experiment": digest})
     assert {run.name: run.status for run in Report([str(tmp_path)]).found.runs} == {
         "own": "done", "strange": "damaged", "longer": "done",
     }  # fmt: skip
