@@ -87,7 +87,7 @@ def train(
         data = _load(phases.last)
     with folder.locked():
         _claim(folder, config)
-        phases = _as_decided(phases, folder, config, source)
+        phases = _as_decided(phases, folder, config, source, restart)
         folder.forget_failure()
         folder.set_earlier_result_aside(earlier_digests(config))
         folder.write_text("overview.txt", f"{describe_phases(phases)}\n")
@@ -118,9 +118,9 @@ def train(
                 raise
 
 
-def _as_decided(phases: Phases, folder: Workdir, config: Config, source: str) -> Phases:
+def _as_decided(phases: Phases, folder: Workdir, config: Config, source: str, restart: bool) -> Phases:
     """The phases with the ranks that a process which held the lock until now may have decided."""
-    decided = ranks.settle(folder, config)
+    decided = ranks.settle(folder, config, restart=restart)
     return phases if decided == phases.decided else phases_of(config, decided, source)
 
 

@@ -121,7 +121,7 @@ def test_ranks_that_training_chooses_are_said_to_be_unknown(tmp_path):
         ("lowrank.budget.parms=0.1", "lowrank.budget.parms: unknown key; did you mean lowrank.budget.params?"),
         ("lowrank.budget.params=0.1,0.01", r"params=0.01: the smallest possible is 0.0\d+ .* \(in budget.params=0.01\)"),
         (  # each is possible by itself
-            "lowrank.budget.seconds=0.8; lowrank.budget.chip=v5e; lowrank.budget.macs=0.05,0.1",
+            "lowrank.budget.seconds=0.8; lowrank.budget.chip=v5e; lowrank.budget.min_scale=0.0; lowrank.budget.macs=0.05,0.1",
             "no plan was found that holds both .*macs=0.05",
         ),
         ("tune(lowrank.budget.params=0.1,0.2)", "lowrank.budget.params: cannot be tuned"),
