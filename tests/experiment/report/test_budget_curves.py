@@ -41,7 +41,7 @@ def test_what_is_lost_is_what_the_plan_says():
     assert lost == pytest.approx(sum(kernel.risk for kernel in plan.kernels if kernel.risk is not None))
 
 
-@pytest.mark.parametrize("budget", [{"params": 0.3}, {"macs": 0.5}, {"seconds": 0.95, "chip": "h100"}])
+@pytest.mark.parametrize("budget", [{"params": 0.3}, {"macs": 0.5}, {"seconds": 0.95, "chip": "h100", "min_scale": 0.0}])
 def test_one_scale_is_the_one_that_a_budget_by_it_chooses(budget):
     config = running.config(**NETWORK, batch_size=4096, lowrank__budget={**budget, "objective": "uniform"})
     (curve,) = budget_curves(running.config(**NETWORK, batch_size=4096, lowrank__budget={**budget, "objective": "risk"}))

@@ -90,11 +90,11 @@ def test_other_objectives_and_warm_ups_are_arms_of_their_own(tmp_path):
     budgets(tmp_path, "b", values=(0.1,), seeds=(0,), lowrank__budget__objective="risk")
     budgets(tmp_path, "c", values=(0.1,), seeds=(0,), lowrank__dense_warmup="5 steps")
     assert {label for label, _ in arms_of(tmp_path)} == {
-        "kernel_projection, budget.objective correlation",
+        "kernel_projection, budget.objective tolerance",
         "kernel_projection, budget.objective risk",
-        "kernel_projection, budget.objective correlation, dense_warmup 5 steps",
+        "kernel_projection, budget.objective tolerance, dense_warmup 5 steps",
     }
-    differences = paired(Report([str(tmp_path)]).arms, ("lowrank.budget.objective", "correlation"), "eval/top1")
+    differences = paired(Report([str(tmp_path)]).arms, ("lowrank.budget.objective", "tolerance"), "eval/top1")
     assert [d.arm.label for d in differences] == ["kernel_projection, budget.objective risk"]
 
 
