@@ -1,11 +1,9 @@
 """Checks of numbers: most return what is wrong with a value, or None."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
-
-import numpy as np
-from jax.core import Tracer
 
 Check = Callable[[float], str | None]
 
@@ -36,17 +34,17 @@ def below_one(value: float) -> str | None:
 
 def plain(value: Any) -> Any:
     """A number of Python's for one of NumPy's or jax's that is known."""
-    return value.item() if hasattr(value, "item") and not isinstance(value, Tracer) and np.ndim(value) == 0 else value
+    if not hasattr(value, "item") or getattr(value, "ndim", None) != 0:
+        return value
+    try:
+        return value.item()
+    except TypeError:  # what jax traces has no value yet
+        return value
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number of Python's."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
-        return False
+    """Whether it is a finite number of Python's that a float can hold; truth values are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def count(value: Any) -> str | None:

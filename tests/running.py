@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from lowrank_jax.experiment import config as configs
+from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.training.stop import StopSignal
@@ -117,6 +119,21 @@ def assert_same(one: TrainState, other: TrainState) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+@contextlib.contextmanager
+def dying_after(batches: int) -> Iterator[None]:
+    """The training inside ends with a MemoryError that nothing catches, as it asks for the batch after so many."""
+    placed = itertools.count()
+
+    def die(*args: Any) -> Any:
+        if next(placed) == batches:
+            raise MemoryError
+        return put_batch(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("lowrank_jax.experiment.training.loop.put_batch", die)
+        yield
 
 
 class Stop(StopSignal):

@@ -5,10 +5,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lowrank_jax.experiment.config.schema import BUDGET_KINDS
+from lowrank_jax.experiment.config.schema import BUDGETS
 
 _SIZES = ("lowrank.scale", "lowrank.rank")
-_BUDGETS = tuple(f"lowrank.budget.{kind}" for kind in BUDGET_KINDS)
 
 
 def contradictions(config: ConfigDict, given: Collection[str]) -> list[str]:
@@ -18,9 +17,9 @@ def contradictions(config: ConfigDict, given: Collection[str]) -> list[str]:
       config: with the overrides.
       given: the keys that the overrides set.
     """
-    values = {key: _value(config, key) for key in (*_SIZES, *_BUDGETS)}
+    values = {key: _value(config, key) for key in (*_SIZES, *BUDGETS)}
     sizes = [key for key in _SIZES if key in given and values[key] is not None]
-    budgets = [key for key in _BUDGETS if values[key] is not None]
+    budgets = [key for key in BUDGETS if values[key] is not None]
     if not budgets:
         return []
     return [f"{size}: {values[size]!r}; {_way_out(size, budgets, given)}" for size in sizes]

@@ -1,6 +1,6 @@
 """Checks between the values of a config that say which kernels are factored and how: rules, budgets and warm-ups."""
 
-from lowrank_jax.experiment.config.schema import BUDGET_KINDS, BudgetConfig, LowRankConfig
+from lowrank_jax.experiment.config.schema import BUDGETS, BudgetConfig, LowRankConfig
 from lowrank_jax.planning.chips import CHIPS
 
 _FORGETFUL = ("random", "unit_spectral")
@@ -41,7 +41,7 @@ def _budget_problems(budget: BudgetConfig, wrong: set[str]) -> list[str]:
         return [f"lowrank.budget: {', '.join(kinds)} are set; at most two kinds can hold at once"]
     if "seconds" in kinds and budget.chip is None and "lowrank.budget.chip" not in wrong:
         return [f"lowrank.budget.chip: seconds need a chip; one of {', '.join(CHIPS)}"]
-    if any(f"lowrank.budget.{kind}" in wrong for kind in BUDGET_KINDS):
+    if not wrong.isdisjoint(BUDGETS):
         return []  # there is a budget, which has been reported
     needed = "a budget" if not kinds else "lowrank.budget.seconds"
     idle = ("chip", "batch", "rest") if "seconds" not in kinds else ()

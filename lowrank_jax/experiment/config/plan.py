@@ -85,10 +85,11 @@ def check_plan(config: Config) -> None:
             check_budget(least_bounded(plan), **dict(budget))
     if config.lowrank.moment_batches:
         # To choose ranks after a warm-up, the inputs of all kernels that are open to it are measured.
-        _check_captured(config, plan.opened() if config.starts_dense and chooses_ranks(config) else plan)
+        _check_captured(*_relevant(config), plan.opened() if config.starts_dense and chooses_ranks(config) else plan)
 
 
-def _check_captured(config: Config, plan: Plan) -> None:
+@functools.cache
+def _check_captured(config: Config, _dataset: Dataset, plan: Plan) -> None:
     """Raises ConfigError now, rather than at the end of a dense warm-up."""
     network, one = config.build_network(), images_like(config)
     variables = jax.eval_shape(lambda images: network.init(jax.random.key(0), images), one)
@@ -146,6 +147,11 @@ def plan_by_rules(config: Config) -> Plan:
     Raises:
       ConfigError: see `check_plan`.
     """
+    return _make_plan(*_relevant(config))
+
+
+def _relevant(config: Config) -> tuple[Config, Dataset]:
+    """All that a plan depends on: data of the user's own may have changed."""
     relevant = Config(
         model=config.model,
         dataset=config.dataset,
@@ -155,7 +161,7 @@ def plan_by_rules(config: Config) -> Plan:
         eval=EvalConfig(best=config.eval.best),
         code_dir=config.code_dir,
     )
-    return _make_plan(relevant, config.description)  # all that it depends on: data of the user's own may have changed
+    return relevant, config.description
 
 
 @functools.cache

@@ -231,6 +231,8 @@ class BudgetConfig:
 
 
 BUDGET_KINDS = ("params", "macs", "bytes", "seconds")
+BUDGETS = tuple(f"lowrank.budget.{kind}" for kind in BUDGET_KINDS)
+"""The keys of a config that ask for one."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ from scipy import stats
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.best import Best
-from lowrank_jax.experiment.report.stored_runs import BUDGETS, SIZES, Found, StoredRun
+from lowrank_jax.experiment.config.schema import BUDGETS
+from lowrank_jax.experiment.report.stored_runs import SIZES, Found, StoredRun
 from lowrank_jax.experiment.sweep import names
 from lowrank_jax.experiment.sweep.trials import merit
 from lowrank_jax.text import did_you_mean

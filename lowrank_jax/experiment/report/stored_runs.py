@@ -13,17 +13,16 @@ from typing import Any
 from etils import epath
 
 from lowrank_jax.experiment.best import Best
-from lowrank_jax.experiment.config.schema import BUDGET_KINDS
+from lowrank_jax.experiment.config.schema import BUDGETS
 from lowrank_jax.experiment.report import ranks
 from lowrank_jax.experiment.report.ranks import Ranks
 from lowrank_jax.experiment.report.speed import images_per_second
 from lowrank_jax.experiment.sweep.trials import meaningless_when_dense, read_record
 from lowrank_jax.experiment.workdir import files, stored_values
-from lowrank_jax.experiment.workdir.identity import config_digest, differing_keys, flatten
+from lowrank_jax.experiment.workdir.identity import config_digest, differing_keys, flatten, has_budget
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 
 SIZES = ("lowrank.scale", "lowrank.rank")
-BUDGETS = tuple(f"lowrank.budget.{kind}" for kind in BUDGET_KINDS)
 _DEPTH = 3  # of folders below a given one that are searched for work directories
 _NO_FOLDER = (errno.ENOTDIR, errno.ENOENT, errno.ELOOP)  # a file; deleted meanwhile, or a link to nothing; a link to itself
 
@@ -298,7 +297,7 @@ def read(path: epath.PathLike, name: str) -> StoredRun:
     if "metrics" in result:
         folder.metrics.check(result["metrics"])
         _check_agreement(folder, result, metrics)
-    chosen = ranks.read(folder, config) if _has_budget(settings) or ranks.by_energies(settings) else None
+    chosen = ranks.read(folder, config) if has_budget(settings) or ranks.by_energies(settings) else None
     return StoredRun(name, settings, "done", "", result, metrics, chosen)
 
 
@@ -306,12 +305,8 @@ def _with_effect(settings: dict[str, Any]) -> dict[str, Any]:
     """Without the settings of factors for a dense network, of a general size beside a budget, and of a budget without one."""
     if settings["lowrank.method"] == "none":
         return {key: value for key, value in settings.items() if not meaningless_when_dense(key)}
-    idle = SIZES if _has_budget(settings) else tuple(key for key in settings if key.startswith("lowrank.budget."))
+    idle = SIZES if has_budget(settings) else tuple(key for key in settings if key.startswith("lowrank.budget."))
     return {key: value for key, value in settings.items() if key not in idle}
-
-
-def _has_budget(settings: dict[str, Any]) -> bool:
-    return any(settings.get(key) is not None for key in BUDGETS)
 
 
 def _check_agreement(folder: Workdir, result: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.best import Best
 from lowrank_jax.experiment.config.plan import forecast
-from lowrank_jax.experiment.config.schema import BUDGET_KINDS, Config
+from lowrank_jax.experiment.config.schema import BUDGETS, Config
 from lowrank_jax.experiment.sweep import grammar
 from lowrank_jax.experiment.sweep.names import folder_names
 from lowrank_jax.experiment.workdir import files, stored_values
@@ -27,7 +27,7 @@ _OF_FACTORS = ("lowrank.", "optim.frobenius_decay", "optim.nuclear_decay")
 _NAME = re.compile(r"(?!\.\.?$)[\w.,=+-]+")  # of a trial's folder, as `folder_names` makes it
 
 # Keys that distinguish the arms of a comparison, and the seed, over which their spread is taken.
-_NOT_TUNED = ("seed", "lowrank.method", "lowrank.scale", "lowrank.rank", *(f"lowrank.budget.{kind}" for kind in BUDGET_KINDS))
+_NOT_TUNED = ("seed", "lowrank.method", "lowrank.scale", "lowrank.rank", *BUDGETS)
 
 
 @dataclasses.dataclass(frozen=True)

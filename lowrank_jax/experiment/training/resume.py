@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lowrank_jax.checks import is_number
 from lowrank_jax.experiment.data.pipeline import TrainBatches
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.training.evaluate import Evaluated
@@ -16,7 +17,7 @@ from lowrank_jax.experiment.training.phases import Phases
 from lowrank_jax.experiment.training.stable_ranks import Row
 from lowrank_jax.experiment.training.state import TrainState
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
-from lowrank_jax.experiment.workdir.files import is_count, is_number
+from lowrank_jax.experiment.workdir.files import is_count
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
 from lowrank_jax.text import one_line
 

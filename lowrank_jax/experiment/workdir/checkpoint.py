@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from lowrank_jax.checks import is_number
 from lowrank_jax.experiment.errors import CheckpointError
 from lowrank_jax.experiment.hosts import processes
 from lowrank_jax.experiment.workdir import files, step_folders
@@ -153,7 +154,7 @@ class Checkpoints:
         scores = {}
         if jax.process_index() == 0:
             own = {step: info for step, info in self.records().items() if not self._other(step, info)}
-            recorded = {step: info["score"] for step, info in own.items() if files.is_number(info.get("score"))}
+            recorded = {step: info["score"] for step, info in own.items() if is_number(info.get("score"))}
             scores = self._noted_scores() | recorded
         return dict(json.loads(processes.exchange(json.dumps([*scores.items()]))[0]))
 
@@ -161,9 +162,7 @@ class Checkpoints:
         try:
             noted = unseal(files.read_json(self.directory / _SCORES))
             return {
-                int(step): score
-                for step, score in noted.items()
-                if step_folders.NUMBER.fullmatch(step) and files.is_number(score)
+                int(step): score for step, score in noted.items() if step_folders.NUMBER.fullmatch(step) and is_number(score)
             }
         except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or damaged
             return {}

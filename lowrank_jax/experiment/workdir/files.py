@@ -8,7 +8,6 @@ import math
 import os
 import pathlib
 import stat
-import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
 
@@ -48,11 +47,6 @@ def _finite(text: str) -> float:
 def _whole(text: str) -> int:
     value = int(text) if len(text) <= _LONGEST_INT else 2**64
     return value if -(2**63) <= value < 2**64 else _refuse(f"{text[:_LONGEST_INT]}...")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value that was read is a finite number that a float can hold; truth values are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite, parse_int=_whole)

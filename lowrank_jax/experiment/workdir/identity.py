@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowrank_jax.experiment import config as configs
-from lowrank_jax.experiment.config.schema import BUDGET_KINDS
+from lowrank_jax.experiment.config.schema import BUDGETS
 from lowrank_jax.experiment.duration import Duration
 
 # Settings that may change between two starts of one experiment: where data and code are, what is written and how often, the
@@ -30,7 +30,7 @@ def defaults() -> dict[str, Any]:
 
 def config_digest(config: dict[str, Any]) -> str:
     """A short digest, equal for configs that may share a work directory."""
-    flat, usual = _with_effect(flatten(json.loads(json.dumps(config)))), {**flatten(defaults()), **_FIRST_DEFAULTS}
+    flat, usual = _without_idle_budget(flatten(json.loads(json.dumps(config)))), {**flatten(defaults()), **_FIRST_DEFAULTS}
     # Defaults are left out, so that the digest stays the same when settings are added.
     chosen = {key: value for key, value in flat.items() if key not in usual or value != usual[key]}
     text = json.dumps({key: value for key, value in sorted(chosen.items()) if not key.startswith(_FREE)})
@@ -72,17 +72,21 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
     """The dotted keys by which experiments differ; settings that may change between two starts are not compared."""
-    settings = [_with_effect(values) for values in settings]
+    settings = [_without_idle_budget(values) for values in settings]
     keys = dict.fromkeys(key for values in settings for key in values)
     return sorted(
         key for key in keys if not key.startswith(_FREE) and any(v.get(key) != settings[0].get(key) for v in settings)
     )
 
 
-def _with_effect(flat: dict[str, Any]) -> dict[str, Any]:
+def has_budget(flat: Mapping[str, Any]) -> bool:
+    """Whether a config by dotted key has one."""
+    return any(flat.get(key) is not None for key in BUDGETS)
+
+
+def _without_idle_budget(flat: dict[str, Any]) -> dict[str, Any]:
     """Without what is said of a budget where there is none."""
-    budget = any(flat.get(f"lowrank.budget.{kind}") is not None for kind in BUDGET_KINDS)
-    return flat if budget else {key: value for key, value in flat.items() if not key.startswith("lowrank.budget.")}
+    return flat if has_budget(flat) else {key: value for key, value in flat.items() if not key.startswith("lowrank.budget.")}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

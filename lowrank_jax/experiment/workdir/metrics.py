@@ -6,6 +6,7 @@ import pathlib
 import zlib
 from typing import Any
 
+from lowrank_jax.checks import is_number
 from lowrank_jax.experiment.errors import WorkdirError
 from lowrank_jax.experiment.workdir import files
 
@@ -147,7 +148,7 @@ def _to_line(text: str, number: int) -> dict[str, Any]:
     if not isinstance(line, dict) or not files.is_count(line.get("step")):
         raise ValueError(f"line {number} has no step")
     for name, value in line.items():
-        if value is not None and not files.is_number(value):
+        if value is not None and not is_number(value):
             raise ValueError(f"line {number}: {name} is not a number")
     return line
 

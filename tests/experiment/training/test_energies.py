@@ -80,19 +80,9 @@ def test_what_is_restored_and_evaluated_has_them(whole):
 
 
 @pytest.mark.parametrize("killed", [9, 14, 27])
-def test_a_run_that_is_killed_resumes_to_the_same_bits(whole, tmp_path, killed, monkeypatch):
-    placed: list[int] = []
-
-    def die(*args):
-        placed.append(1)
-        if len(placed) == killed + 1:
-            raise MemoryError
-        return put_batch(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lowrank_jax.experiment.training.loop.put_batch", die)
-        with pytest.raises(MemoryError):
-            train(running.config(**WARM), str(tmp_path / "run"))
+def test_a_run_that_is_killed_resumes_to_the_same_bits(whole, tmp_path, killed):
+    with running.dying_after(killed):
+        train(running.config(**WARM), str(tmp_path / "run"))
     running.assert_same(train(running.config(**WARM), str(tmp_path / "run")).state, whole[1].state)
     assert recorded(tmp_path / "run") == recorded(whole[0])
 

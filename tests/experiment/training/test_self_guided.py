@@ -81,21 +81,11 @@ def test_a_run_ends_as_the_low_rank_network_of_its_budget(whole):
 
 
 @pytest.mark.parametrize("killed", [9, 14, 15, 27])
-def test_a_run_that_is_killed_resumes_to_the_same_bits(whole, devices, tmp_path, killed, monkeypatch):
+def test_a_run_that_is_killed_resumes_to_the_same_bits(whole, devices, tmp_path, killed):
     """Before the end of the phase, at it (its checkpoint is there, the next phase has not begun), right after, and later."""
-    placed: list[int] = []
-
-    def die(*args):
-        placed.append(1)
-        if len(placed) == killed + 1:
-            raise MemoryError
-        return put_batch(*args)
-
     often = {"checkpoint__every": "5 steps"}
-    with monkeypatch.context() as patch:
-        patch.setattr("lowrank_jax.experiment.training.loop.put_batch", die)
-        with pytest.raises(MemoryError):
-            trained(tmp_path / "run", devices, **often)
+    with running.dying_after(killed):
+        trained(tmp_path / "run", devices, **often)
     running.assert_same(trained(tmp_path / "run", devices, **often).state, whole[1].state)
 
 

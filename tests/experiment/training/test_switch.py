@@ -100,21 +100,11 @@ def test_both_phases_are_evaluated_as_what_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("killed", [9, 14, 15, 27])
-def test_a_run_that_is_killed_resumes_to_the_same_bits(whole, tmp_path, killed, monkeypatch):
+def test_a_run_that_is_killed_resumes_to_the_same_bits(whole, tmp_path, killed):
     """Before the switch, in it (its checkpoint is there, the low-rank network is not), right after, and later."""
-    placed: list[int] = []
-
-    def die(*args):
-        placed.append(1)
-        if len(placed) == killed + 1:
-            raise MemoryError
-        return put_batch(*args)
-
     config = running.config(**WARM, checkpoint__every="5 steps")
-    with monkeypatch.context() as patch:
-        patch.setattr("lowrank_jax.experiment.training.loop.put_batch", die)
-        with pytest.raises(MemoryError):
-            train(config, str(tmp_path / "run"))
+    with running.dying_after(killed):
+        train(config, str(tmp_path / "run"))
     running.assert_same(train(config, str(tmp_path / "run")).state, whole[1].state)
     assert json.loads((tmp_path / "run/ranks.json").read_text()) == json.loads((whole[0] / "ranks.json").read_text())
 
@@ -407,18 +397,9 @@ def test_a_warmup_of_its_own_accord_ends_when_stable_ranks_settle_and_resumes(tm
     ]
     assert figures[0][0] == 6 and step == settled[0] == figures[-1][0] and step < 20
 
-    def die(*args):
-        placed.append(1)
-        if len(placed) == killed + 1:
-            raise MemoryError
-        return put_batch(*args)
-
     for killed in (step - 1, step, step + 5):
-        placed: list[int] = []
-        with monkeypatch.context() as patch:
-            patch.setattr("lowrank_jax.experiment.training.loop.put_batch", die)
-            with pytest.raises(MemoryError):
-                train(config, str(tmp_path / str(killed)))
+        with running.dying_after(killed):
+            train(config, str(tmp_path / str(killed)))
         running.assert_same(train(config, str(tmp_path / str(killed))).state, whole.state)
 
 
