@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowrank_jax.checks import count, plain
+from lowrank_jax.checks import at_least, count, plain
 from lowrank_jax.linen import inputs as linen_inputs
 from lowrank_jax.linen.inputs import COLLECTION as COLLECTION  # for `variable_axes` of nn.scan and nn.vmap
 from lowrank_jax.linen.model_check import check_model, check_variables
@@ -132,7 +132,7 @@ def samples(
     capture = _capture(model, variables, batches, plan)
     check_key(key)
     per_batch = plain(per_batch)
-    if complaint := count(per_batch):
+    if complaint := (at_least(1)(per_batch) if type(per_batch) is int else None) or count(per_batch):
         raise ValueError(f"per_batch {shown(per_batch)} {complaint}")
 
     @jax.jit

@@ -175,7 +175,12 @@ def test_the_command_compiles_remembers_and_says_what_does_not_fit(tmp_path, mon
 @pytest.mark.skipif(not HAS_COMPILER, reason="libtpu is not installed")
 def test_a_budget_of_seconds_gets_the_rest_of_the_step(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    budget = {"lowrank__budget__seconds": 0.95, "lowrank__budget__chip": "v5e", "lowrank__dense_warmup": "5 steps"}
+    budget = {
+        "lowrank__budget__seconds": 0.95,
+        "lowrank__budget__chip": "v5e",
+        "lowrank__budget__min_scale": 0.0,
+        "lowrank__dense_warmup": "5 steps",
+    }
     wide = {"model__kwargs": {"widths": (256, 256)}, "batch_size": 1024}
     found = preflight("--topology=v5e:2x2", f"--json={tmp_path / 'out.json'}", **budget, **wide)
     assert found.returncode == 0, found.stderr
