@@ -60,6 +60,7 @@ def test_a_network_is_called_by_its_size():
         "budget.params=3000000,budget.seconds=0.9": {
             "lowrank__budget__params": 3_000_000,
             "lowrank__budget__seconds": 0.9,
+            "lowrank__budget__min_scale": 0.0,
             "lowrank__budget__chip": "v5e",
             "model__kwargs": {"widths": (2048, 1024)},
         },

@@ -19,8 +19,8 @@ V5E = CHIPS["v5e"]
 
 
 def low(**changes):
-    budget = {"lowrank__budget__seconds": 0.95, "lowrank__budget__chip": "v5e", "batch_size": 1024}
-    return Network("low", running.config(**{**budget, **changes}))
+    budget = {"lowrank__budget__seconds": 0.95, "lowrank__budget__chip": "v5e", "lowrank__budget__min_scale": 0.0}
+    return Network("low", running.config(**{**budget, "batch_size": 1024, **changes}))
 
 
 def dense(seconds=0.02, parts=1, refused=False):
@@ -44,7 +44,7 @@ def test_the_rest_is_what_the_kernels_leave_of_the_compilers_time():
 def test_with_what_it_says_a_budget_is_a_fraction_of_the_compiled_step():
     network = low(lowrank__budget__batch=256)
     rest = rest_of(network, dense(10 * kernels(low(), 256)), 1.0, V5E, 4).rest
-    plan, given = plan_by_rules(network.config), {"chip": V5E, "batch": 256, "seconds": 0.85}
+    plan, given = plan_by_rules(network.config), {"chip": V5E, "batch": 256, "seconds": 0.85, "min_scale": 0}
     check_budget(plan, **given)  # of the kernels alone a sixth could be saved
     with pytest.raises(ValueError, match="impossible"):  # nine tenths of the step are no kernels
         check_budget(plan, **given, rest=rest)
