@@ -1,5 +1,5 @@
 # make setup          a virtual environment in .venv with everything that follows needs
-# make quickstart     dense, spectral and kernel projection against each other on handwritten digits, and a report
+# make quickstart     dense, spectral and kernel projection, a budget and a dense warm-up on handwritten digits, and a report
 # make test           the fast tests: minutes
 # make test-all       all tests, with real processes and signals, Ray and the TPU's compiler
 # make test-versions  a wheel in empty environments, with the oldest and the newest versions that PyPI has: an hour, and downloads
@@ -24,9 +24,11 @@ setup: $(patsubst %,.venv/ready-%,$(subst $(comma), ,$(EXTRAS)))
 	touch $@
 
 quickstart: .venv/ready-train
-	$(BIN)/lowrank sweep --config=digits_resnet --workdir=runs/quickstart --jobs=2 \
+	$(BIN)/lowrank sweep --config=digits_resnet --config.epochs=20 --workdir=runs/quickstart/scales --jobs=2 \
 	  --sweep='lowrank.scale=0.1,0.25; lowrank.method=none,spectral,kernel_projection; seed=0:2'
-	$(BIN)/lowrank report runs/quickstart
+	$(BIN)/lowrank sweep --config=digits_resnet --config.epochs=20 --workdir=runs/quickstart/budgets --jobs=2 \
+	  --sweep='lowrank.budget.params=0.15; lowrank.dense_warmup=None,4 epochs; seed=0:2'
+	$(BIN)/lowrank report runs/quickstart/scales runs/quickstart/budgets --out=runs/quickstart
 
 # A worker that crashes ends the tests: with another in its place they would wait for ever.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile --max-worker-restart=0

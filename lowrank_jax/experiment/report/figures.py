@@ -67,13 +67,24 @@ def _against(arms: Sequence[Arm], cost: str, best: Best) -> bytes:
     sizes = sorted({arm.interval(cost).mean for arm in arms})
     if cost != "images/s" and sizes[0] > 0:
         panel.set_xscale("log")
-        panel.set_xticks(sizes, [count(round(size)) for size in sizes])
+        ticks = _apart(sizes)
+        panel.set_xticks(ticks, [count(round(size)) for size in ticks])
         panel.minorticks_off()
     panel.grid(alpha=0.3)
     spread = any(len(arm.runs) > 1 for arm in arms)
     title = f"mean over seeds, and its\n{CONFIDENCE:.0%} interval (Student's t)" if spread else None
     figure.legend(loc="outside right center", fontsize=8, title=title, title_fontsize=8)
     return _png(figure)
+
+
+def _apart(sizes: Sequence[float]) -> list[float]:
+    """Of sorted sizes those whose labels have room on a logarithmic axis: the largest, and what is a tenth of it away."""
+    least = (sizes[-1] / sizes[0]) ** 0.1
+    kept = [sizes[-1]]
+    for size in reversed(sizes[:-1]):
+        if size * least <= kept[-1]:
+            kept.append(size)
+    return kept[::-1]
 
 
 def _curves(arms: Sequence[Arm], best: Best) -> bytes:

@@ -14,6 +14,7 @@ from scipy import stats
 
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.best import Best
+from lowrank_jax.experiment.report import figures
 from lowrank_jax.experiment.report.arms import Interval, into_arms, paired
 from lowrank_jax.experiment.report.figures import draw
 from lowrank_jax.experiment.report.page import Report
@@ -499,3 +500,8 @@ def test_a_tuned_value_may_be_none(tmp_path):
     (arm,) = report.arms
     assert dict(arm.tuning) == {"optim.clip_norm": 1.0} and len(arm.candidates) == 3
     assert "clip_norm 1: 0.8000" in report.markdown()
+
+
+def test_labels_of_sizes_have_room():
+    assert figures._apart([9930, 11600, 23500, 77800]) == [11600, 23500, 77800]  # 9930 and 11600 are 7 % of the axis apart
+    assert figures._apart([5, 50]) == [5, 50] and figures._apart([5]) == [5]
