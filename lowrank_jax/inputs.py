@@ -1,4 +1,4 @@
-"""What the layers of a model read: second moments or samples of their inputs, captured from a few batches as the model runs.
+"""What the layers of a model read, and what its predictions feel of their outputs, captured from a few batches as it runs.
 
 The functions take any model that the library has a door to, and pick the door by the model's type.
 """
@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowrank_jax.checks import at_least, count, plain
+from lowrank_jax.linen import gradients as linen_gradients
 from lowrank_jax.linen import inputs as linen_inputs
 from lowrank_jax.linen.inputs import COLLECTION as COLLECTION  # for `variable_axes` of nn.scan and nn.vmap
 from lowrank_jax.linen.model_check import check_model, check_variables
 from lowrank_jax.planning.arguments import check_batches, check_key, check_plan
 from lowrank_jax.planning.plans import Plan
-from lowrank_jax.text import shown
+from lowrank_jax.text import did_you_mean, shown
 
 
 def second_moments(
@@ -76,6 +77,119 @@ def _mean_of_both(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
     (mean, old), (other, new) = a, b
     total = old + new
     return mean + (new / jnp.maximum(total, 1))[..., None, None] * (other - mean), total
+
+
+Curvature = str | Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def gradient_moments(
+    model: nn.Module,
+    variables: Any,
+    batches: Iterable[Any],
+    plan: Plan,
+    *,
+    key: jax.Array,
+    loss: Curvature = "softmax",
+    draws: int = 1,
+    logits: Callable[[Any], Any] | None = None,
+    rngs: Any = None,
+    **kwargs: Any,
+) -> dict[str, jax.Array]:
+    """E ggᵀ of the gradients at the outputs of every kernel that the plan factors, over what the model itself predicts.
+
+        moments = lr.inputs.second_moments(model, variables, images, plan.opened())
+        gradients = lr.inputs.gradient_moments(model, variables, images, plan.opened(), key=key)
+        plan = lr.allocate(plan, macs=0.5, variables=variables, moments=moments, gradients=gradients)
+        params = lr.factorize(variables["params"], plan, key=key, moments=moments, gradients=gradients)
+
+    No labels are needed: the gradients are those of the loss's curvature (the Fisher information, or the Gauss-Newton matrix)
+    at the model's own outputs.  So ½ tr(Eᵀ C E G) is what the loss gains, to second order and taken for each kernel alone,
+    when a kernel changes by E: of softmax the Kullback-Leibler divergence in nats.  The outputs of a layer at several
+    positions are taken to be independent (docs/mathematics.md, section 13).  One forward and one backward pass over the
+    batches; only sums are kept.
+
+    Args:
+      model, variables, batches, plan, rngs: as in `second_moments`; the examples of a batch must not depend on each other.
+      key: for the random signs that the backward passes begin with.
+      loss: `softmax`, `sigmoid` (each output by itself) or `squared` (½ (y - t)²), or a function from the outputs
+        `[..., classes]` and a key to random cotangents of zero mean whose covariance is the loss's curvature.
+      draws: backward passes for each batch; more of them leave less to chance.
+      logits: from what the model returns, the loss's outputs `[..., classes]`; by default it returns them.
+      **kwargs: keyword arguments of the model, such as `train=False`.
+
+    Returns:
+      By the kernel's name `[*stack, outputs, outputs]`, float32: summed over the positions of a prediction, and its mean over
+      predictions, which are what the outputs have besides their last axis.
+
+    Raises:
+      TypeError: as in `second_moments`; the key is none, the model returns no array of outputs, or loss or logits is no
+        function.
+      ValueError: as in `second_moments`; an unknown loss, or draws is no count.
+    """
+    _capture(model, variables, batches, plan)
+    check_key(key)
+    draws = plain(draws)
+    if complaint := count(draws):
+        raise ValueError(f"draws {shown(draws)} {complaint}")
+    if logits is not None and not callable(logits):
+        raise TypeError(f"logits must be a function, not {shown(logits)}")
+    cotangents_of = _curvature(loss)
+    variables = {**variables, "params": nn.meta.unbox(variables["params"])}
+
+    def outputs(returned: Any) -> jax.Array:
+        made = returned if logits is None else logits(returned)
+        if not isinstance(made, jax.Array) or not made.ndim or not jnp.issubdtype(made.dtype, jnp.floating):
+            raise TypeError(f"{type(model).__name__} returns no array of outputs: pass logits=, a function of what it returns")
+        return made.astype(jnp.promote_types(made.dtype, jnp.float32))
+
+    @jax.jit
+    def run(variables: Any, batch: Any, key: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+        def cotangents(made: jax.Array) -> jax.Array:
+            return cotangents_of(made, key)
+
+        sums, made = linen_gradients.capture(model, variables, batch, plan, outputs, cotangents, rngs, kwargs)
+        predictions = max(made.size // made.shape[-1], 1)
+        return {name: value / predictions for name, value in sums.items()}, jnp.asarray(predictions, jnp.float32)
+
+    found: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for index, batch in enumerate(batches):
+        _check_batch(batch, index, plan)
+        for draw in range(draws):
+            means, predictions = run(variables, batch, jax.random.fold_in(jax.random.fold_in(key, index), draw))
+            for name, mean in means.items():
+                summary = (mean, jnp.broadcast_to(predictions, mean.shape[:-2]))
+                found[name] = _mean_of_both(found[name], summary) if name in found else summary
+    means = _not_empty({name: mean for name, (mean, _) in found.items()}, plan)
+    if broken := [name for name, mean in means.items() if not jnp.isfinite(mean).all()]:
+        raise ValueError(f"gradients are not finite in float32 at the outputs of {', '.join(broken)}")
+    return means
+
+
+def _of_softmax(outputs: jax.Array, key: jax.Array) -> jax.Array:
+    """(diag(√p) - p √pᵀ) z of random signs z: its covariance is diag(p) - ppᵀ, and it varies less than labels drawn from p."""
+    p = jax.nn.softmax(outputs)
+    drawn = jnp.sqrt(p) * jax.random.rademacher(key, outputs.shape, outputs.dtype)
+    return drawn - p * jnp.sum(drawn, axis=-1, keepdims=True)
+
+
+def _of_sigmoid(outputs: jax.Array, key: jax.Array) -> jax.Array:
+    p = jax.nn.sigmoid(outputs)
+    return jnp.sqrt(p * (1 - p)) * jax.random.rademacher(key, outputs.shape, outputs.dtype)
+
+
+def _of_squares(outputs: jax.Array, key: jax.Array) -> jax.Array:
+    return jax.random.rademacher(key, outputs.shape, outputs.dtype)
+
+
+CURVATURES = {"softmax": _of_softmax, "sigmoid": _of_sigmoid, "squared": _of_squares}
+
+
+def _curvature(loss: Curvature) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    if callable(loss):
+        return loss
+    if loss not in CURVATURES:
+        raise ValueError(f"unknown loss {shown(loss)}{did_you_mean(str(loss), CURVATURES)}")
+    return CURVATURES[loss]
 
 
 def check_captured(model: nn.Module, variables: Any, batch: Any, plan: Plan, *, rngs: Any = None, **kwargs: Any) -> None:

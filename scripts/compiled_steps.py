@@ -3,6 +3,7 @@
 import argparse
 import fcntl
 import json
+import math
 import os
 import pathlib
 import time
@@ -79,4 +80,6 @@ class Results:
             begin = time.process_time()
             found = of(name)
             self.note(name, found)
-            print(f"{name}: {1e3 * found['seconds']:.2f} ms ({time.process_time() - begin:.0f} CPU-s)", flush=True)
+            print(
+                f"{name}: {1e3 * found.get('seconds', math.inf):.2f} ms ({time.process_time() - begin:.0f} CPU-s)", flush=True
+            )

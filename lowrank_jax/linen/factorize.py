@@ -18,6 +18,7 @@ def factorize(
     *,
     key: jax.Array,
     moments: Mapping[str, jax.Array] | None = None,
+    gradients: Mapping[str, jax.Array] | None = None,
     inputs: Mapping[str, jax.Array] | None = None,
 ) -> Any:
     """Replaces the planned kernels by factor pairs, each made by its rule's method; paths stay the same.
@@ -31,15 +32,18 @@ def factorize(
       key: for random methods; what is drawn for a kernel depends on the key and the kernel's name alone.
       moments: E xxᵀ of every planned kernel's inputs, from `inputs.second_moments`; kernels are then factored for these
         inputs rather than for isotropic ones (docs/mathematics.md, section 8).
+      gradients: E ggᵀ of the gradients at the outputs of every kernel whose method is `two_sided`, from
+        `inputs.gradient_moments`; that method needs both (docs/mathematics.md, section 13).
       inputs: samples of every planned kernel's inputs, from `inputs.samples`, for the method `function_approximation`.
 
     Returns:
       The tree with `LowRankKernel`s in it, in the kernels' own dtypes; decompositions run in float32 or better.
 
     Raises:
-      ValueError: the parameters do not match the plan or are not finite, or moments or inputs do not fit it.
+      ValueError: the parameters do not match the plan or are not finite, or moments, gradients or inputs do not fit it or
+        are missing.
     """
-    factored = trees.factorize(nn.meta.unbox(params), plan, key=key, moments=moments, inputs=inputs)
+    factored = trees.factorize(nn.meta.unbox(params), plan, key=key, moments=moments, gradients=gradients, inputs=inputs)
     return jax.tree.map(boxes.like, params, factored, is_leaf=nn.meta.is_axis_metadata)
 
 

@@ -64,8 +64,8 @@ def allocate(
         logarithm of the product over kernels of the squared correlation that their outputs keep with the dense ones; `risk`,
         the sum of their relative function risks; or `uniform`, to compare with: nothing is weighed, and the largest scale
         that fits is that of all kernels.
-      min_scale: no rank is below this fraction of full rank.  None is 0, but 0.05 for a budget of seconds, where rules allow
-        so much: at rank 1 a layer may be cheap in seconds, and worthless.
+      min_scale: no rank is below this fraction of full rank.  None is 0, but 0.05 for a budget of seconds, and at least rank
+        2, where rules allow so much: at rank 1 a layer may be cheap in seconds, and worthless.
       multiple_of: ranks are multiples of this and of the rule's, where a kernel has so many.
       variables: the dense model's variables or parameters, whose kernels are decomposed; None for Gaussian kernels.
       moments: from `inputs.second_moments(..., plan.opened())`, for the layers' real inputs; needs `variables`.  A scheme whose

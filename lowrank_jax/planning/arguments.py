@@ -63,10 +63,4 @@ def moments_problem(moment: Any) -> str | None:
         if jnp.abs(values - values.mT).max() > _ASYMMETRY * jnp.abs(values).max():
             return "moments must be symmetric"
     # What is no matrix of second moments has no real square root.
-    return None if linalg.known_finite(roots(moment)) else "moments must be positive semidefinite"
-
-
-def roots(moments: Any) -> jax.Array:
-    """R with RᵀR = S of second moments S, `[*stack, n, n] -> [k, n, n]`."""
-    moments = moments.astype(linalg.wide(moments.dtype))
-    return jax.lax.map(linalg.square_root, moments.reshape(-1, *moments.shape[-2:]))
+    return None if linalg.known_finite(linalg.square_roots(moment)) else "moments must be positive semidefinite"

@@ -1,6 +1,7 @@
 """What a network may cost: budgets as they are asked for, and checked."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Literal
 
@@ -9,7 +10,8 @@ from lowrank_jax.planning.chips import Chip
 from lowrank_jax.text import did_you_mean, shown
 
 OBJECTIVES = ("tolerance", "correlation", "risk", "uniform")
-MIN_SCALE_OF_SECONDS = 0.05
+MIN_SCALE_OF_SECONDS, MIN_RANK_OF_SECONDS = 0.05, 2
+LEAST_OF_SECONDS = f"{MIN_SCALE_OF_SECONDS} of full rank and {MIN_RANK_OF_SECONDS}"
 
 
 Kind = Literal["params", "macs", "bytes", "seconds"]
@@ -49,11 +51,11 @@ class Request:
         if not is_number(self.rest) or self.rest < 0:
             raise ValueError(f"rest {shown(self.rest)} must be a number of seconds, at least 0")
 
-    def smallest_scale(self, kinds: Collection[Kind]) -> float:
-        """`min_scale`, or what it is for budgets of these kinds: at rank 1 a layer may be cheap in seconds, and worthless."""
-        if self.min_scale is not None:
-            return self.min_scale
-        return MIN_SCALE_OF_SECONDS if "seconds" in kinds else 0.0
+    def smallest_rank(self, full_rank: int, kinds: Collection[Kind]) -> int:
+        """By `min_scale`, or by default: at rank 1 a layer may be cheap in seconds, and worthless."""
+        default = self.min_scale is None and "seconds" in kinds
+        scale = MIN_SCALE_OF_SECONDS if default else self.min_scale or 0.0
+        return max(MIN_RANK_OF_SECONDS if default else 1, math.ceil(scale * full_rank - 1e-9))
 
 
 def _check_budget(kind: str, value: float | int) -> None:

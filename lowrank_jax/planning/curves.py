@@ -10,7 +10,7 @@ import numpy as np
 
 from lowrank_jax.kernel import is_low_rank, without_box
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.planning.arguments import array_problem, moments_problem, roots
+from lowrank_jax.planning.arguments import array_problem, moments_problem
 from lowrank_jax.planning.plans import PlannedKernel
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.activations import ActivationLike
@@ -132,7 +132,7 @@ def _of_values(settings: _Settings, matrices: np.ndarray, moment: jax.Array | No
     return _mean([curves(w, **settings.others) for w in given])
 
 
-_roots = jax.jit(roots)
+_roots = jax.jit(linalg.square_roots)
 
 
 def _mean(found: Sequence[Curves]) -> Losses:

@@ -5,20 +5,20 @@ import functools
 import math
 import zlib
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import map_named, named_leaves
-from lowrank_jax.planning.arguments import array_problem, check_key, check_mapping, check_plan, moments_problem, roots
+from lowrank_jax.planning.arguments import array_problem, check_key, check_mapping, check_plan, moments_problem
 from lowrank_jax.planning.plans import FactoredKernel, Plan
 from lowrank_jax.projection import linalg
-from lowrank_jax.projection.methods import METHODS, SAMPLED, Method
+from lowrank_jax.projection.methods import METHODS, SAMPLED, TWO_SIDED, Method
 from lowrank_jax.projection.padding import equal
 from lowrank_jax.projection.stack import Stack
+from lowrank_jax.projection.two_sided import two_sided_stacks
 from lowrank_jax.text import did_you_mean
 
 
@@ -28,6 +28,7 @@ def factorize(
     *,
     key: jax.Array,
     moments: Mapping[str, jax.Array] | None = None,
+    gradients: Mapping[str, jax.Array] | None = None,
     inputs: Mapping[str, jax.Array] | None = None,
 ) -> Any:
     """Replaces the planned kernels of a plain tree by factor pairs; the doors' `factorize` calls it (`linen/factorize.py`).
@@ -35,62 +36,73 @@ def factorize(
     Args:
       params: the dense model's parameters, without boxes.  For `jax.ShapeDtypeStruct`s the result is shapes too; whether
         values are finite is not checked then.
-      plan, key, moments, inputs: as for the doors.
+      plan, key, moments, gradients, inputs: as for the doors.
 
     Returns:
       The tree with `LowRankKernel`s in it, in the kernels' own dtypes; decompositions run in float32 or better.
 
     Raises:
-      TypeError: the plan or the key is none, or moments or inputs are no dict.
-      ValueError: the parameters do not match the plan or are not finite, or moments or inputs do not fit it.
+      TypeError: the plan or the key is none, or moments, gradients or inputs are no dict.
+      ValueError: the parameters do not match the plan or are not finite, or moments, gradients or inputs do not fit it.
     """
     check_plan(plan)
     check_key(key)
     check_mapping("moments", moments)
+    check_mapping("gradients", gradients)
     check_mapping("inputs", inputs)
+    data = _Data(moments, gradients, inputs)
     leaves = named_leaves(params, is_leaf=is_low_rank)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
         made = functools.partial(factorize, plan=plan)
-        return jax.eval_shape(
-            lambda values: made(values[0], key=values[1], moments=values[2], inputs=values[3]), (params, key, moments, inputs)
-        )
+        return jax.eval_shape(lambda params, key, data: made(params, key=key, **data._asdict()), params, key, data)
     _check_tree(leaves, plan)
     kernels = {kernel.name: leaves[kernel.name] for kernel in plan.factored}
     _check_finite(kernels)
-    _check_data(plan, moments, inputs)
-    factors = _factorize(kernels, plan, key, moments, inputs)
+    _check_data(plan, data)
+    factors = _factorize(kernels, plan, key, data)
     return map_named(lambda name, leaf: factors.get(name, leaf), params)
 
 
+class _Data(NamedTuple):
+    """What is known of the layers that the plan's kernels are in, by the kernels' names."""
+
+    moments: Mapping[str, jax.Array] | None
+    gradients: Mapping[str, jax.Array] | None
+    inputs: Mapping[str, jax.Array] | None
+
+
 @functools.partial(jax.jit, static_argnames="plan")
-def _factorize(
-    kernels: dict[str, jax.Array],
-    plan: Plan,
-    key: jax.Array,
-    moments: Mapping[str, jax.Array] | None,
-    inputs: Mapping[str, jax.Array] | None,
-) -> dict[str, Any]:
+def _factorize(kernels: dict[str, jax.Array], plan: Plan, key: jax.Array, data: _Data) -> dict[str, Any]:
     factors: dict[str, Any] = {}
     known, unknown = [], []  # of those that are premerged nobody knows the inputs
     for kernel in plan.factored:
-        (unknown if moments is None or kernel.name not in moments else known).append(kernel)
-    for chosen, data in ((known, moments), (unknown, None)):
-        for method, groups in _by_method(kernels, chosen, inputs).items():
-            stacks = [_stack(members, kernels, key, inputs) for members in groups]
-            pairs = METHODS[method](stacks) if data is None else _data_aware(METHODS[method], stacks, groups, data)
-            for members, (u, v) in zip(groups, pairs, strict=True):
+        (unknown if data.moments is None or kernel.name not in data.moments else known).append(kernel)
+    for chosen, its in ((known, data), (unknown, _Data(None, None, data.inputs))):
+        for method, groups in _by_method(kernels, chosen, data.inputs).items():
+            stacks = [_stack(members, kernels, key, data.inputs) for members in groups]
+            for members, (u, v) in zip(groups, _pairs(method, stacks, groups, its), strict=True):
                 factors.update(_unstacked(members, u, v))
     return factors
 
 
+def _pairs(method: str, stacks: list[Stack], groups: list[list[FactoredKernel]], data: _Data) -> list[linalg.Pair]:
+    """Of stacks whose layers are known, or not."""
+
+    def roots(moments: Mapping[str, jax.Array]) -> list[jax.Array]:
+        return [jnp.concatenate([linalg.square_roots(moments[kernel.name]) for kernel in members]) for members in groups]
+
+    if data.moments is None:
+        return METHODS[method](stacks)
+    if method == TWO_SIDED and data.gradients is not None:
+        return two_sided_stacks(stacks, roots(data.moments), roots(data.gradients))
+    return _data_aware(METHODS[method], stacks, roots(data.moments))
+
+
 @linalg.highest_precision
-def _data_aware(
-    method: Method, stacks: list[Stack], groups: list[list[FactoredKernel]], moments: Mapping[str, jax.Array]
-) -> list[linalg.Pair]:
+def _data_aware(method: Method, stacks: list[Stack], rs: list[jax.Array]) -> list[linalg.Pair]:
     """With S = RᵀR the inputs of RW are isotropic: it is what the method factors, and U is multiplied by R⁻¹ afterwards."""
-    rs = [jnp.concatenate([roots(moments[kernel.name]) for kernel in members]) for members in groups]
     pairs = method([dataclasses.replace(stack, w=r @ stack.w.astype(r.dtype)) for stack, r in zip(stacks, rs, strict=True)])
-    us = [jax.lax.map(lambda pair: solve_triangular(*pair), (r, u)) for r, (u, _) in zip(rs, pairs, strict=True)]
+    us = [linalg.triangular_solves(r, u) for r, (u, _) in zip(rs, pairs, strict=True)]
     balanced = linalg.rebalance(us, [v for _, v in pairs])
     return [(u.astype(stack.w.dtype), v.astype(stack.w.dtype)) for stack, (u, v) in zip(stacks, balanced, strict=True)]
 
@@ -161,15 +173,28 @@ def _check_finite(kernels: dict[str, jax.Array]) -> None:
         raise ValueError(f"kernels contain non-finite values: {', '.join(broken)}")
 
 
-def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Mapping[str, jax.Array] | None) -> None:
+def _check_data(plan: Plan, data: _Data) -> None:
+    moments, gradients, inputs = data
     if moments is not None and inputs is not None:
         raise ValueError("give moments or inputs, not both; the inputs already determine their moments")
     sampled = [kernel for kernel in plan.factored if kernel.rule.method == SAMPLED]
     if inputs is not None and len(sampled) < len(plan.captured):
         raise ValueError(f"only the method {SAMPLED!r} takes inputs; give moments for the other kernels of this plan")
+    two_sided = [kernel for kernel in plan.captured if kernel.rule.method == TWO_SIDED]
+    if two_sided and (moments is None or gradients is None):
+        raise ValueError(
+            f"the method {TWO_SIDED!r} needs moments and gradients: "
+            "inputs.second_moments and inputs.gradient_moments measure them"
+        )
+    if gradients is not None and not two_sided:
+        raise ValueError(f"only the method {TWO_SIDED!r} takes gradients, and no kernel of this plan has it")
     problems = []
     for kernel in plan.captured:
         name, stack, n, group = kernel.name, kernel.stack, kernel.view.n, kernel.view.group
+        if gradients is not None and kernel.rule.method == TWO_SIDED:
+            gradient, outputs = gradients.get(name), kernel.view.m // group
+            misfit = _misfit(name, "gradients", gradient, (*stack, outputs, outputs))
+            problems += misfit or [f"{name}: gradients: {problem}" for problem in [moments_problem(gradient)] if problem]
         if moments is not None:
             moment = moments.get(name)
             misfit = _misfit(name, "moments", moment, (*stack, n, n))
@@ -178,7 +203,7 @@ def _check_data(plan: Plan, moments: Mapping[str, jax.Array] | None, inputs: Map
             fed = inputs.get(name)
             problems += _misfit(name, "inputs", fed, (*stack, None, group, n)) or _unusable(name, fed)
     names = {kernel.name for kernel in plan.captured}
-    for name in {**(moments or {}), **(inputs or {})}:
+    for name in {**(moments or {}), **(gradients or {}), **(inputs or {})}:
         if name not in names:
             problems.append(f"{name}: has data but is not a kernel that the plan factors{did_you_mean(name, names)}")
     if problems:

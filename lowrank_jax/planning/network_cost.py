@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lowrank_jax.planning import knapsack
-from lowrank_jax.planning.budget import Kind, Request
+from lowrank_jax.planning.budget import LEAST_OF_SECONDS, Kind, Request
 from lowrank_jax.planning.curves import Losses
 from lowrank_jax.planning.options import Points, all_points, dense_cost
 from lowrank_jax.planning.plans import Plan, PlannedKernel
@@ -68,13 +68,10 @@ class Network:
             parts.append(
                 f"{kind}={value}: the smallest possible is {_rounded_up(smallest / whole)} of the dense network{count}"
             )
-        scale = "" if self.request.min_scale is not None else self._with_scale()
+        default = self.request.min_scale is None and "seconds" in self.given
+        scale = f", with ranks of at least {LEAST_OF_SECONDS}; min_scale=0 allows any" if default else ""
         both = " (each for itself), and no plan was found that holds both" if len(self.given) > 1 else ""
         return f"the budget is impossible; {'; '.join(parts)}{both}{scale}"
-
-    def _with_scale(self) -> str:
-        scale = self.request.smallest_scale(tuple(self.given))
-        return f", with ranks of at least {scale} of full rank; min_scale=0 allows any" if scale else ""
 
 
 def _fixed(plan: Plan, open_: Sequence[PlannedKernel], kind: Kind, request: Request) -> float:

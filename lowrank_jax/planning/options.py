@@ -103,7 +103,7 @@ def _ranks(kernel: PlannedKernel, choice: Choice, request: Request, kinds: tuple
     view, rule = choice.view, rule_of(kernel)
     wanted = min(_wanted(kernel, choice) or view.full_rank, view.full_rank)
     bound = min(wanted, (view.n * view.m - 1) // (view.n + view.m))
-    low = max(1, math.ceil(request.smallest_scale(kinds) * view.full_rank - 1e-9))
+    low = request.smallest_rank(view.full_rank, kinds)
     if request.min_scale is None:
         low = min(low, wanted)
     elif wanted < low and not _may_be_dense(kernel):

@@ -365,6 +365,17 @@ def square_root(moment: jax.Array) -> jax.Array:
     return jnp.linalg.cholesky(cosines + jnp.diag(ridge.astype(moment.dtype))).T * deviation
 
 
+def square_roots(moments: jax.Array) -> jax.Array:
+    """`square_root` of many: `[*stack, n, n] -> [k, n, n]`, in float32 or better."""
+    moments = moments.astype(wide(moments.dtype))
+    return jax.lax.map(square_root, moments.reshape(-1, *moments.shape[-2:]))
+
+
+def triangular_solves(roots: jax.Array, right: jax.Array) -> jax.Array:
+    """R⁻¹B of stacks `[k, n, n]`, upper triangular, and `[k, n, r]`."""
+    return jax.lax.map(lambda pair: solve_triangular(*pair), (roots, right))
+
+
 def unit(*matrices: jax.Array) -> jax.Array:
     """A power of four near the largest magnitude, to measure matrices in; 1 if all are zero.
 

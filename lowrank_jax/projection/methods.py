@@ -31,6 +31,7 @@ def _projection(subspace: str, normalized: bool = False) -> Method:
 
 
 SAMPLED = "function_approximation"  # the method that accepts samples of the layers' inputs
+TWO_SIDED = "two_sided"  # the method that needs moments of the layers' inputs and of the gradients at their outputs
 
 METHODS: dict[str, Method] = {
     "kernel_projection": batched.project,
@@ -38,6 +39,7 @@ METHODS: dict[str, Method] = {
     "kernel_projection_refine": _projection("refine"),
     SAMPLED: sampled.approximate,
     "spectral": matrix.spectral_stacks,
+    TWO_SIDED: matrix.spectral_stacks,  # of what `two_sided_stacks` makes of the kernels; alone it knows nothing
     "norm_preserving": functools.partial(batched.project, normalized=True),
     "norm_preserving_refine": _projection("refine", normalized=True),
     "spectral_global_scale": _one_by_one(
@@ -60,10 +62,13 @@ def factor(
     """Factors a single matrix `[n, m]` by a method of the table: u `[n, rank]` and v `[rank, m]`.
 
     Raises:
-      ValueError: unknown method or activation, w is not a matrix of real, finite numbers, or rank or group does not fit it.
+      ValueError: unknown method or activation, w is not a matrix of real, finite numbers, or rank or group does not fit it;
+        `two_sided`, which needs more than the matrix (`projection.two_sided`).
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
+    if method == TWO_SIDED:
+        raise ValueError(f"the method {TWO_SIDED!r} needs moments of inputs and gradients besides: projection.two_sided")
     linalg.check_matrix(w)
     linalg.check_rank(w, rank)
     linalg.check_group(w, group)

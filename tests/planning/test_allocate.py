@@ -165,7 +165,7 @@ def test_a_plan_that_was_allocated_runs(plan, variables):
 
 def test_seconds_choose_the_faster_execution(plan):
     chip = lr.chips.CHIPS["v5e"]
-    made = allocate(plan, seconds=0.9, chip=chip, batch=256, itemsize=2)
+    made = allocate(plan, seconds=0.9, min_scale=0, chip=chip, batch=256, itemsize=2)
     assert {kernel.execution for kernel in made.factored} <= {"factored", "merged"} and made.factored
     with pytest.raises(ValueError, match="seconds needs chip"):
         allocate(plan, seconds=0.9)
@@ -266,7 +266,7 @@ def test_what_fits_exactly_is_used():
 
 
 @pytest.mark.parametrize(
-    "first", [{"macs": 0.5}, {"params": 0.2}, {"seconds": 0.9, "chip": lr.chips.CHIPS["v5e"], "batch": 64}]
+    "first", [{"macs": 0.5}, {"params": 0.2}, {"seconds": 0.9, "min_scale": 0, "chip": lr.chips.CHIPS["v5e"], "batch": 64}]
 )
 def test_a_former_budget_does_not_matter(plan, first):
     once = allocate(plan, **first)

@@ -263,7 +263,7 @@ def test_with_its_rest_a_fraction_is_one_of_the_whole_step(net_plan):
     chip, batch = CHIPS["v5e"], 4096
     kernels = sum(dense_seconds(kernel, chip, batch, 2) for kernel in net_plan.kernels)
     rest = rest_of_step(net_plan, 2 * kernels, chip, batch=batch, itemsize=2)
-    made = lr.allocate(net_plan, seconds=0.95, chip=chip, batch=batch, itemsize=2, rest=rest)
+    made = lr.allocate(net_plan, seconds=0.95, min_scale=0, chip=chip, batch=batch, itemsize=2, rest=rest)
     planned = rest
     for kernel in made.kernels:
         if kernel in made.factored:

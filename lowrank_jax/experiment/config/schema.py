@@ -221,7 +221,7 @@ class BudgetConfig:
     batch: int | None = _option(None, at_least(1, _COUNT))  # examples on a device at a time; None for all of batch_size
     rest: float = _option(0.0, at_least(0, 1e6))  # seconds of the dense training step besides its kernels
     objective: str = _option("tolerance", _one_of(*OBJECTIVES))  # what is to be least
-    min_scale: float | None = _option(None, _between(0, 1))  # None: 0.05 for seconds, 0 for others
+    min_scale: float | None = _option(None, _between(0, 1))  # None: 0.05 (and rank 2) for seconds, 0 for others
 
     @property
     def amounts(self) -> dict[str, int | float]:

@@ -1,0 +1,104 @@
+"""The best low-rank approximation of a kernel for what the network makes of its outputs.
+
+With C = E xxᵀ of a layer's inputs and G = E ggᵀ of the gradients at its outputs, an error E of its kernel costs the network
+
+    ½ tr(Eᵀ C E G)
+
+to second order: Kullback-Leibler divergence of its predictions in nats, or what else G was measured for (docs/mathematics.md,
+section 13).  With RᵀR = C and TᵀT = G that is ½ |R E Tᵀ|².  So the truncated SVD of R W Tᵀ is optimal, and half of the squared
+singular values that it leaves out are what is lost.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank_jax.projection import linalg, matrix
+from lowrank_jax.projection.linalg import Pair
+from lowrank_jax.projection.stack import Stack
+
+
+def two_sided(w: jax.Array, rank: int, *, moment: jax.Array, gradient: jax.Array, group: int = 1) -> Pair:
+    """Factors UV of least ½ tr(Eᵀ C E G), E = W - UV; both moments with a ridge of a hundredth of their diagonals.
+
+    Args:
+      w: `[n, m]`.
+      rank: from 1 to min(n, m).
+      moment: C, `[n, n]`.
+      gradient: G, `[m / group, m / group]`.
+      group: columns per output.
+
+    Returns:
+      u `[n, rank]` and v `[rank, m]` in the dtype of w, balanced: UᵀU = VVᵀ.
+
+    Raises:
+      ValueError: an argument is no matrix of real, finite numbers, rank or group does not fit w, or a moment's shape does not.
+    """
+    linalg.check_matrix(w)
+    linalg.check_rank(w, rank)
+    linalg.check_group(w, group)
+    for name, value, size in (("moment", moment, w.shape[0]), ("gradient", gradient, w.shape[1] // group)):
+        linalg.check_matrix(value)
+        if value.shape != (size, size):
+            raise ValueError(f"{name} must have shape [{size}, {size}], not {list(value.shape)}")
+    return _two_sided(w, moment, gradient, rank, group)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "group"))
+def _two_sided(w: jax.Array, moment: jax.Array, gradient: jax.Array, rank: int, group: int) -> Pair:
+    [(u, v)] = two_sided_stacks(
+        [Stack(None, w[None], rank, group=group)], [linalg.square_roots(moment)], [linalg.square_roots(gradient)]
+    )
+    return u[0], v[0]
+
+
+@linalg.highest_precision
+def two_sided_stacks(stacks: Sequence[Stack], inputs: Sequence[jax.Array], outputs: Sequence[jax.Array]) -> list[Pair]:
+    """`two_sided` of many kernels at once.
+
+    Args:
+      stacks: the kernels.
+      inputs: for every stack R `[k, n, n]`, upper triangular, with RᵀR = C.
+      outputs: for every stack T `[k, m / group, m / group]`, upper triangular, with TᵀT = G.
+
+    Returns:
+      For every stack u `[k, n, rank]` and v `[k, rank, m]`, in the dtype of its kernels.
+    """
+    sides = list(zip(stacks, inputs, outputs, strict=True))
+    pairs = matrix.spectral_stacks(
+        [dataclasses.replace(stack, w=in_metric(stack.w.astype(r.dtype), r, t)) for stack, r, t in sides]
+    )
+    us = [linalg.triangular_solves(r, u) for r, (u, _) in zip(inputs, pairs, strict=True)]
+    vs = [_outputs_solved(t, v) for t, (_, v) in zip(outputs, pairs, strict=True)]
+    balanced = linalg.rebalance(us, vs)
+    return [(u.astype(stack.w.dtype), v.astype(stack.w.dtype)) for stack, (u, v) in zip(stacks, balanced, strict=True)]
+
+
+def in_metric(w: Any, r: Any, t: Any) -> Any:
+    """RWTᵀ of kernels W `[k, n, m]`, with Tᵀ for each column of an output; of NumPy's arrays in, of NumPy's out."""
+    k, n, m = w.shape
+    outputs = t.shape[-1]
+    return ((r @ w).reshape(k, n * m // outputs, outputs) @ t.mT).reshape(w.shape)
+
+
+def divergences(w: np.ndarray, r: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Half of the squared singular values of RWTᵀ beyond every rank from 1 to min(n, m), in float64 on the host.
+
+    Args:
+      w, r, t: one kernel `[n, m]` and the roots of its moments `[n, n]` and `[m / group, m / group]`.
+    """
+    measured = in_metric(*(np.asarray(part, np.float64)[None] for part in (w, r, t)))[0]
+    gram = measured @ measured.T if len(measured) < measured.shape[1] else measured.T @ measured
+    squares = np.maximum(np.linalg.eigvalsh(gram), 0)  # increasing
+    return 0.5 * np.append(np.cumsum(squares)[-2::-1], 0.0)
+
+
+def _outputs_solved(t: jax.Array, v: jax.Array) -> jax.Array:
+    """V `[k, r, m]` without the metric of the outputs: what times Tᵀ, for each column of an output, is V."""
+    k, r, m = v.shape
+    outputs = t.shape[-1]
+    return linalg.triangular_solves(t, v.reshape(k, r * m // outputs, outputs).mT).mT.reshape(k, r, m)
