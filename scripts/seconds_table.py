@@ -42,7 +42,8 @@ dense step. Times are fractions of the dense step; `apart` is compiled less prom
 of each other, or {OF_STEP} of the step.
 
 Where the least is 1.000 there is nothing to save: the kernels are so narrow, or the chip is so fast, that it is the activations
-which take the time. So no plan with the parameters of a scale of 0.25 makes EfficientNet-B0 faster than the dense network.
+which take the time, and the plan is the dense network. So no plan with the parameters of a scale of 0.25 makes EfficientNet-B0
+faster.
 
 Below that, with `min_scale=0` and the objective `correlation`, whole stages got rank 1, and the compiler saves up to twice what
 is promised: of ResNet-50 0.869 was promised and 0.731 compiled on v5e, 0.887 and 0.723 on v6e, 0.870 and 0.768 on v4; of

@@ -19,6 +19,7 @@ from lowrank_jax.planning.network_cost import Network
 from lowrank_jax.planning.options import Points, execution_of
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.uniform import largest_uniform, uniforms
+from lowrank_jax.projection.methods import TWO_SIDED
 from lowrank_jax.text import did_you_mean, shown
 
 
@@ -33,11 +34,12 @@ def allocate(
     batch: int | None = None,
     itemsize: int = 4,
     rest: float = 0.0,
-    objective: str = "tolerance",
+    objective: str | None = None,
     min_scale: float | None = None,
     multiple_of: int = 1,
     variables: Any = None,
     moments: Mapping[str, jax.Array] | None = None,
+    gradients: Mapping[str, jax.Array] | None = None,
     sensitivity: Mapping[str, float] | None = None,
 ) -> Plan:
     """Chooses the rank of every kernel, or to leave it dense, so that the network loses least within a budget.
@@ -62,14 +64,16 @@ def allocate(
       rest: for `seconds`: how long the dense step takes besides its kernels, in seconds, from `rest_of_step`.
       objective: what is to be least: `tolerance`, the largest relative function risk of a kernel; `correlation`, minus the
         logarithm of the product over kernels of the squared correlation that their outputs keep with the dense ones; `risk`,
-        the sum of their relative function risks; or `uniform`, to compare with: nothing is weighed, and the largest scale
-        that fits is that of all kernels.
+        the sum of their relative function risks; `divergence`, the sum of what the network's loss gains of each, to second
+        order, which needs `gradients`; or `uniform`, to compare with: nothing is weighed, and the largest scale that fits is
+        that of all kernels.  None is `divergence` with gradients and `tolerance` without.
       min_scale: no rank is below this fraction of full rank.  None is 0, but 0.05 for a budget of seconds, and at least rank
         2, where rules allow so much: at rank 1 a layer may be cheap in seconds, and worthless.
       multiple_of: ranks are multiples of this and of the rule's, where a kernel has so many.
       variables: the dense model's variables or parameters, whose kernels are decomposed; None for Gaussian kernels.
       moments: from `inputs.second_moments(..., plan.opened())`, for the layers' real inputs; needs `variables`.  A scheme whose
         moments are not there is not considered.
+      gradients: from `inputs.gradient_moments(..., plan.opened())`, for rules of the method `two_sided`; needs `moments`.
       sensitivity: by name, what a kernel's loss counts; 1 for those that are not there.  One of 0 gets what the others leave.
 
     Returns:
@@ -77,14 +81,17 @@ def allocate(
       what is lost there (of the objective), in proportion where the next rank needs more.
 
     Raises:
-      TypeError: the plan is none, or moments or sensitivity are no dict.
+      TypeError: the plan is none, or moments, gradients or sensitivity are no dict.
       ValueError: no budget and no energy, or more than two budgets; an energy without variables; a budget is impossible (the
         smallest possible one is named), or MACs of a kernel are not known; an argument is out of range; the variables do not
         fit the plan.
     """
     check_plan(plan)
     check_mapping("moments", moments)
+    check_mapping("gradients", gradients)
     check_mapping("sensitivity", sensitivity)
+    _check_gradients(plan, objective, gradients, sensitivity)
+    objective = objective or ("tolerance" if gradients is None else "divergence")
     request = Request(chip, plain(batch), plain(itemsize), plain(rest), objective, plain(min_scale), plain(multiple_of))
     budgets = {"params": params, "macs": macs, "bytes": bytes, "seconds": seconds}
     given: dict[Kind, Any] = {kind: plain(value) for kind, value in budgets.items() if value is not None}  # type: ignore[misc]
@@ -93,8 +100,8 @@ def allocate(
     request.check(given)
     network = Network.of(plan, given, request)
     counts = _sensitivities(sensitivity or {}, network.open)
-    _check_moments(variables, moments)
-    curves = curves_of_kernels(network.open, variables, moments)
+    _check_moments(variables, moments, gradients)
+    curves = curves_of_kernels(network.open, variables, moments, gradients)
     open_ = with_bounds(network.open, curves, variables is not None)
     points = dataclasses.replace(network, open=open_).points(curves)
     options = _weighted(points, open_, counts, objective)
@@ -142,7 +149,7 @@ def _of_arguments(plan: Plan, arguments: Mapping[str, Any]) -> tuple[Network, li
 
 def _no_loss(choice: Choice) -> Losses:
     nothing = np.zeros(choice.view.full_rank)
-    return Losses(nothing, nothing, nothing)
+    return Losses(nothing, nothing, nothing, nothing)
 
 
 def _closed(plan: Plan, variables: Any, moments: Mapping[str, jax.Array] | None) -> Plan:
@@ -155,9 +162,24 @@ def _closed(plan: Plan, variables: Any, moments: Mapping[str, jax.Array] | None)
     return dataclasses.replace(plan, kernels=tuple(lines.get(kernel.name, kernel) for kernel in plan.kernels))
 
 
-def _check_moments(variables: Any, moments: Any) -> None:
+def _check_moments(variables: Any, moments: Any, gradients: Any = None) -> None:
     if moments is not None and variables is None:
         raise ValueError("moments need the variables too: they say what the kernels do with the inputs")
+    if gradients is not None and moments is None:
+        raise ValueError("gradients need the moments of the inputs too: inputs.second_moments measures them")
+
+
+def _check_gradients(plan: Plan, objective: Any, gradients: Any, sensitivity: Any) -> None:
+    if objective == "divergence" and gradients is None:
+        raise ValueError("the objective 'divergence' needs gradients: inputs.gradient_moments measures them")
+    if gradients is None:
+        return
+    if sensitivity:
+        raise ValueError("give gradients or a sensitivity, not both: gradients say already what a kernel's loss counts")
+    others = [kernel.name for kernel in plan.kernels if kernel.choices and kernel.rule and kernel.rule.method != TWO_SIDED]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ValueError(f"gradients are for the method {TWO_SIDED!r}, which the rule of {others[0]!r}{more} does not have")
 
 
 _sensitivity = at_least(0, 1e30)  # so large that no sum of them leaves the floats
@@ -184,7 +206,7 @@ def _weighted(
     found, weights = [], [sensitivity.get(kernel.name, 1.0) for kernel in kernels]
     least = _TIE * (np.mean(weights) or 1.0) if sensitivity and kernels else 0.0
     for kernel, of_kernel, weight in zip(kernels, points, weights, strict=True):
-        loss = of_kernel.correlation if objective == "correlation" else of_kernel.risk
+        loss = {"correlation": of_kernel.correlation, "divergence": of_kernel.divergence}.get(objective, of_kernel.risk)
         copies = 1 if objective == "tolerance" else math.prod(kernel.stack)  # of a repeated module, each loses so much
         found.append(knapsack.Options(of_kernel.cost, (weight + least) * copies * loss))
     return found
@@ -222,19 +244,20 @@ def _next_gains(options: Sequence[knapsack.Options], chosen: Sequence[int], more
 
 def _line(kernel: PlannedKernel, points: Points, option: int, gain: float | None) -> PlannedKernel:
     """The kernel as it was chosen."""
-    place, risk = int(points.choice[option]), float(points.risk[option])
+    place = int(points.choice[option])
+    lost = math.prod(kernel.stack) * float(points.divergence[option])
+    worth = {"risk": float(points.risk[option]), "divergence": None if math.isnan(lost) else lost, "next_gain": gain}
     forced = kernel.execution if kernel.execution == "premerged" else None
     note = kernel.note
     if place < 0:
         execution = execution_of(kernel)
         note = "the budget affords it" if len(points.rank) > 1 and not forced else note
-        return DenseKernel(**kernel.shared, execution=execution, note=note, risk=0.0, next_gain=gain)
+        return DenseKernel(**kernel.shared, execution=execution, note=note, **worth)
     return FactoredKernel(
         **kernel.shared,
         choice=kernel.choices[place],
         rank=int(points.rank[option]),
         execution=points.execution[option],
         note=note if forced else "",
-        risk=risk,
-        next_gain=gain,
+        **worth,
     )

@@ -9,7 +9,7 @@ from lowrank_jax.checks import count, is_number
 from lowrank_jax.planning.chips import Chip
 from lowrank_jax.text import did_you_mean, shown
 
-OBJECTIVES = ("tolerance", "correlation", "risk", "uniform")
+OBJECTIVES = ("tolerance", "correlation", "risk", "divergence", "uniform")
 MIN_SCALE_OF_SECONDS, MIN_RANK_OF_SECONDS = 0.05, 2
 LEAST_OF_SECONDS = f"{MIN_SCALE_OF_SECONDS} of full rank and {MIN_RANK_OF_SECONDS}"
 

@@ -15,6 +15,7 @@ from lowrank_jax.planning.plans import PlannedKernel
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.activations import ActivationLike
 from lowrank_jax.projection.curves import Curves, Normalization, curves, gaussian_curves
+from lowrank_jax.projection.two_sided import divergences
 
 
 class Losses(NamedTuple):
@@ -24,15 +25,20 @@ class Losses(NamedTuple):
       risk: the relative function risk, never growing.
       correlation: minus the logarithm of the squared correlation that is kept, never growing.
       energy: the share of the squared singular values, of the kernel of a repeated module that keeps least.
+      divergence: what the network's loss gains of each kernel, to second order; NaN without gradients.
     """
 
     risk: np.ndarray
     correlation: np.ndarray
     energy: np.ndarray
+    divergence: np.ndarray
 
 
 def curves_of_kernels(
-    kernels: Sequence[PlannedKernel], variables: Any = None, moments: Mapping[str, jax.Array] | None = None
+    kernels: Sequence[PlannedKernel],
+    variables: Any = None,
+    moments: Mapping[str, jax.Array] | None = None,
+    gradients: Mapping[str, jax.Array] | None = None,
 ) -> dict[str, list[Losses | None]]:
     """By kernel, for each of its choices, what every rank from 1 to full rank loses; None for a choice without moments.
 
@@ -42,23 +48,27 @@ def curves_of_kernels(
         shapes alone.
       moments: by kernel, `[*stack, n, n]`: second moments of the inputs of one of its choices.  Kernels that are premerged, or
         that only their layer knows how to use, have none.
+      gradients: by kernel, `[*stack, outputs, outputs]`: second moments of the gradients at its layer's outputs; with moments.
 
     Raises:
-      ValueError: the variables or moments do not fit the kernels, or are not finite.
+      ValueError: the variables, moments or gradients do not fit the kernels, or are not finite.
     """
     found: dict[str, list[Losses | None]] = {kernel.name: [None] * len(kernel.choices) for kernel in kernels}
     values = None if variables is None else _values(kernels, variables)
     if values is not None and moments is not None:
         _check_moments(kernels, moments)
+    if gradients is not None:
+        _check_gradients(kernels, gradients)
     for kernel in kernels:
         given, moment = None if values is None else values[kernel.name], (moments or {}).get(kernel.name)
+        gradient = (gradients or {}).get(kernel.name)
         for place, choice in enumerate(kernel.choices):
             settings = _Settings.of(kernel, place)
             if given is None:
                 found[kernel.name][place] = _of_gaussian(settings)
             elif moments is None or _has_moments(kernel, place, moments):
                 matrices = choice.view.to_matrix(given)  # type: ignore[arg-type]  # of NumPy in, of NumPy out
-                found[kernel.name][place] = _of_values(settings, np.asarray(matrices), moment)
+                found[kernel.name][place] = _of_values(settings, np.asarray(matrices), moment, gradient)
     return found
 
 
@@ -98,6 +108,25 @@ def _check_moments(kernels: Sequence[PlannedKernel], moments: Mapping[str, jax.A
         raise ValueError("the moments do not fit the plan:\n  " + "\n  ".join(problems))
 
 
+def _check_gradients(kernels: Sequence[PlannedKernel], gradients: Mapping[str, jax.Array]) -> None:
+    problems = []
+    for kernel in kernels:
+        view, gradient = kernel.choices[0].view, gradients.get(kernel.name)
+        shape = (*kernel.stack, *(view.m // view.group,) * 2)
+        if not _is_captured(kernel):
+            problems.append(f"{kernel.name}: the gradients of its layer cannot be measured; keep it dense by a rule")
+        elif gradient is None:
+            problems.append(f"{kernel.name}: has no gradients; measure them for plan.opened()")
+        elif problem := array_problem(gradient):
+            problems.append(f"{kernel.name}: gradients: {problem}")
+        elif tuple(gradient.shape) != shape:
+            problems.append(f"{kernel.name}: gradients must have shape {list(shape)}, not {list(gradient.shape)}")
+        elif problem := moments_problem(gradient):
+            problems.append(f"{kernel.name}: gradients: {problem}")
+    if problems:
+        raise ValueError("the gradients do not fit the plan:\n  " + "\n  ".join(problems))
+
+
 class _Settings(NamedTuple):
     """What the curves of a kernel depend on besides its values."""
 
@@ -124,12 +153,18 @@ def _of_gaussian(settings: _Settings) -> Losses:
     return _mean([gaussian_curves(settings.n, settings.m, **settings.others)])
 
 
-def _of_values(settings: _Settings, matrices: np.ndarray, moment: jax.Array | None) -> Losses:
-    """Of the kernels of one module, `[*stack, n, m]`, and the second moments of their inputs, where these are known."""
+def _of_values(settings: _Settings, matrices: np.ndarray, moment: jax.Array | None, gradient: jax.Array | None) -> Losses:
+    """Of the kernels of one module, `[*stack, n, m]`, and the moments of their inputs and gradients, where these are known."""
     given = matrices.reshape(-1, settings.n, settings.m).astype(np.float64)
     if moment is not None:
         given = np.asarray(_roots(moment), np.float64) @ given
-    return _mean([curves(w, **settings.others) for w in given])
+    losses = _mean([curves(w, **settings.others) for w in given])
+    if gradient is None:
+        return losses
+    if not np.any(gradient):  # nothing that this layer does is felt
+        return losses._replace(divergence=np.zeros_like(losses.risk))
+    sides = np.asarray(_roots(gradient), np.float64)
+    return losses._replace(divergence=np.mean([divergences(w, t) for w, t in zip(given, sides, strict=True)], axis=0))
 
 
 _roots = jax.jit(linalg.square_roots)
@@ -148,6 +183,7 @@ def _mean(found: Sequence[Curves]) -> Losses:
         falling([curve.risk for curve in found]),
         falling([logarithm(curve.correlation) for curve in found]),
         np.min([curve.energy for curve in found], axis=0),
+        np.full(len(found[0].energy), np.nan),
     )
 
 

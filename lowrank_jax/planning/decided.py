@@ -9,19 +9,24 @@ from lowrank_jax.planning.budget import is_number
 from lowrank_jax.planning.decide import problem
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, OpenKernel, Plan, PlannedKernel
 
-_WORTH = ("risk", "next_gain")
+_WORTH = {"risk", "next_gain"}
 _EXECUTIONS = (None, "factored", "merged", "premerged")
 
 
 def to_record(plan: Plan) -> dict[str, Any]:
     """What was decided, by name of every kernel that is open to a budget; JSON can hold it.
 
-    `ranks` has its `rank`, the `rows` of its matrix and its `execution`; None if it stays dense.  `worth` has its `risk` and
-    its `next_gain`, where they are known.
+    `ranks` has its `rank`, the `rows` of its matrix and its `execution`; None if it stays dense.  `worth` has its `risk`, its
+    `next_gain` and its `divergence`, where they are known.
     """
     open_ = [kernel for kernel in plan.kernels if kernel.choices]
-    worth = {kernel.name: {name: getattr(kernel, name) for name in _WORTH} for kernel in open_ if kernel.risk is not None}
+    worth = {kernel.name: _worth(kernel) for kernel in open_ if kernel.risk is not None}
     return {"ranks": {kernel.name: _entry(kernel) for kernel in open_}, "worth": worth}
+
+
+def _worth(kernel: PlannedKernel) -> dict[str, float | None]:
+    felt = {} if kernel.divergence is None else {"divergence": kernel.divergence}
+    return {"risk": kernel.risk, "next_gain": kernel.next_gain, **felt}
 
 
 def _entry(kernel: PlannedKernel) -> dict[str, Any] | None:
@@ -53,9 +58,9 @@ def from_record(plan: Plan, record: Mapping[str, Any], *, budget: bool) -> Plan:
 
 
 def _with_worth(kernel: PlannedKernel, worth: Any) -> PlannedKernel:
-    if not isinstance(worth, Mapping) or worth.keys() != set(_WORTH):
+    if not isinstance(worth, Mapping) or worth.keys() - {"divergence"} != _WORTH:
         raise ValueError(f"the worth of {kernel.name} is no risk and next_gain")
-    if not is_number(worth["risk"]) or not (worth["next_gain"] is None or is_number(worth["next_gain"])):
+    if not all(is_number(value) or (value is None and name == "next_gain") for name, value in worth.items()):
         raise ValueError(f"the worth of {kernel.name} is no numbers")
     return dataclasses.replace(kernel, **worth)
 

@@ -202,10 +202,10 @@ def _check_data(plan: Plan, data: _Data) -> None:
         if inputs is not None:
             fed = inputs.get(name)
             problems += _misfit(name, "inputs", fed, (*stack, None, group, n)) or _unusable(name, fed)
-    names = {kernel.name for kernel in plan.captured}
+    names = {kernel.name for kernel in (*plan.captured, *plan.opened().captured)}  # a budget may leave some dense
     for name in {**(moments or {}), **(gradients or {}), **(inputs or {})}:
         if name not in names:
-            problems.append(f"{name}: has data but is not a kernel that the plan factors{did_you_mean(name, names)}")
+            problems.append(f"{name}: has data but is not a kernel that the plan could factor{did_you_mean(name, names)}")
     if problems:
         raise ValueError("\n".join(problems))
 

@@ -26,6 +26,7 @@ class Points:
       execution: by option.
       risk: relative.
       correlation: minus the logarithm of the squared correlation that is kept.
+      divergence: what the network's loss gains; NaN without gradients.
       cost: `[budgets, options]`.
     """
 
@@ -34,6 +35,7 @@ class Points:
     execution: list[Execution | None]
     risk: np.ndarray
     correlation: np.ndarray
+    divergence: np.ndarray
     cost: np.ndarray
 
 
@@ -66,13 +68,16 @@ def _points(losses: Sequence[Losses | None], rows: list[_Row], cost: np.ndarray)
     choice, rank = np.array([place for place, *_ in rows]), np.array([rank for _, rank, _ in rows])
 
     def lost(curve: str) -> np.ndarray:
-        values = np.zeros(len(rows))
+        curves = [getattr(of_choice, curve) for of_choice in losses if of_choice is not None]
+        values = np.full(len(rows), np.nan if np.isnan(curves).any() else 0.0)
         for place, of_choice in enumerate(losses):
             if of_choice is not None:
                 values[choice == place] = getattr(of_choice, curve)[rank[choice == place] - 1]
         return values
 
-    return Points(choice, rank, [execution for *_, execution in rows], lost("risk"), lost("correlation"), cost)
+    return Points(
+        choice, rank, [execution for *_, execution in rows], lost("risk"), lost("correlation"), lost("divergence"), cost
+    )
 
 
 def rule_of(kernel: PlannedKernel) -> Rule:

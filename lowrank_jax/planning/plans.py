@@ -88,6 +88,7 @@ class PlannedKernel(abc.ABC):
       note: why it is as it is.
       risk: what kernel projection at the planned rank loses of its layer's function, relative to all of it; None unless a
         budget was allocated.
+      divergence: what its rank adds to the network's loss, to second order; None unless a budget was allocated with gradients.
       next_gain: what the next per cent of the budget would take off what the objective counts here, in proportion where the
         next rank needs more; None if nothing is lost.
     """
@@ -103,6 +104,7 @@ class PlannedKernel(abc.ABC):
     bounds: tuple[int | None, ...] = dataclasses.field(default=(), compare=False)
     note: str = ""
     risk: float | None = dataclasses.field(default=None, compare=False)  # plans of the same ranks are equal
+    divergence: float | None = dataclasses.field(default=None, compare=False)
     next_gain: float | None = dataclasses.field(default=None, compare=False)
 
     @property
@@ -138,9 +140,10 @@ class PlannedKernel(abc.ABC):
         macs = with_change(self.planned_macs, self.macs) if self.macs else "-"
         return [self.name, "x".join(map(str, self.shape)), rank, method, execution, params, macs, note]
 
-    def worth(self) -> list[str]:
-        """What its rank loses, and what more of the budget would buy, as text."""
-        return ["-" if value is None else f"{value:.{digits}f}" for value, digits in ((self.risk, 4), (self.next_gain, 5))]
+    def worth(self) -> dict[str, str]:
+        """What its rank loses, and what more of the budget would buy, as text by the column's name."""
+        values = {"risk": (self.risk, 4), "divergence": (self.divergence, 5), "next 1%": (self.next_gain, 5)}
+        return {name: "-" if value is None else f"{value:.{digits}f}" for name, (value, digits) in values.items()}
 
     @abc.abstractmethod
     def _cells(self) -> tuple[str, str, str, str]:
@@ -306,7 +309,15 @@ class Plan:
         rows = [header, *(kernel.row() for kernel in self.kernels), rest, total]
         if all(kernel.risk is None for kernel in self.kernels):
             return rows
-        worth = [["risk", "next 1%"], *(kernel.worth() for kernel in self.kernels), ["", ""], ["", ""]]
+        lost = [kernel.divergence for kernel in self.kernels if kernel.divergence is not None]
+        columns = ["risk", "divergence", "next 1%"] if lost else ["risk", "next 1%"]
+        sums = [f"{sum(lost):.5f}" if column == "divergence" else "" for column in columns]
+        worth = [
+            columns,
+            *([kernel.worth()[column] for column in columns] for kernel in self.kernels),
+            [""] * len(columns),
+            sums,
+        ]
         return [[*row[:-1], *more, row[-1]] for row, more in zip(rows, worth, strict=True)]
 
     def __str__(self) -> str:

@@ -12,7 +12,6 @@ singular values that it leaves out are what is lost.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -70,7 +69,7 @@ def two_sided_stacks(stacks: Sequence[Stack], inputs: Sequence[jax.Array], outpu
     """
     sides = list(zip(stacks, inputs, outputs, strict=True))
     pairs = matrix.spectral_stacks(
-        [dataclasses.replace(stack, w=in_metric(stack.w.astype(r.dtype), r, t)) for stack, r, t in sides]
+        [dataclasses.replace(stack, w=_in_metric(stack.w.astype(r.dtype), r, t)) for stack, r, t in sides]
     )
     us = [linalg.triangular_solves(r, u) for r, (u, _) in zip(inputs, pairs, strict=True)]
     vs = [_outputs_solved(t, v) for t, (_, v) in zip(outputs, pairs, strict=True)]
@@ -78,20 +77,21 @@ def two_sided_stacks(stacks: Sequence[Stack], inputs: Sequence[jax.Array], outpu
     return [(u.astype(stack.w.dtype), v.astype(stack.w.dtype)) for stack, (u, v) in zip(stacks, balanced, strict=True)]
 
 
-def in_metric(w: Any, r: Any, t: Any) -> Any:
-    """RWTᵀ of kernels W `[k, n, m]`, with Tᵀ for each column of an output; of NumPy's arrays in, of NumPy's out."""
+def _in_metric(w: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
+    """RWTᵀ of kernels W `[k, n, m]`, with Tᵀ for each column of an output."""
     k, n, m = w.shape
     outputs = t.shape[-1]
     return ((r @ w).reshape(k, n * m // outputs, outputs) @ t.mT).reshape(w.shape)
 
 
-def divergences(w: np.ndarray, r: np.ndarray, t: np.ndarray) -> np.ndarray:
+def divergences(rw: np.ndarray, t: np.ndarray) -> np.ndarray:
     """Half of the squared singular values of RWTᵀ beyond every rank from 1 to min(n, m), in float64 on the host.
 
     Args:
-      w, r, t: one kernel `[n, m]` and the roots of its moments `[n, n]` and `[m / group, m / group]`.
+      rw, t: RW `[n, m]`, and the root of the gradients' moment `[m / group, m / group]`.
     """
-    measured = in_metric(*(np.asarray(part, np.float64)[None] for part in (w, r, t)))[0]
+    n, m = rw.shape
+    measured = (rw.reshape(n * m // len(t), len(t)) @ t.T).reshape(n, m)
     gram = measured @ measured.T if len(measured) < measured.shape[1] else measured.T @ measured
     squares = np.maximum(np.linalg.eigvalsh(gram), 0)  # increasing
     return 0.5 * np.append(np.cumsum(squares)[-2::-1], 0.0)

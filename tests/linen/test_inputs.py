@@ -330,7 +330,7 @@ def test_data_that_does_not_fit_gets_one_clear_error():
         factorize(moments={name: m for name, m in moments.items() if name != "conv/kernel"})
     with pytest.raises(ValueError, match=r"conv/kernel: moments must have shape \[27, 27\], not \[26, 26\]"):
         factorize(moments={**moments, "conv/kernel": np.eye(26)})
-    with pytest.raises(ValueError, match="typo/kernel: has data but is not a kernel that the plan factors"):
+    with pytest.raises(ValueError, match="typo/kernel: has data but is not a kernel that the plan could factor"):
         factorize(moments={**moments, "typo/kernel": np.eye(2)})
     nan = np.full((27, 27), np.nan, np.float32)
     for moment, problem in ((nan, "contain non-finite values"), (-moments["conv/kernel"], "must be positive semidefinite")):
