@@ -219,6 +219,12 @@ def moment_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
+def gradient_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `gradient_moments` returns, as shapes."""
+    sizes = {kernel.name: (kernel.stack, kernel.view.m // kernel.view.group) for kernel in plan.captured}
+    return {name: jax.ShapeDtypeStruct((*stack, m, m), jnp.float32) for name, (stack, m) in sizes.items()}
+
+
 def samples(
     model: nn.Module,
     variables: Any,

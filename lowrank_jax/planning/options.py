@@ -69,7 +69,7 @@ def _points(losses: Sequence[Losses | None], rows: list[_Row], cost: np.ndarray)
 
     def lost(curve: str) -> np.ndarray:
         curves = [getattr(of_choice, curve) for of_choice in losses if of_choice is not None]
-        values = np.full(len(rows), np.nan if np.isnan(curves).any() else 0.0)
+        values = np.full(len(rows), np.nan if any(np.isnan(of_choice).any() for of_choice in curves) else 0.0)
         for place, of_choice in enumerate(losses):
             if of_choice is not None:
                 values[choice == place] = getattr(of_choice, curve)[rank[choice == place] - 1]

@@ -37,7 +37,9 @@ def make_plan(config: Config) -> Plan:
     plan, budget = plan_by_rules(config), budget_arguments(config)
     if not budget:
         return awaited(plan, "the dense warm-up ends")
-    return _allocated(unbounded(plan), tuple(kernel.normalized for kernel in plan.kernels), *budget)
+    # Without values nothing is known of what the network's loss would gain.
+    forecast = tuple((name, "tolerance" if value == "divergence" else value) for name, value in budget)
+    return _allocated(unbounded(plan), tuple(kernel.normalized for kernel in plan.kernels), *forecast)
 
 
 def has_budget(config: Config) -> bool:
@@ -57,7 +59,7 @@ def chooses_ranks(config: Config) -> bool:
 
 def forecast(config: Config) -> str:
     """What of `make_plan` is not yet as it will be after a dense warm-up, in words; "" if all of it is."""
-    if not config.starts_dense or not chooses_ranks(config):
+    if not (config.starts_dense or config.is_imported) or not chooses_ranks(config):
         return ""
     if not has_budget(config):
         return (
@@ -85,7 +87,7 @@ def check_plan(config: Config) -> None:
             check_budget(least_bounded(plan), **dict(budget))
     if config.lowrank.moment_batches:
         # To choose ranks after a warm-up, the inputs of all kernels that are open to it are measured.
-        _check_captured(*_relevant(config), plan.opened() if config.starts_dense and chooses_ranks(config) else plan)
+        _check_captured(*_relevant(config), plan.opened() if forecast(config) else plan)
 
 
 @functools.cache

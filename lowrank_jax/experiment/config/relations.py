@@ -38,7 +38,7 @@ def relation_problems(config: Config, devices: int | None, wrong: set[str]) -> l
         problems += objective
     else:
         objective = ["of its own"]
-    parts = _model_problems(config) + factors.problems(config.lowrank, wrong)
+    parts = _model_problems(config) + factors.problems(config, wrong)
     if known and not parts and not objective and not any(key.startswith(("model.", "lowrank.")) for key in wrong):
         parts = _plan_problems(config)
     problems += data + parts

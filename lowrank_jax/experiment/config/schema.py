@@ -22,7 +22,7 @@ from lowrank_jax.patterns import compile_pattern
 from lowrank_jax.planning.budget import OBJECTIVES
 from lowrank_jax.planning.chips import CHIPS
 from lowrank_jax.planning.rules import Rule
-from lowrank_jax.projection.methods import METHODS
+from lowrank_jax.projection.methods import METHODS, TWO_SIDED
 from lowrank_jax.text import did_you_mean
 
 
@@ -58,6 +58,14 @@ def _decay_rules(rules: tuple[tuple[str, float], ...]) -> str | None:
         if complaint := _weight(multiplier):
             return f"the multiplier of {path!r} {complaint}"
     return None if rules else 'must not be empty; (".*", 0.0) decays nothing'
+
+
+def _pattern(value: str) -> str | None:
+    try:
+        compile_pattern(value)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _path(value: str) -> str | None:
@@ -230,6 +238,9 @@ class BudgetConfig:
         return {kind: value for kind, value in given.items() if value is not None}
 
 
+CURVATURE_OF = {SOFTMAX: "softmax", SIGMOID: "sigmoid", MSE: "squared"}
+"""What `inputs.gradient_moments` calls the objectives."""
+
 BUDGET_KINDS = ("params", "macs", "bytes", "seconds")
 BUDGETS = tuple(f"lowrank.budget.{kind}" for kind in BUDGET_KINDS)
 """The keys of a config that ask for one."""
@@ -302,6 +313,10 @@ def _to_rule(common: dict[str, Any], entry: dict[str, Any]) -> Rule:
 class InitConfig:
     """How the state before the first step is made."""
 
+    # Trained weights of the dense network to begin with: "timm:NAME=FILE", a .safetensors file, a work directory (@best or @STEP
+    # of it), or an orbax checkpoint; and which parameters are drawn all the same, as a pattern.
+    weights: str | None = _option(None, _path)
+    redraw: str | None = _option(None, _pattern)
     # Where kernels are decomposed; the products UV of the two differ by rounding.
     svd: str = _option("device", _one_of("device", "host"))
 
@@ -440,6 +455,19 @@ class Config:
     def starts_dense(self) -> bool:
         """Whether the network that will be low-rank is dense at first."""
         return self.lowrank.dense_warmup is not None and self.lowrank.method != "none"
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the network that is factored before the first step has trained weights."""
+        return self.init.weights is not None and not self.starts_dense
+
+    @property
+    def curvature(self) -> str | None:
+        """By which loss's curvature kernels are factored; None if their method needs none, or the loss is of the user's own."""
+        given = self.objective
+        if self.lowrank.method != TWO_SIDED or (given.name == SOFTMAX and given.loss != ObjectiveConfig.loss):
+            return None
+        return CURVATURE_OF.get(given.name)
 
     @property
     def dense_steps(self) -> int | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -31,7 +31,15 @@ from lowrank_jax.experiment.network import Network
 from lowrank_jax.experiment.objective import Objective
 from lowrank_jax.experiment.training import mixing, state, step
 from lowrank_jax.experiment.training.fits import check_program
-from lowrank_jax.experiment.training.start import Start, blank_images, fresh_state, guided, init_weights
+from lowrank_jax.experiment.training.start import (
+    Batches,
+    Start,
+    blank_images,
+    calibration_shapes,
+    fresh_state,
+    guided,
+    init_weights,
+)
 from lowrank_jax.planning import chips
 from lowrank_jax.planning.execution import choose_execution
 from lowrank_jax.planning.plans import Plan
@@ -67,7 +75,7 @@ class Experiment:
         """The Linen module."""
         return self.network.module
 
-    def init(self, batches: Iterable[dict[str, jax.Array]] = ()) -> state.TrainState:
+    def init(self, batches: Batches = tuple) -> state.TrainState:
         """The state before the first step, laid out over the devices; see `Start.state`."""
         return self.start().state(batches)
 
@@ -88,6 +96,8 @@ class Experiment:
             self.mesh,
             self._normalizer(),
             data_aware=config.lowrank.moment_batches > 0,
+            loss=config.curvature,
+            trained=config.curvature is not None or config.is_imported,
             on_host=config.init.svd == "host",
             guided=self.guided_steps > 0,
         )
@@ -249,7 +259,8 @@ def build(
     mesh = _mesh(config, devices)
     plan = planned_for(mesh, config, plan or make_plan(config))
     init = functools.partial(init_weights, network, plan, blank_images(dataset), config.seed)
-    weights = jax.eval_shape(lambda: guided(init()) if guided_steps else init())
+    known = calibration_shapes(plan, data_aware=config.lowrank.moment_batches > 0, loss=config.curvature)
+    weights = jax.eval_shape(lambda known: guided(init(known)) if guided_steps else init(known), known)
 
     def make_optimizer(lr: Any) -> tuple[optax.Schedule, optax.GradientTransformation]:
         schedule = optim.make_schedule(

@@ -21,7 +21,7 @@ from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.experiment.hosts.processes import OtherFailed, barrier, exchange
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
-from lowrank_jax.experiment.training import ranks, recorded_data
+from lowrank_jax.experiment.training import imported, ranks, recorded_data
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.class_weights import with_class_weights
 from lowrank_jax.experiment.training.evaluate import NOBODY, Evaluated, Interrupted, evaluate, score
@@ -32,10 +32,11 @@ from lowrank_jax.experiment.training.overview import describe_phases, extensions
 from lowrank_jax.experiment.training.phases import Phases, phases_of
 from lowrank_jax.experiment.training.profiler import StepProfiler
 from lowrank_jax.experiment.training.result import TrainResult, result_record
-from lowrank_jax.experiment.training.resume import Resumed, first_batches, jax_settings, restore_or_start
+from lowrank_jax.experiment.training.resume import Resumed, first_batches, jax_settings, restore
 from lowrank_jax.experiment.training.stable_ranks import StableRanks
 from lowrank_jax.experiment.training.stop import Stalled, StopSignal
 from lowrank_jax.experiment.training.switch import decided_after, switched, unguided
+from lowrank_jax.experiment.training.weights import with_pixels
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
@@ -99,7 +100,8 @@ def train(
             for note in experiment.dataset.notes:
                 writer.say(f"{experiment.dataset.name}: {note}")
             with stop.waiting_for_data(saved=False):
-                dataset = recorded_data.settle(folder, config, experiment.dataset, data["train"], writer.say)
+                dataset = with_pixels(config, experiment.dataset, writer.say)
+                dataset = recorded_data.settle(folder, config, dataset, data["train"], writer.say)
             phases = phases.map(lambda each: dataclasses.replace(each, dataset=dataset))
             writer.show_settings(flatten(to_dict(config)))
             with stop.waiting_for_data(saved=False):
@@ -108,8 +110,8 @@ def train(
                 writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in weights)}")
             try:
                 loop = begin(Tools(phases, data, folder, writer, checkpoints, stop, on_evaluation), restart)
-                if phases.decided:
-                    ranks.write(folder, config, phases.decided)
+                if decided := loop.phases.decided:
+                    ranks.write(folder, config, decided)
                 with stop:  # until now there was nothing to save
                     return loop.run()
             except Diverged as error:
@@ -197,7 +199,7 @@ class Tools:
 def begin(tools: Tools, restart: bool = False) -> "Loop":
     """Restores or starts the run, and compiles its steps; `restart` as in `train`."""
     began = time.perf_counter()
-    phases, config, mesh = tools.phases, tools.phases.last.config, tools.phases.last.mesh
+    config, mesh = tools.phases.last.config, tools.phases.last.mesh
     batches = TrainBatches(
         tools.data["train"],
         config.batch_size,
@@ -206,18 +208,29 @@ def begin(tools: Tools, restart: bool = False) -> "Loop":
         config.dataset.to_augmentation(),
         shard_of(mesh),
     )
-    resumed = restore_or_start(
-        phases,
-        batches,
-        tools.checkpoints,
-        tools.folder,
-        tools.writer.say,
-        restart=restart,
-        waiting=lambda: tools.stop.waiting_for_data(saved=False),
-    )
+    resumed = restore(tools.phases, tools.checkpoints, tools.folder, tools.writer.say, restart=restart)
+    if resumed is None:
+        tools, resumed = _started(tools, batches)
+    phases = tools.phases
     steps_left = resumed.step < config.total_steps and not phases.ends(resumed.step)
     train_step = _compiled(phases.at(resumed.step), tools.writer) if steps_left else None
     return Loop(tools, batches, resumed, train_step, began - resumed.seconds)
+
+
+def _started(tools: Tools, batches: TrainBatches) -> tuple[Tools, Resumed]:
+    """The run before its first step; its ranks may go by the weights that it begins with."""
+    phases, folder, say = tools.phases, tools.folder, tools.writer.say
+    config = phases.last.config
+    count = 0 if config.starts_dense else config.lowrank.moment_batches
+
+    def first() -> Iterator[dict[str, jax.Array]]:
+        return first_batches(batches, phases.last.mesh, count, say, lambda: tools.stop.waiting_for_data(saved=False))
+
+    if config.init.weights is None:
+        return tools, Resumed(phases.at(0).init(first))
+    phases, state = imported.first_state(phases, folder, first, say)
+    folder.write_text("overview.txt", f"{describe_phases(phases)}\n")
+    return dataclasses.replace(tools, phases=phases), Resumed(state)
 
 
 def _compiled(experiment: Experiment, writer: Writer) -> Callable[..., Any]:

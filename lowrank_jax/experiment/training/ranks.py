@@ -68,7 +68,8 @@ def _needed_by(folder: Workdir, config: Config) -> int | None:
         with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
             later = [step for step, info in checkpoints.records().items() if info.get("low_rank")]
     else:
-        later = [step for step in step_folders.stored(folder.checkpoints) if step > first] if chooses_ranks(config) else []
+        stored = step_folders.stored(folder.checkpoints) if chooses_ranks(config) else []
+        later = [step for step in stored if step > first or config.is_imported]
     return max(later, default=None)
 
 
@@ -88,7 +89,7 @@ def settle(folder: Workdir, config: Config, *, restart: bool = False) -> Decided
     anew = restart and folder.saved() is not None and not step_folders.stored(folder.checkpoints)
     if not anew and (found := read(folder, config)):
         return found
-    if not has_budget(config) or config.starts_dense:
+    if not has_budget(config) or config.starts_dense or config.is_imported:
         return None
     return agreed(config, make_plan(config), 0)
 

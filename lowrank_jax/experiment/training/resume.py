@@ -58,26 +58,18 @@ class Resumed:
     stable_ranks: tuple[Row, ...] = ()
 
 
-def restore_or_start(
-    phases: Phases,
-    batches: TrainBatches,
-    checkpoints: Checkpoints,
-    folder: Workdir,
-    say: Callable[[str], None],
-    *,
-    restart: bool = False,
-    waiting: Waiting = contextlib.nullcontext,
-) -> Resumed:
-    """Restores the newest good checkpoint, or makes the first state where there is none.
+def restore(
+    phases: Phases, checkpoints: Checkpoints, folder: Workdir, say: Callable[[str], None], *, restart: bool = False
+) -> Resumed | None:
+    """Restores the newest good checkpoint; None where there is none, and the run begins.
 
     What an interrupted process logged beyond that step is dropped from the work directory's metrics.
 
     Args:
-      phases, batches, checkpoints, folder: the run's.
+      phases, checkpoints, folder: the run's.
       say: takes a line for the console.
       restart: begin anew if the run was saved and its checkpoints are gone; its old metrics and ranks are kept beside the new
         ones.
-      waiting: entered while a batch is waited for.
 
     Raises:
       CheckpointError: there are checkpoints, and none is good.
@@ -90,9 +82,7 @@ def restore_or_start(
     restored = checkpoints.restore(lambda step: phases.at(step).shapes, lambda restored: _unfit(restored, total, deciding))
     if restored is None:
         _begin_anew(folder, say, restart)
-        count = 0 if experiment.config.starts_dense else experiment.config.lowrank.moment_batches
-        first = first_batches(batches, experiment.mesh, count, say, waiting)
-        return Resumed(experiment.init(first))
+        return None
     checkpoints.tidy()
     return _resumed(restored, total, folder, say)
 

@@ -1,12 +1,12 @@
 """Where the first weights come from: the model's own initialiser draws them, and the plan's methods factor them.
 
-`Start.state` is the one way to the state before the first step.  Another source of weights, such as an imported checkpoint,
-belongs here: it gives `Weights`, and `fresh_state` adds the rest.
+`Start.state` is the one way to the state before the first step.  In the place of drawn weights it takes trained ones, which
+`weights` reads.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -30,7 +30,25 @@ from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.text import first_line
 
-Moments = dict[str, jax.Array] | None
+Batches = Callable[[], Iterable[dict[str, jax.Array]]]
+"""The batches that layers are measured on, from the first one."""
+
+
+class Calibration(NamedTuple):
+    """What is known of the layers, by their kernels' names: see `inputs.second_moments` and `inputs.gradient_moments`."""
+
+    moments: dict[str, jax.Array] | None = None
+    gradients: dict[str, jax.Array] | None = None
+
+
+UNKNOWN = Calibration()
+
+
+def calibration_shapes(plan: Plan, *, data_aware: bool, loss: str | None) -> Calibration:
+    """What `Start.calibration` returns, as shapes; `UNKNOWN` where nothing is measured."""
+    if not data_aware:
+        return UNKNOWN
+    return Calibration(inputs.moment_shapes(plan), None if loss is None else inputs.gradient_shapes(plan))
 
 
 class Weights(NamedTuple):
@@ -52,23 +70,25 @@ def init_dense(network: Network, images: jax.Array, seed: Any) -> Any:
     return {**variables, "params": nn.meta.unbox(variables["params"])}
 
 
-def init_weights(network: Network, plan: Plan, images: jax.Array, seed: Any, moments: Moments = None) -> Weights:
+def init_weights(network: Network, plan: Plan, images: jax.Array, seed: Any, known: Calibration = UNKNOWN) -> Weights:
     """Draws the dense model and factors it.  Made to run under `jit`.
 
     Args:
       network, plan: the network, and which of its kernels are factored.
       images: of the shape that the model takes; their values do not matter.
       seed: of the run, a whole number or a uint32 scalar.
-      moments: of the layers' inputs, for a data-aware factorisation.
+      known: for a data-aware factorisation.
     """
     # Drawn once, rather than anew in every operation that reads a kernel, which a TPU's compiler would take minutes for.
     variables = jax.lax.optimization_barrier(init_dense(network, images, seed))
-    return factored(network, variables, plan, images, seed, moments)
+    return factored(network, variables, plan, images, seed, known)
 
 
-def factored(network: Network, variables: Any, plan: Plan, images: jax.Array, seed: Any, moments: Moments = None) -> Weights:
-    """`init_weights` from variables that are drawn already."""
-    params = factorize(variables["params"], plan, key=key(seed, "factorize"), moments=moments)
+def factored(
+    network: Network, variables: Any, plan: Plan, images: jax.Array, seed: Any, known: Calibration = UNKNOWN
+) -> Weights:
+    """`init_weights` from variables that are there already."""
+    params = factorize(variables["params"], plan, key=key(seed, "factorize"), **known._asdict())
     return Weights(params, variables.get("batch_stats", {}), state_collections(network, variables, images))
 
 
@@ -110,6 +130,8 @@ class Start:
       mesh: the devices, which need not be there to `lower`.
       normalize: images of a batch to what the network takes.
       data_aware: kernels are factored for the inputs that a few batches give their layers.
+      loss: by whose curvature they are factored too, as `inputs.gradient_moments` takes it; None for methods without.
+      trained: the dense network is, so that its BatchNorms have statistics of their own.
       on_host: this machine's CPU decomposes the kernels rather than the devices.
       guided: factor pairs have guides beside them.
     """
@@ -125,33 +147,46 @@ class Start:
     data_aware: bool
     on_host: bool
     guided: bool = False
+    loss: str | None = None
+    trained: bool = False
 
-    def state(self, batches: Iterable[dict[str, jax.Array]] = ()) -> TrainState:
+    def state(self, batches: Batches = tuple) -> TrainState:
         """The state before the first step, laid out over the devices.
 
         Args:
-          batches: what the layers' second moments are taken from, if the start is data-aware.
+          batches: what the layers are measured on, if the start is data-aware.
 
         Raises:
           ConfigError: jax has no CPU device, and the host is to decompose.
         """
-        moments = self.second_moments(self._jit_draw()(self._seed()), batches) if self.data_aware else None
+        known = self.calibration(self._jit_draw()(self._seed()), batches) if self.data_aware else UNKNOWN
         if self.on_host:
-            return self._decomposed_by_host(moments)
-        return self._jit_state()(self._seed(), moments)
+            return self.state_of(self._jit_draw()(self._seed()), known)
+        return self._jit_state()(self._seed(), known)
+
+    def state_of(self, variables: Any, known: Calibration) -> TrainState:
+        """The same from the dense network's variables, whole on every device."""
+        if self.on_host:
+            return jax.jit(self._fresh, out_shardings=self._shardings())(self.factored_by_host(variables, known))
+
+        def factored_state(variables: Any, seed: Any, known: Calibration) -> TrainState:
+            return self._fresh(factored(self.network, variables, self.plan, self.images, seed, known))
+
+        return jax.jit(factored_state, out_shardings=self._shardings())(variables, self._seed(), known)
 
     def lower(self) -> jax.stages.Lowered:
         """The program of `state` for the devices, before it is compiled; without what the host decomposes."""
         if self.on_host:
             return self._jit_draw().lower(self._seed())
-        return self._jit_state().lower(self._seed(), inputs.moment_shapes(self.plan) if self.data_aware else None)
+        known = calibration_shapes(self.plan, data_aware=self.data_aware, loss=self.loss)
+        return self._jit_state().lower(self._seed(), known)
 
     def _seed(self) -> np.uint32:
         return np.uint32(self.seed)
 
     def _jit_state(self) -> Any:
-        def init_state(seed: Any, moments: Moments) -> TrainState:
-            return self._fresh(init_weights(self.network, self.plan, self.images, seed, moments))
+        def init_state(seed: Any, known: Calibration) -> TrainState:
+            return self._fresh(init_weights(self.network, self.plan, self.images, seed, known))
 
         return jax.jit(init_state, out_shardings=self._shardings())
 
@@ -167,40 +202,42 @@ class Start:
     def _shardings(self) -> Any:
         return jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
 
-    def _decomposed_by_host(self, moments: Moments) -> TrainState:
-        weights = self.factored_by_host(self._jit_draw()(self._seed()), moments)
-        return jax.jit(self._fresh, out_shardings=self._shardings())(weights)
+    def calibration(self, variables: Any, batches: Batches, plan: Plan | None = None) -> Calibration:
+        """Of the layers in the dense network, as the methods need it.
 
-    def second_moments(
-        self, variables: Any, batches: Iterable[dict[str, jax.Array]], plan: Plan | None = None
-    ) -> dict[str, jax.Array]:
-        """Of the layers' inputs in the dense network, every BatchNorm on its batch's own statistics.
+        Where it is not trained, or has no gradients measured, every BatchNorm uses its batch's own statistics.
 
         Args:
           variables: the dense network's.
           batches: of the training data.
           plan: the kernels; None for those of the start.
         """
-        normalize = jax.jit(self.normalize)
-        images = (normalize(batch["image"]) for batch in batches)
+        normalize, plan = jax.jit(self.normalize), plan or self.plan
+        images = lambda: (normalize(batch["image"]) for batch in batches())  # noqa: E731
+        flags = self.network.flags(train=not self.trained)
+        network = self.network.module, variables
         dropout = {"dropout": key(self.seed, "dropout")}
-        flags = self.network.flags(train=True)
         try:
-            return inputs.second_moments(self.network.module, variables, images, plan or self.plan, rngs=dropout, **flags)
+            moments = inputs.second_moments(*network, images(), plan, rngs=dropout, **flags)
+            if self.loss is None:
+                return Calibration(moments)
+            drawn = key(self.seed, "gradients")
+            gradients = inputs.gradient_moments(*network, images(), plan, key=drawn, loss=self.loss, rngs=dropout, **flags)
         except ValueError as error:
             raise ConfigError("config", [f"lowrank.moment_batches: {first_line(error)}"]) from error
+        return Calibration(moments, gradients)
 
-    def factored_by_host(self, variables: Any, moments: Moments) -> Weights:
+    def factored_by_host(self, variables: Any, known: Calibration) -> Weights:
         """`factored`, decomposed by this machine's CPU; the same in all processes, on the host.
 
         Args:
           variables: the dense network's, whole on every device.
-          moments: of the layers' inputs, on the devices.
+          known: of the layers, on the devices.
         """
-        # Moments of a batch that several processes read are on the devices of all of them.
-        moments = moments and on_host(jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(moments))
+        # What is known of a batch that several processes read is on the devices of all of them.
+        known = on_host(jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(known))
         with jax.default_device(_cpu()):
-            weights = on_host(factored(self.network, on_host(variables), self.plan, self.images, self._seed(), moments))
+            weights = on_host(factored(self.network, on_host(variables), self.plan, self.images, self._seed(), known))
         if jax.process_count() > 1:  # hosts of two kinds may round differently, and every replica has to be the same
             weights = multihost_utils.broadcast_one_to_all(weights)
         return weights

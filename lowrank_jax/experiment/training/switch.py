@@ -14,7 +14,6 @@ Step, learning rate, order of the data, statistics of BatchNorm and the model's 
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -28,14 +27,11 @@ from lowrank_jax.experiment.hosts.sharding import replicated
 from lowrank_jax.experiment.training import ranks
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.phases import Phases
-from lowrank_jax.experiment.training.start import Weights, fresh_state, on_host
+from lowrank_jax.experiment.training.start import UNKNOWN, Batches, Calibration, Weights, fresh_state, on_host
 from lowrank_jax.experiment.training.state import TrainState, key
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.linen.factorize import factorize, merge
 from lowrank_jax.planning.plans import Plan
-
-Batches = Callable[[], Iterable[dict[str, jax.Array]]]
-"""The batches that the layers' inputs are measured on, from the first one."""
 
 
 def decided_after(phases: Phases, state: TrainState, batches: Batches, step: int) -> Phases:
@@ -56,13 +52,22 @@ def decided_after(phases: Phases, state: TrainState, batches: Batches, step: int
 
 def _allocated(low_rank: Experiment, state: TrainState, batches: Batches) -> Plan:
     plan = plan_by_rules(low_rank.config)
-    moments = _moments(low_rank, state, batches, plan.opened())
-    params = on_host(_whole(state.params, low_rank))
-    moments = moments and on_host(_whole(moments, low_rank))
-    problems: list[str] = []
+    known = _calibration(low_rank, state, batches, plan.opened())
+    return allocated_by_values(low_rank, whole(state.params, low_rank), whole(known, low_rank))
+
+
+def allocated_by_values(low_rank: Experiment, params: Any, known: Calibration) -> Plan:
+    """The plan with the ranks that process 0 chooses by the dense network; every process calls this.
+
+    Args:
+      low_rank: the experiment.
+      params, known: of the dense network, whole on every device.
+    """
+    plan, problems = plan_by_rules(low_rank.config), []
+    params, known = on_host(params), on_host(known)
     if jax.process_index() == 0:
         try:
-            plan = allocated(low_rank.config, plan, variables=params, moments=moments)
+            plan = allocated(low_rank.config, plan, variables=params, **known._asdict())
         except ConfigError as error:
             problems = error.problems
     if problems := json.loads(exchange(json.dumps(problems))[0]):  # the others wait for the ranks
@@ -79,20 +84,20 @@ def switched(low_rank: Experiment, state: TrainState, batches: Batches) -> Train
       batches: see `Batches`.
     """
     start, config = low_rank.start(), low_rank.config
-    moments = _moments(low_rank, state, batches, low_rank.plan)
+    known = _calibration(low_rank, state, batches, low_rank.plan)
     if start.on_host:
-        variables = _whole({"params": state.params, "batch_stats": state.batch_stats, **state.collections}, low_rank)
-        params = start.factored_by_host(variables, moments).params
+        variables = whole({"params": state.params, "batch_stats": state.batch_stats, **state.collections}, low_rank)
+        params = start.factored_by_host(variables, known).params
         carry = lambda state, params: carried(state, params, start.optimizer, config.optim.name)  # noqa: E731
         return jax.jit(carry, out_shardings=low_rank.shardings())(state, params)
 
-    def surgery(state: TrainState, moments: Any) -> TrainState:
+    def surgery(state: TrainState, known: Calibration) -> TrainState:
         # Decompositions of sharded matrices would be taken apart by the compiler.
         dense = jax.lax.with_sharding_constraint(state.params, replicated(low_rank.mesh))
-        params = factorize(dense, low_rank.plan, key=key(start.seed, "factorize"), moments=moments)
+        params = factorize(dense, low_rank.plan, key=key(start.seed, "factorize"), **known._asdict())
         return carried(state, params, start.optimizer, config.optim.name)
 
-    return jax.jit(surgery, out_shardings=low_rank.shardings())(state, moments)
+    return jax.jit(surgery, out_shardings=low_rank.shardings())(state, known)
 
 
 def unguided(last: Experiment, state: TrainState) -> TrainState:
@@ -148,13 +153,13 @@ def _unfactored_kept(params: Any, old: Any) -> Any:
     return jax.tree.map(lambda new, old: new if is_low_rank(new) else old, params, old, is_leaf=is_low_rank)
 
 
-def _moments(low_rank: Experiment, state: TrainState, batches: Batches, plan: Plan) -> dict[str, jax.Array] | None:
+def _calibration(low_rank: Experiment, state: TrainState, batches: Batches, plan: Plan) -> Calibration:
     if not low_rank.config.lowrank.moment_batches:
-        return None
+        return UNKNOWN
     variables = {"params": state.params, "batch_stats": state.batch_stats, **state.collections}
-    return low_rank.start().second_moments(variables, batches(), plan)
+    return low_rank.start().calibration(variables, batches, plan)
 
 
-def _whole(tree: Any, experiment: Experiment) -> Any:
+def whole(tree: Any, experiment: Experiment) -> Any:
     """Arrays, on every device."""
     return jax.jit(lambda tree: tree, out_shardings=replicated(experiment.mesh))(tree)

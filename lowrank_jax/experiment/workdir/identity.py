@@ -14,7 +14,7 @@ from lowrank_jax.experiment.duration import Duration
 # devices, how layers run on them, what decomposes their kernels, and the limit of undecodable images, on which no result
 # depends while it is not reached.
 _FREE = (
-    "code_dir", "dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "init.", "log.", "profile.",
+    "code_dir", "dataset.data_dir", "dataset.max_undecodable", "eval.batch_size", "checkpoint.", "init.svd", "log.", "profile.",
     "lowrank.execution", "mesh.",
 )  # fmt: skip
 
