@@ -13,6 +13,7 @@ from lowrank_jax.paths import named_leaves
 
 Captured = dict[str, tuple[jax.Array, ...]]  # by a kernel's name the arrays that its layer returned, in the order of its uses
 
+_PREFIX = "outputs of "  # before a kernel's name below its layer
 _UNKNOWN = "its layer is not known, or this call does not use it"
 _HIDDEN = f'nothing is written where its layer runs: under nn.scan and nn.vmap, add "{COLLECTION}": 0 to variable_axes'
 _NO_ARRAYS = "its layer returns no floating-point arrays"
@@ -40,7 +41,8 @@ def capture(
     with observe(watch):
         returned, written = run([COLLECTION])
     sown = named_leaves(written.get(COLLECTION, {}), is_leaf=lambda node: isinstance(node, tuple))
-    found = {name: sown[place] for name, place in watch.places.items() if place in sown and name not in watch.unseen}
+    by_kernel = {place.replace(_PREFIX, "", 1): arrays for place, arrays in sown.items()}
+    found = {name: by_kernel[name] for name in kernels if name in by_kernel and name not in watch.unseen}
     return returned, found, {name: watch.unseen.get(name, _UNKNOWN) for name in kernels if name not in found}
 
 
@@ -48,13 +50,11 @@ class _Watch:
     """The interceptor that writes down what layers return.
 
     Attributes:
-      places: by the kernel's name where its outputs are written.
-      unseen: by its name why they are not.
+      unseen: by the kernel's name why its layer's outputs are not written.
     """
 
     def __init__(self, kernels: Collection[str], examples: int | None):
         self._kernels, self._examples = frozenset(kernels), examples
-        self.places: dict[str, str] = {}
         self.unseen: dict[str, str] = {}
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -63,7 +63,7 @@ class _Watch:
         for below in known.kernels if known else ():
             name = "/".join((*layer.path, below))
             if name in self._kernels:
-                self._write(layer, name, f"outputs of {below}", returned)
+                self._write(layer, name, f"{_PREFIX}{below}", returned)
         return returned
 
     def _write(self, layer: Any, name: str, place: str, returned: Any) -> None:
@@ -71,7 +71,6 @@ class _Watch:
         if problem := self._problem(layer, arrays):
             self.unseen[name] = problem
             return
-        self.places[name] = "/".join((*layer.path, place))
         rows = self._examples or 1
         new = tuple(array.reshape(rows, array.size // rows) for array in arrays)
         layer.sow(COLLECTION, place, new, init_fn=tuple, reduce_fn=lambda old, new: old + new)
