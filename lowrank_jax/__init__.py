@@ -7,10 +7,12 @@ if TYPE_CHECKING:
     from lowrank_jax import config as config
     from lowrank_jax import inputs, projection, theory
     from lowrank_jax import models as models
+    from lowrank_jax.comparison import Fidelity
     from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay, frobenius_penalty, nuclear_penalty
     from lowrank_jax.flat import flatten, unflatten
     from lowrank_jax.kernel import LowRankKernel
     from lowrank_jax.linen.factorize import factorize, merge
+    from lowrank_jax.linen.fidelity import fidelity
     from lowrank_jax.linen.known import register_layer
     from lowrank_jax.linen.layers import LowRankConv, LowRankDense, apply, factored
     from lowrank_jax.linen.plan import plan
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Fidelity",
     "LowRankConv",
     "LowRankDense",
     "LowRankKernel",
@@ -41,6 +44,7 @@ __all__ = [
     "choose_execution",
     "factored",
     "factorize",
+    "fidelity",
     "flatten",
     "frobenius_penalty",
     "function_approximation",
@@ -68,6 +72,7 @@ _MODULES = {
     "theory": "theory",
 }
 _HOMES = {
+    "Fidelity": "comparison",
     "LowRankConv": "linen.layers",
     "LowRankDense": "linen.layers",
     "LowRankKernel": "kernel",
@@ -80,6 +85,7 @@ _HOMES = {
     "choose_execution": "planning.execution",
     "factored": "linen.layers",
     "factorize": "linen.factorize",
+    "fidelity": "linen.fidelity",
     "flatten": "flat",
     "frobenius_penalty": "decay",
     "function_approximation": "projection.sampled",

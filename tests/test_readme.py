@@ -13,7 +13,7 @@ from lowrank_jax.paths import named_leaves
 @pytest.mark.slow
 def test_the_python_runs_as_written(repository, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
-    first, others, budget, execution, moments, learning = blocks
+    first, others, budget, faithful, execution, moments, learning = blocks
     names = {}
     exec(first, names)
     plain = names["params"]
@@ -22,6 +22,8 @@ def test_the_python_runs_as_written(repository, capsys):
     assert (unknown.count("premerged"), taught.count("premerged"), taught.count("auto")) == (3, 1, 2)
     exec(budget, names)
     assert names["half"].macs <= names["whole"].dense_macs / 2 and names["seen"].params <= names["whole"].dense_params / 4
+    exec(faithful, names)
+    assert len(names["found"].layers) == 2 and 0 < names["found"].logits_error < 1.5
     exec(execution, names)
     assert all(kernel.execution for kernel in names["plan"].factored)
     exec(moments, names)

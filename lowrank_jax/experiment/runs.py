@@ -139,13 +139,17 @@ def evaluate(
     dataset: str | None = None,
     max_undecodable: int | None = None,
     trust_code: Trust = False,
+    against: Path | None = None,
 ) -> Evaluation:
     """Evaluates a checkpoint on every example of a split, and counts what each class is taken for.
+
+        evaluation = lx.evaluate("runs/low", against="runs/dense@best")
+        print(evaluation.fidelity)
 
     Args:
       workdir: of the run.
       step: "latest", "best" or a step's number.
-      split, data_dir, dataset, max_undecodable, trust_code: as in `Evaluator`.
+      split, data_dir, dataset, max_undecodable, trust_code, against: as in `Evaluator`.
 
     Raises:
       WorkdirError, ConfigError, DataError, CheckpointError: something that is needed cannot be used; the message says why.
@@ -159,6 +163,7 @@ def evaluate(
         max_undecodable=max_undecodable,
         trust_code=trust_code,
         classes=True,
+        against=None if against is None else _path("against", against),
     )
     _begin()
     with _explained():
@@ -213,6 +218,7 @@ _ARGUMENTS = {
     "--split": "split",
     "--dataset": "dataset",
     "--data-dir": "data_dir",
+    "--against": "against",
 }
 _FLAG = re.compile(rf"(?<!evaluate )({'|'.join(_ARGUMENTS)})(?![\w-])")  # but where a command is quoted
 

@@ -18,13 +18,13 @@ def check_model(model: Any) -> None:
         raise TypeError(f"lowrank_jax takes a flax.linen module; {_found(model)}")
 
 
-def check_variables(variables: Any) -> None:
-    """Raises TypeError for what is no dict of collections, and ValueError for one without parameters."""
+def check_variables(variables: Any, name: str = "variables") -> None:
+    """Raises TypeError for what is no dict of collections, and ValueError for one without parameters; `name` is its own."""
     if not isinstance(variables, Mapping):
-        raise TypeError(f"variables must be a dict of collections, as model.init returns it, not {shown(variables)}")
+        raise TypeError(f"{name} must be a dict of collections, as model.init returns it, not {shown(variables)}")
     if "params" not in variables:
         keys = ", ".join(map(str, variables)) or "nothing"
-        raise ValueError(f'variables must have "params", as for model.apply, and have {keys}')
+        raise ValueError(f'{name} must have "params", as for model.apply, and have {keys}')
 
 
 def _found(model: Any) -> str:

@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.comparison import divergences
 from lowrank_jax.kernel import is_low_rank
-from lowrank_jax.linen.layers import call_model
 from lowrank_jax.linen.model_check import check_model, check_variables
-from lowrank_jax.linen.named_axes import in_named_axes
+from lowrank_jax.linen.predictions import call, check_functions, check_predictions, logits_of, written
 from lowrank_jax.paths import map_named, named_leaves
 from lowrank_jax.planning.arguments import check_batches, check_plan
 from lowrank_jax.planning.curves import curves_of_kernels
 from lowrank_jax.planning.factorize import factorize
 from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
-from lowrank_jax.text import shown
 
 _LEAST = 1e-3  # of a relative risk: next to less, rounding would be seen in its place
 
@@ -75,22 +74,25 @@ def sensitivity(
     check_variables(variables)
     check_batches(batches)
     check_plan(plan)
-    for what, function in (("logits", logits), ("say", say)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{what} must be a function, not {shown(function)}")
+    check_functions(logits=logits, say=say)
     variables = {**variables, "params": nn.meta.unbox(variables["params"])}
     changed = _changed_kernels(variables["params"], plan)
-    predict = jax.jit(lambda variables, batch: _predictions(model, variables, batch, logits, rngs, kwargs))
+
+    @jax.jit
+    def predict(variables: Any, batch: Any) -> jax.Array:
+        returned, _ = call(model, variables, batch, rngs, kwargs, written(variables))
+        return jax.nn.log_softmax(logits_of(model, returned, logits))
+
     divergences = dict.fromkeys(changed, 0.0)
     total = 0
     for index, batch in enumerate(batches):
         dense = predict(variables, batch)
-        _check(dense, f"batch {index}")
+        check_predictions(dense, index, "model")
         count = dense.size // dense.shape[-1]
         for place, (name, other) in enumerate(changed.items()):
             if say is not None:
                 say(f"batch {index + 1}, kernel {place + 1} of {len(changed)}: {name}")
-            found = float(_divergence(dense, predict(_with(variables, name, other.kernel), batch)))
+            found = float(_mean_divergence(dense, predict(_with(variables, name, other.kernel), batch)))
             if not np.isfinite(found):
                 raise ValueError(f"batch {index}: with {name} at a low rank the predictions are not numbers")
             divergences[name] += found * count
@@ -133,28 +135,6 @@ def _with(variables: Mapping[str, Any], name: str, kernel: jax.Array) -> dict[st
     return {**variables, "params": params}
 
 
-def _predictions(model: nn.Module, variables: Any, batch: Any, logits: Any, rngs: Any, kwargs: dict[str, Any]) -> jax.Array:
-    """Logarithms of probabilities, `[..., classes]`, in float32 or better."""
-    args = batch if isinstance(batch, tuple) else (batch,)
-    options = {**kwargs, "rngs": rngs, "mutable": [name for name in variables if name != "params"]}
-    returned, _ = in_named_axes(lambda: call_model(model, variables, *args, **options))
-    made = returned if logits is None else logits(returned)
-    if not isinstance(made, jax.Array) or not made.ndim or not jnp.issubdtype(made.dtype, jnp.floating):
-        raise TypeError(f"{type(model).__name__} returns no array of logits: pass logits=, a function of what it returns")
-    return jax.nn.log_softmax(made.astype(jnp.promote_types(made.dtype, jnp.float32)))
-
-
 @jax.jit
-def _divergence(one: jax.Array, other: jax.Array) -> jax.Array:
-    """The mean Kullback-Leibler divergence of `[..., classes]`, logarithms of probabilities, as a sum without cancellation."""
-    p, change = jnp.exp(one), jnp.where(jnp.isneginf(one), 0, other - one)
-    small = change < 1
-    near = p * (jnp.expm1(jnp.where(small, change, 0)) - change)
-    return jnp.mean(jnp.sum(jnp.where(small & (p > 0), near, jnp.exp(other) - p - p * change), axis=-1))
-
-
-def _check(predictions: jax.Array, what: str) -> None:
-    if not predictions.size:
-        raise ValueError(f"{what} is empty")
-    if jnp.isnan(predictions).any():
-        raise ValueError(f"{what}: the model's predictions are not numbers")
+def _mean_divergence(one: jax.Array, other: jax.Array) -> jax.Array:
+    return jnp.mean(divergences(one, other))

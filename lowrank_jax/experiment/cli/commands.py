@@ -160,7 +160,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     _check_devices() if args.watch else _join(args)
     trusted = args.trust_code or []
     evaluator = Evaluator(
-        **given(args, ("split", "data_dir", "dataset", "max_undecodable")),
+        **given(args, ("split", "data_dir", "dataset", "max_undecodable", "against")),
         trust_code=True in trusted or trusted,
         classes=bool(args.classes or args.confusion or args.json),
     )
@@ -248,6 +248,8 @@ def _watch(args: argparse.Namespace, workdirs: list[str], evaluator: "Evaluator"
         raise ConfigError("--watch", ["evaluates every checkpoint and writes a file of its own; remove --step and --json"])
     if args.classes or args.confusion:
         raise ConfigError("--watch", ["counts no classes; remove --classes and --confusion"])
+    if args.against:
+        raise ConfigError("--watch", ["compares no networks; remove --against"])
     outcome = watch(workdirs, evaluator, poll=args.poll, say=say, complain=complain)
     if outcome.interrupted:
         return INTERRUPTED

@@ -120,7 +120,13 @@ _EVALUATE = f"""examples:
   lowrank evaluate --workdir=runs/digits --classes --confusion=confusion.png
   lowrank evaluate --workdir runs/sweep/* --json=sweep.json
   lowrank evaluate --workdir=runs/imagenet --dataset=imagenet_v2
+  lowrank evaluate --workdir=runs/digits --against=runs/dense@best
   lowrank evaluate --workdir=runs/digits --watch
+
+--against runs another run's network on the same examples, whose labels it does not read. It adds for how many of them both
+choose the same class (agreement), KL(the other || this one) in nats, and the relative errors of the logits and of the layers
+that are factored in either: the worst five, and all in --json. Both networks must take the same images and give as many
+outputs; each gets pixels normalised as in its own training.
 
 With several work directories, those that cannot be evaluated are reported and the others are evaluated; the exit status is
 then {BAD_INPUT}. The files of a sweep and of its report beside them are passed over.
@@ -154,8 +160,12 @@ def _evaluate(command: argparse.ArgumentParser) -> None:
     add("--classes", action="store_true", help="also show the top-1 of each class, and what it is most often taken for")
     add("--confusion", type=flag_types.text, metavar="FILE.png", help="also draw the confusion matrix")
     add(
+        "--against", type=flag_types.text, metavar="DIR[@STEP]",
+        help="also compare each network with that of this run: @latest (default), @best or the number of a step",
+    )  # fmt: skip
+    add(
         "--json", type=flag_types.text, metavar="FILE",
-        help="also write the results to this file, with the top-1 of each class and the confusion matrix",
+        help="also write the results to this file, with the top-1 of each class, the confusion matrix, and every layer's error",
     )  # fmt: skip
     add("--watch", action="store_true", help="evaluate every checkpoint as it appears, until training ends")
     add("--poll", type=flag_types.seconds, default=10.0, metavar="SECONDS", help="polling interval of --watch; default: 10")

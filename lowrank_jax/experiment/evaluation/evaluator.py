@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.data.base import Dataset, Split
 from lowrank_jax.experiment.errors import UserError, of_files
 from lowrank_jax.experiment.evaluation import classes
+from lowrank_jax.experiment.evaluation.against import Reference
 from lowrank_jax.experiment.evaluation.classes import Classes
 from lowrank_jax.experiment.evaluation.results import Evaluation, Rows
 from lowrank_jax.experiment.evaluation.selection import default_split, evaluated_parts, other_dataset, read_config, restore
@@ -71,12 +73,23 @@ class Subject:
         restored: Restored,
         stop_requested: Callable[[], bool] = lambda: False,
         waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        reference: Reference | None = None,
     ) -> Evaluation:
-        """Evaluates a checkpoint.  Raises Interrupted if `stop_requested` becomes true before it has finished."""
+        """Evaluates a checkpoint, and compares its network with another one's on the same batches.
+
+        Raises:
+          Interrupted: `stop_requested` became true before it had finished.
+          ConfigError: the networks cannot be compared.
+        """
         tallies: dict[str, Tally] = {}
+        variables, plan = evaluated_variables(restored.state), self.phases.at(restored.step).plan
+        eval_step, comparison = self.eval_step, None
+        if reference is not None:
+            comparison = reference.comparison(str(self.folder.path), self.experiment, plan)
+            eval_step = comparison.beside(eval_step, variables[""])
         metrics = evaluate(
-            self.eval_step,
-            evaluated_variables(restored.state),
+            eval_step,
+            variables,
             self.examples,
             batch_size=self.batch_size,
             mesh=self.experiment.mesh,
@@ -86,7 +99,6 @@ class Subject:
         )
         names = classes.names_of(self.experiment.dataset)
         counted = {weights: Classes(names, **tally) for weights, tally in tallies.items() if tally}
-        plan = self.phases.at(restored.step).plan
         return Evaluation(
             self.split,
             restored.step,
@@ -98,6 +110,8 @@ class Subject:
             counted.get(""),
             counted.get("_raw"),
             self.data_changed,
+            comparison and comparison.fidelity(),
+            comparison and comparison.against,
         )
 
 
@@ -115,6 +129,8 @@ class Evaluator:
       trust_code: what a run's config may have imported besides this project's own models, losses and metrics: True for
         whatever it names, or the names to trust, such as "package.module:Model".
       classes: also count what each class is taken for, where labels are classes.
+      against: also compare each network with that of another run: a work directory, with "@latest", "@best" or "@STEP" behind
+        it or without.
 
     Attributes:
       untrusted: the names that runs were refused for.
@@ -129,9 +145,10 @@ class Evaluator:
         max_undecodable: int | None = None,
         trust_code: Trust = False,
         classes: bool = False,
+        against: str | None = None,
     ):
         self._split, self._data_dir, self._dataset, self._max_undecodable = split, data_dir, dataset, max_undecodable
-        self._trusted, self._classes = trust_code, classes
+        self._trusted, self._classes, self._against = trust_code, classes, against
         self.untrusted: dict[str, None] = {}
         self._phases: dict[Hashable, Phases] = {}
         self._eval_steps: dict[Hashable, Callable[..., dict[str, jax.Array]]] = {}
@@ -143,10 +160,23 @@ class Evaluator:
         Raises:
           WorkdirError, ConfigError, DataError, CheckpointError: something that is needed cannot be used; the message says why.
         """
-        subject = self.open(workdir)
+        subject, reference = self.open(workdir), self.reference
         with subject.checkpoints() as checkpoints:
             restored = restore(checkpoints, step, subject.target)
-        return subject.evaluate(restored)
+        return subject.evaluate(restored, reference=reference)
+
+    @functools.cached_property
+    def reference(self) -> Reference | None:
+        """The network that others are compared with; None without one.
+
+        Raises:
+          WorkdirError, ConfigError, CheckpointError: it cannot be read; the message says why.
+          UntrustedCode: its config names code that is not trusted.
+        """
+        if self._against is None:
+            return None
+        with self._noting_untrusted():
+            return Reference(self._against, self._trusted)
 
     def open(self, workdir: str) -> Subject:
         """Prepares the evaluation of a run.
@@ -182,8 +212,13 @@ class Evaluator:
         return other_dataset(config, trained_on, self._dataset, self._data_dir), ()
 
     def _config(self, folder: Workdir) -> Config:
-        try:
+        with self._noting_untrusted():
             return read_config(folder, self._trusted, self._data_dir)
+
+    @contextlib.contextmanager
+    def _noting_untrusted(self) -> Iterator[None]:
+        try:
+            yield
         except UntrustedCode as error:
             self.untrusted |= dict.fromkeys(error.names)
             raise
@@ -228,6 +263,7 @@ def evaluate_all(
 ) -> dict[str, Evaluation]:
     """Evaluates a checkpoint of each work directory and prints a row for it; complains about those that cannot be evaluated."""
     rows, done = Rows(workdirs, say), {}
+    _ = evaluator.reference  # what is wrong with it is said once
     for workdir in workdirs:
         try:
             done[workdir] = evaluator.evaluate(workdir, step)

@@ -10,19 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lowrank_jax.experiment.config.schema import Config, MeshConfig
+from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.config.trust import Trust
 from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation import classes, selection
+from lowrank_jax.experiment.evaluation.opened import open_network
 from lowrank_jax.experiment.evaluation.predictions import Prediction, predictions
 from lowrank_jax.experiment.hosts.sharding import batch_sharding, batch_shards, put_batch, replicated
-from lowrank_jax.experiment.training import ranks, recorded_data
-from lowrank_jax.experiment.training.phases import phases_of
-from lowrank_jax.experiment.training.state import evaluated_variables
-from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
-from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests
-from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.linen.factorize import merge
 from lowrank_jax.planning.plans import Plan
 
@@ -143,26 +138,16 @@ class TrainedNetwork:
 
 def restore(workdir: str, step: str = "latest", *, raw: bool = False, trust_code: Trust = False) -> TrainedNetwork:
     """See `lowrank_jax.experiment.restore`."""
-    folder = Workdir(workdir)
-    with recorded_data.used(folder):
-        stored = selection.read_config(folder, trust_code, looks_at_data=False)
-        config = recorded_data.as_trained(stored, folder)
-        decided = ranks.read(folder, stored)
-        phases = phases_of(dataclasses.replace(config, mesh=MeshConfig()), decided, workdir, jax.local_devices())
-        identity, earlier = digest_of(stored), earlier_digests(stored)
-    with Checkpoints(folder.checkpoints, identity, earlier=earlier, read_only=True) as checkpoints:
-        restored = selection.restore(checkpoints, step, lambda step: selection.evaluated_parts(phases.at(step).shapes))
-    experiment = phases.at(restored.step)
-    weights = evaluated_variables(restored.state)
-    variables = weights.get("_raw", weights[""]) if raw else weights[""]
+    opened = open_network(workdir, step, trust_code, jax.local_devices())
+    experiment = opened.experiment
     return TrainedNetwork(
         experiment.model,
-        variables,
+        opened.variables(raw=raw),
         experiment.plan,
-        stored,
+        opened.config,
         experiment.dataset,
-        restored.step,
-        restored.damaged,
+        opened.restored.step,
+        opened.restored.damaged,
         experiment.jit_forward(),
         experiment.mesh,
     )

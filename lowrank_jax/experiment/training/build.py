@@ -175,6 +175,19 @@ class Experiment:
         self._check_measured()
         return jax.jit(step.make_forward(self.network, self._normalizer(), gather=self._gather_evaluated()))
 
+    def jit_watched_forward(self, kernels: Sequence[str], *, logits: bool, unseen: dict[str, str]) -> jax.stages.Wrapped:
+        """The same, with what the layers of these kernels return; see `step.make_watched_forward`.
+
+        Raises:
+          ConfigError: the inputs' mean and deviation are not known.
+        """
+        self._check_measured()
+        gather = self._gather_evaluated()
+        forward = step.make_watched_forward(
+            self.network, self._normalizer(), kernels, logits=logits, unseen=unseen, gather=gather
+        )
+        return jax.jit(forward)
+
     def _check_measured(self) -> None:
         """Shapes do not depend on what the normaliser subtracts; what a network learns and computes does."""
         dataset = self.dataset

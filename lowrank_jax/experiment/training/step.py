@@ -1,18 +1,21 @@
 """One step of training and of evaluation: pure functions of state and batch."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_jax import comparison
 from lowrank_jax.experiment import objective as objectives
 from lowrank_jax.experiment.guided import blended, share_at, without_guides
 from lowrank_jax.experiment.network import Network
 from lowrank_jax.experiment.objective import Metric, Objective
 from lowrank_jax.experiment.training.mixing import Mixing, Normalize
 from lowrank_jax.experiment.training.state import TrainState, key
+from lowrank_jax.linen import outputs as layer_outputs
 
 Metrics = dict[str, jax.Array]
 Gather = Callable[[Any], Any]
@@ -137,6 +140,36 @@ def make_forward(
     def forward(variables: dict[str, Any], images: jax.Array) -> Any:
         variables = {**variables, "params": gather(variables["params"])}
         return jax.tree.map(_single, network.apply(variables, normalize(images), train=False))
+
+    return forward
+
+
+def make_watched_forward(
+    network: Network,
+    normalize: Normalize,
+    kernels: Sequence[str],
+    *,
+    logits: bool,
+    unseen: dict[str, str],
+    gather: Gather = lambda params: params,
+) -> Callable[[dict[str, Any], jax.Array], comparison.Run]:
+    """The same, with what the layers of these kernels return, by example.
+
+    Args:
+      network, normalize, gather: as for `make_forward`.
+      kernels: names of parameters.
+      logits: whether the outputs are logits of a softmax.
+      unseen: receives by the kernel's name why its layer's outputs cannot be had.
+    """
+
+    def forward(variables: dict[str, Any], images: jax.Array) -> comparison.Run:
+        variables = {**variables, "params": gather(variables["params"])}
+        normal = normalize(images)
+        run = functools.partial(network.apply, variables, normal, train=False)
+        returned, layers, left_out = layer_outputs.capture(lambda more: run(mutable=more), kernels, len(images))
+        unseen.update(left_out)
+        given = tuple(_single(leaf) for leaf in jax.tree.leaves(returned) if jnp.issubdtype(leaf.dtype, jnp.floating))
+        return comparison.Run(given, jax.nn.log_softmax(given[0]) if logits else None, layers)
 
     return forward
 

@@ -95,6 +95,22 @@ def test_evaluate_shows_draws_and_writes_what_each_class_is_taken_for(trained, t
     assert "<svg" in files["--confusion"].read_text() and result.stdout.endswith(f"{files['--confusion']}\n")
 
 
+def test_evaluate_compares_with_another_run(trained, tmp_path):
+    against = f"--against={trained}@180"
+    result = lowrank("evaluate", f"--workdir={trained}", against, f"--json={tmp_path / 'out.json'}")
+    assert result.status == 0, result.stderr
+    written = json.loads((tmp_path / "out.json").read_text())["fidelity"]
+    header, row, empty, title, layers, *worst = result.stdout.splitlines()
+    assert header.split()[5:9] == ["agreement", "KL", "logits", "error"] and row.split()[5] == f"{written['agreement']:.4f}"
+    assert not empty and title == f"against {trained}, step 180:" and layers.split() == ["layer", "of", "error"]
+    assert {line.split()[0] for line in worst} == written["layers"].keys() and written["kl"] > 0
+    several = lowrank("evaluate", "--workdir", trained, tmp_path / "nowhere", against)
+    assert several.status == 2 and several.stdout.splitlines()[1].split()[6] == f"{written['agreement']:.4f}"
+    assert "nowhere" in several.stderr
+    missing = lowrank("evaluate", "--workdir", trained, tmp_path / "nowhere", f"--against={tmp_path / 'gone'}")
+    assert missing.status == 2 and not missing.stdout and missing.stderr.count("gone") == 1
+
+
 def test_classes_are_shown_of_one_run_and_written_of_several(trained, tmp_path):
     both = ["evaluate", "--workdir", trained, tmp_path / "nowhere"]
     for flag in ("--classes", "--confusion=matrix.png"):
@@ -242,6 +258,8 @@ def test_a_watch_stopped_by_a_signal_has_its_status(tmp_path):
         (["--step=7"], "has no step 7; choose from ["),
         (["--step=lates"], "has no step lates"),
         (["--watch", "--step=best"], "remove --step and --json"),
+        (["--watch", "--against=x"], "compares no networks; remove --against"),
+        (["--against=@best"], "@best names no work directory: DIR@best"),
         (["--watch", "--classes"], "counts no classes; remove --classes and --confusion"),
         (["--confusion=matrix.txt"], "--confusion: matrix.txt must end in .png, .svg, .pdf"),
         (["--watch", "--processes=2", "--process=1"], "runs as a single process; remove --processes --process"),
