@@ -1,11 +1,12 @@
-"""Makes images of real photographs, for measuring what compression does to a trained network: calibration, held out, evaluation.
+"""Makes images of real photographs, for measuring what compression does to a trained network.
 
     python -m scripts.pictures --out=FOLDER              # 16 random crops of each photograph, 224 pixels
     python -m scripts.pictures --out=FOLDER --whole      # one image of each: the middle of the whole photograph
 
 The photographs are in packages of Debian 12, which are downloaded into a temporary folder and not installed (apt-get and
-dpkg-deb; no root), and in scikit-image, scikit-learn and matplotlib.  What cannot be had is left out and named.  list.csv beside
-this file names every photograph, its sha256 and its set.  Writes one .npz a set; `scripts.pictures.load` reads them.
+dpkg-deb; no root), and in scikit-image, scikit-learn and matplotlib.  What cannot be had is left out and named.  list.csv
+beside this file names every photograph, its sha256 and its set: calibration, held out or evaluation.  Writes an .npz for each
+set; `scripts.pictures.load` reads them.  A minute, 350 MB of downloads, 450 MB of files.
 """
 
 import argparse
@@ -22,20 +23,20 @@ import PIL
 
 from lowrank_jax.experiment.errors import BAD_INPUT, UserError
 from lowrank_jax.text import align
-from scripts.pictures.crops import central_crop, differing, fingerprint, opened, random_crops
+from scripts.pictures.crops import central_crop, fingerprint, likeness, opened, random_crops
 from scripts.pictures.listed import SETS, Picture, read_list
 from scripts.pictures.packages import fetch
 from scripts.pictures.stored import Pictures, save
 
-ALIKE = 0.15
-"""Two pictures are copies of each other if less than this share of their fingerprints differs."""
+ALIKE = 0.96
+"""Two pictures are copies of each other if their likeness is above this."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     try:
         make(args.out, {"crops": args.crops, "size": args.size, "seed": args.seed, "whole": args.whole}, read_list())
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(BAD_INPUT)
 
@@ -59,17 +60,29 @@ def make(out: Path, how: Mapping[str, Any], pictures: Sequence[Picture]) -> None
         names = np.array([picture.name for picture in pictures])
         prints: dict[Picture, np.ndarray] = {}
         for name in SETS:
-            some = {number: picture for number, picture in enumerate(pictures) if picture in found and picture.set == name}
-            images = []
-            for done, picture in enumerate(some.values(), 1):
-                image = opened(found[picture])
-                prints[picture] = fingerprint(image)
-                images.append(_images(image, picture.name, how))
-                _progress(name, done, len(some))
-            picture = np.repeat(np.array(list(some), np.int32), [len(one) for one in images])
-            save(out, name, Pictures(np.concatenate(images), picture, names, made))
-    _refuse_copies(prints)
+            images, numbers = _cut(name, pictures, found, how, prints)
+            _refuse_copies(prints)
+            save(out, name, Pictures(images, numbers, names, made))
     print(_totals(list(found), how, missing))
+
+
+def _cut(
+    name: str,
+    pictures: Sequence[Picture],
+    found: Mapping[Picture, Path],
+    how: Mapping[str, Any],
+    prints: dict[Picture, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The images of one set `[n, size, size, 3]` and the numbers of their pictures `[n]`; notes the pictures' fingerprints."""
+    some = [(number, picture) for number, picture in enumerate(pictures) if picture in found and picture.set == name]
+    each = 1 if how["whole"] else how["crops"]
+    images = np.empty((each * len(some), how["size"], how["size"], 3), np.uint8)
+    for place, (_, picture) in enumerate(some):
+        image = opened(found[picture])
+        prints[picture] = fingerprint(image)
+        images[each * place : each * (place + 1)] = _images(image, picture.name, how)
+        _progress(name, place + 1, len(some))
+    return images, np.repeat(np.array([number for number, _ in some], np.int32), each)
 
 
 def _images(image: Any, name: str, how: Mapping[str, Any]) -> np.ndarray:
@@ -81,7 +94,7 @@ def _images(image: Any, name: str, how: Mapping[str, Any]) -> np.ndarray:
 def copies(prints: Mapping[Picture, np.ndarray]) -> list[tuple[Picture, Picture]]:
     """The pairs of pictures that look alike and are not said to be of one series."""
     pairs = itertools.combinations(prints, 2)
-    return [(a, b) for a, b in pairs if differing(prints[a], prints[b]) < ALIKE and not (a.series and a.series == b.series)]
+    return [(a, b) for a, b in pairs if likeness(prints[a], prints[b]) > ALIKE and not (a.series and a.series == b.series)]
 
 
 def _refuse_copies(prints: Mapping[Picture, np.ndarray]) -> None:

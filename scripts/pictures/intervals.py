@@ -1,6 +1,7 @@
 """Intervals for what was measured on several images of each photograph."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -9,7 +10,7 @@ from numpy.typing import ArrayLike
 def bootstrap(
     values: ArrayLike,
     picture: ArrayLike,
-    statistic: Callable[[np.ndarray], float] = np.mean,  # type: ignore[assignment]
+    statistic: Callable[[np.ndarray], Any] = np.mean,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float]:

@@ -20,7 +20,7 @@ class Pictures:
     Attributes:
       images: uint8 `[n, size, size, 3]`.
       picture: the photograph that each was cut from, by its place in the list: int32 `[n]`, ascending.
-      names: package and path of each photograph of the list: `[pictures of the list]`; those of the images are `names[picture]`.
+      names: package and path of each photograph in the list; those of the images are `names[picture]`.
       made: what made them: crops, size, seed, versions.
     """
 
@@ -41,7 +41,7 @@ def save(folder: Path, name: str, pictures: Pictures) -> None:
     with partial.open("wb") as stream:
         arrays = {field: getattr(pictures, field) for field in ("images", "picture", "names")}
         np.savez(stream, **arrays, made=np.array(json.dumps(dict(pictures.made), sort_keys=True)))
-    os.replace(partial, file)
+    partial.replace(file)
 
 
 def load(folder: str | os.PathLike[str]) -> dict[str, Pictures]:
