@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lowrank_jax import models as models
     from lowrank_jax.comparison import Fidelity
     from lowrank_jax.decay import add_frobenius_decay, add_nuclear_decay, frobenius_penalty, nuclear_penalty
+    from lowrank_jax.exchange.load import load
     from lowrank_jax.flat import flatten, unflatten
     from lowrank_jax.kernel import LowRankKernel
     from lowrank_jax.linen.factorize import factorize, merge
@@ -49,6 +50,7 @@ __all__ = [
     "frobenius_penalty",
     "function_approximation",
     "inputs",
+    "load",
     "merge",
     "nuclear_penalty",
     "plan",
@@ -89,6 +91,7 @@ _HOMES = {
     "flatten": "flat",
     "frobenius_penalty": "decay",
     "function_approximation": "projection.sampled",
+    "load": "exchange.load",
     "merge": "linen.factorize",
     "nuclear_penalty": "decay",
     "plan": "linen.plan",

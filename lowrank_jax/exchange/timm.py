@@ -8,29 +8,37 @@ Trained weights (`timm.create_model(..., pretrained=True)`) convert like random 
 module.  The images are to be normalised as the model's `pretrained_cfg` in timm says, which differs from model to model.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.traverse_util
 import numpy as np
 
 from lowrank_jax import models
+from lowrank_jax.exchange.fit import fitted
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.text import did_you_mean
 
 # timm's name, up to a dot: the name here and the settings in which the two differ.
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
+    **{
+        name: (name, {})
+        for name in (*(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)), "wide_resnet50_2", "wide_resnet101_2")
+    },
     **{f"tf_efficientnet_{size}": (f"efficientnet_{size}", {}) for size in (*(f"b{i}" for i in range(9)), "l2")},
     **{
         f"efficientnet_{size}": (f"efficientnet_{size}", {"padding": "symmetric", "epsilon": 1e-5})
         for size in (*(f"b{i}" for i in range(9)), "l2")
     },
-    "vit_small_patch16_224": ("vit_s16", {}),
-    "vit_base_patch16_224": ("vit_b16", {}),
+    **{f"tf_efficientnet_lite{size}": (f"efficientnet_lite{size}", {}) for size in range(5)},
+    **{
+        f"vit_{size}_patch{patch}_224": (f"vit_{size[0]}{patch}", {})
+        for size in ("small", "base", "large")
+        for patch in (16, 32)
+    },
 }
 
 # How a repeated part is numbered there, and its path here.
@@ -59,6 +67,19 @@ _MBCONV_UNEXPANDED = {"conv_dw": "depthwise", "bn1": "depthwise_norm", "conv_pw"
 _VIT = {"patch_embed.proj": "embed"}
 _VIT_BLOCK = {"attn.proj": "attention/out", "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}
 
+# EfficientNets in the names of the package efficientnet_pytorch, which number the blocks of all stages through.
+_NUMBERED = {"_conv_stem": "stem/conv", "_bn0": "stem/norm", "_conv_head": "top/conv", "_bn1": "top/norm", "_fc": "head"}
+_NUMBERED_BLOCK = {
+    "_expand_conv": "expand",
+    "_bn0": "expand_norm",
+    "_depthwise_conv": "depthwise",
+    "_bn1": "depthwise_norm",
+    "_se_reduce": "se/reduce",
+    "_se_expand": "se/excite",
+    "_project_conv": "project",
+    "_bn2": "project_norm",
+}
+
 _LEAVES = {"running_mean": "mean", "running_var": "var"}
 _ALONE = {"cls_token": "token", "pos_embed": "positions"}
 _UNUSED = "num_batches_tracked"  # counts for an average that the running statistics are not
@@ -75,41 +96,75 @@ def twin(timm_name: str, *, num_classes: int, **kwargs: Any) -> nn.Module:
     Raises:
       ValueError: there is none.
     """
+    check_name(timm_name)
+    name, settings = TWINS[timm_name.split(".")[0]]
+    return models.build(name, num_classes=num_classes, **{**settings, **kwargs})
+
+
+def check_name(timm_name: str) -> None:
+    """Raises ValueError if no model here computes what timm's of that name does."""
     architecture = timm_name.split(".")[0]
     if architecture not in TWINS:
         raise ValueError(f"no model here corresponds to timm's {architecture!r}{did_you_mean(architecture, TWINS)}")
-    name, settings = TWINS[architecture]
-    return models.build(name, num_classes=num_classes, **{**settings, **kwargs})
+
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def pixels(timm_name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the pixels, scaled to [0, 1], that the weights of timm's model are for: of its default tag."""
+    check_name(timm_name)
+    halves = timm_name.startswith(("vit_", "tf_efficientnet_lite")) or timm_name in ("tf_efficientnet_b8", "efficientnet_b1")
+    return _HALF if halves else _IMAGENET
 
 
 def from_timm(state: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of a timm model as variables of its twin.
 
     Args:
-      state: timm's `state_dict`, its tensors as numpy arrays.
+      state: timm's `state_dict`, its tensors as numpy arrays; of an EfficientNet also that of the package efficientnet_pytorch,
+        and of those that name their tensors as it does.
       like: the twin's variables, or their shapes as `jax.eval_shape` gives them.
 
     Returns:
       Variables with the paths and shapes of `like`, float32 numpy arrays.
 
     Raises:
-      ValueError: an array has no place, a place has no array, or sizes differ; all of them are named.
+      ValueError: an array has no place, a place has no array, sizes differ, or values are not finite; all of them are named.
     """
+    return fitted(placed(state, like), like)
+
+
+def placed(state: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The same by path, whether or not the model has all of them; in the model's shapes where the sizes are right."""
     shapes = named_leaves(like)
-    values, problems = {}, []
+    values = {}
+    places = _numbered_places(shapes) if "_conv_stem.weight" in state else functools.partial(_places, state)
     for name, value in state.items():
-        for path, part in _places(state, name, np.asarray(value, np.float32)):
-            values[path] = part
-            if path not in shapes:
-                problems.append(f"{name}: maps to {path}, which the model does not have")
-            elif part.size != math.prod(shapes[path].shape):
-                problems.append(f"{name}: {list(value.shape)} does not fit {path}, {list(shapes[path].shape)}")
-    problems += [f"{path}: no array maps to it" for path in shapes if path not in values]
-    if problems:
-        raise ValueError("the weights do not match the model:\n  " + "\n  ".join(problems))
-    return flax.traverse_util.unflatten_dict(
-        {path: value.reshape(shapes[path].shape) for path, value in values.items()}, sep="/"
-    )
+        for path, part in places(name, np.asarray(value, np.float32)):
+            fits = path in shapes and part.size == math.prod(shapes[path].shape)
+            values[path] = part.reshape(shapes[path].shape) if fits else part
+    return values
+
+
+def _numbered_places(shapes: Mapping[str, Any]) -> Callable[[str, np.ndarray], list[tuple[str, np.ndarray]]]:
+    """`_places` of a file whose blocks are numbered through, for a model with these paths."""
+    matches = (re.match(r"params/stage(\d+)/block(\d+)/", path) for path in shapes)
+    blocks = sorted({(int(match[1]), int(match[2])) for match in matches if match})
+
+    def places(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        if name.endswith(_UNUSED):
+            return []
+        layer, _, leaf = name.rpartition(".")
+        match = re.match(r"_blocks\.(\d+)\.", name)
+        if not match:
+            return [_place(_NUMBERED.get(layer, layer), leaf, value)]
+        number, inner = int(match[1]), layer[match.end() :]
+        where = "stage{}/block{}".format(*blocks[number]) if number < len(blocks) else f"block {number}"
+        return [_place(f"{where}/{_NUMBERED_BLOCK.get(inner, inner)}", leaf, value)]
+
+    return places
 
 
 def _places(state: Mapping[str, np.ndarray], name: str, value: np.ndarray) -> list[tuple[str, np.ndarray]]:

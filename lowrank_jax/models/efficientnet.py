@@ -50,7 +50,14 @@ VARIANTS = {
     # Nobody published a B9.  From B6 to B7 and from B7 to B8 the step is the same, (0.2, 0.5, 72): this is one step more.
     "efficientnet_b9": Variant(2.4, 4.1, 744, 0.5),
     "efficientnet_l2": Variant(4.3, 5.3, 800, 0.5),
+    # For devices that have no squeeze-and-excitation, and compute in eight bits.
+    "efficientnet_lite0": Variant(1.0, 1.0, 224, 0.2),
+    "efficientnet_lite1": Variant(1.0, 1.1, 240, 0.2),
+    "efficientnet_lite2": Variant(1.1, 1.2, 260, 0.3),
+    "efficientnet_lite3": Variant(1.2, 1.4, 280, 0.3),
+    "efficientnet_lite4": Variant(1.4, 1.8, 300, 0.3),
 }
+_LITE = {"squeeze_excite": False, "activation": "relu6", "fixed_ends": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +82,10 @@ STAGES = (
 )
 
 
-class ConvNormSilu(nn.Module):
+ACTIVATIONS = {"silu": nn.silu, "relu6": nn.relu6}
+
+
+class ConvNorm(nn.Module):
     """The stem, and the 1x1 convolution on top."""
 
     features: int
@@ -83,11 +93,12 @@ class ConvNormSilu(nn.Module):
     strides: int
     conv: Callable[..., Any]
     norm: Callable[..., Any]
+    act: Callable[..., Any]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv(self.features, self.kernel, self.strides, name="conv")(x)
-        return nn.silu(self.norm(name="norm")(x))
+        return self.act(self.norm(name="norm")(x))
 
 
 class SqueezeExcite(nn.Module):
@@ -116,6 +127,7 @@ class MBConv(nn.Module):
     squeeze_excite: bool
     conv: Callable[..., Any]
     norm: Callable[..., Any]
+    act: Callable[..., Any]
     train: bool
     dtype: Any
 
@@ -124,10 +136,10 @@ class MBConv(nn.Module):
         inputs = x.shape[-1]
         hidden, y = self.expansion * inputs, x
         if self.expansion > 1:
-            y = nn.silu(self.norm(name="expand_norm")(self.conv(hidden, 1, name="expand")(y)))
+            y = self.act(self.norm(name="expand_norm")(self.conv(hidden, 1, name="expand")(y)))
         depthwise = functools.partial(self.conv, feature_group_count=hidden, kernel_init=depthwise_normal)
         y = depthwise(hidden, self.kernel, self.strides, name="depthwise")(y)
-        y = nn.silu(self.norm(name="depthwise_norm")(y))
+        y = self.act(self.norm(name="depthwise_norm")(y))
         if self.squeeze_excite:
             y = SqueezeExcite(max(1, inputs // 4), self.dtype, name="se")(y)
         y = self.norm(name="project_norm")(self.conv(self.features, 1, name="project")(y))
@@ -160,7 +172,7 @@ class EfficientNet(nn.Module):
 
     Initialisers and defaults are those of the published TensorFlow code.  B9 is an extrapolation: there is no official one.
     Of the models in timm, `tf_efficientnet_*` are these defaults, `efficientnet_*` are `padding="symmetric"` and
-    `epsilon=1e-5`.
+    `epsilon=1e-5`; `tf_efficientnet_lite*` are `efficientnet_lite*` here.
 
     Attributes:
       num_classes: the number of logits.
@@ -169,6 +181,9 @@ class EfficientNet(nn.Module):
       dropout: the rate before the classifier.
       drop_connect: the rate of stochastic depth to which the blocks' rates rise linearly, the first block's being zero.
       squeeze_excite: whether blocks have squeeze-and-excitation.
+      activation: of the blocks, the stem and the top.
+      fixed_ends: whether the stem, the top, and the number of blocks of the first and the last stage stay those of the base
+        network.
       padding: `same`, which pads a strided convolution as TensorFlow does, more on the right and below where it must be
         uneven; or `symmetric`, by half the window on every side.
       stem: `imagenet` (3x3/2) or `cifar` (3x3/1), for small images.
@@ -183,6 +198,8 @@ class EfficientNet(nn.Module):
     dropout: float = 0.2
     drop_connect: float = 0.2
     squeeze_excite: bool = True
+    activation: Literal["silu", "relu6"] = "silu"
+    fixed_ends: bool = False
     padding: Padding = "same"
     stem: Literal["imagenet", "cifar"] = "imagenet"
     momentum: float = 0.99
@@ -204,13 +221,14 @@ class EfficientNet(nn.Module):
         norm = functools.partial(
             nn.BatchNorm, use_running_average=not train, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype
         )
+        act, width = ACTIVATIONS[self.activation], 1.0 if self.fixed_ends else self.width
         block = functools.partial(
-            MBConv, squeeze_excite=self.squeeze_excite, conv=conv, norm=norm, train=train, dtype=self.dtype
+            MBConv, squeeze_excite=self.squeeze_excite, conv=conv, norm=norm, act=act, train=train, dtype=self.dtype
         )
-        x = ConvNormSilu(round_features(32, self.width), 3, 2 if self.stem == "imagenet" else 1, conv, norm, name="stem")(x)
+        x = ConvNorm(round_features(32, width), 3, 2 if self.stem == "imagenet" else 1, conv, norm, act, name="stem")(x)
         for i, (spec, rates) in enumerate(zip(STAGES, self._drop_rates(), strict=True), start=1):
             x = Stage(spec, round_features(spec.features, self.width), rates, block, name=f"stage{i}")(x)
-        x = ConvNormSilu(round_features(1280, self.width), 1, 1, conv, norm, name="top")(x)
+        x = ConvNorm(round_features(1280, width), 1, 1, conv, norm, act, name="top")(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=(1, 2)))
         # Without a dtype it is the parameters' own, float32: in bfloat16 many of 1000 logits would be equal.
         return nn.Dense(self.num_classes, kernel_init=head_uniform, name="head")(x)
@@ -218,6 +236,8 @@ class EfficientNet(nn.Module):
     def _drop_rates(self) -> Iterator[tuple[float, ...]]:
         """Every stage's rates of stochastic depth, one per block."""
         blocks = [math.ceil(self.depth * spec.blocks) for spec in STAGES]
+        if self.fixed_ends:
+            blocks = [STAGES[0].blocks, *blocks[1:-1], STAGES[-1].blocks]
         for i, count in enumerate(blocks):
             first = sum(blocks[:i])
             yield tuple(self.drop_connect * index / sum(blocks) for index in range(first, first + count))
@@ -237,5 +257,11 @@ def round_features(features: int, width: float) -> int:
 
 
 EFFICIENTNETS: dict[str, dict[str, Any]] = {
-    name: {"width": variant.width, "depth": variant.depth, "dropout": variant.dropout} for name, variant in VARIANTS.items()
+    name: {
+        "width": variant.width,
+        "depth": variant.depth,
+        "dropout": variant.dropout,
+        **(_LITE if name.startswith("efficientnet_lite") else {}),
+    }
+    for name, variant in VARIANTS.items()
 }

@@ -52,18 +52,20 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1x1, 3x3 with the stride, and 1x1 to four times the features."""
+    """1x1, 3x3 with the stride, and 1x1 to four times the features; the first two `inner` times as wide as these."""
 
     features: int
     strides: int
     conv: Callable[..., Any]
     norm: Callable[..., Any]
     last_norm: Callable[..., Any]
+    inner: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.relu(self.norm(name="norm1")(self.conv(self.features, (1, 1), name="conv1")(x)))
-        y = self.conv(self.features, (3, 3), self.strides, padding=1, name="conv2")(y)
+        hidden = self.inner * self.features
+        y = nn.relu(self.norm(name="norm1")(self.conv(hidden, (1, 1), name="conv1")(x)))
+        y = self.conv(hidden, (3, 3), self.strides, padding=1, name="conv2")(y)
         y = nn.relu(self.norm(name="norm2")(y))
         y = self.conv(4 * self.features, (1, 1), name="conv3")(y)
         y = self.last_norm(name="norm3")(y)
@@ -99,6 +101,7 @@ class ResNet(nn.Module):
       blocks: the number of blocks of each stage.
       widths: the features of each stage.
       bottleneck: bottleneck blocks rather than basic ones.
+      inner_width: a factor on the width of what is inside of bottleneck blocks.
       stem: `imagenet` (7x7/2 and max-pool) or `cifar` (3x3).
       norm: `batch` or `none`; without normalisation, convolutions have biases.
       zero_init_last_norm: start the last norm scale of every block at zero, so that blocks start as identities.
@@ -109,6 +112,7 @@ class ResNet(nn.Module):
     blocks: Sequence[int]
     widths: Sequence[int] = IMAGENET_WIDTHS
     bottleneck: bool = False
+    inner_width: int = 1
     stem: Literal["imagenet", "cifar"] = "imagenet"
     norm: Literal["batch", "none"] = "batch"
     zero_init_last_norm: bool = False
@@ -117,7 +121,13 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """`[batch, height, width, channels] -> [batch, num_classes]`."""
-        check_settings(blocks=(self.blocks, each(BLOCKS)), widths=(self.widths, each(at_least(1))))
+        check_settings(
+            blocks=(self.blocks, each(BLOCKS)),
+            widths=(self.widths, each(at_least(1))),
+            inner_width=(self.inner_width, at_least(1, 1000)),
+        )
+        if self.inner_width > 1 and not self.bottleneck:
+            raise ValueError(f"setting inner_width: {self.inner_width}; only bottleneck blocks have one")
         if not len(self.widths) == len(self.blocks) > 0:
             raise ValueError(f"settings widths and blocks: {self.widths!r} and {self.blocks!r}; must be of one length")
         normalised = self.norm == "batch"
@@ -127,7 +137,8 @@ class ResNet(nn.Module):
         last_norm = norm
         if normalised and self.zero_init_last_norm:
             last_norm = functools.partial(norm, scale_init=nn.initializers.zeros_init())
-        block = functools.partial(BottleneckBlock if self.bottleneck else BasicBlock, conv=conv, norm=norm, last_norm=last_norm)
+        kind = functools.partial(BottleneckBlock, inner=self.inner_width) if self.bottleneck else BasicBlock
+        block = functools.partial(kind, conv=conv, norm=norm, last_norm=last_norm)
         x = Stem(self.widths[0], self.stem == "cifar", conv, norm, name="stem")(x)
         for i, (features, blocks) in enumerate(zip(self.widths, self.blocks, strict=True)):
             x = Stage(features, blocks, 1 if i == 0 else 2, block, name=f"stage{i + 1}")(x)
@@ -153,4 +164,6 @@ RESNETS: dict[str, dict[str, Any]] = {
     "resnet50": {"blocks": (3, 4, 6, 3), "bottleneck": True},
     "resnet101": {"blocks": (3, 4, 23, 3), "bottleneck": True},
     "resnet152": {"blocks": (3, 8, 36, 3), "bottleneck": True},
+    "wide_resnet50_2": {"blocks": (3, 4, 6, 3), "bottleneck": True, "inner_width": 2},
+    "wide_resnet101_2": {"blocks": (3, 4, 23, 3), "bottleneck": True, "inner_width": 2},
 }

@@ -148,6 +148,7 @@ def sincos(rows: int, columns: int, width: int) -> jax.Array:
 
 
 VITS: dict[str, dict[str, Any]] = {
-    "vit_s16": {"width": 384, "depth": 12, "heads": 6},
-    "vit_b16": {"width": 768, "depth": 12, "heads": 12},
+    f"vit_{size}{patch}": {"width": width, "depth": depth, "heads": heads, **({} if patch == 16 else {"patch": patch})}
+    for size, width, depth, heads in (("s", 384, 12, 6), ("b", 768, 12, 12), ("l", 1024, 24, 16))
+    for patch in (16, 32)
 }

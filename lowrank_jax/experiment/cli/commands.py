@@ -150,6 +150,21 @@ def _train(args: argparse.Namespace) -> int:
     return INTERRUPTED if result.interrupted else DONE
 
 
+def _compress(args: argparse.Namespace) -> int:
+    import jax
+
+    from lowrank_jax.experiment.compress import compress, with_defaults
+
+    _join(args)
+    args.overrides = with_defaults(args.overrides)
+    config = _config(args, devices=jax.device_count())
+    made = compress(config, args.workdir, source=args.config, restart=args.restart)
+    print(made)
+    flags = " ".join(shlex.quote(f"--config.{key}={value}") for key, value in args.overrides)
+    say(f"\nto train it on: lowrank train --config={shlex.quote(args.config)} {flags} --workdir={shlex.quote(args.workdir)}")
+    return DONE
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     import jax
 
@@ -380,6 +395,7 @@ def _configs(args: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "train": _train,
+    "compress": _compress,
     "evaluate": _evaluate,
     "predict": _predict,
     "sweep": _sweep,

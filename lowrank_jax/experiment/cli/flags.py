@@ -114,6 +114,32 @@ def _train(command: argparse.ArgumentParser) -> None:
     _add_hosts(command)
 
 
+_COMPRESS = f"""examples:
+  lowrank compress --config=digits_resnet --config.init.weights=runs/dense@best --config.lowrank.budget.macs=0.5 \\
+      --workdir=runs/half
+  lowrank compress --config=mine.py --config.init.weights=timm:resnet50=r50.pth --config.lowrank.budget.params=0.5 \\
+      --workdir=runs/resnet50
+  lowrank evaluate --workdir=runs/half --against=runs/dense@best
+  lowrank report runs/dense runs/half
+
+It runs the trained network on batches of training images, whose labels it does not read, chooses the ranks that lose least of
+its predictions within the budget, factors it, and evaluates both networks on dataset.eval_split. What it leaves is step 0 of a
+run: the last line says how to train it on.
+
+Unless told otherwise it sets --config.lowrank.method=two_sided, --config.lowrank.moment_batches=8 and, with a budget,
+--config.lowrank.budget.objective=divergence. Without a budget, lowrank.scale and rules decide.
+{_OVERRIDES}
+
+{_STATUS}"""
+
+
+def _compress(command: argparse.ArgumentParser) -> None:
+    _add_config(command)
+    command.add_argument("--workdir", required=True, type=flag_types.text, help="folder of the run, local or remote (gs://...)")
+    command.add_argument("--restart", action="store_true", help="begin anew if the run's checkpoints are gone")
+    _add_hosts(command)
+
+
 _EVALUATE = f"""examples:
   lowrank evaluate --workdir=runs/digits
   lowrank evaluate --workdir=runs/digits --step=best --split=train --json=train.json
@@ -424,6 +450,7 @@ def _new(command: argparse.ArgumentParser) -> None:
 
 _COMMANDS = {
     "train": ("Train from a config file, or resume a run.", _TRAIN, _train),
+    "compress": ("Make a trained network low-rank, and say what is lost.", _COMPRESS, _compress),
     "evaluate": ("Evaluate a checkpoint on every example of a split.", _EVALUATE, _evaluate),
     "predict": ("Print the likeliest classes of image files.", _PREDICT, _predict),
     "sweep": ("Train many runs that differ in a few settings.", _SWEEP, _sweep),

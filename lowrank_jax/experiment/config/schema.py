@@ -313,8 +313,8 @@ def _to_rule(common: dict[str, Any], entry: dict[str, Any]) -> Rule:
 class InitConfig:
     """How the state before the first step is made."""
 
-    # Trained weights of the dense network to begin with: "timm:NAME=FILE", a .safetensors file, a work directory (@best or @STEP
-    # of it), or an orbax checkpoint; and which parameters are drawn all the same, as a pattern.
+    # Trained weights of the dense network to begin with: "timm:NAME=FILE", a .safetensors file, a work directory (DIR@best, or
+    # DIR@STEP), or an orbax checkpoint; and which parameters are drawn all the same, as a pattern.
     weights: str | None = _option(None, _path)
     redraw: str | None = _option(None, _pattern)
     # Where kernels are decomposed; the products UV of the two differ by rounding.

@@ -79,6 +79,23 @@ def train(
         config = extended(config, workdir, schedule, source)
     elif schedule:
         raise ConfigError("--schedule", ["it says how the learning rate of a longer run goes on; add --extend"])
+    with opened(config, workdir, source=source, restart=restart, stop=stop, on_evaluation=on_evaluation) as tools:
+        loop = begin(tools, restart)
+        with tools.stop:  # until now there was nothing to save
+            return loop.run()
+
+
+@contextlib.contextmanager
+def opened(
+    config: Config,
+    workdir: str,
+    *,
+    source: str = "config",
+    restart: bool = False,
+    stop: StopSignal | None = None,
+    on_evaluation: OnEvaluation | None = None,
+) -> Iterator["Tools"]:
+    """What a run works with, in its work directory, where nobody else trains meanwhile; arguments and errors as in `train`."""
     stop = stop or StopSignal()
     folder = _checked(workdir, config)
     phases = phases_of(config, ranks.settle(folder, config, restart=restart), source)
@@ -109,11 +126,7 @@ def train(
             if weights := phases.last.class_weights:
                 writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in weights)}")
             try:
-                loop = begin(Tools(phases, data, folder, writer, checkpoints, stop, on_evaluation), restart)
-                if decided := loop.phases.decided:
-                    ranks.write(folder, config, decided)
-                with stop:  # until now there was nothing to save
-                    return loop.run()
+                yield Tools(phases, data, folder, writer, checkpoints, stop, on_evaluation)
             except Diverged as error:
                 folder.note_failure(diverged=True, reason=str(error))
                 checkpoints.wait()  # all processes come here, and what the message calls the last good one is on its way
@@ -212,6 +225,10 @@ def begin(tools: Tools, restart: bool = False) -> "Loop":
     if resumed is None:
         tools, resumed = _started(tools, batches)
     phases = tools.phases
+    if phases.decided:
+        ranks.write(tools.folder, config, phases.decided)
+    if resumed.step < config.total_steps:
+        tools.folder.set_unfinished_result_aside(config.total_steps)
     steps_left = resumed.step < config.total_steps and not phases.ends(resumed.step)
     train_step = _compiled(phases.at(resumed.step), tools.writer) if steps_left else None
     return Loop(tools, batches, resumed, train_step, began - resumed.seconds)
@@ -399,6 +416,10 @@ class Loop:
             }
         if evaluated is None:
             return
+        self.take(evaluated)
+
+    def take(self, evaluated: Evaluated) -> None:
+        """Notes what an evaluation of the state at hand found."""
         self.check_finite(evaluated)
         self.evaluated, self.evals[self.step] = evaluated, evaluated["eval"]
         current, best = self.score_of(evaluated), self.checkpoints.best()
@@ -510,22 +531,26 @@ class Loop:
         if self.step < self.total or self.evaluated is None:
             self.writer.say(f"stopping: saved step {self.step} to {folder.path}; the same command continues it")
             return TrainResult(self.state, self.logged, self.evals, interrupted=True)
-        experiment, best_step = self.experiment, self.checkpoints.best()
+        self.write_result(self.evaluated)
+        interrupts.too_late()
+        self.writer.say(f"done: {folder.path / 'result.json'}")
+        return TrainResult(self.state, self.logged, self.evals, interrupted=False)
+
+    def write_result(self, evaluated: Evaluated) -> None:
+        """Writes result.json."""
+        experiment, folder = self.experiment, self.tools.folder
         plan = experiment.plan
         self.writer.show(self.step, {"params": plan.params, "macs": plan.macs})  # to set against top1 in the HParams tab
         record = result_record(
             experiment,
             step=self.step,
             dense_steps=self.phases.dense_steps,
-            evaluated=self.evaluated,
-            best_step=best_step,
+            evaluated=evaluated,
+            best_step=self.checkpoints.best(),
             seconds=self.seconds(),
             metrics=folder.metrics.digest(),
         )
         folder.write_json("result.json", record)
-        interrupts.too_late()
-        self.writer.say(f"done: {folder.path / 'result.json'}")
-        return TrainResult(self.state, self.logged, self.evals, interrupted=False)
 
     def seconds(self) -> float:
         """Wall time of the run so far, earlier processes included."""

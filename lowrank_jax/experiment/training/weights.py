@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lowrank_jax.exchange import load, timm
+from lowrank_jax.exchange.fit import fitted
 from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data.base import Dataset
@@ -54,7 +55,7 @@ def read(config: Config) -> Trained:
     shapes = jax.eval_shape(init, np.uint32(config.seed))
     try:
         given = _read(source, config)
-        variables = load.fitted(given, shapes, redraw=config.init.redraw, draw=lambda: drawn(np.uint32(config.seed)))
+        variables = fitted(given, shapes, redraw=config.init.redraw, draw=lambda: drawn(np.uint32(config.seed)))
     except (ValueError, OSError, UserError) as error:
         lines = str(error).splitlines() or [first_line(error)]
         raise ConfigError("config", [f"init.weights: {source}: {lines[0]}", *lines[1:]]) from None

@@ -247,6 +247,12 @@ class Workdir:
         if result is not None and result.get("config_digest") in (None, *digests):  # the earliest versions wrote none
             (self.path / "result.json").rename(files.free_name(self.path / "result.json"))
 
+    def set_unfinished_result_aside(self, steps: int) -> None:
+        """Renames the result of fewer steps, which `compress` left: the network is trained on."""
+        result = self.read_json("result.json") if self._active else None
+        if result is not None and type(result.get("step")) is int and result["step"] < steps:
+            (self.path / "result.json").rename(files.free_name(self.path / "result.json"))
+
     def set_result_aside(self) -> None:
         """Renames what says that the run was saved, or has finished; it begins anew."""
         if self._active:

@@ -1,0 +1,193 @@
+"""A trained network made low-rank at once: calibrated, factored, measured against itself, and left to be trained on."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lowrank_jax.comparison import Fidelity
+from lowrank_jax.experiment.best import measured
+from lowrank_jax.experiment.config.files import ConfigError, Overrides, keys_given
+from lowrank_jax.experiment.config.schema import BUDGETS, Config
+from lowrank_jax.experiment.errors import UserError
+from lowrank_jax.experiment.evaluation.against import Against, Comparison
+from lowrank_jax.experiment.hosts.sharding import batch_sharding, replicated
+from lowrank_jax.experiment.training import weights
+from lowrank_jax.experiment.training.build import Experiment
+from lowrank_jax.experiment.training.evaluate import evaluate
+from lowrank_jax.experiment.training.loop import Loop, begin, opened
+from lowrank_jax.experiment.training.stop import StopSignal
+from lowrank_jax.planning.plans import Plan
+from lowrank_jax.projection.methods import TWO_SIDED
+from lowrank_jax.text import align, count, with_change
+
+RECORD = "compression.json"
+_TIMED, _WORST = 5, 5
+
+DEFAULTS: tuple[tuple[str, Any], ...] = (("lowrank.method", TWO_SIDED), ("lowrank.moment_batches", 8))
+"""What `lowrank compress` sets unless told otherwise; with a budget also its objective."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+    """What became of a network.
+
+    Attributes:
+      workdir: where the low-rank one is, as step 0.
+      plan: its ranks.
+      dense, low: the metrics of both on `dataset.eval_split`.
+      fidelity: of the second to the first on the same images.
+      expected_kl: what the second order says of the KL; None where ranks were chosen by something else.
+      seconds: of the evaluation of a batch, dense and low-rank, as measured here.
+      batch: how many images that is.
+    """
+
+    workdir: str
+    plan: Plan
+    dense: dict[str, float]
+    low: dict[str, float]
+    fidelity: Fidelity
+    expected_kl: float | None
+    seconds: tuple[float, float]
+    batch: int
+
+    def __str__(self) -> str:
+        dense, low = self.seconds
+        rows = [
+            ["", "dense", "low rank"],
+            ["parameters", count(self.plan.dense_params), with_change(self.plan.params, self.plan.dense_params)],
+            ["MACs", count(self.plan.dense_macs), with_change(self.plan.macs, self.plan.dense_macs)],
+            [f"ms for {self.batch:,} images, here", f"{1e3 * dense:.1f}", f"{1e3 * low:.1f} ({low / dense:.2f}x)"],
+            *([name, f"{self.dense[name]:.4f}", f"{self.low[name]:.4f}"] for name in measured(self.low)),
+            *([name, "", value] for name, value in self.fidelity.figures().items()),
+        ]
+        if self.expected_kl is not None:
+            rows.append(["KL, expected", "", f"{self.expected_kl:.4g}"])
+        layers = self.fidelity.rows_of_layers(_WORST)
+        return "\n\n".join([align(rows), *([align(layers)] if layers else [])])
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "workdir": self.workdir,
+            **{name: getattr(self.plan, name) for name in ("params", "dense_params", "macs", "dense_macs")},
+            "dense": self.dense,
+            "low": self.low,
+            "fidelity": self.fidelity.record(),
+            "expected_kl": self.expected_kl,
+            "seconds": {"dense": self.seconds[0], "low": self.seconds[1], "batch": self.batch},
+        }
+
+
+def with_defaults(overrides: Overrides) -> list[tuple[str, Any]]:
+    """The overrides of a config, with those of `DEFAULTS` that are not among them."""
+    pairs = list(overrides if isinstance(overrides, Sequence) else overrides.items())
+    given = keys_given(pairs)
+    if "lowrank.method" in given and dict(pairs).get("lowrank.method") != TWO_SIDED:
+        return pairs
+    more = DEFAULTS if not set(BUDGETS) & set(given) else (*DEFAULTS, ("lowrank.budget.objective", "divergence"))
+    return [*pairs, *((key, value) for key, value in more if key not in given)]
+
+
+def compress(
+    config: Config, workdir: str, *, source: str = "config", restart: bool = False, stop: StopSignal | None = None
+) -> Compression:
+    """Makes the network that `init.weights` names low-rank, measures what is lost, and saves it as step 0 of a run.
+
+    Args:
+      config: with `init.weights`.
+      workdir, source, restart, stop: as in `train`, which goes on from there.
+
+    Raises:
+      ConfigError, WorkdirError, DataError, CheckpointError: it cannot be done; the message says why.
+      UserError: the run was trained on already.
+    """
+    if not config.is_imported or config.lowrank.method == "none":
+        raise ConfigError(source, [_why_not(config)])
+    with opened(config, workdir, source=source, restart=restart, stop=stop) as tools:
+        loop = begin(tools, restart)
+        if loop.step:
+            raise UserError(f"{workdir} was trained on, to step {loop.step}; lowrank evaluate says how good it is")
+        with tools.stop:
+            return _measured(loop, workdir)
+
+
+def _why_not(config: Config) -> str:
+    if config.init.weights is None:
+        return "init.weights: None; it names what is compressed: timm:NAME=FILE, a .safetensors file, a work directory"
+    if config.lowrank.method == "none":
+        return "lowrank.method: 'none'; that is the dense network"
+    return "lowrank.dense_warmup: the network is compressed before it trains; set it to None"
+
+
+def _measured(loop: Loop, workdir: str) -> Compression:
+    """Evaluates both networks, and saves the low-rank one."""
+    experiment, config, tools = loop.experiment, loop.config, loop.tools
+    trained = weights.settle(tools.folder, config)
+    dense = jax.device_put(trained.variables, replicated(experiment.mesh))
+    low = loop.state.variables()[""]
+    kernels = tuple(kernel.name for kernel in experiment.plan.factored)
+    unseen: dict[str, str] = {}
+    classes = config.objective.name == "softmax"
+    forward = experiment.jit_watched_forward(kernels, logits=classes, unseen=unseen)
+    left_out = "" if classes else f"objective.name={config.objective.name}, so agreement and KL have no meaning"
+    names = (config.init.weights or "", workdir)
+    comparison = Comparison(
+        Against(names[0], 0, left_out), names, (forward, dense), forward, experiment.mesh, kernels, (unseen,)
+    )
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for kind in ("eval", "valid"):
+        if kind in tools.data:
+            step = comparison.beside(loop.eval_step, low) if kind == "eval" else loop.eval_step
+            found[kind] = evaluate(
+                step,
+                {"dense": dense, "": low},
+                tools.data[kind],
+                batch_size=config.eval.batch_size,
+                mesh=experiment.mesh,
+                stop_requested=lambda: tools.stop.requested,
+                waiting=loop.waiting_for_data,
+            )
+    loop.take({kind: parts[""] for kind, parts in found.items()})
+    loop.save()
+    loop.checkpoints.wait()
+    made = Compression(
+        workdir,
+        experiment.plan,
+        found["eval"]["dense"],
+        found["eval"][""],
+        comparison.fidelity(),
+        _expected(experiment.plan),
+        _timed(experiment, dense, low),
+        config.eval.batch_size,
+    )
+    loop.write_result(loop.evaluated or {})
+    tools.folder.write_json(RECORD, made.record())
+    return made
+
+
+def _expected(plan: Plan) -> float | None:
+    """What the loss gains to second order, of all kernels."""
+    known = [kernel.divergence for kernel in plan.kernels if kernel.divergence is not None]
+    return float(sum(known)) if known else None
+
+
+def _timed(experiment: Experiment, *networks: Any) -> tuple[float, float]:
+    """Seconds of a batch through each, in turns: the median of some."""
+    dataset, size = experiment.dataset, experiment.config.eval.batch_size
+    run = experiment.jit_forward()
+    shape = (size, *dataset.image_shape)
+    images = jax.device_put(np.zeros(shape, dataset.image_dtype), batch_sharding(experiment.mesh))
+    times: list[list[float]] = [[] for _ in networks]
+    for turn in range(_TIMED + 1):
+        for network, found in zip(networks, times, strict=True):
+            begun = time.perf_counter()
+            jax.block_until_ready(run(network, images))
+            if turn:  # the first one compiles
+                found.append(time.perf_counter() - begun)
+    dense, low = map(statistics.median, times)
+    return dense, low
