@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import rel_entr, softmax
@@ -12,6 +14,7 @@ import lowrank_jax.experiment as lx
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.evaluation.against import split_place
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator, evaluate_all
+from lowrank_jax.experiment.evaluation.opened import Opened
 from lowrank_jax.experiment.training.loop import train
 from tests import running
 
@@ -193,3 +196,22 @@ def test_other_objectives_have_no_classes_to_agree_on(runs, tmp_path):
     assert said in str(found) and "agreement" not in found.header() and "outputs error" in found.header()
     written = json.loads(found.json())["fidelity"]
     assert (written["kl"], written["agreement"], written["left_out"]) == (None, None, said)
+
+
+def test_outputs_that_are_no_numbers_are_refused_by_name(runs, monkeypatch):
+    def broken(self):
+        return jax.tree.map(lambda leaf: leaf * jnp.nan, variables(self))
+
+    variables = Opened.variables
+    monkeypatch.setattr(Opened, "variables", broken)
+    with pytest.raises(lx.UserError, match=f"^{runs / 'dense'}, step 20: its outputs for some examples are not numbers"):
+        lx.evaluate(runs / "low", against=runs / "dense")
+
+
+def test_a_damaged_checkpoint_of_the_other_run_is_warned_about(runs, copies):
+    other = copies / "dense@best"
+    for file in (other / "checkpoints" / "20").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+    with pytest.warns(UserWarning, match="dense@best: checkpoint 20 cannot be used"):
+        found = lx.evaluate(runs / "low", against=other)
+    assert found.against.step == 10
