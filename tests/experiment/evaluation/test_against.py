@@ -89,6 +89,29 @@ def test_two_runs_of_low_rank_and_averaged_weights(runs, images):
     assert_compares(lx.evaluate(runs / "low", against=runs / "average").fidelity, low, average, images, names)
 
 
+@pytest.mark.parametrize("begins", ["dense_warmup", "self_guided"])
+def test_a_run_is_compared_with_its_own_first_phase(tmp_path, images, begins):
+    settings = {f"lowrank__{begins}": "10 steps", "checkpoint__every": "10 steps"}
+    settings |= {"lowrank__scale": None, "lowrank__budget": {"params": 0.5}} if begins == "dense_warmup" else {}
+    train(running.config(**SMALL, **settings), str(tmp_path / "run"))
+    low, first = lx.restore(tmp_path / "run"), lx.restore(tmp_path / "run", 10)
+    assert bool(first.plan.factored) == (begins == "self_guided")
+    found = lx.evaluate(tmp_path / "run", against=f"{tmp_path / 'run'}@10").fidelity
+    assert_compares(found, low, first, images, [kernel.name for kernel in low.plan.factored])
+
+
+def test_large_batches_are_cut(runs, monkeypatch):
+    """So that the outputs of all layers fit; what is measured does not depend on it."""
+    whole = lx.evaluate(runs / "low", against=runs / "dense")
+    monkeypatch.setattr("lowrank_jax.experiment.evaluation.evaluator._COMPARED", 3)
+    evaluator = Evaluator(against=str(runs / "dense"))
+    assert evaluator.open(str(runs / "low")).batch_size == 24
+    cut = evaluator.evaluate(str(runs / "low"))
+    np.testing.assert_allclose(cut.fidelity.divergences, whole.fidelity.divergences, rtol=1e-3, atol=1e-6)
+    assert cut.fidelity.layers == pytest.approx(whole.fidelity.layers, rel=1e-4)
+    assert cut.metrics == pytest.approx(whole.metrics, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["dense", "low"])
 def test_a_run_agrees_with_itself_exactly(runs, name):
     found = lx.evaluate(runs / name, against=runs / name).fidelity
