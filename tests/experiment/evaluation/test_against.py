@@ -128,7 +128,7 @@ def test_several_runs_are_each_compared_and_programs_shared(runs):
     best = json.loads((runs / "dense" / "result.json").read_text())["best_step"]
     assert {evaluation.against.step for evaluation in done.values()} == {best}
     assert done[workdirs[0]].fidelity.kl == lx.evaluate(runs / "low", against=f"{runs / 'dense'}@best").fidelity.kl
-    assert len(evaluator.reference._forwards) == 1  # all have the same kernels
+    assert len(evaluator.reference._watched) == 1  # all have the same kernels
     with pytest.raises(lx.WorkdirError, match="nowhere"):  # said once
         evaluate_all(workdirs, Evaluator(against=str(runs / "nowhere")), "latest", say=said.append, complain=complaints.append)
 
