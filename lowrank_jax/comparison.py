@@ -131,7 +131,7 @@ class Fidelity:
 def divergences(one: jax.Array, other: jax.Array) -> jax.Array:
     """The Kullback-Leibler divergence of the second from the first, `[..., classes] -> [...]`, of logarithms of probabilities.
 
-    As a sum without cancellation: 0 if and only if both are the same.
+    As a sum without cancellation: 0 where both are the same.
     """
     p, change = jnp.exp(one), jnp.where(jnp.isneginf(one), 0, other - one)
     small = change < 1
@@ -266,7 +266,7 @@ def _error(squares: np.ndarray) -> float:
 
 
 def _text(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.4f}"  # 0.0000 is 0
 
 
 def _finite(value: float) -> float | None:

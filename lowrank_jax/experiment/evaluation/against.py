@@ -18,7 +18,7 @@ from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.trust import Trust
 from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.experiment.errors import UserError
-from lowrank_jax.experiment.evaluation.opened import Opened, open_network
+from lowrank_jax.experiment.evaluation.opened import open_network
 from lowrank_jax.experiment.hosts.sharding import replicated
 from lowrank_jax.experiment.objective import SOFTMAX
 from lowrank_jax.experiment.training.build import Experiment
@@ -77,6 +77,19 @@ class Against:
         return {"against": self.workdir, "step": self.step, "left_out": self.left_out}
 
 
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """A network whose layers' outputs are captured.
+
+    Attributes:
+      run: `(variables, images) -> Run`.
+      unseen: by the kernel's name why its layer's outputs cannot be had; known once the network has run.
+    """
+
+    run: Callable[[Any, jax.Array], Run]
+    unseen: dict[str, str]
+
+
 class Reference:
     """A network that others are compared with.
 
@@ -90,9 +103,9 @@ class Reference:
     """
 
     def __init__(self, place: str, trusted: Trust = False):
-        self._opened: Opened = open_network(*split_place(place), trusted)
+        self._opened = open_network(*split_place(place), trusted)
         self._variables = self._opened.variables()
-        self._forwards: dict[Hashable, tuple[jax.stages.Wrapped, dict[str, str]]] = {}
+        self._watched: dict[Hashable, Watched] = {}
 
     def comparison(self, workdir: str, experiment: Experiment, plan: Plan) -> "Comparison":
         """The comparison of a run's network with this one.
@@ -105,33 +118,24 @@ class Reference:
         Raises:
           ConfigError: the networks take other inputs, or give other outputs.
         """
-        ours = self._opened.experiment
+        ours, restored = self._opened.experiment, self._opened.restored
         both = ((workdir, experiment), (self._opened.workdir, ours))
         left_out = _left_out(both)
         kernels, absent = _kernels(plan, ours.plan)
-        low, dense = (self._forward(each, kernels, not left_out) for _, each in both)
+        low, dense = (self._watch(each, kernels, not left_out) for _, each in both)
         _check_fit(both)
-        restored = self._opened.restored
         against = Against(self._opened.workdir, restored.step, left_out, restored.damaged)
-        names = (f"{self._opened.workdir}, step {restored.step}", workdir)
-        return Comparison(
-            against,
-            names,
-            (dense[0], self._variables),
-            low[0],
-            experiment.mesh,
-            (*kernels, *absent),
-            (dense[1], low[1], absent),
-        )
+        return Comparison(against, dense, self._variables, workdir, low, (*kernels, *absent), absent, experiment.mesh)
 
-    def _forward(self, experiment: Experiment, kernels: tuple[str, ...], logits: bool) -> tuple[Any, dict[str, str]]:
+    def _watch(self, experiment: Experiment, kernels: tuple[str, ...], logits: bool) -> Watched:
         """One for all networks that compute the same: a run that is compared with itself runs the very same program."""
         config, dataset = experiment.config, experiment.dataset
-        key = (config.model, config.code_dir, dataset.image_shape, dataset.mean, dataset.std, kernels, logits)
-        if key not in self._forwards:
+        sizes = dataset.image_shape, config.num_outputs, dataset.mean, dataset.std
+        key = (config.model, config.code_dir, sizes, kernels, logits)
+        if key not in self._watched:
             unseen: dict[str, str] = {}
-            self._forwards[key] = experiment.jit_watched_forward(kernels, logits=logits, unseen=unseen), unseen
-        return self._forwards[key]
+            self._watched[key] = Watched(experiment.jit_watched_forward(kernels, logits=logits, unseen=unseen), unseen)
+        return self._watched[key]
 
 
 class Comparison:
@@ -139,27 +143,27 @@ class Comparison:
 
     Args:
       against: what is compared with.
-      names: of the dense network, or of what stands for it, and of the other one, for messages.
-      dense: what runs it, and its variables.
-      low: what runs the other one.
+      dense, variables: its network.
+      workdir, low: the run that is compared, for messages, and its network.
+      kernels: those to compare the layers of, in order, and those of `absent`.
+      absent: by the name of a kernel why it is not compared.
       mesh: the devices.
-      kernels: those to compare the layers of, and those that only one network has.
-      unseen: mappings of the kernels that cannot be compared to the reasons, which grow as the networks are traced.
     """
 
     def __init__(
         self,
         against: Against,
-        names: tuple[str, str],
-        dense: tuple[Any, dict[str, Any]],
-        low: Any,
-        mesh: Mesh,
+        dense: Watched,
+        variables: Any,
+        workdir: str,
+        low: Watched,
         kernels: tuple[str, ...],
-        unseen: tuple[Mapping[str, str], ...],
+        absent: Mapping[str, str],
+        mesh: Mesh,
     ):
         self.against = against
-        self._names, self._dense, self._low, self._kernels, self._unseen = names, dense, low, kernels, unseen
-        self._misfits: dict[str, str] = {}
+        self._dense, self._variables, self._workdir, self._low = dense, variables, workdir, low
+        self._kernels, self._unseen = kernels, dict(absent)
         self._totals = Totals()
         self._waiting: collections.deque[Any] = collections.deque()
         self._compare = jax.jit(_compared, out_shardings=replicated(mesh))
@@ -182,20 +186,19 @@ class Comparison:
         """
         while self._waiting:
             self._read()
-        reasons = {name: reason for each in (*self._unseen, self._misfits) for name, reason in each.items()}
-        return self._totals.fidelity(self._kernels, reasons)
+        return self._totals.fidelity(self._kernels, {**self._low.unseen, **self._dense.unseen, **self._unseen})
 
     def _add(self, variables: Any, batch: dict[str, jax.Array]) -> None:
-        run, theirs = self._dense
-        both = run(theirs, batch["image"]), self._low(variables, batch["image"])
-        self._misfits |= comparison.misfits(*both)
-        self._waiting.append(self._compare(*comparison.common(*both), batch["mask"]))
+        images, mask = batch["image"], batch["mask"]
+        both = self._dense.run(self._variables, images), self._low.run(variables, images)
+        self._unseen |= comparison.misfits(*both)
+        self._waiting.append(self._compare(*comparison.common(*both), mask))
         if len(self._waiting) > _LAG:
             self._read()
 
     def _read(self) -> None:
         figures, mask, broken = jax.device_get(self._waiting.popleft())
-        for name, is_broken in zip(self._names, broken, strict=True):
+        for name, is_broken in zip((f"{self.against.workdir}, step {self.against.step}", self._workdir), broken, strict=True):
             if is_broken:
                 raise UserError(f"{name}: its outputs for some examples are not numbers, so networks cannot be compared")
         self._totals.add(figures, mask > 0)

@@ -30,6 +30,8 @@ from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
 from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests
 from lowrank_jax.experiment.workdir.workdir import Workdir
 
+_COMPARED = 64  # examples on each device at a time where networks are compared: the outputs of their layers are kept, twice
+
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
@@ -200,7 +202,8 @@ class Evaluator:
         examples = self._read(other, split, self._data_dir or config.dataset.data_dir)
         name = split if other.name == config.dataset.name else f"{other.name}/{split}"
         devices = jax.device_count()
-        batch_size = -(-config.eval.batch_size // devices) * devices
+        each = -(-config.eval.batch_size // devices)
+        batch_size = devices * (each if self._against is None else min(each, _COMPARED))
         check_evaluation(experiment, batch_size)
         identity, earlier = digest_of(stored), earlier_digests(stored)
         return Subject(folder, phases, eval_step, name, examples, batch_size, identity, earlier, changed)

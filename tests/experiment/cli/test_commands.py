@@ -178,6 +178,16 @@ def test_evaluate_goes_on_with_the_runs_that_import_nothing(trained, tmp_path, m
     assert len(result.stdout.splitlines()) == 2 and "--trust-code=payload_of_a_test:Model" in result.stderr
 
 
+@pytest.mark.parametrize("others", [[], ["nowhere"]])
+def test_evaluate_imports_no_code_of_what_it_compares_with_either(trained, tmp_path, monkeypatch, others):
+    ran = payload(tmp_path, monkeypatch)
+    run = with_model(trained, tmp_path / "untrusted", "payload_of_a_test:Model")
+    command = ["evaluate", "--workdir", str(trained), *others, f"--against={run}@best"]
+    result = lowrank(*command)
+    assert result.status == 2 and not ran.exists() and not result.stdout
+    assert result.stderr.endswith(f"{shlex.join(['lowrank', *command, '--trust-code=payload_of_a_test:Model'])}\n")
+
+
 def test_train_imports_nothing_that_a_stored_config_names(trained, tmp_path, monkeypatch):
     ran = payload(tmp_path, monkeypatch)
     run = with_model(trained, tmp_path / "run", "payload_of_a_test:Model")
@@ -189,7 +199,7 @@ def test_train_imports_nothing_that_a_stored_config_names(trained, tmp_path, mon
 @pytest.mark.slow
 def test_a_process_evaluates_on_other_devices(trained):
     """The whole command, as the shell runs it."""
-    flags = [f"--workdir={trained}", "--step=best", "--split=train[:100]"]
+    flags = [f"--workdir={trained}", "--step=best", "--split=train[:100]", f"--against={trained}@180"]
     one = running.run([sys.executable, "-m", "lowrank_jax", "evaluate", *flags], devices=1)
     assert one.returncode == 0, one.stderr
     assert one.stdout == lowrank("evaluate", *flags).stdout

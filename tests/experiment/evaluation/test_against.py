@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import rel_entr, softmax
@@ -12,6 +14,7 @@ import lowrank_jax.experiment as lx
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.evaluation.against import split_place
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator, evaluate_all
+from lowrank_jax.experiment.evaluation.opened import Opened
 from lowrank_jax.experiment.training.loop import train
 from tests import running
 
@@ -86,6 +89,29 @@ def test_two_runs_of_low_rank_and_averaged_weights(runs, images):
     assert_compares(lx.evaluate(runs / "low", against=runs / "average").fidelity, low, average, images, names)
 
 
+@pytest.mark.parametrize("begins", ["dense_warmup", "self_guided"])
+def test_a_run_is_compared_with_its_own_first_phase(tmp_path, images, begins):
+    settings = {f"lowrank__{begins}": "10 steps", "checkpoint__every": "10 steps"}
+    settings |= {"lowrank__scale": None, "lowrank__budget": {"params": 0.5}} if begins == "dense_warmup" else {}
+    train(running.config(**SMALL, **settings), str(tmp_path / "run"))
+    low, first = lx.restore(tmp_path / "run"), lx.restore(tmp_path / "run", 10)
+    assert bool(first.plan.factored) == (begins == "self_guided")
+    found = lx.evaluate(tmp_path / "run", against=f"{tmp_path / 'run'}@10").fidelity
+    assert_compares(found, low, first, images, [kernel.name for kernel in low.plan.factored])
+
+
+def test_large_batches_are_cut(runs, monkeypatch):
+    """So that the outputs of all layers fit; what is measured does not depend on it."""
+    whole = lx.evaluate(runs / "low", against=runs / "dense")
+    monkeypatch.setattr("lowrank_jax.experiment.evaluation.evaluator._COMPARED", 3)
+    evaluator = Evaluator(against=str(runs / "dense"))
+    assert evaluator.open(str(runs / "low")).batch_size == 24
+    cut = evaluator.evaluate(str(runs / "low"))
+    np.testing.assert_allclose(cut.fidelity.divergences, whole.fidelity.divergences, rtol=1e-3, atol=1e-6)
+    assert cut.fidelity.layers == pytest.approx(whole.fidelity.layers, rel=1e-4)
+    assert cut.metrics == pytest.approx(whole.metrics, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["dense", "low"])
 def test_a_run_agrees_with_itself_exactly(runs, name):
     found = lx.evaluate(runs / name, against=runs / name).fidelity
@@ -102,7 +128,7 @@ def test_several_runs_are_each_compared_and_programs_shared(runs):
     best = json.loads((runs / "dense" / "result.json").read_text())["best_step"]
     assert {evaluation.against.step for evaluation in done.values()} == {best}
     assert done[workdirs[0]].fidelity.kl == lx.evaluate(runs / "low", against=f"{runs / 'dense'}@best").fidelity.kl
-    assert len(evaluator.reference._forwards) == 1  # all have the same kernels
+    assert len(evaluator.reference._watched) == 1  # all have the same kernels
     with pytest.raises(lx.WorkdirError, match="nowhere"):  # said once
         evaluate_all(workdirs, Evaluator(against=str(runs / "nowhere")), "latest", say=said.append, complain=complaints.append)
 
@@ -193,3 +219,22 @@ def test_other_objectives_have_no_classes_to_agree_on(runs, tmp_path):
     assert said in str(found) and "agreement" not in found.header() and "outputs error" in found.header()
     written = json.loads(found.json())["fidelity"]
     assert (written["kl"], written["agreement"], written["left_out"]) == (None, None, said)
+
+
+def test_outputs_that_are_no_numbers_are_refused_by_name(runs, monkeypatch):
+    def broken(self):
+        return jax.tree.map(lambda leaf: leaf * jnp.nan, variables(self))
+
+    variables = Opened.variables
+    monkeypatch.setattr(Opened, "variables", broken)
+    with pytest.raises(lx.UserError, match=f"^{runs / 'dense'}, step 20: its outputs for some examples are not numbers"):
+        lx.evaluate(runs / "low", against=runs / "dense")
+
+
+def test_a_damaged_checkpoint_of_the_other_run_is_warned_about(runs, copies):
+    other = copies / "dense@best"
+    for file in (other / "checkpoints" / "20").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:10])
+    with pytest.warns(UserWarning, match="dense@best: checkpoint 20 cannot be used"):
+        found = lx.evaluate(runs / "low", against=other)
+    assert found.against.step == 10

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from lowrank_jax.experiment.evaluation.evaluator import Evaluator
 from lowrank_jax.experiment.hosts import processes as hosts
 from lowrank_jax.experiment.hosts.processes import ClusterError, ProcessOptions, barrier, end_all, exchange, several, start
 from lowrank_jax.experiment.training.loop import train
@@ -84,12 +85,21 @@ def test_two_processes_switch_to_low_rank_as_one_does(tmp_path):
 @pytest.mark.slow
 def test_two_processes_evaluate_what_one_has_trained(alone, tmp_path):
     folder, run = alone
-    command = [*running.command(folder)[:3], "evaluate", f"--workdir={folder}", f"--json={tmp_path / 'out.json'}"]
+    against = f"{folder}@20"
+    flags = [f"--workdir={folder}", f"--json={tmp_path / 'out.json'}", f"--against={against}"]
+    command = [*running.command(folder)[:3], "evaluate", *flags]
     processes = running.start_all(command, 2)
     first, second = running.wait_all(processes)
     assert [process.returncode for process in processes] == [0, 0], first
     assert "250" in first and second == ""
-    assert json.loads((tmp_path / "out.json").read_text())["metrics"] == pytest.approx(run.evals[40], rel=1e-5)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["metrics"] == pytest.approx(run.evals[40], rel=1e-5)
+    fidelity = Evaluator(against=against).evaluate(str(folder)).fidelity.record()
+    assert written["fidelity"].pop("against") == str(folder) and written["fidelity"].pop("step") == 20
+    layers, theirs = fidelity.pop("layers"), written["fidelity"].pop("layers")
+    assert layers and theirs == pytest.approx(layers, rel=1e-4)
+    assert (written["fidelity"].pop("left_out"), written["fidelity"].pop("unseen")) == ("", fidelity.pop("unseen"))
+    assert written["fidelity"] == pytest.approx(fidelity, rel=1e-4)
 
 
 def child(supervisor, process):
