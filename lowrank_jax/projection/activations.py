@@ -239,6 +239,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "softplus": Scalar(nn.softplus),
     "elu": Scalar(nn.elu),
     "hard_swish": Scalar(nn.hard_swish),
+    "relu6": Scalar(nn.relu6),
+    "hard_tanh": Scalar(nn.hard_tanh),
+    "mish": Scalar(nn.mish),
+    "softsign": Scalar(nn.soft_sign),
 }
 ACTIVATIONS["swish"] = ACTIVATIONS["silu"]
 

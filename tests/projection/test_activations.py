@@ -64,7 +64,14 @@ def test_golden_best_lengths(name, best):
 
 
 # The first figure is the tolerance up to length 3, the second at length 10, where a sigmoid is nearly a jump; both relative.
-TOLERANCE = {"tanh": (2e-4, 4e-3), "sigmoid": (1e-4, 1e-3), "hard_swish": (1e-4, 3e-4)}
+TOLERANCE = {
+    "tanh": (2e-4, 4e-3),
+    "sigmoid": (1e-4, 1e-3),
+    "hard_swish": (1e-4, 3e-4),
+    "relu6": (3e-4, 5e-4),
+    "hard_tanh": (4e-4, 1e-3),
+    "softsign": (2e-4, 7e-4),
+}
 PAIRS = [(0.1, 0.05), (1.0, 0.3), (3.0, 3.0), (10.0, 4.0)]
 
 
