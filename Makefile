@@ -62,6 +62,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.folder
 	$(BIN)/python -m benchmarks.execution
+	$(BIN)/python -m benchmarks.allocate
+	$(BIN)/python -m benchmarks.calibrate
 
 clean:
 	rm -rf .venv runs .coverage .coverage.*

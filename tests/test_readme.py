@@ -13,7 +13,7 @@ from lowrank_jax.paths import named_leaves
 @pytest.mark.slow
 def test_the_python_runs_as_written(repository, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
-    first, others, budget, faithful, execution, moments, learning = blocks
+    first, others, budget, faithful, execution, moments, learning, compressing = blocks
     names = {}
     exec(first, names)
     plain = names["params"]
@@ -28,6 +28,8 @@ def test_the_python_runs_as_written(repository, capsys):
     assert all(kernel.execution for kernel in names["plan"].factored)
     exec(moments, names)
     exec(learning, names)
+    exec(compressing, names)
+    assert names["slim"].macs <= names["slim"].dense_macs / 2 and 0 <= names["lost"].kl < 1
     assert names["student"].converged and names["small"].bound <= names["small"].risk <= names["small"].whole
     assert named_leaves(names["params"]).keys() == named_leaves(plain).keys()
     factored = [leaf for leaf in jax.tree.leaves(names["params"], is_leaf=is_low_rank) if is_low_rank(leaf)]

@@ -22,6 +22,7 @@ EXTRAS = {
     "orbax": "train",
     "ray": "train,ray",
     "rich": "train",
+    "safetensors": "train",
     "scipy": "train",
     "simplejpeg": "train",
     "sklearn": "train",
