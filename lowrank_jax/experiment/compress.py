@@ -14,8 +14,9 @@ from lowrank_jax.experiment.best import measured
 from lowrank_jax.experiment.config.files import ConfigError, Overrides, keys_given
 from lowrank_jax.experiment.config.schema import BUDGETS, Config
 from lowrank_jax.experiment.errors import UserError
-from lowrank_jax.experiment.evaluation.against import Against, Comparison
+from lowrank_jax.experiment.evaluation.against import Against, Comparison, Watched
 from lowrank_jax.experiment.hosts.sharding import batch_sharding, replicated
+from lowrank_jax.experiment.objective import SOFTMAX
 from lowrank_jax.experiment.training import weights
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.evaluate import evaluate
@@ -27,6 +28,7 @@ from lowrank_jax.text import align, count, with_change
 
 RECORD = "compression.json"
 _TIMED, _WORST = 5, 5
+_NO_CLASSES = "agreement and KL have no meaning"
 
 DEFAULTS: tuple[tuple[str, Any], ...] = (("lowrank.method", TWO_SIDED), ("lowrank.moment_batches", 8))
 """What `lowrank compress` sets unless told otherwise; with a budget also its objective."""
@@ -131,14 +133,11 @@ def _measured(loop: Loop, workdir: str) -> Compression:
     dense = jax.device_put(trained.variables, replicated(experiment.mesh))
     low = loop.state.variables()[""]
     kernels = tuple(kernel.name for kernel in experiment.plan.factored)
+    left_out = "" if config.objective.name == SOFTMAX else f"objective.name={config.objective.name}, so {_NO_CLASSES}"
     unseen: dict[str, str] = {}
-    classes = config.objective.name == "softmax"
-    forward = experiment.jit_watched_forward(kernels, logits=classes, unseen=unseen)
-    left_out = "" if classes else f"objective.name={config.objective.name}, so agreement and KL have no meaning"
-    names = (config.init.weights or "", workdir)
-    comparison = Comparison(
-        Against(names[0], 0, left_out), names, (forward, dense), forward, experiment.mesh, kernels, (unseen,)
-    )
+    watched = Watched(experiment.jit_watched_forward(kernels, logits=not left_out, unseen=unseen), unseen)
+    against = Against(config.init.weights or "", 0, left_out)
+    comparison = Comparison(against, watched, dense, workdir, watched, kernels, {}, experiment.mesh)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for kind in ("eval", "valid"):
         if kind in tools.data:
