@@ -20,6 +20,7 @@ from lowrank_jax.linen.inputs import COLLECTION as COLLECTION  # for `variable_a
 from lowrank_jax.linen.model_check import check_model, check_variables
 from lowrank_jax.planning.arguments import check_batches, check_key, check_plan
 from lowrank_jax.planning.plans import Plan
+from lowrank_jax.projection.two_sided import GradientMoments
 from lowrank_jax.text import did_you_mean, shown
 
 
@@ -94,19 +95,18 @@ def gradient_moments(
     logits: Callable[[Any], Any] | None = None,
     rngs: Any = None,
     **kwargs: Any,
-) -> dict[str, jax.Array]:
-    """E ggᵀ of the gradients at the outputs of every kernel that the plan factors, over what the model itself predicts.
+) -> dict[str, GradientMoments]:
+    """E SSᵀ and E SᵀS of the gradients S at every kernel that the plan factors, over what the model itself predicts.
 
-        moments = lr.inputs.second_moments(model, variables, images, plan.opened())
         gradients = lr.inputs.gradient_moments(model, variables, images, plan.opened(), key=key)
-        plan = lr.allocate(plan, macs=0.5, variables=variables, moments=moments, gradients=gradients)
-        params = lr.factorize(variables["params"], plan, key=key, moments=moments, gradients=gradients)
+        plan = lr.allocate(plan, macs=0.5, variables=variables, gradients=gradients)
+        params = lr.factorize(variables["params"], plan, key=key, gradients=gradients)
 
-    No labels are needed: the gradients are those of the loss's curvature (the Fisher information, or the Gauss-Newton matrix)
-    at the model's own outputs.  So ½ tr(Eᵀ C E G) is what the loss gains, to second order and taken for each kernel alone,
-    when a kernel changes by E: of softmax the Kullback-Leibler divergence in nats.  The outputs of a layer at several
-    positions are taken to be independent (docs/mathematics.md, section 13).  One forward and one backward pass over the
-    batches; only sums are kept.
+    No labels are needed: S are the gradients of single predictions, in random directions that have the loss's curvature (the
+    Fisher information, or the Gauss-Newton matrix) at the model's own outputs.  So ½ tr(Eᵀ A E B), A and B the two moments, is
+    about what the loss gains, to second order and taken for each kernel alone, when a kernel changes by E: of softmax the
+    Kullback-Leibler divergence in nats (docs/mathematics.md, section 14).  One forward and one backward pass over the batches;
+    only sums are kept.
 
     Args:
       model, variables, batches, plan, rngs: as in `second_moments`; the examples of a batch must not depend on each other.
@@ -118,8 +118,9 @@ def gradient_moments(
       **kwargs: keyword arguments of the model, such as `train=False`.
 
     Returns:
-      By the kernel's name `[*stack, outputs, outputs]`, float32: summed over the positions of a prediction, and its mean over
-      predictions, which are what the outputs have besides their last axis.
+      By the kernel's name `rows`, A of trace one, `[*stack, n, n]`, and `columns`, B, `[*stack, m / group, m / group]`,
+      float32.  S is the sum over all positions of an example; examples are along the first axis of a layer's outputs.  Several
+      uses of a kernel are taken to be independent.  Predictions are what the outputs have besides their last axis.
 
     Raises:
       TypeError: as in `second_moments`; the key is none, the model returns no array of outputs, or loss or logits is no
@@ -143,26 +144,40 @@ def gradient_moments(
         return made.astype(jnp.promote_types(made.dtype, jnp.float32))
 
     @jax.jit
-    def run(variables: Any, batch: Any, key: jax.Array) -> tuple[dict[str, jax.Array], Any]:
+    def run(variables: Any, batch: Any, key: jax.Array) -> tuple[dict[str, GradientMoments], Any]:
         def cotangents(made: jax.Array) -> jax.Array:
             return cotangents_of(made, key)
 
         sums, made = linen_gradients.capture(model, variables, batch, plan, outputs, cotangents, rngs, kwargs)
         predictions = max(made.size // made.shape[-1], 1)
-        return {name: value / predictions for name, value in sums.items()}, jnp.asarray(predictions, jnp.float32)
+        return jax.tree.map(lambda value: value / predictions, sums), jnp.asarray(predictions, jnp.float32)
 
-    found: dict[str, tuple[jax.Array, jax.Array]] = {}
+    found: dict[str, GradientMoments] = {}
+    total = jnp.zeros((), jnp.float32)
     for index, batch in enumerate(batches):
         _check_batch(batch, index, plan)
         for draw in range(draws):
             means, predictions = run(variables, batch, jax.random.fold_in(jax.random.fold_in(key, index), draw))
-            for name, mean in means.items():
-                summary = (mean, jnp.broadcast_to(predictions, mean.shape[:-2]))
-                found[name] = _mean_of_both(found[name], summary) if name in found else summary
-    means = _not_empty({name: mean for name, (mean, _) in found.items()}, plan)
-    if broken := [name for name, mean in means.items() if not jnp.isfinite(mean).all()]:
-        raise ValueError(f"gradients are not finite in float32 at the outputs of {', '.join(broken)}")
-    return means
+            total = total + predictions
+            found = _moved(found, means, predictions / total) if found else means
+    found = _not_empty(found, plan)
+    if broken := [name for name, sides in found.items() if not all(jnp.isfinite(side).all() for side in sides)]:
+        raise ValueError(f"gradients are not finite in float32 at {', '.join(broken)}")
+    groups = {kernel.name: kernel.view.group for kernel in plan.captured}
+    return {name: _normalized(sides, groups[name]) for name, sides in found.items()}
+
+
+@jax.jit
+def _moved(means: Any, others: Any, share: jax.Array) -> Any:
+    """Means that others join, which have this share of all."""
+    return jax.tree.map(lambda mean, other: mean + share * (other - mean), means, others)
+
+
+def _normalized(sides: GradientMoments, group: int) -> GradientMoments:
+    """E SSᵀ / E |S|² and E SᵀS / group, so that ½ tr(Eᵀ A E B) is the mean of ½ ⟨E, S⟩² over all directions of E."""
+    size = jnp.trace(sides.rows, axis1=-2, axis2=-1)[..., None, None]
+    even = jnp.eye(sides.rows.shape[-1]) / sides.rows.shape[-1]  # where nothing is felt, no direction is
+    return GradientMoments(jnp.where(size > 0, sides.rows / jnp.where(size > 0, size, 1), even), sides.columns / group)
 
 
 def _of_softmax(outputs: jax.Array, key: jax.Array) -> jax.Array:
@@ -219,10 +234,9 @@ def moment_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def gradient_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+def gradient_shapes(plan: Plan) -> dict[str, GradientMoments]:
     """What `gradient_moments` returns, as shapes."""
-    sizes = {kernel.name: (kernel.stack, kernel.view.m // kernel.view.group) for kernel in plan.captured}
-    return {name: jax.ShapeDtypeStruct((*stack, m, m), jnp.float32) for name, (stack, m) in sizes.items()}
+    return linen_gradients.shapes(plan)
 
 
 def samples(
@@ -283,7 +297,7 @@ def _capture(model: Any, variables: Any, batches: Any, plan: Any) -> Callable[..
     return linen_inputs.capture
 
 
-def _not_empty(found: dict[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:
+def _not_empty(found: dict[str, Any], plan: Plan) -> dict[str, Any]:
     if not found and plan.captured:
         raise ValueError("no batches to capture inputs from")
     return found

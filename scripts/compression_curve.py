@@ -118,12 +118,12 @@ def compressed(victim: Victim, method: str, budget: dict[str, Any]) -> tuple[Pla
     if method == "spectral":
         plan = lr.allocate(plan, objective="uniform", **limit, **given)
         return plan, lr.factorize(params, plan, key=KEY), None
-    moments = victim.moments(plan, head)
     if method == "two-sided":
-        data = {"moments": moments, "gradients": victim.gradients(plan, head)}
-        plan = lr.allocate(plan, **limit, **given, **data)
+        gradients = victim.gradients(plan, head)
+        plan = lr.allocate(plan, **limit, **given, gradients=gradients)
         expected = sum(kernel.divergence or 0 for kernel in plan.kernels)
-        return plan, lr.factorize(params, plan, key=KEY, **data), expected
+        return plan, lr.factorize(params, plan, key=KEY, gradients=gradients), expected
+    moments = victim.moments(plan, head)
     if method == "data-aware":
         plan = lr.allocate(plan, objective="uniform", **limit, **given, moments=moments)
     else:
@@ -180,7 +180,7 @@ intervals, by a bootstrap over pictures. The command:
 * *spectral*: truncated SVD, one scale for all kernels.
 * *data-aware*: the same for the layers' inputs (second moments).
 * *KL-weighted*: these factors; ranks by what a kernel's loss does to the predictions (`lr.sensitivity`).
-* *two-sided*: factors and ranks by inputs and by gradients at the outputs (`lr.inputs.gradient_moments`).
+* *two-sided*: factors and ranks by the gradients of predictions at the kernels (`lr.inputs.gradient_moments`).
 
 {markdown_table(rows)}
 """

@@ -10,6 +10,7 @@ from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.linen import boxes
 from lowrank_jax.planning import factorize as trees
 from lowrank_jax.planning.plans import Plan
+from lowrank_jax.projection.two_sided import GradientMoments
 
 
 def factorize(
@@ -18,7 +19,7 @@ def factorize(
     *,
     key: jax.Array,
     moments: Mapping[str, jax.Array] | None = None,
-    gradients: Mapping[str, jax.Array] | None = None,
+    gradients: Mapping[str, GradientMoments] | None = None,
     inputs: Mapping[str, jax.Array] | None = None,
 ) -> Any:
     """Replaces the planned kernels by factor pairs, each made by its rule's method; paths stay the same.
@@ -32,8 +33,8 @@ def factorize(
       key: for random methods; what is drawn for a kernel depends on the key and the kernel's name alone.
       moments: E xxᵀ of every planned kernel's inputs, from `inputs.second_moments`; kernels are then factored for these
         inputs rather than for isotropic ones (docs/mathematics.md, section 8).
-      gradients: E ggᵀ of the gradients at the outputs of every kernel whose method is `two_sided`, from
-        `inputs.gradient_moments`; that method needs both (docs/mathematics.md, section 13).
+      gradients: the moments of its gradients for every kernel whose method is `two_sided`, from `inputs.gradient_moments`;
+        that method needs them, and no moments (docs/mathematics.md, section 14).
       inputs: samples of every planned kernel's inputs, from `inputs.samples`, for the method `function_approximation`.
 
     Returns:

@@ -81,7 +81,7 @@ class _Watch:
         if not layer.is_mutable_collection(COLLECTION):
             self.missed.add(name)
             return
-        new = self._summary(name, _inputs(layer, self._planned[name], x))
+        new = self._summary(name, read_by(layer, self._planned[name])(x))
         self.axes[name] = new[0].ndim
         layer.sow(
             COLLECTION,
@@ -108,20 +108,28 @@ def _sown(kernel: str) -> str:
     return f"inputs of {kernel.rpartition('/')[2]}"
 
 
-def _inputs(module: Any, kernel: FactoredKernel, x: jax.Array) -> jax.Array:
-    """What a kernel's matrix is multiplied with at every output position: `[positions, group, n]`, float32."""
+def read_by(module: Any, kernel: FactoredKernel) -> Callable[[jax.Array], jax.Array]:
+    """A function from a layer's inputs to what its kernel's matrix is multiplied with at every output position.
+
+    Returns:
+      `[positions, group, n]`, float32, positions in the order of the layer's outputs.
+    """
     view = kernel.view
     if not is_built_in(module):  # it multiplies the last axes
-        return x.astype(jnp.float32).reshape(-1, 1, view.n)
+        return lambda x: x.astype(jnp.float32).reshape(-1, 1, view.n)
     row_sizes = view.shape[:-1] if isinstance(module, nn.Conv) else tuple(view.shape[axis] for axis in view.rows)
     size = math.prod(row_sizes)
     layer = module.clone(features=size, use_bias=False, dtype=jnp.float32, precision="highest", name=None)
-    identity = jnp.eye(size, dtype=jnp.float32).reshape(*row_sizes, size)
-    read: Any = layer.apply({"params": {"kernel": identity}}, x.astype(jnp.float32))
-    read = read.reshape(-1, *row_sizes)
-    if view.group == 1:
-        return read.reshape(-1, 1, size)
-    return read.swapaxes(1, 2).reshape(-1, view.group, view.n)  # [positions, kh, kw, c_in]: an output owns kw columns
+
+    def read(x: jax.Array) -> jax.Array:
+        identity = jnp.eye(size, dtype=jnp.float32).reshape(*row_sizes, size)
+        patches: Any = layer.apply({"params": {"kernel": identity}}, x.astype(jnp.float32))
+        patches = patches.reshape(-1, *row_sizes)
+        if view.group == 1:
+            return patches.reshape(-1, 1, size)
+        return patches.swapaxes(1, 2).reshape(-1, view.group, view.n)  # [positions, kh, kw, c_in]: an output owns kw columns
+
+    return read
 
 
 def _check_found(found: dict[str, Any], planned: Mapping[str, FactoredKernel]) -> None:

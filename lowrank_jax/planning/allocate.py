@@ -20,6 +20,7 @@ from lowrank_jax.planning.options import Points, execution_of
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, Plan, PlannedKernel
 from lowrank_jax.planning.uniform import largest_uniform, uniforms
 from lowrank_jax.projection.methods import TWO_SIDED
+from lowrank_jax.projection.two_sided import GradientMoments
 from lowrank_jax.text import did_you_mean, shown
 
 
@@ -39,7 +40,7 @@ def allocate(
     multiple_of: int = 1,
     variables: Any = None,
     moments: Mapping[str, jax.Array] | None = None,
-    gradients: Mapping[str, jax.Array] | None = None,
+    gradients: Mapping[str, GradientMoments] | None = None,
     sensitivity: Mapping[str, float] | None = None,
 ) -> Plan:
     """Chooses the rank of every kernel, or to leave it dense, so that the network loses least within a budget.
@@ -73,7 +74,7 @@ def allocate(
       variables: the dense model's variables or parameters, whose kernels are decomposed; None for Gaussian kernels.
       moments: from `inputs.second_moments(..., plan.opened())`, for the layers' real inputs; needs `variables`.  A scheme whose
         moments are not there is not considered.
-      gradients: from `inputs.gradient_moments(..., plan.opened())`, for rules of the method `two_sided`; needs `moments`.
+      gradients: from `inputs.gradient_moments(..., plan.opened())`, for rules of the method `two_sided`; needs `variables`.
       sensitivity: by name, what a kernel's loss counts; 1 for those that are not there.  One of 0 gets what the others leave.
 
     Returns:
@@ -165,8 +166,8 @@ def _closed(plan: Plan, variables: Any, moments: Mapping[str, jax.Array] | None)
 def _check_moments(variables: Any, moments: Any, gradients: Any = None) -> None:
     if moments is not None and variables is None:
         raise ValueError("moments need the variables too: they say what the kernels do with the inputs")
-    if gradients is not None and moments is None:
-        raise ValueError("gradients need the moments of the inputs too: inputs.second_moments measures them")
+    if gradients is not None and variables is None:
+        raise ValueError("gradients need the variables too: they say what the kernels are")
 
 
 def _check_gradients(plan: Plan, objective: Any, gradients: Any, sensitivity: Any) -> None:

@@ -1,14 +1,16 @@
 """Arguments that are nothing of their kind: refused by their names, before jax or NumPy say something else."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from lowrank_jax.kernel import MatrixView
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.projection import linalg
+from lowrank_jax.projection.two_sided import GradientMoments
 from lowrank_jax.text import shown
 
 
@@ -64,3 +66,23 @@ def moments_problem(moment: Any) -> str | None:
             return "moments must be symmetric"
     # What is no matrix of second moments has no real square root.
     return None if linalg.known_finite(linalg.square_roots(moment)) else "moments must be positive semidefinite"
+
+
+def gradients_problem(value: Any, stack: tuple[int, ...], views: Sequence[MatrixView]) -> str | None:
+    """What keeps a value from being the gradients' moments of a kernel that is seen in one of these ways."""
+    if value is None:
+        return "has no gradients; measure them for plan.opened()"
+    if not isinstance(value, tuple) or len(value) != 2:
+        return f"gradients must be a pair of rows and columns, as inputs.gradient_moments gives it, not {shown(value)}"
+    for name, array in zip(GradientMoments._fields, value, strict=True):
+        if problem := array_problem(array):
+            return f"{name} of gradients: {problem}"
+    wanted = [tuple((*stack, size, size) for size in (view.n, view.m // view.group)) for view in views]
+    found = tuple(tuple(array.shape) for array in value)
+    if found not in wanted:
+        either = " or ".join(f"{list(rows)} and {list(columns)}" for rows, columns in dict.fromkeys(wanted))
+        return f"gradients must have rows and columns of shapes {either}, not {list(found[0])} and {list(found[1])}"
+    for name, array in zip(GradientMoments._fields, value, strict=True):
+        if problem := moments_problem(array):
+            return f"{name} of gradients: {problem}"
+    return None

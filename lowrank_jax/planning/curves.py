@@ -10,12 +10,12 @@ import numpy as np
 
 from lowrank_jax.kernel import is_low_rank, without_box
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.planning.arguments import array_problem, moments_problem
+from lowrank_jax.planning.arguments import array_problem, gradients_problem, moments_problem
 from lowrank_jax.planning.plans import PlannedKernel
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.activations import ActivationLike
 from lowrank_jax.projection.curves import Curves, Normalization, curves, gaussian_curves
-from lowrank_jax.projection.two_sided import divergences
+from lowrank_jax.projection.two_sided import GradientMoments, divergences
 
 
 class Losses(NamedTuple):
@@ -38,7 +38,7 @@ def curves_of_kernels(
     kernels: Sequence[PlannedKernel],
     variables: Any = None,
     moments: Mapping[str, jax.Array] | None = None,
-    gradients: Mapping[str, jax.Array] | None = None,
+    gradients: Mapping[str, GradientMoments] | None = None,
 ) -> dict[str, list[Losses | None]]:
     """By kernel, for each of its choices, what every rank from 1 to full rank loses; None for a choice without moments.
 
@@ -48,7 +48,7 @@ def curves_of_kernels(
         shapes alone.
       moments: by kernel, `[*stack, n, n]`: second moments of the inputs of one of its choices.  Kernels that are premerged, or
         that only their layer knows how to use, have none.
-      gradients: by kernel, `[*stack, outputs, outputs]`: second moments of the gradients at its layer's outputs; with moments.
+      gradients: by kernel, the moments of its gradients, as one of its choices has it; of whatever has none, neither.
 
     Raises:
       ValueError: the variables, moments or gradients do not fit the kernels, or are not finite.
@@ -66,7 +66,7 @@ def curves_of_kernels(
             settings = _Settings.of(kernel, place)
             if given is None:
                 found[kernel.name][place] = _of_gaussian(settings)
-            elif moments is None or _has_moments(kernel, place, moments):
+            elif _is_measured(kernel, place, moment, gradient):
                 matrices = choice.view.to_matrix(given)  # type: ignore[arg-type]  # of NumPy in, of NumPy out
                 found[kernel.name][place] = _of_values(settings, np.asarray(matrices), moment, gradient)
     return found
@@ -85,9 +85,13 @@ def _is_captured(kernel: PlannedKernel) -> bool:
     return kernel.execution != "premerged" and not kernel.own_run
 
 
-def _has_moments(kernel: PlannedKernel, place: int, moments: Mapping[str, jax.Array]) -> bool:
-    """Whether a choice's inputs are those of the moments; of what has none, isotropic inputs are assumed."""
-    return not _is_captured(kernel) or moments[kernel.name].shape[-1] == kernel.choices[place].view.n
+def _is_measured(kernel: PlannedKernel, place: int, moment: jax.Array | None, gradient: GradientMoments | None) -> bool:
+    """Whether what is known is that of this choice; of what nothing is known, isotropic inputs are assumed."""
+    view = kernel.choices[place].view
+    sizes = view.n, view.m // view.group
+    return (moment is None or moment.shape[-1] == view.n) and (
+        gradient is None or (gradient.rows.shape[-1], gradient.columns.shape[-1]) == sizes
+    )
 
 
 def _check_moments(kernels: Sequence[PlannedKernel], moments: Mapping[str, jax.Array]) -> None:
@@ -108,21 +112,13 @@ def _check_moments(kernels: Sequence[PlannedKernel], moments: Mapping[str, jax.A
         raise ValueError("the moments do not fit the plan:\n  " + "\n  ".join(problems))
 
 
-def _check_gradients(kernels: Sequence[PlannedKernel], gradients: Mapping[str, jax.Array]) -> None:
+def _check_gradients(kernels: Sequence[PlannedKernel], gradients: Mapping[str, GradientMoments]) -> None:
     problems = []
     for kernel in kernels:
-        view, gradient = kernel.choices[0].view, gradients.get(kernel.name)
-        shape = (*kernel.stack, *(view.m // view.group,) * 2)
         if not _is_captured(kernel):
             problems.append(f"{kernel.name}: the gradients of its layer cannot be measured; keep it dense by a rule")
-        elif gradient is None:
-            problems.append(f"{kernel.name}: has no gradients; measure them for plan.opened()")
-        elif problem := array_problem(gradient):
-            problems.append(f"{kernel.name}: gradients: {problem}")
-        elif tuple(gradient.shape) != shape:
-            problems.append(f"{kernel.name}: gradients must have shape {list(shape)}, not {list(gradient.shape)}")
-        elif problem := moments_problem(gradient):
-            problems.append(f"{kernel.name}: gradients: {problem}")
+        elif problem := gradients_problem(gradients.get(kernel.name), kernel.stack, [choice.view for choice in kernel.choices]):
+            problems.append(f"{kernel.name}: {problem}")
     if problems:
         raise ValueError("the gradients do not fit the plan:\n  " + "\n  ".join(problems))
 
@@ -153,18 +149,18 @@ def _of_gaussian(settings: _Settings) -> Losses:
     return _mean([gaussian_curves(settings.n, settings.m, **settings.others)])
 
 
-def _of_values(settings: _Settings, matrices: np.ndarray, moment: jax.Array | None, gradient: jax.Array | None) -> Losses:
-    """Of the kernels of one module, `[*stack, n, m]`, and the moments of their inputs and gradients, where these are known."""
+def _of_values(settings: _Settings, matrices: np.ndarray, moment: jax.Array | None, gradient: GradientMoments | None) -> Losses:
+    """Of the kernels of one module, `[*stack, n, m]`, for the moments of their inputs and gradients, where these are known."""
     given = matrices.reshape(-1, settings.n, settings.m).astype(np.float64)
-    if moment is not None:
-        given = np.asarray(_roots(moment), np.float64) @ given
-    losses = _mean([curves(w, **settings.others) for w in given])
+    fed = given if moment is None else np.asarray(_roots(moment), np.float64) @ given
+    losses = _mean([curves(w, **settings.others) for w in fed])
     if gradient is None:
         return losses
-    if not np.any(gradient):  # nothing that this layer does is felt
+    if not np.any(gradient.columns):  # nothing that this layer does is felt
         return losses._replace(divergence=np.zeros_like(losses.risk))
-    sides = np.asarray(_roots(gradient), np.float64)
-    return losses._replace(divergence=np.mean([divergences(w, t) for w, t in zip(given, sides, strict=True)], axis=0))
+    sides = (np.asarray(_roots(side), np.float64) for side in gradient)
+    lost = [divergences(r @ w, t) for w, r, t in zip(given, *sides, strict=True)]
+    return losses._replace(divergence=np.mean(lost, axis=0))
 
 
 _roots = jax.jit(linalg.square_roots)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +12,20 @@ import jax.numpy as jnp
 
 from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.paths import map_named, named_leaves
-from lowrank_jax.planning.arguments import array_problem, check_key, check_mapping, check_plan, moments_problem
+from lowrank_jax.planning.arguments import (
+    array_problem,
+    check_key,
+    check_mapping,
+    check_plan,
+    gradients_problem,
+    moments_problem,
+)
 from lowrank_jax.planning.plans import FactoredKernel, Plan
 from lowrank_jax.projection import linalg
 from lowrank_jax.projection.methods import METHODS, SAMPLED, TWO_SIDED, Method
 from lowrank_jax.projection.padding import equal
 from lowrank_jax.projection.stack import Stack
-from lowrank_jax.projection.two_sided import two_sided_stacks
+from lowrank_jax.projection.two_sided import GradientMoments, two_sided_stacks
 from lowrank_jax.text import did_you_mean
 
 
@@ -28,7 +35,7 @@ def factorize(
     *,
     key: jax.Array,
     moments: Mapping[str, jax.Array] | None = None,
-    gradients: Mapping[str, jax.Array] | None = None,
+    gradients: Mapping[str, GradientMoments] | None = None,
     inputs: Mapping[str, jax.Array] | None = None,
 ) -> Any:
     """Replaces the planned kernels of a plain tree by factor pairs; the doors' `factorize` calls it (`linen/factorize.py`).
@@ -67,7 +74,7 @@ class _Data(NamedTuple):
     """What is known of the layers that the plan's kernels are in, by the kernels' names."""
 
     moments: Mapping[str, jax.Array] | None
-    gradients: Mapping[str, jax.Array] | None
+    gradients: Mapping[str, GradientMoments] | None
     inputs: Mapping[str, jax.Array] | None
 
 
@@ -76,7 +83,7 @@ def _factorize(kernels: dict[str, jax.Array], plan: Plan, key: jax.Array, data: 
     factors: dict[str, Any] = {}
     known, unknown = [], []  # of those that are premerged nobody knows the inputs
     for kernel in plan.factored:
-        (unknown if data.moments is None or kernel.name not in data.moments else known).append(kernel)
+        (known if any(kernel.name in (given or {}) for given in data[:2]) else unknown).append(kernel)
     for chosen, its in ((known, data), (unknown, _Data(None, None, data.inputs))):
         for method, groups in _by_method(kernels, chosen, data.inputs).items():
             stacks = [_stack(members, kernels, key, data.inputs) for members in groups]
@@ -88,14 +95,15 @@ def _factorize(kernels: dict[str, jax.Array], plan: Plan, key: jax.Array, data: 
 def _pairs(method: str, stacks: list[Stack], groups: list[list[FactoredKernel]], data: _Data) -> list[linalg.Pair]:
     """Of stacks whose layers are known, or not."""
 
-    def roots(moments: Mapping[str, jax.Array]) -> list[jax.Array]:
-        return [jnp.concatenate([linalg.square_roots(moments[kernel.name]) for kernel in members]) for members in groups]
+    def roots(of: Callable[[str], jax.Array]) -> list[jax.Array]:
+        return [jnp.concatenate([linalg.square_roots(of(kernel.name)) for kernel in members]) for members in groups]
 
-    if data.moments is None:
+    moments, gradients, _ = data
+    if method == TWO_SIDED and gradients is not None:
+        return two_sided_stacks(stacks, roots(lambda name: gradients[name].rows), roots(lambda name: gradients[name].columns))
+    if moments is None:
         return METHODS[method](stacks)
-    if method == TWO_SIDED and data.gradients is not None:
-        return two_sided_stacks(stacks, roots(data.moments), roots(data.gradients))
-    return _data_aware(METHODS[method], stacks, roots(data.moments))
+    return _data_aware(METHODS[method], stacks, roots(lambda name: moments[name]))
 
 
 @linalg.highest_precision
@@ -181,21 +189,17 @@ def _check_data(plan: Plan, data: _Data) -> None:
     if inputs is not None and len(sampled) < len(plan.captured):
         raise ValueError(f"only the method {SAMPLED!r} takes inputs; give moments for the other kernels of this plan")
     two_sided = [kernel for kernel in plan.captured if kernel.rule.method == TWO_SIDED]
-    if two_sided and (moments is None or gradients is None):
-        raise ValueError(
-            f"the method {TWO_SIDED!r} needs moments and gradients: "
-            "inputs.second_moments and inputs.gradient_moments measure them"
-        )
+    if two_sided and gradients is None:
+        raise ValueError(f"the method {TWO_SIDED!r} needs gradients: inputs.gradient_moments measures them")
     if gradients is not None and not two_sided:
         raise ValueError(f"only the method {TWO_SIDED!r} takes gradients, and no kernel of this plan has it")
     problems = []
     for kernel in plan.captured:
         name, stack, n, group = kernel.name, kernel.stack, kernel.view.n, kernel.view.group
         if gradients is not None and kernel.rule.method == TWO_SIDED:
-            gradient, outputs = gradients.get(name), kernel.view.m // group
-            misfit = _misfit(name, "gradients", gradient, (*stack, outputs, outputs))
-            problems += misfit or [f"{name}: gradients: {problem}" for problem in [moments_problem(gradient)] if problem]
-        if moments is not None:
+            problem = gradients_problem(gradients.get(name), stack, [kernel.view])
+            problems += [f"{name}: {problem}"] if problem else []
+        elif moments is not None:
             moment = moments.get(name)
             misfit = _misfit(name, "moments", moment, (*stack, n, n))
             problems += misfit or [f"{name}: {problem}" for problem in [moments_problem(moment)] if problem]

@@ -43,7 +43,7 @@ def test_it_is_the_best_matrix_of_its_rank_in_the_metric(n, m, group):
     w, c, g = np.asarray(normal(0, n, m), np.float64), moment(1, n), moment(2, m // group)
     whole = np.kron(np.eye(group), ridged(g))  # column j belongs to output j % (m // group)
     for rank in (1, 4, 9):
-        u, v = projection.two_sided(jnp.float32(w), rank, moment=jnp.float32(c), gradient=jnp.float32(g), group=group)
+        u, v = projection.two_sided(jnp.float32(w), rank, rows=jnp.float32(c), columns=jnp.float32(g), group=group)
         assert u.shape == (n, rank) and v.shape == (rank, m)
         np.testing.assert_allclose(u.T @ u, v @ v.T, atol=2e-5 * np.abs(u.T @ u).max())
         expected, least = best(w, ridged(c), whole, rank)
@@ -53,7 +53,7 @@ def test_it_is_the_best_matrix_of_its_rank_in_the_metric(n, m, group):
 
 def test_of_isotropic_inputs_and_gradients_it_is_the_spectral_one():
     w = normal(3, 10, 14)
-    u, v = projection.two_sided(w, 4, moment=np.eye(10, dtype=np.float32), gradient=np.eye(14, dtype=np.float32))
+    u, v = projection.two_sided(w, 4, rows=np.eye(10, dtype=np.float32), columns=np.eye(14, dtype=np.float32))
     a, b = projection.spectral(w, 4)
     np.testing.assert_allclose(u @ v, a @ b, atol=1e-5)
 
@@ -72,23 +72,23 @@ def test_divergences_are_what_each_rank_loses(group):
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_the_size_of_gradients_does_not_matter(scale):
     w, c, g = normal(7, 8, 8), np.float32(moment(8, 8)), np.float32(moment(9, 8))
-    u, v = projection.two_sided(w, 3, moment=c, gradient=g)
-    a, b = projection.two_sided(w, 3, moment=c, gradient=g * np.float32(scale))
+    u, v = projection.two_sided(w, 3, rows=c, columns=g)
+    a, b = projection.two_sided(w, 3, rows=c, columns=g * np.float32(scale))
     np.testing.assert_allclose(u @ v, a @ b, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"moment": np.eye(5)}, r"moment must have shape \[8, 8\]"),
-        ({"gradient": np.eye(8)}, r"gradient must have shape \[6, 6\]"),
+        ({"rows": np.eye(5)}, r"rows must have shape \[8, 8\]"),
+        ({"columns": np.eye(8)}, r"columns must have shape \[6, 6\]"),
         ({"rank": 9}, "rank 9"),
         ({"group": 5}, "group 5"),
-        ({"moment": np.full((8, 8), np.nan)}, "non-finite"),
+        ({"rows": np.full((8, 8), np.nan)}, "non-finite"),
     ],
 )
 def test_bad_input_gets_one_clear_error(changes, message):
-    given = {"rank": 2, "moment": np.eye(8), "gradient": np.eye(6), "group": 2, **changes}
+    given = {"rank": 2, "rows": np.eye(8), "columns": np.eye(6), "group": 2, **changes}
     with pytest.raises(ValueError, match=message):
         projection.two_sided(normal(0, 8, 12), **given)
 

@@ -28,6 +28,7 @@ from lowrank_jax.experiment.training.state import TrainState, key
 from lowrank_jax.linen.factorize import factorize
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.planning.plans import Plan
+from lowrank_jax.projection.two_sided import GradientMoments
 from lowrank_jax.text import first_line
 
 Batches = Callable[[], Iterable[dict[str, jax.Array]]]
@@ -38,7 +39,7 @@ class Calibration(NamedTuple):
     """What is known of the layers, by their kernels' names: see `inputs.second_moments` and `inputs.gradient_moments`."""
 
     moments: dict[str, jax.Array] | None = None
-    gradients: dict[str, jax.Array] | None = None
+    gradients: dict[str, GradientMoments] | None = None
 
 
 UNKNOWN = Calibration()
@@ -48,7 +49,7 @@ def calibration_shapes(plan: Plan, *, data_aware: bool, loss: str | None) -> Cal
     """What `Start.calibration` returns, as shapes; `UNKNOWN` where nothing is measured."""
     if not data_aware:
         return UNKNOWN
-    return Calibration(inputs.moment_shapes(plan), None if loss is None else inputs.gradient_shapes(plan))
+    return Calibration(inputs.moment_shapes(plan)) if loss is None else Calibration(None, inputs.gradient_shapes(plan))
 
 
 class Weights(NamedTuple):
@@ -218,14 +219,12 @@ class Start:
         network = self.network.module, variables
         dropout = {"dropout": key(self.seed, "dropout")}
         try:
-            moments = inputs.second_moments(*network, images(), plan, rngs=dropout, **flags)
             if self.loss is None:
-                return Calibration(moments)
-            drawn = key(self.seed, "gradients")
-            gradients = inputs.gradient_moments(*network, images(), plan, key=drawn, loss=self.loss, rngs=dropout, **flags)
+                return Calibration(inputs.second_moments(*network, images(), plan, rngs=dropout, **flags))
+            drawn = {"key": key(self.seed, "gradients"), "loss": self.loss}
+            return Calibration(None, inputs.gradient_moments(*network, images(), plan, **drawn, rngs=dropout, **flags))
         except ValueError as error:
             raise ConfigError("config", [f"lowrank.moment_batches: {first_line(error)}"]) from error
-        return Calibration(moments, gradients)
 
     def factored_by_host(self, variables: Any, known: Calibration) -> Weights:
         """`factored`, decomposed by this machine's CPU; the same in all processes, on the host.
