@@ -115,22 +115,22 @@ def compressed(victim: Victim, method: str, budget: dict[str, Any]) -> tuple[Pla
     """The plan, the factored parameters, and the KL that the second order expects."""
     head = bool(budget.get("head"))
     plan = victim.plan(method, head)
-    limit = {"params": budget["params"]} if "params" in budget else {"macs": _macs(plan, budget["pointwise"])}
-    params, given = victim.variables["params"], {"variables": victim.variables}
+    limit: dict[str, Any] = {"params": budget["params"]} if "params" in budget else {"macs": _macs(plan, budget["pointwise"])}
+    params = victim.variables["params"]
     if method == "spectral":
-        plan = lr.allocate(plan, objective="uniform", **limit, **given)
+        plan = lr.allocate(plan, objective="uniform", **limit, variables=victim.variables)
         return plan, lr.factorize(params, plan, key=KEY), None
     if method == "two-sided":
         gradients = victim.gradients(plan, head)
-        plan = lr.allocate(plan, **limit, **given, gradients=gradients)
+        plan = lr.allocate(plan, **limit, variables=victim.variables, gradients=gradients)
         expected = sum(kernel.divergence or 0 for kernel in plan.kernels)
         return plan, lr.factorize(params, plan, key=KEY, gradients=gradients), expected
     moments = victim.moments(plan, head)
     if method == "data-aware":
-        plan = lr.allocate(plan, objective="uniform", **limit, **given, moments=moments)
+        plan = lr.allocate(plan, objective="uniform", **limit, variables=victim.variables, moments=moments)
     else:
         counts = victim.sensitivity(plan, head)
-        plan = lr.allocate(plan, objective="risk", **limit, **given, moments=moments, sensitivity=counts)
+        plan = lr.allocate(plan, objective="risk", **limit, variables=victim.variables, moments=moments, sensitivity=counts)
     return plan, lr.factorize(params, plan, key=KEY, moments=moments), None
 
 
@@ -170,7 +170,7 @@ def alone(victim: Victim, limit: dict[str, Any]) -> list[dict[str, Any]]:
 
     @jax.jit
     def predict(params: Any, images: jax.Array) -> jax.Array:
-        logits = victim.model.apply({**victim.variables, "params": params}, images, train=False)
+        logits: Any = victim.model.apply({**victim.variables, "params": params}, images, train=False)
         return jax.nn.log_softmax(logits.astype(jnp.float32))
 
     def predictions(params: Any) -> np.ndarray:

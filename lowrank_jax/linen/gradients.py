@@ -13,6 +13,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax.linen.inputs import read_by
 from lowrank_jax.linen.interception import observe
@@ -109,7 +110,7 @@ class _Watch:
 
 def _examples(layer: Any, kernel: FactoredKernel, made: jax.Array) -> int:
     """How many examples a layer's outputs are of: those along the first axis, if it is none of the layer's own."""
-    own = len(layer.kernel_size) if isinstance(layer, nn.Conv) else 0
+    own = np.size(layer.kernel_size) if isinstance(layer, nn.Conv) else 0  # an int is a window of one axis
     left, axes = kernel.view.m // kernel.view.group, 0
     while left > 1:
         axes += 1
@@ -165,7 +166,7 @@ _past.defvjp(_forward, _backward)
 
 def _beside(params: Any, sums: Mapping[str, GradientMoments]) -> Any:
     """The parameters with the sums next to their kernels."""
-    flat = flax.traverse_util.flatten_dict(params, keep_empty_nodes=True)
+    flat: dict[Any, Any] = dict(flax.traverse_util.flatten_dict(params, keep_empty_nodes=True))
     for name, pair in sums.items():
         for side, value in zip(pair._fields, pair, strict=True):
             flat[tuple(_beside_name(name, side).split("/"))] = value

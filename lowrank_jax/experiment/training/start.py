@@ -6,7 +6,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -38,8 +38,8 @@ Batches = Callable[[], Iterable[dict[str, jax.Array]]]
 class Calibration(NamedTuple):
     """What is known of the layers, by their kernels' names: see `inputs.second_moments` and `inputs.gradient_moments`."""
 
-    moments: dict[str, jax.Array] | None = None
-    gradients: dict[str, GradientMoments] | None = None
+    moments: Mapping[str, Any] | None = None
+    gradients: Mapping[str, GradientMoments] | None = None
 
 
 UNKNOWN = Calibration()
@@ -215,7 +215,7 @@ class Start:
         """
         normalize, plan = jax.jit(self.normalize), plan or self.plan
         images = lambda: (normalize(batch["image"]) for batch in batches())  # noqa: E731
-        flags = self.network.flags(train=not self.trained)
+        flags: dict[str, Any] = self.network.flags(train=not self.trained)
         network = self.network.module, variables
         dropout = {"dropout": key(self.seed, "dropout")}
         try:
