@@ -113,11 +113,30 @@ def check_name(timm_name: str) -> None:
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Parts of names with tags whose weights are for other pixels than their family's.
+_OF_TAGS = {
+    ".ap_in1k": _HALF,
+    ".ra4_e3600": _HALF,
+    ".dino": _IMAGENET,
+    ".mae": _IMAGENET,
+    "vit_base_patch16_224.bamboo": _CLIP,
+}
 
 
 def pixels(timm_name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the pixels, scaled to [0, 1], that the weights of timm's model are for: of its default tag."""
+    """Mean and deviation of the pixels, scaled to [0, 1], that the weights of timm's model are for.
+
+    Args:
+      timm_name: with the tag of the trained weights after a dot, or without it for timm's default.
+
+    Raises:
+      ValueError: no model here corresponds to it.
+    """
     check_name(timm_name)
+    known = next((values for part, values in _OF_TAGS.items() if part in timm_name), None)
+    if known is not None:
+        return known
     halves = timm_name.startswith(("vit_", "tf_efficientnet_lite")) or timm_name in ("tf_efficientnet_b8", "efficientnet_b1")
     return _HALF if halves else _IMAGENET
 
@@ -140,7 +159,7 @@ def from_timm(state: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[
 
 
 def placed(state: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The same by path, whether or not the model has all of them; in the model's shapes where those split the axes or join them.
+    """The same by path, whether or not the model has all of them; in the model's shapes where those split axes or join them.
 
     Raises:
       ValueError: two arrays have one place.

@@ -6,6 +6,7 @@ descriptions below, and calls nothing.  What it makes is about as large as the p
 """
 
 import pickletools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -81,10 +82,11 @@ def unpickle(file: Any) -> Any:
       Exception: it is damaged: one of ValueError, IndexError, KeyError, TypeError and AttributeError.
     """
     machine = _Machine()
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name == "STOP":
-            return machine.result()
-        machine.step(opcode.name, argument)
+    with warnings.catch_warnings(action="ignore"):  # of backslashes in names
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name == "STOP":
+                return machine.result()
+            machine.step(opcode.name, argument)
     raise ValueError("it has no end")
 
 
