@@ -132,11 +132,12 @@ def test_names_lead_to_paths(tmp_path, kind):
 
 def test_names_that_are_wrong_are_told_at_once(file):
     names = {"params/head/bias": "params/head/kernel", "params/conv/bias": 3, "params/conv/kernal": "x", "counts/calls": None}
-    assert lines_of(ValueError, file, MODEL, names=names) == [
-        "names:",
-        "  'params/conv/kernal' is no name in the file; did you mean params/conv/kernel?",
+    first, *lines = lines_of(ValueError, file, MODEL, names=names)
+    assert first == "names:"
+    assert sorted(lines) == [
         "  'counts/calls' becomes None, which is no path",
         "  'params/conv/bias' becomes 3, which is no path",
+        "  'params/conv/kernal' is no name in the file; did you mean params/conv/kernel?",
         "  'params/head/bias' and 'params/head/kernel' both become 'params/head/kernel'",
     ]
     assert "both become 'x'" in lines_of(ValueError, file, MODEL, names=lambda name: "x")[1]
