@@ -1,7 +1,7 @@
 """Whether the models here compute what timm's compute: random weights, copied, and the logits of both set side by side.
 
     pip install 'lowrank_jax[parity]'
-    python -m scripts.timm_parity                    # ResNet-50, EfficientNet-B0 in both paddings, ViT-S and ViT-B
+    python -m scripts.timm_parity                    # ResNets, EfficientNet-B0 in both paddings, -Lite, ViTs
     python -m scripts.timm_parity resnet101 --size=128
 
 Nothing is downloaded.  Weights are random, BatchNorm statistics and all biases and scales included, so that a layer which is
@@ -22,7 +22,15 @@ from lowrank_jax.exchange.timm import TWINS, from_timm, twin
 from lowrank_jax.text import did_you_mean
 
 TOLERANCE = 1e-3
-DEFAULT = ("resnet50", "efficientnet_b0", "tf_efficientnet_b0", "vit_small_patch16_224", "vit_base_patch16_224")
+DEFAULT = (
+    "resnet50",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+    "efficientnet_b0",
+    "tf_efficientnet_b0",
+    *(f"tf_efficientnet_lite{size}" for size in range(5)),
+    *(f"vit_{size}_patch{patch}_224" for size in ("small", "base", "large") for patch in (16, 32)),
+)
 
 
 class Parity(NamedTuple):
@@ -47,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.names:
         if name not in TWINS:
             parser.error(f"no twin of {name!r}{did_you_mean(name, TWINS)}")
-    if args.size < 32 or args.size % 16:
-        parser.error(f"--size {args.size} must be a multiple of 16, at least 32")
+    if args.size < 32 or args.size % 32:
+        parser.error(f"--size {args.size} must be a multiple of 32, at least 32")
     try:
         import_timm()
     except ImportError as error:

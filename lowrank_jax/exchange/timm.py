@@ -9,7 +9,9 @@ module.  The images are to be normalised as the model's `pretrained_cfg` in timm
 """
 
 import functools
+import itertools
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +22,7 @@ import numpy as np
 from lowrank_jax import models
 from lowrank_jax.exchange.fit import fitted
 from lowrank_jax.paths import named_leaves
-from lowrank_jax.text import did_you_mean
+from lowrank_jax.text import did_you_mean, one_line
 
 # timm's name, up to a dot: the name here and the settings in which the two differ.
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,9 +45,9 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # How a repeated part is numbered there, and its path here.
 _REPEATED: tuple[tuple[str, Callable[..., str]], ...] = (
-    (r"layer(\d+)\.(\d+)\.", lambda stage, block: f"stage{stage}/block{block + 1}/"),
-    (r"blocks\.(\d+)\.(\d+)\.", lambda stage, block: f"stage{stage + 1}/block{block + 1}/"),
-    (r"blocks\.(\d+)\.", lambda block: f"block{block + 1}/"),
+    (r"layer(\d{1,6})\.(\d{1,6})\.", lambda stage, block: f"stage{stage}/block{block + 1}/"),
+    (r"blocks\.(\d{1,6})\.(\d{1,6})\.", lambda stage, block: f"stage{stage + 1}/block{block + 1}/"),
+    (r"blocks\.(\d{1,6})\.", lambda block: f"block{block + 1}/"),
 )
 
 # The layers of each family there and here; what has one name in both is left out.
@@ -80,6 +82,7 @@ _NUMBERED_BLOCK = {
     "_bn2": "project_norm",
 }
 
+_KERNEL_AXES = {4: (2, 3, 1, 0), 2: (1, 0)}  # theirs in our order
 _LEAVES = {"running_mean": "mean", "running_var": "var"}
 _ALONE = {"cls_token": "token", "pos_embed": "positions"}
 _UNUSED = "num_batches_tracked"  # counts for an average that the running statistics are not
@@ -110,11 +113,30 @@ def check_name(timm_name: str) -> None:
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Parts of names with tags whose weights are for other pixels than their family's.
+_OF_TAGS = {
+    ".ap_in1k": _HALF,
+    ".ra4_e3600": _HALF,
+    ".dino": _IMAGENET,
+    ".mae": _IMAGENET,
+    "vit_base_patch16_224.bamboo": _CLIP,
+}
 
 
 def pixels(timm_name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the pixels, scaled to [0, 1], that the weights of timm's model are for: of its default tag."""
+    """Mean and deviation of the pixels, scaled to [0, 1], that the weights of timm's model are for.
+
+    Args:
+      timm_name: with the tag of the trained weights after a dot, or without it for timm's default.
+
+    Raises:
+      ValueError: no model here corresponds to it.
+    """
     check_name(timm_name)
+    known = next((values for part, values in _OF_TAGS.items() if part in timm_name), None)
+    if known is not None:
+        return known
     halves = timm_name.startswith(("vit_", "tf_efficientnet_lite")) or timm_name in ("tf_efficientnet_b8", "efficientnet_b1")
     return _HALF if halves else _IMAGENET
 
@@ -128,7 +150,7 @@ def from_timm(state: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[
       like: the twin's variables, or their shapes as `jax.eval_shape` gives them.
 
     Returns:
-      Variables with the paths and shapes of `like`, float32 numpy arrays.
+      Variables with the paths, shapes and dtypes of `like`, numpy arrays.
 
     Raises:
       ValueError: an array has no place, a place has no array, sizes differ, or values are not finite; all of them are named.
@@ -137,27 +159,43 @@ def from_timm(state: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[
 
 
 def placed(state: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The same by path, whether or not the model has all of them; in the model's shapes where the sizes are right."""
+    """The same by path, whether or not the model has all of them; in the model's shapes where those split axes or join them.
+
+    Raises:
+      ValueError: two arrays have one place.
+    """
     shapes = named_leaves(like)
-    values = {}
+    values: dict[str, np.ndarray] = {}
+    owners: dict[str, str] = {}
+    twice = []
     places = _numbered_places(shapes) if "_conv_stem.weight" in state else functools.partial(_places, state)
     for name, value in state.items():
-        for path, part in places(name, np.asarray(value, np.float32)):
-            fits = path in shapes and part.size == math.prod(shapes[path].shape)
-            values[path] = part.reshape(shapes[path].shape) if fits else part
+        for path, part in places(name, np.asarray(value)):
+            if owners.setdefault(path, name) != name:
+                twice.append(f"{one_line(owners[path])} and {one_line(name)} are both {one_line(path)}")
+            shape = tuple(shapes[path].shape) if path in shapes else part.shape
+            values[path] = part.reshape(shape) if _splits(part.shape, shape) else part
+    if twice:
+        raise ValueError("the names are not those of a model in timm:\n  " + "\n  ".join(twice))
     return values
+
+
+def _splits(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether one shape has axes of the other split, or joined: attention here has an axis of heads."""
+    first, second = (set(itertools.accumulate(shape, operator.mul, initial=1)) for shape in (one, other))
+    return math.prod(one) == math.prod(other) and (first <= second or second <= first)
 
 
 def _numbered_places(shapes: Mapping[str, Any]) -> Callable[[str, np.ndarray], list[tuple[str, np.ndarray]]]:
     """`_places` of a file whose blocks are numbered through, for a model with these paths."""
-    matches = (re.match(r"params/stage(\d+)/block(\d+)/", path) for path in shapes)
+    matches = (re.match(r"params/stage(\d{1,6})/block(\d{1,6})/", path) for path in shapes)
     blocks = sorted({(int(match[1]), int(match[2])) for match in matches if match})
 
     def places(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
         if name.endswith(_UNUSED):
             return []
         layer, _, leaf = name.rpartition(".")
-        match = re.match(r"_blocks\.(\d+)\.", name)
+        match = re.match(r"_blocks\.(\d{1,6})\.", name)
         if not match:
             return [_place(_NUMBERED.get(layer, layer), leaf, value)]
         number, inner = int(match[1]), layer[match.end() :]
@@ -174,7 +212,7 @@ def _places(state: Mapping[str, np.ndarray], name: str, value: np.ndarray) -> li
     if name in _ALONE:
         return [(f"params/{_ALONE[name]}", value)]
     path, block, layer, leaf = _split(name)
-    if layer == "attn.qkv":
+    if layer == "attn.qkv" and value.ndim and value.shape[0] % 3 == 0:
         parts = zip(("query", "key", "value"), np.split(value, 3), strict=True)
         return [_place(f"{path}attention/{part}", leaf, piece) for part, piece in parts]
     return [_place(path + _layers(state, block).get(layer, layer), leaf, value)]
@@ -207,5 +245,5 @@ def _place(layer: str, leaf: str, value: np.ndarray) -> tuple[str, np.ndarray]:
         return f"params/{layer}/{leaf}", value
     if value.ndim == 1:
         return f"params/{layer}/scale", value
-    axes = (2, 3, 1, 0) if value.ndim == 4 else (1, 0)
-    return f"params/{layer}/kernel", value.transpose(axes)
+    axes = _KERNEL_AXES.get(value.ndim)
+    return f"params/{layer}/kernel", value if axes is None else value.transpose(axes)
