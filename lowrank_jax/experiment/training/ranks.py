@@ -45,6 +45,8 @@ def read(folder: Workdir, config: Config) -> Decided | None:
     try:
         if record.keys() - {"worth"} != {"step", "ranks", "experiment"} or not is_count(record["step"]):
             raise ValueError("it has no step, ranks and experiment")
+        if not isinstance(record["experiment"], str):
+            raise ValueError("it names no experiment")
         check_experiment(record, config)
         if not may_choose(config):
             raise ValueError("this run chooses no ranks")

@@ -168,7 +168,9 @@ def test_ranks_in_a_run_that_chooses_none_are_to_be_removed(tmp_path):
     train(plain, str(tmp_path / "plain"))
     train(budget, str(tmp_path / "budget"))
     foreign = Workdir(tmp_path / "budget").read_json("ranks.json") or {}
-    for record, reason in ((foreign, "it is another experiment's"), ({**foreign, "experiment": digest_of(plain)}, "no ranks")):
+    named = {"it is another experiment's": {}, "it names no experiment": {"experiment": None}}
+    for reason, change in {**named, "chooses no ranks": {"experiment": digest_of(plain)}}.items():
+        record = {**foreign, **change}
         Workdir(tmp_path / "plain").write_json("ranks.json", record)
         for call in (lambda: train(plain, str(tmp_path / "plain")), lambda: lx.restore(tmp_path / "plain")):
             with pytest.raises((WorkdirError, lx.UserError), match=rf"ranks\.json is damaged: .*{reason}; remove it"):
