@@ -190,7 +190,9 @@ def _sensitivities(values: Mapping[str, Any], kernels: Sequence[PlannedKernel]) 
     names, found = [kernel.name for kernel in kernels], {}
     for name, value in values.items():
         if name not in names:
-            raise ValueError(f"sensitivity: {name!r} is no kernel that the plan's rules leave open{did_you_mean(name, names)}")
+            raise ValueError(
+                f"sensitivity: {shown(name)} is no kernel that the plan's rules leave open{did_you_mean(name, names)}"
+            )
         found[name] = plain(value)
         complaint = _sensitivity(found[name]) if is_number(found[name]) else "must be a number of at least 0"
         if complaint:

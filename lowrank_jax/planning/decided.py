@@ -8,6 +8,7 @@ from lowrank_jax.kernel import Execution
 from lowrank_jax.planning.budget import is_number
 from lowrank_jax.planning.decide import problem
 from lowrank_jax.planning.plans import Choice, DenseKernel, FactoredKernel, OpenKernel, Plan, PlannedKernel
+from lowrank_jax.text import shown
 
 _WORTH = {"risk", "next_gain"}
 _EXECUTIONS = (None, "factored", "merged", "premerged")
@@ -73,9 +74,9 @@ def _decided(kernel: PlannedKernel, entry: Any, budget: bool) -> PlannedKernel:
         raise ValueError(f"{kernel.name} has no rank, rows and execution")
     choice, rank = _choice(kernel, entry["rows"]), entry["rank"]
     if type(rank) is not int or rank < 1 or problem(choice, rank):
-        raise ValueError(f"{kernel.name} cannot have rank {rank!r}")
+        raise ValueError(f"{kernel.name} cannot have rank {shown(rank)}")
     if entry["execution"] not in _EXECUTIONS:
-        raise ValueError(f"{kernel.name} cannot run {entry['execution']!r}")
+        raise ValueError(f"{kernel.name} cannot run {shown(entry['execution'])}")
     return FactoredKernel(
         **kernel.shared, choice=choice, rank=rank, execution=_execution(kernel, entry["execution"]), note=note
     )
@@ -102,4 +103,4 @@ def _choice(kernel: PlannedKernel, rows: Any) -> Choice:
     for choice in kernel.choices:
         if rows == list(choice.view.rows):
             return choice
-    raise ValueError(f"{kernel.name} cannot have the rows {rows!r}")
+    raise ValueError(f"{kernel.name} cannot have the rows {shown(rows)}")

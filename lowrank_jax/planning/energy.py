@@ -59,7 +59,8 @@ def with_bounds(
     """
     missing = [kernel.name for kernel in kernels if energy_of(kernel) is not None and not known and not kernel.bounds]
     if missing:
-        raise ValueError(f"the rule of {', '.join(missing)} gives an energy, which only values have: pass variables=")
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"the rule of {missing[0]!r}{more} gives an energy, which only values have: pass variables=")
     if not known:
         return list(kernels)
     return [_with_bound(kernel, losses[kernel.name]) for kernel in kernels]

@@ -101,11 +101,11 @@ class Rule:
         self._check_name("scale_of", SCALE_OF)
         self._check_name("execution", EXECUTIONS)
         if self.normalized is not None and type(self.normalized) is not bool:
-            raise self._error(f"normalized {self.normalized!r} must be True, False or None")
+            raise self._error(f"normalized {shown(self.normalized)} must be True, False or None")
         if isinstance(self.rows, list):  # of a config file
             object.__setattr__(self, "rows", tuple(self.rows))
         if self.rows is not None and self.rows != ALL_BUT_LAST and not _are_axes(self.rows):
-            raise self._error(f'rows {self.rows!r} must be different axes, such as (0,), or "{ALL_BUT_LAST}"')
+            raise self._error(f'rows {shown(self.rows)} must be different axes, such as (0,), or "{ALL_BUT_LAST}"')
 
     def _check_name(self, field: str, known: Collection[str]) -> None:
         name = getattr(self, field)
@@ -131,10 +131,10 @@ def rows_view(rule: Rule, shape: tuple[int, ...]) -> MatrixView:
     if rule.rows == ALL_BUT_LAST:
         return MatrixView(shape, tuple(axes[:-1]))
     if any(axis not in range(-len(shape), len(shape)) for axis in rule.rows or ()):
-        raise ValueError(f"has no axes {rule.rows}, which the rule names as its rows")
+        raise ValueError(f"has no axes {shown(rule.rows)}, which the rule names as its rows")
     rows = tuple(sorted({axes[axis] for axis in rule.rows or ()}))
     if len(rows) in (0, len(shape)):
-        raise ValueError(f"rows {rule.rows} leave no axis for the columns")
+        raise ValueError(f"rows {shown(rule.rows)} leave no axis for the columns")
     return MatrixView(shape, rows)
 
 

@@ -215,6 +215,7 @@ def test_the_next_per_cent_is_what_the_best_next_rank_takes_off(plan):
         ({"params": 0.5, "objective": "risks"}, "unknown objective 'risks'; did you mean risk"),
         ({"params": 0.5, "min_scale": 2}, "min_scale 2 must be from 0 to 1"),
         ({"params": 0.5, "multiple_of": 0}, "multiple_of 0 must be a whole number"),
+        ({"params": 0.5, "sensitivity": {"x" * 10_000: 1.0}}, r"'x{159} \.\.\. \(10002 characters\) is no kernel"),
         ({"params": 0.5, "sensitivity": {"Dense_7/kernel": 1.0}}, "'Dense_7/kernel' is no kernel that the plan's rules leave"),
         (
             {"params": 0.5, "sensitivity": {"Dense_0/kernel": -1.0}},

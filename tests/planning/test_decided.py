@@ -46,3 +46,13 @@ def test_a_worth_that_is_none_is_refused(worth, message):
     record = to_record(lr.allocate(OPEN, params=0.4))
     with pytest.raises(ValueError, match=message):
         from_record(OPEN, {**record, "worth": worth}, budget=True)
+
+
+@pytest.mark.parametrize("value", ["x" * 10_000, [7] * 10_000])
+@pytest.mark.parametrize(("key", "message"), [("rank", "have rank"), ("rows", "have the rows"), ("execution", "run")])
+def test_a_long_value_is_cut_short_in_the_message(key, message, value):
+    record = to_record(lr.allocate(OPEN, params=0.4))
+    record["ranks"]["layers_0/kernel"][key] = value
+    with pytest.raises(ValueError, match=f"^layers_0/kernel cannot {message} .* characters\\)$") as caught:
+        from_record(OPEN, record, budget=True)
+    assert len(str(caught.value)) < 300

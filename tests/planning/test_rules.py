@@ -49,6 +49,8 @@ def test_both_conventions_for_the_spatial_scheme():
         ({"scale_of": "rows"}, "unknown scale_of 'rows'"),
         ({"rows": ()}, "must be different axes"),
         ({"rows": (0, 0)}, "must be different axes"),
+        ({"rows": ("x" * 10_000,)}, r"rows \('x{158} \.\.\. \(10005 characters\) must be different axes"),
+        ({"normalized": "x" * 10_000}, r"normalized 'x{159} \.\.\. \(10002 characters\) must be True"),
         ({"rows": "all_but_first"}, "must be different axes"),
         ({"rows": (True,)}, "must be different axes"),
     ],

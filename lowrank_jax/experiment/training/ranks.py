@@ -32,7 +32,7 @@ def read(folder: Workdir, config: Config) -> Decided | None:
     """What was decided for a run; None if nothing was, or nothing has to be.
 
     Raises:
-      WorkdirError: the record is damaged, or of another network, or gone.
+      WorkdirError: the record is damaged, or of another network, or gone, or is there though the run chooses no ranks.
     """
     record = folder.read_json(RANKS)
     if record is None:
@@ -45,11 +45,21 @@ def read(folder: Workdir, config: Config) -> Decided | None:
     try:
         if record.keys() - {"worth"} != {"step", "ranks", "experiment"} or not is_count(record["step"]):
             raise ValueError("it has no step, ranks and experiment")
+        if not isinstance(record["experiment"], str):
+            raise ValueError("it names no experiment")
         check_experiment(record, config)
+        if not may_choose(config):
+            raise ValueError("this run chooses no ranks")
         _check_step(record["step"], config)
         return _decided(config, record["step"], record)
     except ValueError as error:
-        raise WorkdirError(f"{folder.path}/{RANKS} is damaged: {error}; put it back as it was") from None
+        advice = "put it back as it was" if _needed_by(folder, config) else "remove it, as no checkpoint has its ranks"
+        raise WorkdirError(f"{folder.path}/{RANKS} is damaged: {error}; {advice}") from None
+
+
+def may_choose(config: Config) -> bool:
+    """Whether a run has such a record at some time."""
+    return config.dense_steps is None or chooses_ranks(config)
 
 
 def _check_step(step: int, config: Config) -> None:

@@ -22,12 +22,9 @@ from lowrank_jax.experiment.hosts.processes import exchange
 from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.start import blank_images, init_dense
 from lowrank_jax.experiment.workdir.identity import check_experiment, digest_of
-from lowrank_jax.experiment.workdir.workdir import Workdir
+from lowrank_jax.experiment.workdir.workdir import WEIGHTS, Workdir
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.text import first_line
-
-WEIGHTS = "weights.json"
-"""Which weights a run began with."""
 
 
 class Trained(NamedTuple):

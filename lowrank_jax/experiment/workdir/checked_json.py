@@ -22,12 +22,18 @@ def with_check(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, _CHECK: _checksum(json.loads(json.dumps(record)))}
 
 
-def without_check(record: dict[str, Any]) -> dict[str, Any]:
+def without_check(record: dict[str, Any], *, required: bool = False) -> dict[str, Any]:
     """The record without its checksum, which earlier versions did not write.
 
+    Args:
+      record: as it was read.
+      required: whether every version wrote one.
+
     Raises:
-      ValueError: it has changed since it was written.
+      ValueError: it has changed since it was written, or its checksum is gone.
     """
+    if required and _CHECK not in record:
+        raise ValueError(f"it was changed after it was written, or damaged: it has no {_CHECK!r}")
     body = {key: value for key, value in record.items() if key != _CHECK}
     if _CHECK in record and record[_CHECK] != _checksum(body):
         raise ValueError(f"it was changed after it was written, or damaged: its {_CHECK!r} is of other values")

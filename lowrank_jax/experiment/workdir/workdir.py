@@ -23,6 +23,11 @@ from lowrank_jax.text import first_line
 RANKS = "ranks.json"
 """The ranks that a budget chose."""
 
+WEIGHTS = "weights.json"
+"""The trained weights that a run began with."""
+
+_ALWAYS_CHECKED = (RANKS, WEIGHTS)  # all other files were once written without a checksum
+
 # Without these a config.json belongs to something else.
 _REQUIRED = {"seed", "dataset.name", "model.name", "lowrank.method"}
 _LENGTH = {"steps", "epochs", "extensions"}
@@ -202,13 +207,13 @@ class Workdir:
         """The JSON object in a file; None if there is no such file.
 
         Raises:
-          WorkdirError: it is damaged.
+          WorkdirError: it is damaged, or its checksum is gone, which files of some names always had.
         """
         try:
             value = files.read_json(self.path / name)
             if not isinstance(value, dict):
                 raise ValueError("it is not an object")
-            return without_check(value)
+            return without_check(value, required=name in _ALWAYS_CHECKED)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:

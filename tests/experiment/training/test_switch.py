@@ -29,6 +29,7 @@ from lowrank_jax.experiment.training.resume import _are_stable_ranks
 from lowrank_jax.experiment.training.stable_ranks import StableRanks
 from lowrank_jax.experiment.training.state import TrainState, key
 from lowrank_jax.experiment.training.switch import carried
+from lowrank_jax.experiment.workdir.identity import digest_of
 from lowrank_jax.experiment.workdir.workdir import Workdir
 from lowrank_jax.kernel import LowRankKernel, is_low_rank
 from lowrank_jax.paths import named_leaves
@@ -161,6 +162,29 @@ def test_ranks_are_those_of_the_file_and_a_damaged_one_is_refused(whole, tmp_pat
         lx.restore(folder)
 
 
+def test_ranks_in_a_run_that_chooses_none_are_to_be_removed(tmp_path):
+    """Those of another run, and such as say that they are its own."""
+    plain, budget = running.config(steps=10), running.config(lowrank__budget={"params": 0.4}, steps=10)
+    train(plain, str(tmp_path / "plain"))
+    train(budget, str(tmp_path / "budget"))
+    foreign = Workdir(tmp_path / "budget").read_json("ranks.json") or {}
+    named = {"it is another experiment's": {}, "it names no experiment": {"experiment": None}}
+    for reason, change in {**named, "chooses no ranks": {"experiment": digest_of(plain)}}.items():
+        record = {**foreign, **change}
+        Workdir(tmp_path / "plain").write_json("ranks.json", record)
+        for call in (lambda: train(plain, str(tmp_path / "plain")), lambda: lx.restore(tmp_path / "plain")):
+            with pytest.raises((WorkdirError, lx.UserError), match=rf"ranks\.json is damaged: .*{reason}; remove it"):
+                call()
+    (tmp_path / "plain" / "ranks.json").unlink()
+    assert lx.restore(tmp_path / "plain").step == 10
+    Workdir(tmp_path / "budget").write_json("ranks.json", {**foreign, "experiment": digest_of(plain)})
+    with pytest.raises(WorkdirError, match=r"it is another experiment's; put it back as it was"):
+        train(budget, str(tmp_path / "budget"))
+    shutil.rmtree(tmp_path / "budget" / "checkpoints")
+    with pytest.raises(WorkdirError, match=r"it is another experiment's; remove it, as no checkpoint has its ranks"):
+        ranks.read(Workdir(tmp_path / "budget"), budget)
+
+
 def test_the_overview_shows_what_ranks_lose_also_where_they_were_read_back(tmp_path):
     config = running.config(lowrank__budget={"params": 0.4}, steps=10)
     for _ in range(2):  # decided, then read
@@ -169,9 +193,9 @@ def test_the_overview_shows_what_ranks_lose_also_where_they_were_read_back(tmp_p
         assert "risk" in header.split() and "next 1%" in header
         for line, kernel in zip(rows, lx.config.make_plan(config).kernels, strict=False):
             assert {kernel.name, *kernel.worth()} <= {*line.split()} and kernel.risk is not None
-    record = json.loads((tmp_path / "run" / "ranks.json").read_text())
-    del record["worth"], record["check"]  # as earlier versions wrote it
-    (tmp_path / "run" / "ranks.json").write_text(json.dumps(record))
+    record = Workdir(tmp_path / "run").read_json("ranks.json") or {}
+    del record["worth"]  # as earlier versions wrote it
+    Workdir(tmp_path / "run").write_json("ranks.json", record)
     train(config, str(tmp_path / "run"))
     assert "risk" not in (tmp_path / "run" / "overview.txt").read_text()
 

@@ -128,6 +128,15 @@ def test_a_file_system_without_locks_is_used_without_one(tmp_path, monkeypatch, 
         pass
 
 
+@pytest.mark.parametrize("name", ["ranks.json", "weights.json"])
+def test_a_record_whose_checksum_is_gone_is_refused_where_every_version_wrote_one(tmp_path, name):
+    Workdir(tmp_path).write_json(name, {"step": 0})
+    assert Workdir(tmp_path).read_json(name) == {"step": 0}
+    (tmp_path / name).write_text('{"step": 0}')
+    with pytest.raises(WorkdirError, match=rf"{name} is damaged: .*it has no 'check'"):
+        Workdir(tmp_path).read_json(name)
+
+
 def test_a_figure_that_changed_in_a_record_is_noticed(tmp_path):
     folder, record = Workdir(tmp_path), {"mean": [0.1, 0.25], "sizes": {"train": 96}, "name": "é", "whole": None}
     folder.write_json("dataset.json", record)
