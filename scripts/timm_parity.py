@@ -97,7 +97,7 @@ def randomised(name: str, size: int, seed: int) -> Any:
     timm, torch = import_timm()
     torch.manual_seed(seed)
     image_size = {"img_size": size} if name.startswith("vit") else {}
-    model = timm.create_model(name, pretrained=False, **image_size)
+    model = timm.create_model(name, pretrained=False, num_classes=1000, **image_size)
     with torch.no_grad():
         for key, value in model.named_parameters():
             if key == "cls_token" or key.endswith("bias"):

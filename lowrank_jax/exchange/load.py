@@ -138,7 +138,7 @@ def _of_file(path: str) -> dict[str, np.ndarray]:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
     except ImportError as error:
-        raise ImportError(f"{first_line(error)}; files of safetensors need it: pip install safetensors") from None
+        raise ImportError(f"{first_line(error)}; files of safetensors need it: pip install 'lowrank_jax[weights]'") from None
     place = pathlib.Path(path)
     if place.exists() and not place.is_file():
         raise ValueError(f"{path} is {'a folder' if place.is_dir() else 'no regular file'}")

@@ -316,5 +316,5 @@ def test_a_file_of_safetensors_with_one_wrong_byte_is_read_or_refused(tmp_path, 
 
 def test_without_safetensors_the_message_says_what_to_install(monkeypatch, file):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match="pip install safetensors"):
+    with pytest.raises(ImportError, match=r"pip install .lowrank_jax\[weights\]"):
         lr.load(file, MODEL, images=IMAGES)

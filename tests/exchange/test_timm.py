@@ -37,7 +37,7 @@ def state_of(name, size=64):
 def blank_state_of(name):
     """Of the right shapes, without drawing or holding numbers."""
     with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False)
+        model = timm.create_model(name, pretrained=False, num_classes=1000)
     return {key: np.broadcast_to(np.float32(1), tuple(value.shape)) for key, value in model.state_dict().items()}
 
 
