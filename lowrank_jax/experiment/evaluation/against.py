@@ -18,10 +18,10 @@ from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.trust import Trust
 from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.experiment.errors import UserError
-from lowrank_jax.experiment.evaluation.opened import open_network
 from lowrank_jax.experiment.hosts.sharding import replicated
 from lowrank_jax.experiment.objective import SOFTMAX
 from lowrank_jax.experiment.training.build import Experiment
+from lowrank_jax.experiment.training.stored import open_network
 from lowrank_jax.experiment.workdir import files
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.text import did_you_mean, shown

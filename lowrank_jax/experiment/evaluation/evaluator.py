@@ -18,7 +18,7 @@ from lowrank_jax.experiment.evaluation import classes
 from lowrank_jax.experiment.evaluation.against import Reference
 from lowrank_jax.experiment.evaluation.classes import Classes
 from lowrank_jax.experiment.evaluation.results import Evaluation, Rows
-from lowrank_jax.experiment.evaluation.selection import default_split, evaluated_parts, other_dataset, read_config, restore
+from lowrank_jax.experiment.evaluation.selection import default_split, other_dataset
 from lowrank_jax.experiment.hosts.processes import several
 from lowrank_jax.experiment.training import ranks, recorded_data
 from lowrank_jax.experiment.training.build import Experiment
@@ -26,6 +26,7 @@ from lowrank_jax.experiment.training.evaluate import Tally, evaluate
 from lowrank_jax.experiment.training.fits import check_evaluation
 from lowrank_jax.experiment.training.phases import Phases, phases_of
 from lowrank_jax.experiment.training.state import evaluated_variables
+from lowrank_jax.experiment.training.stored import evaluated_parts, read_config, restore
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints, Restored
 from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests
 from lowrank_jax.experiment.workdir.workdir import Workdir

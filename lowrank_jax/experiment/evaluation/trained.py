@@ -15,9 +15,9 @@ from lowrank_jax.experiment.config.trust import Trust
 from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation import classes, selection
-from lowrank_jax.experiment.evaluation.opened import open_network
 from lowrank_jax.experiment.evaluation.predictions import Prediction, predictions
 from lowrank_jax.experiment.hosts.sharding import batch_sharding, batch_shards, put_batch, replicated
+from lowrank_jax.experiment.training.stored import open_network
 from lowrank_jax.linen.factorize import merge
 from lowrank_jax.planning.plans import Plan
 

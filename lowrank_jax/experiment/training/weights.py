@@ -17,12 +17,13 @@ from lowrank_jax.experiment.config.files import ConfigError
 from lowrank_jax.experiment.config.schema import Config
 from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.experiment.errors import UserError, WorkdirError
-from lowrank_jax.experiment.evaluation.trained import restore
 from lowrank_jax.experiment.hosts.processes import exchange
 from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.start import blank_images, init_dense
+from lowrank_jax.experiment.training.stored import open_network
 from lowrank_jax.experiment.workdir.identity import check_experiment, digest_of
 from lowrank_jax.experiment.workdir.workdir import WEIGHTS, Workdir
+from lowrank_jax.linen.factorize import merge
 from lowrank_jax.paths import named_leaves
 from lowrank_jax.text import first_line
 
@@ -65,8 +66,8 @@ def _read(source: str, config: Config) -> Mapping[str, np.ndarray] | Callable[[A
         return load.arrays(source)
     folder, step = _run(source)
     if folder is not None:
-        network = restore(folder, step, trust_code=_named_code(config)).merged()
-        return named_leaves(jax.device_get(network.variables))
+        variables = open_network(folder, step, _named_code(config), jax.local_devices()).variables()
+        return named_leaves(jax.device_get({**variables, "params": merge(variables["params"])}))
     path = pathlib.Path(source)
     if not path.is_dir():
         raise ValueError("there is no such file or folder")

@@ -14,8 +14,8 @@ import lowrank_jax.experiment as lx
 from lowrank_jax.experiment.data import datasets
 from lowrank_jax.experiment.evaluation.against import split_place
 from lowrank_jax.experiment.evaluation.evaluator import Evaluator, evaluate_all
-from lowrank_jax.experiment.evaluation.opened import Opened
 from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.experiment.training.stored import Opened
 from tests import running
 
 SMALL = {"model__kwargs": {"widths": (32, 24), "batch_norm": True}, "dataset__mixup": 0.0, "steps": 20}
