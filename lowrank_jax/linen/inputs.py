@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lowrank_jax.linen.interception import observe, unseen
 from lowrank_jax.linen.known import find, first_argument, is_built_in
@@ -115,7 +116,7 @@ def read_by(module: Any, kernel: FactoredKernel) -> Callable[[jax.Array], jax.Ar
       `[positions, group, n]`, float32, positions in the order of the layer's outputs.
     """
     view = kernel.view
-    if not is_built_in(module):  # it multiplies the last axes
+    if not is_built_in(module) or _is_pointwise(module):  # it multiplies the last axes
         return lambda x: x.astype(jnp.float32).reshape(-1, 1, view.n)
     row_sizes = view.shape[:-1] if isinstance(module, nn.Conv) else tuple(view.shape[axis] for axis in view.rows)
     size = math.prod(row_sizes)
@@ -130,6 +131,14 @@ def read_by(module: Any, kernel: FactoredKernel) -> Callable[[jax.Array], jax.Ar
         return patches.swapaxes(1, 2).reshape(-1, view.group, view.n)  # [positions, kh, kw, c_in]: an output owns kw columns
 
     return read
+
+
+def _is_pointwise(module: Any) -> bool:
+    """Whether a layer's inputs at an output position are its last axis at that position."""
+    if not isinstance(module, nn.Conv):
+        return isinstance(module, nn.Dense)
+    sizes = (module.kernel_size, module.strides or 1, module.input_dilation or 1)
+    return all(np.all(np.asarray(size) == 1) for size in sizes) and module.padding in ("SAME", "VALID")
 
 
 def _check_found(found: dict[str, Any], planned: Mapping[str, FactoredKernel]) -> None:
