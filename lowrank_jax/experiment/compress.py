@@ -14,13 +14,12 @@ from lowrank_jax.experiment.best import measured
 from lowrank_jax.experiment.config.files import ConfigError, Overrides, keys_given
 from lowrank_jax.experiment.config.schema import BUDGETS, Config
 from lowrank_jax.experiment.errors import UserError
-from lowrank_jax.experiment.evaluation.against import Against, Comparison
+from lowrank_jax.experiment.evaluation.against import Against, Comparison, Watched
 from lowrank_jax.experiment.hosts.sharding import batch_sharding, replicated
 from lowrank_jax.experiment.training import weights
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.evaluate import evaluate
 from lowrank_jax.experiment.training.loop import Loop, begin, opened
-from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.projection.methods import TWO_SIDED
 from lowrank_jax.text import align, count, with_change
@@ -93,14 +92,15 @@ def with_defaults(overrides: Overrides) -> list[tuple[str, Any]]:
     return [*pairs, *((key, value) for key, value in more if key not in given)]
 
 
-def compress(
-    config: Config, workdir: str, *, source: str = "config", restart: bool = False, stop: StopSignal | None = None
-) -> Compression:
+def compress(config: Config, workdir: str, *, source: str = "config", restart: bool = False) -> Compression:
     """Makes the network that `init.weights` names low-rank, measures what is lost, and saves it as step 0 of a run.
+
+    Signals end it at once: until its end there is nothing to save.  Called again before the run is trained on, it measures the
+    network that it left.
 
     Args:
       config: with `init.weights`.
-      workdir, source, restart, stop: as in `train`, which goes on from there.
+      workdir, source, restart: as in `train`, which goes on from there.
 
     Raises:
       ConfigError, WorkdirError, DataError, CheckpointError: it cannot be done; the message says why.
@@ -108,12 +108,11 @@ def compress(
     """
     if not config.is_imported or config.lowrank.method == "none":
         raise ConfigError(source, [_why_not(config)])
-    with opened(config, workdir, source=source, restart=restart, stop=stop) as tools:
-        loop = begin(tools, restart)
+    with opened(config, workdir, source=source, restart=restart) as tools:
+        loop = begin(tools, restart, trains=False)
         if loop.step:
             raise UserError(f"{workdir} was trained on, to step {loop.step}; lowrank evaluate says how good it is")
-        with tools.stop:
-            return _measured(loop, workdir)
+        return _measured(loop, workdir)
 
 
 def _why_not(config: Config) -> str:
@@ -127,18 +126,16 @@ def _why_not(config: Config) -> str:
 def _measured(loop: Loop, workdir: str) -> Compression:
     """Evaluates both networks, and saves the low-rank one."""
     experiment, config, tools = loop.experiment, loop.config, loop.tools
-    trained = weights.settle(tools.folder, config)
+    trained = weights.settle(tools.folder, config, tools.trained)
     dense = jax.device_put(trained.variables, replicated(experiment.mesh))
     low = loop.state.variables()[""]
     kernels = tuple(kernel.name for kernel in experiment.plan.factored)
     unseen: dict[str, str] = {}
     classes = config.objective.name == "softmax"
-    forward = experiment.jit_watched_forward(kernels, logits=classes, unseen=unseen)
+    watched = Watched(experiment.jit_watched_forward(kernels, logits=classes, unseen=unseen), unseen)
     left_out = "" if classes else f"objective.name={config.objective.name}, so agreement and KL have no meaning"
-    names = (config.init.weights or "", workdir)
-    comparison = Comparison(
-        Against(names[0], 0, left_out), names, (forward, dense), forward, experiment.mesh, kernels, (unseen,)
-    )
+    against = Against(config.init.weights or "", 0, left_out)
+    comparison = Comparison(against, watched, dense, workdir, watched, kernels, {}, experiment.mesh)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for kind in ("eval", "valid"):
         if kind in tools.data:
@@ -149,12 +146,13 @@ def _measured(loop: Loop, workdir: str) -> Compression:
                 tools.data[kind],
                 batch_size=config.eval.batch_size,
                 mesh=experiment.mesh,
-                stop_requested=lambda: tools.stop.requested,
                 waiting=loop.waiting_for_data,
             )
-    loop.take({kind: parts[""] for kind, parts in found.items()})
-    loop.save()
-    loop.checkpoints.wait()
+    if loop.evaluated is None:
+        loop.take({kind: parts[""] for kind, parts in found.items()})
+    if loop.saved is None:
+        loop.save()
+        loop.checkpoints.wait()
     made = Compression(
         workdir,
         experiment.plan,
