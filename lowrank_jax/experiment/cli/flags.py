@@ -137,6 +137,9 @@ def _compress(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     command.add_argument("--workdir", required=True, type=flag_types.text, help="folder of the run, local or remote (gs://...)")
     command.add_argument("--restart", action="store_true", help="begin anew if the run's checkpoints are gone")
+    command.add_argument(
+        "--json", type=flag_types.text, metavar="FILE", help="write the figures, and those of all layers, as JSON"
+    )
     _add_hosts(command)
 
 

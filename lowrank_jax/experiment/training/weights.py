@@ -174,11 +174,10 @@ def with_pixels(config: Config, dataset: Dataset, say: Callable[[str], None]) ->
     """The data set with the normalisation that the weights were trained with, unless the config gives one."""
     known = pixels(config.init.weights)
     given = config.dataset.mean, config.dataset.std
-    if known is None:
+    if known is None or known == (dataset.mean, dataset.std):
         return dataset
     if given == (None, None):
         say(f"pixels are normalised as for the weights: mean {known[0]}, standard deviation {known[1]}")
         return dataclasses.replace(dataset, mean=known[0], std=known[1])
-    if given != known:
-        say(f"dataset.mean and .std are {given[0]} and {given[1]}; the weights were trained with {known[0]} and {known[1]}")
+    say(f"dataset.mean and .std are {given[0]} and {given[1]}; the weights were trained with {known[0]} and {known[1]}")
     return dataset

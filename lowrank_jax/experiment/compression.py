@@ -1,6 +1,7 @@
 """A trained network made low-rank at once: calibrated, factored, measured against itself, and left to be trained on."""
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from lowrank_jax.experiment.config.files import ConfigError, Overrides, keys_giv
 from lowrank_jax.experiment.config.schema import BUDGETS, Config
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation.against import Against, Comparison, Watched
+from lowrank_jax.experiment.evaluation.results import as_json
 from lowrank_jax.experiment.hosts.sharding import batch_sharding, replicated
 from lowrank_jax.experiment.training import weights
 from lowrank_jax.experiment.training.build import Experiment
@@ -37,6 +39,7 @@ class Compression:
 
     Attributes:
       workdir: where the low-rank one is, as step 0.
+      config: to train it on with.
       plan: its ranks.
       dense, low: the metrics of both on `dataset.eval_split`.
       fidelity: of the second to the first on the same images.
@@ -46,7 +49,8 @@ class Compression:
     """
 
     workdir: str
-    plan: Plan
+    config: Config = dataclasses.field(repr=False)
+    plan: Plan = dataclasses.field(repr=False)
     dense: dict[str, float]
     low: dict[str, float]
     fidelity: Fidelity
@@ -70,16 +74,25 @@ class Compression:
         return "\n\n".join([align(rows), *([align(layers)] if layers else [])])
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields, for JSON; of the plan its totals."""
         return {
             "workdir": self.workdir,
             **{name: getattr(self.plan, name) for name in ("params", "dense_params", "macs", "dense_macs")},
-            "dense": self.dense,
-            "low": self.low,
+            "dense": _finite(self.dense),
+            "low": _finite(self.low),
             "fidelity": self.fidelity.record(),
             "expected_kl": self.expected_kl,
             "seconds": {"dense": self.seconds[0], "low": self.seconds[1], "batch": self.batch},
         }
+
+    def json(self) -> str:
+        """A JSON object."""
+        return as_json(self.record())
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Metrics for JSON, which has no other numbers."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def with_defaults(overrides: Overrides) -> list[tuple[str, Any]]:
@@ -155,6 +168,7 @@ def _measured(loop: Loop, workdir: str) -> Compression:
         loop.checkpoints.wait()
     made = Compression(
         workdir,
+        config,
         experiment.plan,
         found["eval"]["dense"],
         found["eval"][""],
