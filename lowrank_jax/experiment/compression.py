@@ -4,16 +4,17 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from lowrank_jax.comparison import Fidelity
 from lowrank_jax.experiment.best import measured
-from lowrank_jax.experiment.config.files import ConfigError, Overrides, keys_given
-from lowrank_jax.experiment.config.schema import BUDGETS, Config
+from lowrank_jax.experiment.config.files import ConfigError, Overrides, keys_given, overridden
+from lowrank_jax.experiment.config.schema import BUDGET_KINDS, Config, LowRankConfig
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation.against import Against, Comparison, Watched
 from lowrank_jax.experiment.evaluation.results import as_json
@@ -28,9 +29,7 @@ from lowrank_jax.text import align, count, with_change
 
 RECORD = "compression.json"
 _TIMED, _WORST = 5, 5
-
-DEFAULTS: tuple[tuple[str, Any], ...] = (("lowrank.method", TWO_SIDED), ("lowrank.moment_batches", 8))
-"""What `lowrank compress` sets unless told otherwise; with a budget also its objective."""
+_BATCHES = 8  # of images, to measure the layers on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +94,33 @@ def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def with_defaults(overrides: Overrides) -> list[tuple[str, Any]]:
-    """The overrides of a config, with those of `DEFAULTS` that are not among them."""
+def with_defaults(config: str | ConfigDict, overrides: Overrides) -> list[tuple[str, Any]]:
+    """The overrides of a config, and what compressing is best done with where neither they nor the config say otherwise.
+
+    The config's own method is for training from scratch, and counts for nothing.
+
+    Raises:
+      ConfigError: the config cannot be read.
+    """
     pairs = list(overrides if isinstance(overrides, Sequence) else overrides.items())
-    given = keys_given(pairs)
-    if "lowrank.method" in given and dict(pairs).get("lowrank.method") != TWO_SIDED:
+    given, usual = keys_given(pairs), LowRankConfig()
+    low = _section(overridden(config, pairs), "lowrank")
+    if "lowrank.method" in given and low.get("method") != TWO_SIDED:
         return pairs
-    more = DEFAULTS if not set(BUDGETS) & set(given) else (*DEFAULTS, ("lowrank.budget.objective", "divergence"))
-    return [*pairs, *((key, value) for key, value in more if key not in given)]
+    budget = _section(low, "budget")
+    more = {"lowrank.method": TWO_SIDED}
+    if low.get("moment_batches", usual.moment_batches) == usual.moment_batches:
+        more["lowrank.moment_batches"] = _BATCHES
+    asked = any(budget.get(kind) is not None for kind in BUDGET_KINDS)
+    if asked and budget.get("objective", usual.budget.objective) == usual.budget.objective:
+        more["lowrank.budget.objective"] = "divergence"
+    return [*pairs, *((key, value) for key, value in more.items() if key not in given)]
+
+
+def _section(values: Any, name: str) -> Any:
+    """A section of values that nobody has checked."""
+    found = values.get(name)
+    return found if isinstance(found, Mapping | ConfigDict) else {}
 
 
 def compress(config: Config, workdir: str, *, source: str = "config", restart: bool = False) -> Compression:

@@ -159,12 +159,23 @@ def compress(
         if list(overrides):
             raise UserError("overrides are for a config that is loaded here; give them to load_config")
     else:
-        _check_overrides(overrides)
-        config = load_config(config, compression.with_defaults(overrides))
+        config = _loaded_to_compress(config, overrides)
     _begin()
     with _explained():
         checked = configs.parse(configs.to_dict(config), devices=jax.device_count())
         return compression.compress(checked, workdir, restart=restart)
+
+
+def _loaded_to_compress(config: Path | ConfigDict, overrides: Overrides) -> Config:
+    named = str(os.fspath(config)) if isinstance(config, str | os.PathLike) else config
+    _begin()
+    with _explained():
+        if not isinstance(named, str | ConfigDict):
+            raise UserError(f"compress takes a path, a name, a ConfigDict or a config, not a {type(config).__name__}")
+        _check_overrides(overrides)
+        with environment.modes_kept():
+            overrides = compression.with_defaults(named, overrides)
+    return load_config(named, overrides)
 
 
 def evaluate(

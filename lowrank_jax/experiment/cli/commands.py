@@ -159,7 +159,8 @@ def _compress(args: argparse.Namespace) -> int:
 
     _join(args)
     first = jax.process_index() == 0
-    args.overrides = with_defaults(args.overrides)
+    with environment.modes_kept():
+        args.overrides = with_defaults(args.config, args.overrides)
     with written_at_the_end(args.json if first else None) as output:
         config = _config(args, devices=jax.device_count())
         made = compress(config, args.workdir, source=args.config, restart=args.restart)
