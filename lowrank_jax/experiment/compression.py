@@ -108,7 +108,7 @@ def with_defaults(config: str | ConfigDict, overrides: Overrides) -> list[tuple[
     if "lowrank.method" in given and low.get("method") != TWO_SIDED:
         return pairs
     budget = _section(low, "budget")
-    more = {"lowrank.method": TWO_SIDED}
+    more: dict[str, Any] = {"lowrank.method": TWO_SIDED}
     if low.get("moment_batches", usual.moment_batches) == usual.moment_batches:
         more["lowrank.moment_batches"] = _BATCHES
     asked = any(budget.get(kind) is not None for kind in BUDGET_KINDS)
