@@ -186,7 +186,7 @@ def _check_data(plan: Plan, data: _Data) -> None:
             f"the method {TWO_SIDED!r} needs moments and gradients: "
             "inputs.second_moments and inputs.gradient_moments measure them"
         )
-    if gradients is not None and not two_sided:
+    if gradients is not None and plan.captured and not two_sided:
         raise ValueError(f"only the method {TWO_SIDED!r} takes gradients, and no kernel of this plan has it")
     problems = []
     for kernel in plan.captured:

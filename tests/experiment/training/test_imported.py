@@ -112,7 +112,12 @@ def test_what_is_known_before_the_weights_are_is_called_a_forecast(dense, whole,
     assert text.startswith(f"{first}\n\n") and "warm-up" not in text
     rules = ({"path": "dense1/kernel", "energy": 0.8},)
     energies = _config(
-        dense, lowrank__rules=rules, lowrank__budget={}, lowrank__method="spectral", lowrank__scale=0.5, lowrank__moment_batches=0
+        dense,
+        lowrank__rules=rules,
+        lowrank__budget={},
+        lowrank__method="spectral",
+        lowrank__scale=0.5,
+        lowrank__moment_batches=0,
     )
     text = overview(energies, 1)
     assert "the rank is open until the run begins; dense here" in text and "warm-up" not in text
