@@ -245,7 +245,7 @@ def test_a_head_for_other_classes_is_drawn_anew(arrays, tmp_path, pattern):
 
 
 def test_what_redraw_may_not_say(file):
-    with pytest.raises(ConfigError, match="init.redraw: says nothing without init.weights"):
+    with pytest.raises(ConfigError, match=r"init\.redraw: says nothing without init.weights"):
         running.config(init__redraw="head/.*")
     with pytest.raises(ConfigError, match=r"init.redraw: .*\("):
         _config(file, init__redraw="head/(")
@@ -286,7 +286,7 @@ def test_a_source_that_is_none_is_refused_before_a_folder_is_made(dense, tmp_pat
 
 
 def test_a_run_is_not_its_own_source(dense, tmp_path):
-    with pytest.raises(WorkdirError, match="belongs to another experiment: .*init.weights is None there"):
+    with pytest.raises(WorkdirError, match=r"belongs to another experiment: .*init\.weights is None there"):
         train(_config(dense, lowrank__method="none", steps=40), str(dense))
     with pytest.raises(ConfigError, match="there is no such file or folder"):
         train(_config(tmp_path / "run"), str(tmp_path / "run"))
