@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lowrank_jax.experiment.compression import Compression
     from lowrank_jax.experiment.config.files import ConfigError
     from lowrank_jax.experiment.config.schema import Config
     from lowrank_jax.experiment.config.trust import UntrustedCode
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from lowrank_jax.experiment.evaluation.predictions import Prediction
     from lowrank_jax.experiment.evaluation.results import Evaluation
     from lowrank_jax.experiment.evaluation.trained import TrainedNetwork
-    from lowrank_jax.experiment.runs import Run, evaluate, load_config, restore, train
+    from lowrank_jax.experiment.runs import Run, compress, evaluate, load_config, restore, train
     from lowrank_jax.experiment.training.log_window import Diverged
 
 __all__ = [
     "CheckpointError",
     "Classes",
+    "Compression",
     "Config",
     "ConfigError",
     "DataError",
@@ -40,6 +42,7 @@ __all__ = [
     "UntrustedCode",
     "UserError",
     "WorkdirError",
+    "compress",
     "evaluate",
     "load_config",
     "restore",
@@ -50,6 +53,7 @@ __all__ = [
 _HOMES = {
     "CheckpointError": "errors",
     "Classes": "evaluation.classes",
+    "Compression": "compression",
     "Config": "config.schema",
     "ConfigError": "config.files",
     "DataError": "data.base",
@@ -61,6 +65,7 @@ _HOMES = {
     "UntrustedCode": "config.trust",
     "UserError": "errors",
     "WorkdirError": "errors",
+    "compress": "runs",
     "evaluate": "runs",
     "load_config": "runs",
     "restore": "runs",

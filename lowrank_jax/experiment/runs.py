@@ -1,4 +1,4 @@
-"""Runs from Python, as the command line has them: load a config, train, evaluate, restore.
+"""Runs from Python, as the command line has them: load a config, train, compress, evaluate, restore.
 
 What the command line says in one line is raised as an exception with that text, in which a flag is an argument.
 """
@@ -15,6 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lowrank_jax import named_code
+from lowrank_jax.experiment import compression
 from lowrank_jax.experiment import config as configs
 from lowrank_jax.experiment.cli import environment
 from lowrank_jax.experiment.config.files import Overrides
@@ -102,7 +103,7 @@ def train(config: Config, workdir: Path, *, restart: bool = False, extend: bool 
 
     Args:
       config: from `load_config`.
-      workdir: its folder, local or remote.
+      workdir: its folder, local or remote; that of `compress`, too, with the same config.
       restart: begin anew if the run was saved and its checkpoints are gone.
       extend, schedule: make a run that has finished longer, as `--extend` and `--schedule` do.
 
@@ -128,6 +129,53 @@ def train(config: Config, workdir: Path, *, restart: bool = False, extend: bool 
     metrics = result["eval"] if result else last
     step = int(trained.state.step)
     return Run(workdir, trained.interrupted, step, metrics, best, trained.evals, trained.train, result)
+
+
+def compress(
+    config: Path | ConfigDict | Config, workdir: Path, overrides: Overrides = (), *, restart: bool = False
+) -> compression.Compression:
+    """Makes a trained network low-rank at once, measures what is lost, and saves it as step 0 of a run; progress is printed.
+
+        budget = {"init.weights": "runs/dense@best", "lowrank.budget.macs": 0.5}
+        made = lx.compress("digits_resnet", "runs/half", budget)
+        print(made)
+        lx.train(made.config, made.workdir)
+
+    Ctrl-C ends it at once, in a KeyboardInterrupt; the same call begins again.
+
+    Args:
+      config: what `load_config` takes, in which the method `two_sided` and the like are set unless the overrides say otherwise,
+        as `lowrank compress` does; or a config from `load_config`, which is taken as it is.
+      workdir: the new run's folder, local or remote.
+      overrides: of a config that is loaded here, such as `{"init.weights": "runs/dense"}`.
+      restart: begin anew if the run was saved and its checkpoints are gone.
+
+    Raises:
+      ConfigError, WorkdirError, DataError, CheckpointError: it cannot be done; the message says why.
+      UserError: the run was trained on already, or as for `train`.
+    """
+    workdir = _path("workdir", workdir)
+    if isinstance(config, Config):
+        if list(overrides):
+            raise UserError("overrides are for a config that is loaded here; give them to load_config")
+    else:
+        config = _loaded_to_compress(config, overrides)
+    _begin()
+    with _explained():
+        checked = configs.parse(configs.to_dict(config), devices=jax.device_count())
+        return compression.compress(checked, workdir, restart=restart)
+
+
+def _loaded_to_compress(config: Path | ConfigDict, overrides: Overrides) -> Config:
+    named = str(os.fspath(config)) if isinstance(config, str | os.PathLike) else config
+    _begin()
+    with _explained():
+        if not isinstance(named, str | ConfigDict):
+            raise UserError(f"compress takes a path, a name, a ConfigDict or a config, not a {type(config).__name__}")
+        _check_overrides(overrides)
+        with environment.modes_kept():
+            overrides = compression.with_defaults(named, overrides)
+    return load_config(named, overrides)
 
 
 def evaluate(

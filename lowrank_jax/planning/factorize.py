@@ -191,7 +191,7 @@ def _check_data(plan: Plan, data: _Data) -> None:
     two_sided = [kernel for kernel in plan.captured if kernel.rule.method == TWO_SIDED]
     if two_sided and gradients is None:
         raise ValueError(f"the method {TWO_SIDED!r} needs gradients: inputs.gradient_moments measures them")
-    if gradients is not None and not two_sided:
+    if gradients is not None and plan.captured and not two_sided:
         raise ValueError(f"only the method {TWO_SIDED!r} takes gradients, and no kernel of this plan has it")
     problems = []
     for kernel in plan.captured:

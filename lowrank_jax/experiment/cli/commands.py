@@ -1,4 +1,6 @@
-"""The command line: `lowrank train | evaluate | predict | sweep | report | overview | preflight | configs | new | init-report`.
+"""The command line.
+
+`lowrank train | compress | evaluate | predict | sweep | report | overview | preflight | configs | new | init-report`.
 
 jax and whatever needs it are imported by the command that runs, so that help and a mistyped flag are answered at once.
 """
@@ -153,15 +155,20 @@ def _train(args: argparse.Namespace) -> int:
 def _compress(args: argparse.Namespace) -> int:
     import jax
 
-    from lowrank_jax.experiment.compress import compress, with_defaults
+    from lowrank_jax.experiment.compression import compress, with_defaults
 
     _join(args)
-    args.overrides = with_defaults(args.overrides)
-    config = _config(args, devices=jax.device_count())
-    made = compress(config, args.workdir, source=args.config, restart=args.restart)
-    print(made)
-    flags = " ".join(shlex.quote(f"--config.{key}={value}") for key, value in args.overrides)
-    say(f"\nto train it on: lowrank train --config={shlex.quote(args.config)} {flags} --workdir={shlex.quote(args.workdir)}")
+    first = jax.process_index() == 0
+    with environment.modes_kept():
+        args.overrides = with_defaults(args.config, args.overrides)
+    with written_at_the_end(args.json if first else None) as output:
+        config = _config(args, devices=jax.device_count())
+        made = compress(config, args.workdir, source=args.config, restart=args.restart)
+        output.write(made.json())
+    if first:
+        flags = [f"--config.{key}={value}" for key, value in args.overrides]
+        train = shlex.join(["lowrank", "train", f"--config={args.config}", *flags, f"--workdir={args.workdir}"])
+        say(f"{made}\n\nto train it on: {train}")
     return DONE
 
 

@@ -126,8 +126,9 @@ It runs the trained network on batches of training images, whose labels it does 
 its predictions within the budget, factors it, and evaluates both networks on dataset.eval_split. What it leaves is step 0 of a
 run: the last line says how to train it on.
 
-Unless told otherwise it sets --config.lowrank.method=two_sided, --config.lowrank.moment_batches=8 and, with a budget,
---config.lowrank.budget.objective=divergence. Without a budget, lowrank.scale and rules decide.
+Unless told otherwise it sets --config.lowrank.method=two_sided (whatever the config has, which is for training from scratch),
+--config.lowrank.moment_batches=8 and, with a budget, --config.lowrank.budget.objective=divergence. Without a budget,
+lowrank.scale and rules decide.
 {_OVERRIDES}
 
 {_STATUS}"""
@@ -137,6 +138,9 @@ def _compress(command: argparse.ArgumentParser) -> None:
     _add_config(command)
     command.add_argument("--workdir", required=True, type=flag_types.text, help="folder of the run, local or remote (gs://...)")
     command.add_argument("--restart", action="store_true", help="begin anew if the run's checkpoints are gone")
+    command.add_argument(
+        "--json", type=flag_types.text, metavar="FILE", help="write the figures, and those of all layers, as JSON"
+    )
     _add_hosts(command)
 
 

@@ -36,7 +36,7 @@ def make_plan(config: Config) -> Plan:
     """
     plan, budget = plan_by_rules(config), budget_arguments(config)
     if not budget:
-        return awaited(plan, "the dense warm-up ends")
+        return awaited(plan, "the run begins" if config.is_imported else "the dense warm-up ends")
     # Without values nothing is known of what the network's loss would gain.
     forecast = tuple((name, "tolerance" if value == "divergence" else value) for name, value in budget)
     return _allocated(unbounded(plan), tuple(kernel.normalized for kernel in plan.kernels), *forecast)
@@ -58,15 +58,16 @@ def chooses_ranks(config: Config) -> bool:
 
 
 def forecast(config: Config) -> str:
-    """What of `make_plan` is not yet as it will be after a dense warm-up, in words; "" if all of it is."""
+    """What of `make_plan` is not yet as it will be with trained weights, in words; "" if all of it is."""
     if not (config.starts_dense or config.is_imported) or not chooses_ranks(config):
         return ""
+    chosen = "chosen as the run begins, from the weights that it is given"
+    if not config.is_imported:
+        chosen = "chosen then, from the trained weights"
     if not has_budget(config):
-        return (
-            "the ranks of energies are open, and their kernels count as dense; they are chosen then, from the trained weights"
-        )
+        return f"the ranks of energies are open, and their kernels count as dense; they are {chosen}"
     bounded = ", and energies bound them" if has_energies(config) else ""
-    return f"by shapes and costs alone; ranks are chosen then, from the trained weights{bounded}"
+    return f"by shapes and costs alone; ranks are {chosen}{bounded}"
 
 
 def dense_plan(config: Config) -> Plan:

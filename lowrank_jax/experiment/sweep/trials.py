@@ -136,8 +136,8 @@ class Sweep:
         if self.later:
             rest = len({(self._arm(trial), trial.values["seed"]) for trial in self.later})
             lines.append(f"and {rest} more: the other seeds at the best {', '.join(self.tuned)} of each arm")
-        later = dict.fromkeys(open_ for trial in self.first if (open_ := forecast(trial.config)))
-        lines += [f"Params and MACs after a dense warm-up: {open_}." for open_ in later]
+        later = dict.fromkeys((trial.config.starts_dense, forecast(trial.config)) for trial in self.first)
+        lines += [f"Params and MACs{' after a dense warm-up' if dense else ''}: {open_}." for dense, open_ in later if open_]
         return "\n".join(lines)
 
 

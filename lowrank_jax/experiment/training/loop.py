@@ -21,7 +21,7 @@ from lowrank_jax.experiment.duration import Duration
 from lowrank_jax.experiment.hosts.processes import OtherFailed, barrier, exchange
 from lowrank_jax.experiment.hosts.sharding import put_batch
 from lowrank_jax.experiment.hosts.votes import FAIL, GO_ON, LAG, Votes
-from lowrank_jax.experiment.training import imported, ranks, recorded_data
+from lowrank_jax.experiment.training import imported, ranks, recorded_data, weights
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.class_weights import with_class_weights
 from lowrank_jax.experiment.training.evaluate import NOBODY, Evaluated, Interrupted, evaluate, score
@@ -36,7 +36,6 @@ from lowrank_jax.experiment.training.resume import Resumed, first_batches, jax_s
 from lowrank_jax.experiment.training.stable_ranks import StableRanks
 from lowrank_jax.experiment.training.stop import Stalled, StopSignal
 from lowrank_jax.experiment.training.switch import decided_after, switched, unguided
-from lowrank_jax.experiment.training.weights import with_pixels
 from lowrank_jax.experiment.workdir.checkpoint import Checkpoints
 from lowrank_jax.experiment.workdir.identity import digest_of, earlier_digests, flatten
 from lowrank_jax.experiment.workdir.workdir import Workdir, WorkdirError
@@ -101,6 +100,7 @@ def opened(
     phases = phases_of(config, ranks.settle(folder, config, restart=restart), source)
     for experiment in phases.all:
         check_training(experiment)
+    trained = weights.before_the_first_step(folder, config)
     with stop.waiting_for_data(saved=False):
         data = _load(phases.last)
     with folder.locked():
@@ -117,16 +117,16 @@ def opened(
             for note in experiment.dataset.notes:
                 writer.say(f"{experiment.dataset.name}: {note}")
             with stop.waiting_for_data(saved=False):
-                dataset = with_pixels(config, experiment.dataset, writer.say)
+                dataset = weights.with_pixels(config, experiment.dataset, writer.say)
                 dataset = recorded_data.settle(folder, config, dataset, data["train"], writer.say)
             phases = phases.map(lambda each: dataclasses.replace(each, dataset=dataset))
             writer.show_settings(flatten(to_dict(config)))
             with stop.waiting_for_data(saved=False):
                 phases = with_class_weights(phases, data["train"])
-            if weights := phases.last.class_weights:
-                writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in weights)}")
+            if found := phases.last.class_weights:
+                writer.say(f"class weights, by frequency: {', '.join(f'{weight:.4g}' for weight in found)}")
             try:
-                yield Tools(phases, data, folder, writer, checkpoints, stop, on_evaluation)
+                yield Tools(phases, data, folder, writer, checkpoints, stop, on_evaluation, trained)
             except Diverged as error:
                 folder.note_failure(diverged=True, reason=str(error))
                 checkpoints.wait()  # all processes come here, and what the message calls the last good one is on its way
@@ -198,7 +198,7 @@ def _agree(config: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """What a run works with from its beginning to its end."""
+    """What a run works with from its beginning to its end; `trained` are the weights that it begins with, if it has not yet."""
 
     phases: Phases
     data: dict[str, datasets.Split]
@@ -207,10 +207,11 @@ class Tools:
     checkpoints: Checkpoints
     stop: StopSignal
     on_evaluation: OnEvaluation | None = None
+    trained: weights.Trained | None = None
 
 
-def begin(tools: Tools, restart: bool = False) -> "Loop":
-    """Restores or starts the run, and compiles its steps; `restart` as in `train`."""
+def begin(tools: Tools, restart: bool = False, *, trains: bool = True) -> "Loop":
+    """Restores or starts the run, and compiles its training step if it `trains`; `restart` as in `train`."""
     began = time.perf_counter()
     config, mesh = tools.phases.last.config, tools.phases.last.mesh
     batches = TrainBatches(
@@ -227,9 +228,9 @@ def begin(tools: Tools, restart: bool = False) -> "Loop":
     phases = tools.phases
     if phases.decided:
         ranks.write(tools.folder, config, phases.decided)
-    if resumed.step < config.total_steps:
+    if trains and resumed.step < config.total_steps:
         tools.folder.set_unfinished_result_aside(config.total_steps)
-    steps_left = resumed.step < config.total_steps and not phases.ends(resumed.step)
+    steps_left = trains and resumed.step < config.total_steps and not phases.ends(resumed.step)
     train_step = _compiled(phases.at(resumed.step), tools.writer) if steps_left else None
     return Loop(tools, batches, resumed, train_step, began - resumed.seconds)
 
@@ -245,7 +246,7 @@ def _started(tools: Tools, batches: TrainBatches) -> tuple[Tools, Resumed]:
 
     if config.init.weights is None:
         return tools, Resumed(phases.at(0).init(first))
-    phases, state = imported.first_state(phases, folder, first, say)
+    phases, state = imported.first_state(phases, weights.settle(folder, config, tools.trained), first, say)
     folder.write_text("overview.txt", f"{describe_phases(phases)}\n")
     return dataclasses.replace(tools, phases=phases), Resumed(state)
 
@@ -265,7 +266,7 @@ class Loop:
       tools: of the run.
       batches: of the training data.
       resumed: where the run is taken up.
-      train_step: from `Experiment.compile_train_step`; None if no step is left, in this phase.
+      train_step: from `Experiment.compile_train_step`; None if no step is left, in this phase, or none is taken.
       began: the time at which the run would have begun, had one process done all of it.
     """
 

@@ -41,12 +41,12 @@ def describe(experiment: Experiment) -> str:
 
 def describe_phases(phases: Phases) -> str:
     """What is described of each phase, in the order of time."""
+    open_ = "" if phases.decided else forecast(phases.last.config)
     if phases.first is None:
-        return describe(phases.last)
+        return f"{open_[:1].upper()}{open_[1:]}\n\n{describe(phases.last)}" if open_ else describe(phases.last)
     begin = "Self-guided training: each factor pair with a dense guide" if phases.guided else "Dense warm-up"
     after = f"After {f'step {phases.switch}' if phases.switch else 'the dense warm-up'}"
-    if not phases.decided and (open_ := forecast(phases.last.config)):
-        after += f", {open_}"
+    after += f", {open_}" if open_ else ""
     return f"{begin}\n\n{describe(phases.first)}\n\n{after}\n\n{describe(phases.last)}"
 
 
@@ -55,8 +55,9 @@ def headline(phases: Phases) -> str:
     config = phases.last.config
     kind = "self-guided" if phases.guided else "dense"
     warmup = f" (the first {phases.switch or 'ones'} {kind})" if phases.first else ""
+    guessed = " by a forecast" if config.is_imported and not phases.decided and forecast(config) else ""
     return (
-        f"{config.model.name} on {config.dataset.name}: {sizes(phases.last)};"
+        f"{config.model.name} on {config.dataset.name}: {sizes(phases.last)}{guessed};"
         f" {config.total_steps} steps{warmup} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
     )
 

@@ -6,8 +6,10 @@ from typing import Any
 
 from lowrank_jax.experiment.config.plan import dense_plan
 from lowrank_jax.experiment.config.schema import Config
+from lowrank_jax.experiment.data.base import Dataset
 from lowrank_jax.experiment.training.build import Experiment, build
 from lowrank_jax.experiment.training.ranks import Decided
+from lowrank_jax.planning.plans import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +59,20 @@ class Phases:
         return dataclasses.replace(self, last=change(self.last), first=first)
 
     def decide(self, decided: Decided) -> "Phases":
-        """The same with the ranks of the low-rank network."""
-        known = build(self.last.config, plan=decided.plan)
-        known = dataclasses.replace(known, dataset=self.last.dataset, class_weights=self.last.class_weights)
-        return dataclasses.replace(self, last=known, switch=decided.step, decided=decided)
+        """The same with the ranks of the low-rank network, with guides and without."""
+        found = self.last.dataset, self.last.class_weights
+        known = _built(decided.plan, self.last.config, *found)
+        if self.first is None or not self.guided:
+            return dataclasses.replace(self, last=known, switch=decided.step, decided=decided)
+        first = _built(decided.plan, self.last.config, *found, guided_steps=self.first.guided_steps)
+        return dataclasses.replace(self, last=known, first=first, decided=decided)
+
+
+def _built(
+    plan: Plan, config: Config, dataset: Dataset, class_weights: tuple[float, ...], *, guided_steps: int = 0
+) -> Experiment:
+    known = build(config, plan=plan, guided_steps=guided_steps)
+    return dataclasses.replace(known, dataset=dataset, class_weights=class_weights)
 
 
 def phases_of(

@@ -214,6 +214,8 @@ class Start:
           plan: the kernels; None for those of the start.
         """
         normalize, plan = jax.jit(self.normalize), plan or self.plan
+        if not plan.captured:
+            return UNKNOWN
         images = lambda: (normalize(batch["image"]) for batch in batches())  # noqa: E731
         flags: dict[str, Any] = self.network.flags(train=not self.trained)
         network = self.network.module, variables

@@ -21,6 +21,7 @@ from lowrank_jax.experiment.hosts.processes import exchange
 from lowrank_jax.experiment.training import recorded_data
 from lowrank_jax.experiment.training.start import blank_images, init_dense
 from lowrank_jax.experiment.training.stored import open_network
+from lowrank_jax.experiment.workdir import step_folders
 from lowrank_jax.experiment.workdir.identity import check_experiment, digest_of
 from lowrank_jax.experiment.workdir.workdir import WEIGHTS, Workdir
 from lowrank_jax.linen.factorize import merge
@@ -101,21 +102,48 @@ def _digest(variables: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def settle(folder: Workdir, config: Config) -> Trained:
+def before_the_first_step(folder: Workdir, config: Config) -> Trained | None:
+    """The weights that a run still needs: none once it was saved, or where it begins with random ones.  Nothing is written.
+
+    Raises:
+      ConfigError, WorkdirError: see `settle`.
+    """
+    if config.init.weights is None or step_folders.stored(folder.checkpoints):
+        return None
+    trained = read(config)
+    _check_record(folder, config, trained)
+    return trained
+
+
+def settle(folder: Workdir, config: Config, trained: Trained | None = None) -> Trained:
     """The weights that a run begins with, recorded in its work directory; every process calls this.
+
+    Args:
+      folder, config: of the run.
+      trained: what was read already.
 
     Raises:
       ConfigError: see `read`.
       WorkdirError: the processes, or an earlier start of the run, found others.
     """
-    trained = read(config)
+    trained = trained or read(config)
     for process, other in enumerate(exchange(trained.digest)):
         if other != trained.digest:
             raise WorkdirError(f"process {process} finds other weights at {config.init.weights} than this one")
+    if not _check_record(folder, config, trained):
+        folder.write_json(WEIGHTS, {"source": config.init.weights, "digest": trained.digest, "experiment": digest_of(config)})
+    return trained
+
+
+def _check_record(folder: Workdir, config: Config, trained: Trained) -> bool:
+    """Whether an earlier start of the run has recorded its weights.
+
+    Raises:
+      WorkdirError: they were others, or the record is damaged.
+    """
     record = folder.read_json(WEIGHTS)
     if record is None:
-        folder.write_json(WEIGHTS, {"source": config.init.weights, "digest": trained.digest, "experiment": digest_of(config)})
-        return trained
+        return False
     try:
         check_experiment(record, config)
     except ValueError as error:
@@ -126,7 +154,7 @@ def settle(folder: Workdir, config: Config) -> Trained:
         raise WorkdirError(
             f"{folder.path} began with other weights than {config.init.weights} has now; put them back, or use a new --workdir"
         )
-    return trained
+    return True
 
 
 def pixels(source: str | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -144,11 +172,10 @@ def with_pixels(config: Config, dataset: Dataset, say: Callable[[str], None]) ->
     """The data set with the normalisation that the weights were trained with, unless the config gives one."""
     known = pixels(config.init.weights)
     given = config.dataset.mean, config.dataset.std
-    if known is None:
+    if known is None or known == (dataset.mean, dataset.std):
         return dataset
     if given == (None, None):
         say(f"pixels are normalised as for the weights: mean {known[0]}, standard deviation {known[1]}")
         return dataclasses.replace(dataset, mean=known[0], std=known[1])
-    if given != known:
-        say(f"dataset.mean and .std are {given[0]} and {given[1]}; the weights were trained with {known[0]} and {known[1]}")
+    say(f"dataset.mean and .std are {given[0]} and {given[1]}; the weights were trained with {known[0]} and {known[1]}")
     return dataset

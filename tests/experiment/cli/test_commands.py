@@ -26,7 +26,19 @@ from lowrank_jax.experiment.workdir.workdir import Workdir
 from tests import running
 
 CONFIG = f"--config={running.ROOT / 'configs' / 'digits_resnet.py'}"
-NAMES = ("train", "evaluate", "predict", "sweep", "report", "overview", "preflight", "configs", "new", "init-report")
+NAMES = (
+    "train",
+    "compress",
+    "evaluate",
+    "predict",
+    "sweep",
+    "report",
+    "overview",
+    "preflight",
+    "configs",
+    "new",
+    "init-report",
+)
 
 
 @dataclasses.dataclass

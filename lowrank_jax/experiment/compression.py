@@ -1,27 +1,29 @@
 """A trained network made low-rank at once: calibrated, factored, measured against itself, and left to be trained on."""
 
 import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from lowrank_jax.comparison import Fidelity
 from lowrank_jax.experiment.best import measured
-from lowrank_jax.experiment.config.files import ConfigError, Overrides, keys_given
-from lowrank_jax.experiment.config.schema import BUDGETS, Config
+from lowrank_jax.experiment.config.files import ConfigError, Overrides, keys_given, overridden
+from lowrank_jax.experiment.config.schema import BUDGET_KINDS, Config, LowRankConfig
 from lowrank_jax.experiment.errors import UserError
 from lowrank_jax.experiment.evaluation.against import Against, Comparison, Watched
+from lowrank_jax.experiment.evaluation.results import as_json
 from lowrank_jax.experiment.hosts.sharding import batch_sharding, replicated
 from lowrank_jax.experiment.objective import SOFTMAX
 from lowrank_jax.experiment.training import weights
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.evaluate import evaluate
 from lowrank_jax.experiment.training.loop import Loop, begin, opened
-from lowrank_jax.experiment.training.stop import StopSignal
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.projection.methods import TWO_SIDED
 from lowrank_jax.text import align, count, with_change
@@ -29,9 +31,7 @@ from lowrank_jax.text import align, count, with_change
 RECORD = "compression.json"
 _TIMED, _WORST = 5, 5
 _NO_CLASSES = "agreement and KL have no meaning"
-
-DEFAULTS: tuple[tuple[str, Any], ...] = (("lowrank.method", TWO_SIDED), ("lowrank.moment_batches", 8))
-"""What `lowrank compress` sets unless told otherwise; with a budget also its objective."""
+_BATCHES = 8  # of images, to measure the layers on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Compression:
 
     Attributes:
       workdir: where the low-rank one is, as step 0.
+      config: to train it on with.
       plan: its ranks.
       dense, low: the metrics of both on `dataset.eval_split`.
       fidelity: of the second to the first on the same images.
@@ -49,7 +50,8 @@ class Compression:
     """
 
     workdir: str
-    plan: Plan
+    config: Config = dataclasses.field(repr=False)
+    plan: Plan = dataclasses.field(repr=False)
     dense: dict[str, float]
     low: dict[str, float]
     fidelity: Fidelity
@@ -73,36 +75,65 @@ class Compression:
         return "\n\n".join([align(rows), *([align(layers)] if layers else [])])
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields, for JSON; of the plan its totals."""
         return {
             "workdir": self.workdir,
             **{name: getattr(self.plan, name) for name in ("params", "dense_params", "macs", "dense_macs")},
-            "dense": self.dense,
-            "low": self.low,
+            "dense": _finite(self.dense),
+            "low": _finite(self.low),
             "fidelity": self.fidelity.record(),
             "expected_kl": self.expected_kl,
             "seconds": {"dense": self.seconds[0], "low": self.seconds[1], "batch": self.batch},
         }
 
+    def json(self) -> str:
+        """A JSON object."""
+        return as_json(self.record())
 
-def with_defaults(overrides: Overrides) -> list[tuple[str, Any]]:
-    """The overrides of a config, with those of `DEFAULTS` that are not among them."""
+
+def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """Metrics for JSON, which has no other numbers."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def with_defaults(config: str | ConfigDict, overrides: Overrides) -> list[tuple[str, Any]]:
+    """The overrides of a config, and what compressing is best done with where neither they nor the config say otherwise.
+
+    The config's own method is for training from scratch, and counts for nothing.
+
+    Raises:
+      ConfigError: the config cannot be read.
+    """
     pairs = list(overrides if isinstance(overrides, Sequence) else overrides.items())
-    given = keys_given(pairs)
-    if "lowrank.method" in given and dict(pairs).get("lowrank.method") != TWO_SIDED:
+    given, usual = keys_given(pairs), LowRankConfig()
+    low = _section(overridden(config, pairs), "lowrank")
+    if "lowrank.method" in given and low.get("method") != TWO_SIDED:
         return pairs
-    more = DEFAULTS if not set(BUDGETS) & set(given) else (*DEFAULTS, ("lowrank.budget.objective", "divergence"))
-    return [*pairs, *((key, value) for key, value in more if key not in given)]
+    budget = _section(low, "budget")
+    more: dict[str, Any] = {"lowrank.method": TWO_SIDED}
+    if low.get("moment_batches", usual.moment_batches) == usual.moment_batches:
+        more["lowrank.moment_batches"] = _BATCHES
+    asked = any(budget.get(kind) is not None for kind in BUDGET_KINDS)
+    if asked and budget.get("objective", usual.budget.objective) == usual.budget.objective:
+        more["lowrank.budget.objective"] = "divergence"
+    return [*pairs, *((key, value) for key, value in more.items() if key not in given)]
 
 
-def compress(
-    config: Config, workdir: str, *, source: str = "config", restart: bool = False, stop: StopSignal | None = None
-) -> Compression:
+def _section(values: Any, name: str) -> Any:
+    """A section of values that nobody has checked."""
+    found = values.get(name)
+    return found if isinstance(found, Mapping | ConfigDict) else {}
+
+
+def compress(config: Config, workdir: str, *, source: str = "config", restart: bool = False) -> Compression:
     """Makes the network that `init.weights` names low-rank, measures what is lost, and saves it as step 0 of a run.
+
+    Signals end it at once: until its end there is nothing to save.  Called again before the run is trained on, it measures the
+    network that it left.
 
     Args:
       config: with `init.weights`.
-      workdir, source, restart, stop: as in `train`, which goes on from there.
+      workdir, source, restart: as in `train`, which goes on from there.
 
     Raises:
       ConfigError, WorkdirError, DataError, CheckpointError: it cannot be done; the message says why.
@@ -110,12 +141,11 @@ def compress(
     """
     if not config.is_imported or config.lowrank.method == "none":
         raise ConfigError(source, [_why_not(config)])
-    with opened(config, workdir, source=source, restart=restart, stop=stop) as tools:
-        loop = begin(tools, restart)
+    with opened(config, workdir, source=source, restart=restart) as tools:
+        loop = begin(tools, restart, trains=False)
         if loop.step:
             raise UserError(f"{workdir} was trained on, to step {loop.step}; lowrank evaluate says how good it is")
-        with tools.stop:
-            return _measured(loop, workdir)
+        return _measured(loop, workdir)
 
 
 def _why_not(config: Config) -> str:
@@ -129,7 +159,7 @@ def _why_not(config: Config) -> str:
 def _measured(loop: Loop, workdir: str) -> Compression:
     """Evaluates both networks, and saves the low-rank one."""
     experiment, config, tools = loop.experiment, loop.config, loop.tools
-    trained = weights.settle(tools.folder, config)
+    trained = weights.settle(tools.folder, config, tools.trained)
     dense = jax.device_put(trained.variables, replicated(experiment.mesh))
     low = loop.state.variables()[""]
     kernels = tuple(kernel.name for kernel in experiment.plan.factored)
@@ -148,14 +178,16 @@ def _measured(loop: Loop, workdir: str) -> Compression:
                 tools.data[kind],
                 batch_size=config.eval.batch_size,
                 mesh=experiment.mesh,
-                stop_requested=lambda: tools.stop.requested,
                 waiting=loop.waiting_for_data,
             )
-    loop.take({kind: parts[""] for kind, parts in found.items()})
-    loop.save()
-    loop.checkpoints.wait()
+    if loop.evaluated is None:
+        loop.take({kind: parts[""] for kind, parts in found.items()})
+    if loop.saved is None:
+        loop.save()
+        loop.checkpoints.wait()
     made = Compression(
         workdir,
+        config,
         experiment.plan,
         found["eval"]["dense"],
         found["eval"][""],
