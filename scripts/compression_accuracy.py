@@ -23,7 +23,8 @@ import scipy.stats
 from lowrank_jax.text import markdown_table
 from scripts.compiled_steps import RESULTS, Results
 
-EPOCHS, SEEDS, BUDGETS = 6, (0, 1, 2), (0.5, 0.25, 0.1)
+EPOCHS, SEEDS = 6, (0, 1, 2)
+BUDGETS = {"batch": (0.5, 0.25, 0.1), "none": (0.25,)}
 NORMS = {"batch": "With BatchNorm", "none": "Without normalisation"}
 RATES = {"batch": (0.3, 0.1), "none": (0.1, 0.03)}  # for weights that are drawn, and for trained ones
 DENSE, FINE_TUNED, SCRATCH, WARM_UP = "dense", "two-sided, fine-tuned", "from scratch", "dense warm-up"
@@ -55,7 +56,7 @@ class Case(NamedTuple):
 
 def compute(norm: str, seed: int, folder: pathlib.Path) -> None:
     """A dense network, and all that are compared with it; what is known already is not done again."""
-    for case in (Case(norm, seed), *(Case(norm, seed, arm, budget) for budget in BUDGETS for arm in ARMS)):
+    for case in (Case(norm, seed), *(Case(norm, seed, arm, budget) for budget in BUDGETS[norm] for arm in ARMS)):
         if str(case) in _results.known():
             continue
         found = _compressed(case, folder) if case.arm in AT_ONCE else _trained(case, folder)
@@ -147,7 +148,7 @@ def _part(norm: str, known: dict[str, Any]) -> str:
         return ""
     rows = [["MACs", "arm", "top-1", "less from scratch", "agreement", "KL", "KL, expected"]]
     rows.append(["1", DENSE, _mean(values(DENSE, None, "top1")), "", "", "", ""])
-    for budget in BUDGETS:
+    for budget in BUDGETS[norm]:
         for arm in ARMS:
             top1, scratch = values(arm, budget, "top1"), values(SCRATCH, budget, "top1")
             paired = [a - b for a, b in zip(top1, scratch, strict=True)] if len(top1) == len(scratch) else []

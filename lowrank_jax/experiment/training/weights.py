@@ -56,9 +56,16 @@ def read(config: Config) -> Trained:
         given = _read(source, config)
         variables = fitted(given, shapes, redraw=config.init.redraw, draw=lambda: drawn(np.uint32(config.seed)))
     except (ValueError, OSError, UserError) as error:
-        lines = str(error).splitlines() or [first_line(error)]
-        raise ConfigError("config", [f"init.weights: {source}: {lines[0]}", *lines[1:]]) from None
+        raise ConfigError("config", _problem(source, error)) from None
     return Trained(variables, _digest(variables))
+
+
+def _problem(source: str, error: Exception) -> list[str]:
+    """What is wrong with a source, in lines; it is named once."""
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+    first, *more = text.splitlines() or [first_line(error)]
+    file = source.partition("=")[2] if source.startswith(load.TIMM) else source
+    return [f"init.weights: {first}" if file and first.startswith(file) else f"init.weights: {source}: {first}", *more]
 
 
 def _read(source: str, config: Config) -> Mapping[str, np.ndarray] | Callable[[Any], Mapping[str, np.ndarray]]:

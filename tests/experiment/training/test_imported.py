@@ -56,27 +56,22 @@ def test_ranks_and_factors_are_those_of_the_library(dense, whole, tmp_path):
     config = _config(dense, optim__lr=1e-30, optim__weight_decay=0.0)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        second, gradients = lr.inputs.second_moments, lr.inputs.gradient_moments
+        measure = lr.inputs.gradient_moments
 
         def watched(model, variables, batches, *args, **kwargs):
             batches = list(batches)
             seen.extend(batches)
-            return second(model, variables, batches, *args, **kwargs)
+            return measure(model, variables, batches, *args, **kwargs)
 
-        patch.setattr("lowrank_jax.inputs.second_moments", watched)
+        patch.setattr("lowrank_jax.inputs.gradient_moments", watched)
         run = train(config, str(tmp_path / "run"))
     assert [batch.shape for batch in seen] == [(32, 8, 8, 1)] * 2
     network = lx.restore(dense)
     variables = jax.device_get(network.variables)
     plan = lr.plan(network.model, jax.numpy.zeros((1, 8, 8, 1)), config.lowrank.to_rules(), train=False).opened()
     images = [np.asarray(batch) for batch in seen]
-    moments = second(network.model, variables, images, plan, train=False)
-    known = {
-        "moments": moments,
-        "gradients": gradients(
-            network.model, variables, images, plan, key=key(config.seed, "gradients"), loss="softmax", train=False
-        ),
-    }
+    drawn = {"key": key(config.seed, "gradients"), "loss": "softmax"}
+    known = {"gradients": measure(network.model, variables, images, plan, **drawn, train=False)}
     plan = lr.allocate(plan, params=0.5, objective="divergence", variables=variables, **known)
     assert _ranks(tmp_path / "run") == {kernel.name: kernel.rank for kernel in plan.factored} == _ranks(whole[0])
     expected = lr.factorize(variables["params"], plan, key=key(config.seed, "factorize"), **known)

@@ -256,9 +256,9 @@ def test_what_redraw_may_not_say(file):
 SOURCES = {
     "nowhere": "there is no such file or folder",
     "nowhere@best": "there is no such file or folder",
-    "nowhere.safetensors": "is no file",
+    "nowhere.safetensors": "No such file",
     "empty.safetensors": "is no file of safetensors, or it is damaged",
-    "folder.safetensors": "is no file",
+    "folder.safetensors": "is a folder",
     "file.pth": r"must be timm:NAME=FILE, or a .safetensors file \(timm:NAME=FILE\)|there is no such file or folder",
     "folder": "neither a work directory nor a checkpoint of orbax",
     "untrained": "there is no checkpoint|no checkpoint",
@@ -320,7 +320,7 @@ def test_before_its_first_checkpoint_a_run_needs_the_weights_that_it_began_with(
     assert _steps(folder) == []
     record = (folder / "weights.json").read_text()
     copy.unlink()
-    with pytest.raises(ConfigError, match=r"init.weights: .*copy.safetensors is no file"):
+    with pytest.raises(ConfigError, match=r"init.weights: .*copy.safetensors: No such file"):
         train(config, str(folder))
     _saved(arrays, copy, **{"params/head/bias": arrays["params/head/bias"] + 1})
     with pytest.raises(WorkdirError, match=r"began with other weights than .*copy.safetensors has now; put them back, or use"):
