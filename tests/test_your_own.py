@@ -26,12 +26,14 @@ def section(page, title):
 @pytest.mark.slow
 def test_the_python_runs_as_written(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    training, evaluating, restoring, failing = re.findall(r"```python\n(.*?)```", section(page, "From Python"), re.DOTALL)
+    training, evaluating, compressing, restoring, failing = re.findall(r"```python\n(.*?)```", section(page, "From Python"), re.DOTALL)
     names = {}
     exec(training, names)
     assert names["run"].step == names["config"].total_steps and not names["run"].interrupted
     exec(evaluating, names)
     assert names["evaluation"].classes.counts.sum() == 360
+    exec(compressing, names)
+    assert 0 < names["compared"].kl < 5 and names["made"].plan.params < 0.1 * names["made"].plan.dense_params
     exec(restoring, names)
     net = names["net"]
     assert names["logits"].shape == (3, 10)
