@@ -26,7 +26,9 @@ def section(page, title):
 @pytest.mark.slow
 def test_the_python_runs_as_written(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    training, evaluating, compressing, restoring, failing = re.findall(r"```python\n(.*?)```", section(page, "From Python"), re.DOTALL)
+    training, evaluating, compressing, restoring, failing = re.findall(
+        r"```python\n(.*?)```", section(page, "From Python"), re.DOTALL
+    )
     names = {}
     exec(training, names)
     assert names["run"].step == names["config"].total_steps and not names["run"].interrupted

@@ -284,7 +284,7 @@ def test_a_source_that_is_none_is_one_line(tmp_path):
 def test_ctrl_c_ends_it_at_once_and_the_same_command_does_it(made, dense, tmp_path):
     arguments = running.command(tmp_path / "run", "compress")[:4] + _flags(dense, tmp_path / "run")
     with running.start(arguments, devices=8) as process:
-        for line in process.stdout:
+        for line in process.stdout or ():
             if line.startswith("weights of"):
                 time.sleep(0.3)
                 process.send_signal(signal.SIGINT)

@@ -1,5 +1,7 @@
 """Gradients at the kernels, against jacobians with respect to them."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -156,7 +158,7 @@ def test_members_of_a_stack_have_their_own_and_turns_of_a_loop_are_independent(s
         assert_same(found, by_jacobians(model, variables, x, plan))
         return
     rows, columns = np.zeros((6, 6)), np.zeros((6, 6))
-    params = variables["params"]
+    params: Any = variables["params"]
     for row in x:  # the gradient of each turn by itself
 
         def unrolled(kernels, row=row):
