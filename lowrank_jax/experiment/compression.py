@@ -24,6 +24,8 @@ from lowrank_jax.experiment.training import weights
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.evaluate import evaluate
 from lowrank_jax.experiment.training.loop import Loop, begin, opened
+from lowrank_jax.planning.chips import CHIPS
+from lowrank_jax.planning.execution import choose_execution, dense_seconds, seconds
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.projection.methods import TWO_SIDED
 from lowrank_jax.text import align, count, with_change
@@ -31,6 +33,7 @@ from lowrank_jax.text import align, count, with_change
 RECORD = "compression.json"
 _TIMED, _WORST = 5, 5
 _NO_CLASSES = "agreement and KL have no meaning"
+_CHIPS = ("v4", "v5e", "v6e", "h100")  # whose time is estimated
 _BATCHES = 8  # of images, to measure the layers on
 
 
@@ -47,6 +50,8 @@ class Compression:
       expected_kl: what the second order says of the KL; None where ranks were chosen by something else.
       seconds: of the evaluation of a batch, dense and low-rank, as measured here.
       batch: how many images that is.
+      estimated: by chip, a training step's time in all kernels over that in the dense ones, by the cost model of
+        docs/mathematics.md, section 10.
     """
 
     workdir: str
@@ -58,6 +63,7 @@ class Compression:
     expected_kl: float | None
     seconds: tuple[float, float]
     batch: int
+    estimated: dict[str, float]
 
     def __str__(self) -> str:
         dense, low = self.seconds
@@ -69,6 +75,9 @@ class Compression:
             *([name, f"{self.dense[name]:.4f}", f"{self.low[name]:.4f}"] for name in measured(self.low)),
             *([name, "", value] for name, value in self.fidelity.figures().items()),
         ]
+        if self.estimated:
+            ratios = ", ".join(f"{ratio:.2f}x on {chip}" for chip, ratio in self.estimated.items())
+            rows.append(["kernels in a training step, estimated", "", ratios])
         if self.expected_kl is not None:
             rows.append(["KL, expected", "", f"{self.expected_kl:.4g}"])
         layers = self.fidelity.rows_of_layers(_WORST)
@@ -84,6 +93,7 @@ class Compression:
             "fidelity": self.fidelity.record(),
             "expected_kl": self.expected_kl,
             "seconds": {"dense": self.seconds[0], "low": self.seconds[1], "batch": self.batch},
+            "estimated": self.estimated,
         }
 
     def json(self) -> str:
@@ -195,6 +205,7 @@ def _measured(loop: Loop, workdir: str) -> Compression:
         _expected(experiment.plan),
         _timed(experiment, dense, low),
         config.eval.batch_size,
+        _estimated(experiment.plan, config),
     )
     loop.write_result(loop.evaluated or {})
     tools.folder.write_json(RECORD, made.record())
@@ -205,6 +216,20 @@ def _expected(plan: Plan) -> float | None:
     """What the loss gains to second order, of all kernels."""
     known = [kernel.divergence for kernel in plan.kernels if kernel.divergence is not None]
     return float(sum(known)) if known else None
+
+
+def _estimated(plan: Plan, config: Config) -> dict[str, float]:
+    """By chip, the time of all kernels in a training step over that of the dense ones."""
+    how = {"batch": config.batch_size, "itemsize": 2 if config.model.dtype == "bfloat16" else 4}
+    found = {}
+    for name in _CHIPS:
+        chip = CHIPS[name]
+        chosen = choose_execution(plan, chip, **how)
+        dense = {kernel.name: dense_seconds(kernel, chip, **how) for kernel in chosen.kernels}
+        low = dense | {kernel.name: seconds(kernel, kernel.execution, chip, **how) for kernel in chosen.factored}
+        if any(dense.values()):
+            found[name] = sum(low.values()) / sum(dense.values())
+    return found
 
 
 def _timed(experiment: Experiment, *networks: Any) -> tuple[float, float]:

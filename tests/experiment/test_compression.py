@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lowrank_jax as lr
 import lowrank_jax.experiment as lx
 from lowrank_jax.experiment.compression import with_defaults
 from lowrank_jax.experiment.config import ConfigError
 from lowrank_jax.experiment.errors import UserError, WorkdirError
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.loop import train
+from lowrank_jax.planning import execution
 from tests import running
 from tests.experiment.cli.test_commands import lowrank
 
@@ -72,6 +74,14 @@ def test_it_says_what_is_lost(made, dense):
     text = str(made)
     assert all(f"{value:.4f}" in text for value in (made.dense["top1"], made.low["top1"], made.fidelity.agreement))
     assert min(made.seconds) > 0 and made.batch == 64
+    chip = lr.chips.CHIPS["v5e"]
+    chosen = lr.choose_execution(made.plan, chip, batch=made.config.batch_size)
+    dense_times = {kernel.name: execution.dense_seconds(kernel, chip, made.config.batch_size) for kernel in chosen.kernels}
+    saved = sum(
+        dense_times[kernel.name] - execution.seconds(kernel, kernel.execution, chip, made.config.batch_size)
+        for kernel in chosen.factored
+    )
+    assert made.estimated["v5e"] == pytest.approx(1 - saved / sum(dense_times.values())) and "estimated" in text
 
 
 def test_it_leaves_step_0_of_a_run(made, dense):
