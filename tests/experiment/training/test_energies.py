@@ -196,9 +196,9 @@ def test_the_dense_arm_of_a_sweep_has_no_energies():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "lowrank.rules: the energy of rule 'dense./kernel' needs lowrank.dense_warmup, whose trained weights it goes by"),
-        ({"lowrank__self_guided": "5 steps"}, "needs lowrank.dense_warmup"),
-        ({"lowrank__budget": {"params": 0.5}}, "needs lowrank.dense_warmup"),
+        ({}, "lowrank.rules: the energy of rule 'dense./kernel' needs trained weights to go by"),
+        ({"lowrank__self_guided": "5 steps"}, "needs trained weights to go by"),
+        ({"lowrank__budget": {"params": 0.5}}, "needs trained weights to go by"),
         (
             {"lowrank__dense_warmup": "5 steps", "lowrank__budget": {"params": 0.5, "min_scale": 0.1}},
             "lowrank.budget.min_scale: 0.1; the rank that the energy of rule 'dense./kernel' asks for may be smaller",
