@@ -23,7 +23,7 @@ import optax
 import lowrank_jax as lr
 from lowrank_jax import models
 
-BATCH, ROUNDS, FEW, MANY = 16, 3, 3, 9
+BATCH, ROUNDS, FEW, MANY = 8, 2, 3, 6
 TRAINING = "training"
 ARMS = (TRAINING, "inputs", "gradients")
 

@@ -14,10 +14,12 @@ from lowrank_jax.kernel import is_low_rank
 from lowrank_jax.linen.model_check import check_model, check_variables
 from lowrank_jax.linen.predictions import call, check_functions, check_predictions, logits_of, written
 from lowrank_jax.paths import map_named, named_leaves
-from lowrank_jax.planning.arguments import check_batches, check_plan
+from lowrank_jax.planning.arguments import check_batches, check_mapping, check_plan
 from lowrank_jax.planning.curves import curves_of_kernels
 from lowrank_jax.planning.factorize import factorize
 from lowrank_jax.planning.plans import FactoredKernel, Plan, PlannedKernel
+from lowrank_jax.projection.methods import TWO_SIDED
+from lowrank_jax.projection.two_sided import GradientMoments
 
 _LEAST = 1e-3  # of a relative risk: next to less, rounding would be seen in its place
 
@@ -27,11 +29,11 @@ class _Changed(NamedTuple):
 
     Attributes:
       kernel: multiplied out, in the dense kernel's shape.
-      risk: what it loses, relative.
+      loss: what it loses, by itself.
     """
 
     kernel: jax.Array
-    risk: float
+    loss: float
 
 
 def sensitivity(
@@ -40,6 +42,7 @@ def sensitivity(
     batches: Iterable[Any],
     plan: Plan,
     *,
+    gradients: Mapping[str, GradientMoments] | None = None,
     logits: Callable[[Any], jax.Array] | None = None,
     rngs: Any = None,
     say: Callable[[str], None] | None = None,
@@ -52,12 +55,14 @@ def sensitivity(
 
     One kernel at a time is projected to its planned rank, or to half of its full one, and the Kullback-Leibler divergence of
     the network's predictions is divided by the kernel's relative risk there.  That is one run of the model for every kernel
-    and batch, of one program: the kernels keep their dense shapes.
+    and batch, of one program: the kernels keep their dense shapes.  With gradients it gets two-sided factors, and is divided by
+    the divergence that they are expected to have: how many times as much is lost.
 
     Args:
       model, variables: as for `model.apply`; dense, such as a trained network's.
       batches: what the model is called on, arrays or tuples of arrays.
       plan: from `plan` for the same model.
+      gradients: from `inputs.gradient_moments(..., plan.opened())`, for rules of the method `two_sided`.
       logits: from what the model returns, the logits `[..., classes]`; by default it returns them.
       rngs: as for `model.apply`; every run has the same.
       say: is told of each kernel and batch.
@@ -76,7 +81,8 @@ def sensitivity(
     check_plan(plan)
     check_functions(logits=logits, say=say)
     variables = {**variables, "params": nn.meta.unbox(variables["params"])}
-    changed = _changed_kernels(variables["params"], plan)
+    check_mapping("gradients", gradients)
+    changed = _changed_kernels(variables["params"], plan, gradients)
 
     @jax.jit
     def predict(variables: Any, batch: Any) -> jax.Array:
@@ -99,33 +105,37 @@ def sensitivity(
         total += count
     if not total:
         raise ValueError("no batches to measure sensitivities on")
-    return {name: divergences[name] / total / other.risk if other.risk else 0.0 for name, other in changed.items()}
+    return {name: divergences[name] / total / other.loss if other.loss else 0.0 for name, other in changed.items()}
 
 
-def _changed_kernels(params: Any, plan: Plan) -> dict[str, _Changed]:
+def _changed_kernels(params: Any, plan: Plan, gradients: Mapping[str, GradientMoments] | None) -> dict[str, _Changed]:
     """Every open kernel at a low rank."""
     open_ = [kernel for kernel in plan.kernels if kernel.choices]
-    curves = curves_of_kernels(open_, params)
-    lines, risks = {}, {}
+    curves = curves_of_kernels(open_, params, gradients=gradients)
+    lines, losses = {}, {}
     for kernel in open_:
-        line = _at_a_rank(kernel)
+        line = _at_a_rank(kernel, gradients)
         curve = curves[kernel.name][line.choices.index(line.choice)]
-        assert curve is not None  # without moments every choice has one
-        while line.rank > 1 and curve.risk[line.rank - 1] < _LEAST:
+        if curve is None:
+            raise ValueError(f"{kernel.name}: its gradients are of another scheme than the plan's")
+        loss = curve.risk if gradients is None else curve.divergence
+        least = _LEAST if gradients is None else _LEAST * loss[0]
+        while line.rank > 1 and loss[line.rank - 1] < least:
             line = dataclasses.replace(line, rank=line.rank // 2)
-        lines[kernel.name], risks[kernel.name] = line, float(curve.risk[line.rank - 1])
+        lines[kernel.name], losses[kernel.name] = line, float(loss[line.rank - 1])
     lowered = dataclasses.replace(plan, kernels=tuple(lines.get(kernel.name, kernel) for kernel in plan.kernels))
-    factored = named_leaves(factorize(params, lowered, key=jax.random.key(0)), is_leaf=is_low_rank)
-    return {name: _Changed(factored[name].merge(), risks[name]) for name in lines}
+    made = factorize(params, lowered, key=jax.random.key(0), gradients=gradients)
+    factored = named_leaves(made, is_leaf=is_low_rank)
+    return {name: _Changed(factored[name].merge(), losses[name]) for name in lines}
 
 
-def _at_a_rank(kernel: PlannedKernel) -> FactoredKernel:
-    """The kernel at its planned rank or half of its full one, made by the projection whose risk is known."""
+def _at_a_rank(kernel: PlannedKernel, gradients: Any) -> FactoredKernel:
+    """The kernel at its planned rank or half of its full one, made by the method whose loss is known."""
     assert kernel.rule is not None  # it has choices
     planned = isinstance(kernel, FactoredKernel)
     choice = kernel.choice if planned else kernel.choices[0]
     rank = kernel.rank if planned else max(1, choice.view.full_rank // 2)
-    rule = dataclasses.replace(kernel.rule, method="kernel_projection")
+    rule = dataclasses.replace(kernel.rule, method="kernel_projection" if gradients is None else TWO_SIDED)
     return dataclasses.replace(FactoredKernel(**kernel.shared, choice=choice, rank=rank), rule=rule)
 
 

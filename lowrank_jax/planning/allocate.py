@@ -76,6 +76,7 @@ def allocate(
         moments are not there is not considered.
       gradients: from `inputs.gradient_moments(..., plan.opened())`, for rules of the method `two_sided`; needs `variables`.
       sensitivity: by name, what a kernel's loss counts; 1 for those that are not there.  One of 0 gets what the others leave.
+        With gradients, from `sensitivity(..., gradients=)`: how many times its expected divergence a kernel really loses.
 
     Returns:
       A plan whose table also shows each kernel's relative risk, and what the next per cent of the budget would take off
@@ -91,7 +92,7 @@ def allocate(
     check_mapping("moments", moments)
     check_mapping("gradients", gradients)
     check_mapping("sensitivity", sensitivity)
-    _check_gradients(plan, objective, gradients, sensitivity)
+    _check_gradients(plan, objective, gradients)
     objective = objective or ("tolerance" if gradients is None else "divergence")
     request = Request(chip, plain(batch), plain(itemsize), plain(rest), objective, plain(min_scale), plain(multiple_of))
     budgets = {"params": params, "macs": macs, "bytes": bytes, "seconds": seconds}
@@ -103,6 +104,8 @@ def allocate(
     counts = _sensitivities(sensitivity or {}, network.open)
     _check_moments(variables, moments, gradients)
     curves = curves_of_kernels(network.open, variables, moments, gradients)
+    if gradients is not None:
+        curves, counts = _corrected(curves, counts), {}
     open_ = with_bounds(network.open, curves, variables is not None)
     points = dataclasses.replace(network, open=open_).points(curves)
     options = _weighted(points, open_, counts, objective)
@@ -170,13 +173,11 @@ def _check_moments(variables: Any, moments: Any, gradients: Any = None) -> None:
         raise ValueError("gradients need the variables too: they say what the kernels are")
 
 
-def _check_gradients(plan: Plan, objective: Any, gradients: Any, sensitivity: Any) -> None:
+def _check_gradients(plan: Plan, objective: Any, gradients: Any) -> None:
     if objective == "divergence" and gradients is None:
         raise ValueError("the objective 'divergence' needs gradients: inputs.gradient_moments measures them")
     if gradients is None:
         return
-    if sensitivity:
-        raise ValueError("give gradients or a sensitivity, not both: gradients say already what a kernel's loss counts")
     others = [kernel.name for kernel in plan.kernels if kernel.choices and kernel.rule and kernel.rule.method != TWO_SIDED]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -198,6 +199,16 @@ def _sensitivities(values: Mapping[str, Any], kernels: Sequence[PlannedKernel]) 
         if complaint:
             raise ValueError(f"sensitivity of {name!r}: {shown(value)} {complaint}")
     return found
+
+
+def _corrected(curves: dict[str, list[Losses | None]], factors: Mapping[str, float]) -> dict[str, list[Losses | None]]:
+    """Divergences times what was measured of them."""
+    least = _TIE * float(np.mean(list(factors.values()) or [0.0]))
+
+    def corrected(name: str, losses: Losses | None) -> Losses | None:
+        return losses and losses._replace(divergence=losses.divergence * max(factors.get(name, 1.0), least))
+
+    return {name: [corrected(name, losses) for losses in found] for name, found in curves.items()}
 
 
 _TIE = 1e-9  # of the mean weight: what a kernel of weight 0 counts, so that it too takes what the others leave

@@ -11,6 +11,7 @@ import pytest
 import lowrank_jax as lr
 from lowrank_jax.inputs import CURVATURES
 from lowrank_jax.paths import named_leaves
+from lowrank_jax.planning.curves import curves_of_kernels
 from tests.projection.reference import normal
 
 KEY = jax.random.key(0)
@@ -222,6 +223,26 @@ def test_the_second_order_says_what_the_network_loses():
     assert predicted <= sum(kernel.divergence for kernel in spectral.kernels)
 
 
+def test_a_sensitivity_corrects_what_is_expected():
+    """Of each kernel by itself it is what is measured where it was measured."""
+    model, x = Net(), normal(3, 100, 6, 6, 3)
+    variables = jax.tree.map(lambda a: 2 * a, model.init(KEY, x))
+    plan = planned(model, x[:1])
+    gradients = lr.inputs.gradient_moments(model, variables, [x], plan, key=KEY)
+    factors = lr.sensitivity(model, variables, [x[:50], x[50:]], plan, gradients=gradients)
+    low = lr.merge(lr.factorize(variables["params"], plan, key=KEY, gradients=gradients))
+    curves = curves_of_kernels(plan.factored, variables, gradients=gradients)
+    assert factors.keys() == {kernel.name for kernel in plan.factored}
+    for name, factor in factors.items():
+        layer, expected = name.split("/")[0], curves[name][0].divergence[1]
+        assert divergence(model, x, variables["params"], {**variables["params"], layer: low[layer]}) == pytest.approx(
+            factor * expected, rel=1e-3
+        )
+    corrected = lr.allocate(plan, params=0.9, variables=variables, gradients=gradients, sensitivity=factors)
+    for kernel in corrected.factored:
+        assert kernel.divergence == pytest.approx(factors[kernel.name] * curves[kernel.name][0].divergence[kernel.rank - 1])
+
+
 def test_bad_input_gets_one_clear_error():
     model = Net()
     variables, plan = model.init(KEY, IMAGES), planned(model, IMAGES)
@@ -260,7 +281,6 @@ def test_bad_input_gets_one_clear_error():
     for options, message in (
         ({"objective": "divergence", "variables": variables}, "needs gradients"),
         ({"gradients": gradients}, "gradients need the variables"),
-        ({"gradients": gradients, "variables": variables, "sensitivity": {"head/kernel": 1.0}}, "not both"),
         ({"gradients": {}, "variables": variables}, "conv/kernel: has no gradients"),
     ):
         with pytest.raises(ValueError, match=message):

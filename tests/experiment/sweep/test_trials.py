@@ -108,7 +108,10 @@ def test_ranks_that_training_chooses_are_said_to_be_unknown(tmp_path):
     assert table.count("are open, and their kernels count as dense; they are chosen then, from the trained weights.") == 1
     dense = expand(CONFIG, [], "lowrank.method=none", str(tmp_path)).table()
     assert table.splitlines()[1].split()[-3] == dense.splitlines()[1].split()[-3]
-    with pytest.raises(ConfigError, match=r"the energy of rule '\.\*' needs trained weights to go by: set lowrank\.dense_warmup.*\(in dense_warmup=None\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"rule '\.\*' needs trained weights to go by: .*\(in dense_warmup=None\)",
+    ):
         expand(CONFIG, energies[:1], "lowrank.dense_warmup=None,1 epoch", str(tmp_path))
     known = expand(CONFIG, [], "lowrank.scale=0.1; lowrank.dense_warmup=None,1 epoch", str(tmp_path))
     assert "trained weights" not in known.table()

@@ -302,7 +302,10 @@ def test_decay_rules_may_be_for_either_phase(tmp_path):
         ({"lowrank__budget": {"seconds": 0.5}}, "lowrank.budget.chip: seconds need a chip"),
         ({"lowrank__budget": {"chip": "v5e"}}, "lowrank.budget.chip: says nothing without a budget"),
         ({"lowrank__budget": {"bytes": 0.5, "seconds": 0.9, "chip": "v5e"}}, "bytes and seconds cannot be budgets at once"),
-        ({"lowrank__dense_warmup": "9 steps", "lowrank__method": "random"}, "it would forget what the dense network has learned"),
+        (
+            {"lowrank__dense_warmup": "9 steps", "lowrank__method": "random"},
+            "it would forget what the dense network has learned",
+        ),
         ({"lowrank__budget": {"params": 0.5, "macs": 0.5, "bytes": 0.5}}, "at most two kinds"),
     ],
 )
