@@ -27,9 +27,9 @@ def test_the_python_runs_as_written(repository, capsys):
     exec(execution, names)
     assert all(kernel.execution for kernel in names["plan"].factored)
     exec(moments, names)
-    exec(learning, names)
     exec(compressing, names)
     assert names["slim"].macs <= names["slim"].dense_macs / 2 and 0 <= names["lost"].kl < 1
+    exec(learning, names)
     assert names["student"].converged and names["small"].bound <= names["small"].risk <= names["small"].whole
     assert named_leaves(names["params"]).keys() == named_leaves(plain).keys()
     factored = [leaf for leaf in jax.tree.leaves(names["params"], is_leaf=is_low_rank) if is_low_rank(leaf)]

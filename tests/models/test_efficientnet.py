@@ -95,7 +95,7 @@ def test_initial_kernels_have_the_published_spread():
     """Two over the fan out, a depthwise kernel's being its window; the head is uniform."""
     conv = functools.partial(efficientnet._conv, padding="same")
     norm = functools.partial(nn.BatchNorm, use_running_average=False)
-    block = efficientnet.MBConv(64, 5, 1, 6, 0.0, True, conv, norm, train=True, dtype=None)
+    block = efficientnet.MBConv(64, 5, 1, 6, 0.0, True, conv, norm, nn.silu, train=True, dtype=None)
 
     @jax.jit
     def init(key):
