@@ -65,14 +65,14 @@ def factored(svd, moments, **mesh):
     config = with_init(running.parsed(devices=1 if mesh == {"mesh__data": 1} else 8, **ZOO, **mesh), svd)
     config = dataclasses.replace(config, lowrank=dataclasses.replace(config.lowrank, moment_batches=moments))
     devices = jax.devices()[: config.mesh.least_devices] if mesh else None
-    state = build(config, devices=devices).init(BATCHES[:moments])
+    state = build(config, devices=devices).init(lambda: BATCHES[:moments])
     pairs = {k: leaf for k, leaf in named_leaves(state.params, is_leaf=is_low_rank).items() if is_low_rank(leaf)}
     merged = jax.jit(lambda pairs: {name: pair.merge() for name, pair in pairs.items()})(pairs)
     return state, jax.device_get(merged)
 
 
 def with_init(config, svd):
-    return dataclasses.replace(config, init=InitConfig(svd))
+    return dataclasses.replace(config, init=InitConfig(svd=svd))
 
 
 @functools.cache

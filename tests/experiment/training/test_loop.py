@@ -278,7 +278,7 @@ def test_the_first_batches_are_what_kernels_are_projected_for(tmp_path, monkeypa
     taken = []
 
     def init(self, batches):
-        taken.extend(batches)
+        taken.extend(batches())
         raise TakenError
 
     monkeypatch.setattr("lowrank_jax.experiment.training.build.Experiment.init", init)
