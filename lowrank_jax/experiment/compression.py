@@ -226,7 +226,7 @@ def _estimated(plan: Plan, config: Config) -> dict[str, float]:
         chip = CHIPS[name]
         chosen = choose_execution(plan, chip, **how)
         dense = {kernel.name: dense_seconds(kernel, chip, **how) for kernel in chosen.kernels}
-        low = dense | {kernel.name: seconds(kernel, kernel.execution, chip, **how) for kernel in chosen.factored}
+        low = dense | {kernel.name: seconds(kernel, kernel.execution or "factored", chip, **how) for kernel in chosen.factored}
         if any(dense.values()):
             found[name] = sum(low.values()) / sum(dense.values())
     return found

@@ -78,7 +78,7 @@ def test_it_says_what_is_lost(made, dense):
     chosen = lr.choose_execution(made.plan, chip, batch=made.config.batch_size)
     dense_times = {kernel.name: execution.dense_seconds(kernel, chip, made.config.batch_size) for kernel in chosen.kernels}
     saved = sum(
-        dense_times[kernel.name] - execution.seconds(kernel, kernel.execution, chip, made.config.batch_size)
+        dense_times[kernel.name] - execution.seconds(kernel, kernel.execution or "factored", chip, made.config.batch_size)
         for kernel in chosen.factored
     )
     assert made.estimated["v5e"] == pytest.approx(1 - saved / sum(dense_times.values())) and "estimated" in text
