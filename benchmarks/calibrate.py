@@ -2,8 +2,8 @@
 
     python -m benchmarks.calibrate
 
-What is measured are the second moments of every kernel's inputs, and those of the gradients at its outputs, which a two-sided
-projection needs.  Every arm runs in a process of its own, so that its peak of memory is its own; compilation is not counted in
+What is measured are the second moments of every kernel's inputs, or those of its gradients, which a two-sided projection
+needs.  Every arm runs in a process of its own, so that its peak of memory is its own; compilation is not counted in
 the time, but in the memory.
 """
 

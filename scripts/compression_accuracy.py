@@ -14,14 +14,12 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import numpy as np
-import scipy.stats
-
+from lowrank_jax.experiment.report.arms import Interval
 from lowrank_jax.text import markdown_table
-from scripts.compiled_steps import RESULTS, Results
+from scripts.results import RESULTS, Results
 
 EPOCHS, SEEDS = 6, (0, 1, 2)
 BUDGETS = {"batch": (0.5, 0.25, 0.1), "none": (0.25,)}
@@ -126,9 +124,9 @@ def page(known: dict[str, Any]) -> str:
     parts = [_part(norm, known) for norm in NORMS]
     return f"""# ResNet-8 on Fashion-MNIST, compressed
 
-A tenth of the training images (6,000), {len(SEEDS)} seeds; top-1 on the 10,000 test images, ± half of the 95 % interval of the
-mean by Student's t. Budgets are of MACs. The dense network trains {EPOCHS} epochs. *Two-sided* and *spectral* are its weights,
-factored, and nothing else; the first with ranks of least divergence, the second with one scale for all kernels. *Fine-tuned*
+A tenth of the training images (6,000), up to {len(SEEDS)} seeds; top-1 on the 10,000 test images, ± half of the 95 % interval
+of the mean by Student's t. Budgets are of MACs. The dense network trains {EPOCHS} epochs. *Two-sided* and *spectral* are its
+weights, factored, and nothing else; the first with ranks of least divergence, the second with one scale for all kernels. *Fine-tuned*
 trains the two-sided one for {EPOCHS} more epochs. *From scratch* and *dense warm-up* ({EPOCHS} dense epochs, then {EPOCHS} of
 low rank) have {2 * EPOCHS} epochs in all and ranks by `tolerance`. Learning rates: {RATES["batch"][0]} and
 {RATES["none"][0]} without normalisation, from trained weights {RATES["batch"][1]} and {RATES["none"][1]}; nothing tuned. The
@@ -140,32 +138,28 @@ command, which starts the runs:
 
 
 def _part(norm: str, known: dict[str, Any]) -> str:
-    def values(arm: str, budget: float | None, name: str) -> list[float]:
-        cases = (str(Case(norm, seed, arm, budget)) for seed in SEEDS)
-        return [known[case][name] for case in cases if case in known and known[case].get(name) is not None]
+    def values(arm: str, budget: float | None, name: str) -> dict[int, float]:
+        """By seed, of the runs that are known."""
+        found = {seed: known.get(str(Case(norm, seed, arm, budget)), {}).get(name) for seed in SEEDS}
+        return {seed: value for seed, value in found.items() if value is not None}
 
-    if not values(DENSE, None, "top1"):
+    def cells(arm: str, budget: float | None) -> list[str]:
+        top1, scratch = values(arm, budget, "top1"), values(SCRATCH, budget, "top1")
+        paired = [top1[seed] - scratch[seed] for seed in top1 if seed in scratch] if arm in (FINE_TUNED, WARM_UP) else []
+        fidelity = [_mean(values(arm, budget, name).values()) for name in ("agreement", "kl", "expected_kl")]
+        return [f"{budget or 1}", arm, f"{len(top1)}", _mean(top1.values()), _mean(paired, sign="+"), *fidelity]
+
+    arms: list[tuple[str, float | None]] = [(DENSE, None), *((arm, budget) for budget in BUDGETS[norm] for arm in ARMS)]
+    rows = [cells(arm, budget) for arm, budget in arms if values(arm, budget, "top1")]
+    header = ["MACs", "arm", "seeds", "top-1", "less from scratch", "agreement", "KL", "KL, expected"]
+    return f"## {NORMS[norm]}\n\n{markdown_table([header, *rows])}\n\n" if rows else ""
+
+
+def _mean(values: Iterable[float], sign: str = "") -> str:
+    if not (values := list(values)):
         return ""
-    rows = [["MACs", "arm", "top-1", "less from scratch", "agreement", "KL", "KL, expected"]]
-    rows.append(["1", DENSE, _mean(values(DENSE, None, "top1")), "", "", "", ""])
-    for budget in BUDGETS[norm]:
-        for arm in ARMS:
-            top1, scratch = values(arm, budget, "top1"), values(SCRATCH, budget, "top1")
-            paired = [a - b for a, b in zip(top1, scratch, strict=True)] if len(top1) == len(scratch) else []
-            difference = _mean(paired, sign="+") if paired and arm in (FINE_TUNED, WARM_UP) else ""
-            fidelity = [_mean(values(arm, budget, name)) for name in ("agreement", "kl", "expected_kl")]
-            rows.append([f"{budget}", arm, _mean(top1), difference, *fidelity])
-    return f"## {NORMS[norm]}\n\n{markdown_table(rows)}\n\n"
-
-
-def _mean(values: Sequence[float], sign: str = "") -> str:
-    if not values:
-        return ""
-    mean = f"{np.mean(values):{sign}.4f}"
-    if len(values) == 1:
-        return mean
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean} ± {half:.4f}"
+    found = Interval.of(values)
+    return f"{found.mean:{sign}.4f}" + (f" ± {found.half:.4f}" if found.n > 1 else "")
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ pictures, not crops.
 
 import argparse
 import json
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import lowrank_jax as lr
+from lowrank_jax.comparison import divergences
 from lowrank_jax.paths import map_named, named_leaves
 from lowrank_jax.planning.plans import Plan
 from lowrank_jax.text import markdown_table
 from scripts import pictures
+from scripts.results import RESULTS
 
-RESULTS = pathlib.Path("docs/results")
 SIDES = {"lite0": 224, "lite1": 240}
 CROPS, BATCH = 8, 47  # crops of each picture, of the sixteen that are stored; images at a time
 SENSITIVITY_IMAGES = ALONE_IMAGES = 188
@@ -170,16 +170,16 @@ def alone(victim: Victim, limit: dict[str, Any]) -> list[dict[str, Any]]:
         return made.astype(jnp.float32)
 
     @jax.jit
-    def divergences(errors: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_errors(errors: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of each prediction: to second order, exactly, and measured."""
         z, moved = jax.jvp(lambda params: logits(params, images), (dense,), (errors,))
         true, other = (jax.nn.log_softmax(y) for y in (z, logits(jax.tree.map(jnp.add, dense, errors), images)))
         mean = (jnp.exp(true) * moved).sum(-1, keepdims=True)
-        return 0.5 * (jnp.exp(true) * (moved - mean) ** 2).sum(-1), (jnp.exp(true) * (true - other)).sum(-1)
+        return 0.5 * (jnp.exp(true) * (moved - mean) ** 2).sum(-1), divergences(true, other)
 
     def row(kernel: str, rank: int | None, expected: float, names: Sequence[str]) -> dict[str, Any]:
         errors = map_named(lambda name, leaf: low[name] - leaf if name in names else jnp.zeros_like(leaf), dense)
-        parts = [divergences(errors, images) for images in victim.batches("evaluation", ALONE_IMAGES)]
+        parts = [of_errors(errors, images) for images in victim.batches("evaluation", ALONE_IMAGES)]
         second, measured = (float(np.concatenate(column).mean(dtype=np.float64)) for column in zip(*parts, strict=True))
         return {"kernel": kernel, "rank": rank, "expected": expected, "second": second, "kl": measured}
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from lowrank_jax.text import markdown_table
-from scripts.compiled_steps import NETWORKS, RESULTS, SLICES, Results, estimate, read
+from scripts.compiled_steps import NETWORKS, SLICES, estimate, read
+from scripts.results import RESULTS, Results
 
 SCALES = (0.05, 0.25, 0.5)
 ARMS = ("factored", "merged", "auto")

@@ -22,8 +22,9 @@ from lowrank_jax.planning.chips import CHIPS
 from lowrank_jax.planning.execution import dense_seconds, rest_of_step, seconds
 from lowrank_jax.planning.plans import FactoredKernel, PlannedKernel
 from lowrank_jax.text import markdown_table
-from scripts.compiled_steps import CHIPS_OF_SLICE, NETWORKS, RESULTS, SLICES, Results, estimate, read
+from scripts.compiled_steps import CHIPS_OF_SLICE, NETWORKS, SLICES, estimate, read
 from scripts.execution_table import dense_step
+from scripts.results import RESULTS, Results
 
 SECONDS, BOTH = "seconds", "seconds and parameters"
 ARMS = (*((network, SECONDS) for network in NETWORKS), ("EfficientNet-B0", BOTH))

@@ -1,13 +1,13 @@
 """A trained network made low-rank at once: calibrated, factored, measured against itself, and left to be trained on."""
 
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -16,7 +16,7 @@ from lowrank_jax.experiment.best import measured
 from lowrank_jax.experiment.config.files import ConfigError, Overrides, keys_given, overridden
 from lowrank_jax.experiment.config.schema import BUDGET_KINDS, Config, LowRankConfig
 from lowrank_jax.experiment.errors import UserError
-from lowrank_jax.experiment.evaluation.against import Against, Comparison, Watched
+from lowrank_jax.experiment.evaluation.against import NO_CLASSES, Against, Comparison, Watched
 from lowrank_jax.experiment.evaluation.results import as_json
 from lowrank_jax.experiment.hosts.sharding import batch_sharding, replicated
 from lowrank_jax.experiment.objective import SOFTMAX
@@ -24,6 +24,7 @@ from lowrank_jax.experiment.training import weights
 from lowrank_jax.experiment.training.build import Experiment
 from lowrank_jax.experiment.training.evaluate import evaluate
 from lowrank_jax.experiment.training.loop import Loop, begin, opened
+from lowrank_jax.experiment.training.result import finite_metrics
 from lowrank_jax.planning.chips import CHIPS
 from lowrank_jax.planning.execution import choose_execution, dense_seconds, seconds
 from lowrank_jax.planning.plans import Plan
@@ -32,7 +33,6 @@ from lowrank_jax.text import align, count, with_change
 
 RECORD = "compression.json"
 _TIMED, _WORST = 5, 5
-_NO_CLASSES = "agreement and KL have no meaning"
 _CHIPS = ("v4", "v5e", "v6e", "h100")  # whose time is estimated
 _BATCHES = 8  # of images, to measure the layers on
 
@@ -88,8 +88,8 @@ class Compression:
         return {
             "workdir": self.workdir,
             **{name: getattr(self.plan, name) for name in ("params", "dense_params", "macs", "dense_macs")},
-            "dense": _finite(self.dense),
-            "low": _finite(self.low),
+            "dense": finite_metrics(self.dense),
+            "low": finite_metrics(self.low),
             "fidelity": self.fidelity.record(),
             "expected_kl": self.expected_kl,
             "seconds": {"dense": self.seconds[0], "low": self.seconds[1], "batch": self.batch},
@@ -99,11 +99,6 @@ class Compression:
     def json(self) -> str:
         """A JSON object."""
         return as_json(self.record())
-
-
-def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
-    """Metrics for JSON, which has no other numbers."""
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def with_defaults(config: str | ConfigDict, overrides: Overrides) -> list[tuple[str, Any]]:
@@ -173,9 +168,8 @@ def _measured(loop: Loop, workdir: str) -> Compression:
     dense = jax.device_put(trained.variables, replicated(experiment.mesh))
     low = loop.state.variables()[""]
     kernels = tuple(kernel.name for kernel in experiment.plan.factored)
-    left_out = "" if config.objective.name == SOFTMAX else f"objective.name={config.objective.name}, so {_NO_CLASSES}"
-    unseen: dict[str, str] = {}
-    watched = Watched(experiment.jit_watched_forward(kernels, logits=not left_out, unseen=unseen), unseen)
+    left_out = "" if config.objective.name == SOFTMAX else f"objective.name={config.objective.name}, so {NO_CLASSES}"
+    watched = Watched.of(experiment, kernels, logits=not left_out)
     against = Against(config.init.weights or "", 0, left_out)
     comparison = Comparison(against, watched, dense, workdir, watched, kernels, {}, experiment.mesh)
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -220,7 +214,7 @@ def _expected(plan: Plan) -> float | None:
 
 def _estimated(plan: Plan, config: Config) -> dict[str, float]:
     """By chip, the time of all kernels in a training step over that of the dense ones."""
-    how = {"batch": config.batch_size, "itemsize": 2 if config.model.dtype == "bfloat16" else 4}
+    how = {"batch": config.batch_size, "itemsize": jnp.dtype(config.model.dtype).itemsize}
     found = {}
     for name in _CHIPS:
         chip = CHIPS[name]

@@ -109,12 +109,13 @@ def sensitivity(
 
 
 def _changed_kernels(params: Any, plan: Plan, gradients: Mapping[str, GradientMoments] | None) -> dict[str, _Changed]:
-    """Every open kernel at a low rank."""
+    """Every open kernel at a low rank, made by the method whose loss is known."""
+    method = "kernel_projection" if gradients is None else TWO_SIDED
     open_ = [kernel for kernel in plan.kernels if kernel.choices]
     curves = curves_of_kernels(open_, params, gradients=gradients)
     lines, losses = {}, {}
     for kernel in open_:
-        line = _at_a_rank(kernel, gradients)
+        line = _at_a_rank(kernel, method)
         curve = curves[kernel.name][line.choices.index(line.choice)]
         if curve is None:
             raise ValueError(f"{kernel.name}: its gradients are of another scheme than the plan's")
@@ -129,13 +130,13 @@ def _changed_kernels(params: Any, plan: Plan, gradients: Mapping[str, GradientMo
     return {name: _Changed(factored[name].merge(), losses[name]) for name in lines}
 
 
-def _at_a_rank(kernel: PlannedKernel, gradients: Any) -> FactoredKernel:
-    """The kernel at its planned rank or half of its full one, made by the method whose loss is known."""
+def _at_a_rank(kernel: PlannedKernel, method: str) -> FactoredKernel:
+    """The kernel at its planned rank or half of its full one."""
     assert kernel.rule is not None  # it has choices
     planned = isinstance(kernel, FactoredKernel)
     choice = kernel.choice if planned else kernel.choices[0]
     rank = kernel.rank if planned else max(1, choice.view.full_rank // 2)
-    rule = dataclasses.replace(kernel.rule, method="kernel_projection" if gradients is None else TWO_SIDED)
+    rule = dataclasses.replace(kernel.rule, method=method)
     return dataclasses.replace(FactoredKernel(**kernel.shared, choice=choice, rank=rank), rule=rule)
 
 

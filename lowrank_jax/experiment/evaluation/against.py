@@ -30,6 +30,7 @@ EvalStep = Callable[..., dict[str, Any]]
 
 _STEPS = ("latest", "best")
 _LAG = 2  # batches that are compared on the devices before the first of them is read
+NO_CLASSES = "agreement and KL have no meaning"
 _NOTHING = "no floating-point outputs"
 _ABSENT = "only one of the networks has a kernel of this name"
 
@@ -89,6 +90,12 @@ class Watched:
     run: Callable[[Any, jax.Array], Run]
     unseen: dict[str, str]
 
+    @classmethod
+    def of(cls, experiment: Experiment, kernels: tuple[str, ...], *, logits: bool) -> "Watched":
+        """The network of an experiment, with the layers of these kernels; whether its outputs are logits."""
+        unseen: dict[str, str] = {}
+        return cls(experiment.jit_watched_forward(kernels, logits=logits, unseen=unseen), unseen)
+
 
 class Reference:
     """A network that others are compared with.
@@ -133,8 +140,7 @@ class Reference:
         sizes = dataset.image_shape, config.num_outputs, dataset.mean, dataset.std
         key = (config.model, config.code_dir, sizes, kernels, logits)
         if key not in self._watched:
-            unseen: dict[str, str] = {}
-            self._watched[key] = Watched(experiment.jit_watched_forward(kernels, logits=logits, unseen=unseen), unseen)
+            self._watched[key] = Watched.of(experiment, kernels, logits=logits)
         return self._watched[key]
 
 
@@ -218,7 +224,7 @@ def _is_broken(run: Run, mask: jax.Array) -> jax.Array:
 def _left_out(networks: Sequence[tuple[str, Experiment]]) -> str:
     """Why classes cannot be compared; empty if they can."""
     others = [f"{name} has objective.name={each.config.objective.name}" for name, each in networks if not _is_softmax(each)]
-    return f"{' and '.join(dict.fromkeys(others))}, so agreement and KL have no meaning" if others else ""
+    return f"{' and '.join(dict.fromkeys(others))}, so {NO_CLASSES}" if others else ""
 
 
 def _is_softmax(experiment: Experiment) -> bool:

@@ -52,7 +52,7 @@ def result_record(
         "dense_params": plan.dense_params,
         "macs": plan.macs,
         "dense_macs": plan.dense_macs,
-        **{kind: _finite(evaluated.get(kind)) for kind in ("eval", "valid", "eval_raw", "valid_raw")},
+        **{kind: finite_metrics(evaluated.get(kind)) for kind in ("eval", "valid", "eval_raw", "valid_raw")},
         "best_step": best_step,
         "seconds": seconds,
         "versions": _versions(),
@@ -71,7 +71,7 @@ def _phases(config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def _finite(metrics: dict[str, float] | None) -> dict[str, float | None] | None:
+def finite_metrics(metrics: dict[str, float] | None) -> dict[str, float | None] | None:
     """None for metrics of your own that are not finite: JSON has no other word for them."""
     if metrics is None:
         return None
