@@ -124,13 +124,13 @@ def page(known: dict[str, Any]) -> str:
     parts = [_part(norm, known) for norm in NORMS]
     return f"""# ResNet-8 on Fashion-MNIST, compressed
 
-A tenth of the training images (6,000), up to {len(SEEDS)} seeds; top-1 on the 10,000 test images, ± half of the 95 % interval
-of the mean by Student's t. Budgets are of MACs. The dense network trains {EPOCHS} epochs. *Two-sided* and *spectral* are its
-weights, factored, and nothing else; the first with ranks of least divergence, the second with one scale for all kernels. *Fine-tuned*
-trains the two-sided one for {EPOCHS} more epochs. *From scratch* and *dense warm-up* ({EPOCHS} dense epochs, then {EPOCHS} of
-low rank) have {2 * EPOCHS} epochs in all and ranks by `tolerance`. Learning rates: {RATES["batch"][0]} and
-{RATES["none"][0]} without normalisation, from trained weights {RATES["batch"][1]} and {RATES["none"][1]}; nothing tuned. The
-command, which starts the runs:
+A tenth of the training images (6,000), up to {len(SEEDS)} seeds; top-1 on the 10,000 test images, ± half of the 95 %
+interval of the mean by Student's t. Budgets are of MACs. The dense network trains {EPOCHS} epochs. *Two-sided* and
+*spectral* are its weights, factored, and nothing else; the first with ranks of least divergence, the second with one
+scale for all kernels. *Fine-tuned* trains the two-sided one for {EPOCHS} more epochs. *From scratch* and *dense
+warm-up* ({EPOCHS} dense epochs, then {EPOCHS} of low rank) have {2 * EPOCHS} epochs in all and ranks by `tolerance`.
+Learning rates: {RATES["batch"][0]} and {RATES["none"][0]} without normalisation, from trained weights
+{RATES["batch"][1]} and {RATES["none"][1]}; nothing tuned. The command, which starts the runs:
 
     python -m scripts.compression_accuracy
 
